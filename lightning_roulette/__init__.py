@@ -1,0 +1,55 @@
+"""Roulette-wheel weight pruning for PyTorch Lightning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_roulette.core.masks import Mask, apply_mask, sparsity
+from lightning_roulette.core.parameters import prunable_parameters, skipped_parameters
+from lightning_roulette.core.report import Candidate, Level, SearchReport, StopReason
+from lightning_roulette.core.search import Evaluator, Observer, PrunedWeights, Scores, Winner, search
+from lightning_roulette.core.settings import Tree, Validation, Wheel
+from lightning_roulette.core.wheel import spin
+
+if TYPE_CHECKING:
+    from lightning_roulette.trainer.callback import RouletteWheelPruning
+    from lightning_roulette.trainer.holding import HoldZeros
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Candidate",
+    "Evaluator",
+    "HoldZeros",
+    "Level",
+    "Mask",
+    "Observer",
+    "PrunedWeights",
+    "RouletteWheelPruning",
+    "Scores",
+    "SearchReport",
+    "StopReason",
+    "Tree",
+    "Validation",
+    "Wheel",
+    "Winner",
+    "apply_mask",
+    "prunable_parameters",
+    "search",
+    "skipped_parameters",
+    "sparsity",
+    "spin",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # the callbacks are imported when asked for, so that `search` works without loading lightning
+    if name == "RouletteWheelPruning":
+        from lightning_roulette.trainer.callback import RouletteWheelPruning
+
+        return RouletteWheelPruning
+    if name == "HoldZeros":
+        from lightning_roulette.trainer.holding import HoldZeros
+
+        return HoldZeros
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

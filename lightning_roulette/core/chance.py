@@ -1,0 +1,68 @@
+"""Counter-based chance: a number for every weight of every candidate, drawn from nothing but their names.
+
+There is no generator and no state. The 64 random bits of a weight are
+
+    bits(weight) = mix(stream + (index + 1) * G)         all sums and products modulo 2**64
+    stream       = BLAKE2b-64(seed, level, candidate, parameter name)
+
+where `mix` is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+OOPSLA 2014) and `G` its odd constant 0x9E3779B97F4A7C15. A weight's bits therefore are the same on every device, in
+every shard and in any order of evaluation.
+"""
+
+from __future__ import annotations
+
+import struct
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as the int64 of equal bits
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+_BLOCK = 1 << 16  # weights handled at a time: what is written stays in the processor's cache
+
+
+def stream(seed: int, level: int, candidate: int, name: str) -> int:
+    """The signed 64-bit number under which one parameter of one candidate draws its chance."""
+    payload = struct.pack("<qqq", seed, level, candidate) + name.encode()
+    return int.from_bytes(blake2b(payload, digest_size=8, person=b"roulette").digest(), "little", signed=True)
+
+
+def random_bits(stream: int, index: Tensor) -> Tensor:
+    """64 random bits for each index, as int64 of the same shape: the counter `index` under the key `stream`."""
+    bits = index * _GOLDEN
+    bits += _wrapped(stream + _GOLDEN)
+    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+        bits ^= _shifted_right(bits, shift)
+        bits *= factor
+    bits ^= _shifted_right(bits, 31)
+    return bits
+
+
+def log_clocks(stream: int, index: Tensor) -> Tensor:
+    """The logarithm of an exponential clock of rate 1 for each index: `log E`, float64, shape of `index`.
+
+    `E = -log U` with `U` uniform on the midpoints of 2**52 equal parts of (0, 1): all of them are float64 numbers, so
+    `log E` is always finite and lies between -36.8 and 3.7.
+    """
+    clocks = torch.empty(index.shape, dtype=torch.float64, device=index.device)
+    flat_index, flat_clocks = index.reshape(-1), clocks.view(-1)
+    block = _BLOCK if index.device.type == "cpu" else max(1, index.numel())
+    for start in range(0, index.numel(), block):
+        part = slice(start, start + block)
+        uniform = _shifted_right(random_bits(stream, flat_index[part]), 12).to(torch.float64)
+        uniform.add_(0.5).mul_(2.0**-52)
+        flat_clocks[part] = uniform.log_().neg_().log_()
+    return clocks
+
+
+def _shifted_right(bits: Tensor, shift: int) -> Tensor:
+    """The logical shift; torch's own on int64 repeats the sign."""
+    return (bits >> shift).bitwise_and_((1 << (64 - shift)) - 1)
+
+
+def _wrapped(number: int) -> int:
+    """The int64 congruent to `number` modulo 2**64."""
+    return (number + 2**63) % 2**64 - 2**63

@@ -1,0 +1,155 @@
+"""Which parameters of a module are prunable, under which names, and why the others are not."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_ATTENTION_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+Patterns = Sequence[str]
+
+
+def prunable_parameters(
+    module: nn.Module, *, include: Patterns | None = None, exclude: Patterns | None = None
+) -> dict[str, nn.Parameter]:
+    """The parameters whose weights may be pruned, by their names in `module.named_parameters()`.
+
+    By default: weights of Linear, of Conv1d to Conv3d and their transposed kin, of attention projections and recurrent
+    layers. Never biases, normalisation layers, embeddings (nor what is tied to one), frozen, quantised, parametrised,
+    lazy, meta or empty parameters, nor networks inside metrics. A tied weight is listed once, under its first name.
+
+    Args:
+        module: Any module.
+        include: Glob patterns over parameter names that replace the default choice. Frozen parameters, biases,
+            embeddings and normalisation layers can be named here; what cannot hold a mask is left out still.
+        exclude: Glob patterns over parameter names to leave out.
+
+    Returns:
+        Name to parameter, in the module's order.
+
+    Raises:
+        ValueError: If a pattern matches no parameter.
+
+    Example:
+        >>> list(prunable_parameters(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 1)), exclude=["2.*"]))
+        ['0.weight']
+    """
+    parameters, reasons = dict(module.named_parameters()), _reasons(module, include, exclude)
+    return {name: parameters[name] for name in parameters if reasons[name] is None}
+
+
+def skipped_parameters(
+    module: nn.Module, *, include: Patterns | None = None, exclude: Patterns | None = None
+) -> dict[str, str]:
+    """The parameters that `prunable_parameters` leaves out, each with its reason.
+
+    Raises:
+        ValueError: If a pattern matches no parameter.
+    """
+    return {n: reason for n, reason in _reasons(module, include, exclude).items() if reason is not None}
+
+
+def aliases(module: nn.Module) -> dict[str, list[str]]:
+    """For the first name of every parameter all names under which the module holds it (more than one: tied)."""
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    names: dict[str, list[str]] = {name: [] for name in first.values()}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names[first[id(parameter)]].append(name)
+    return names
+
+
+def has_lazy_parameters(module: nn.Module) -> bool:
+    """Whether some parameter gets its shape only at the first forward."""
+    return any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters())
+
+
+def _reasons(module: nn.Module, include: Patterns | None, exclude: Patterns | None) -> dict[str, str | None]:
+    """Name of each parameter (tied ones once) to None if prunable, else to why not."""
+    parameters, names = dict(module.named_parameters()), aliases(module)
+    _check_patterns("include", include, names)
+    _check_patterns("exclude", exclude, names)
+    kinds, inside_metrics = _kinds(module), _ids_inside_metrics(module)
+
+    def reason(name: str) -> str | None:
+        parameter = parameters[name]
+        if id(parameter) in inside_metrics:
+            return "belongs to a metric"
+        if (unfit := _unfit(name, parameter)) is not None:
+            return unfit
+        if exclude is not None and _matches(names[name], exclude):
+            return "excluded"
+        if include is not None:
+            return None if _matches(names[name], include) else "not included"
+        if not parameter.requires_grad:
+            return "frozen"
+        return next((kinds[alias] for alias in names[name] if kinds[alias] is not None), None)
+
+    return {name: reason(name) for name in parameters}
+
+
+def _unfit(name: str, parameter: nn.Parameter) -> str | None:
+    """Why no mask can be held on the parameter, whoever asks for it."""
+    checks = (
+        (isinstance(parameter, UninitializedParameter), lambda: "lazy: it has no shape yet"),
+        (parameter.is_meta, lambda: "on the meta device: it has no values"),
+        (".parametrizations." in f".{name}", lambda: "parametrised: its values are computed from others"),
+        (name.endswith("weight_orig"), lambda: "already pruned by torch.nn.utils.prune: call prune.remove first"),
+        (name.endswith(("weight_g", "weight_v")), lambda: "under weight_norm: its values are computed from others"),
+        (not parameter.is_floating_point(), lambda: f"its type is {parameter.dtype}: quantised or complex"),
+        (parameter.numel() == 0, lambda: "empty"),
+    )
+    return next((why() for holds, why in checks if holds), None)
+
+
+def _kinds(module: nn.Module) -> dict[str, str | None]:
+    """For every name of every parameter None where the module that owns it makes it prunable, else why not."""
+    return {
+        f"{prefix}.{own}" if prefix else own: None if _is_weight(owner, own) else f"{own} of {type(owner).__name__}"
+        for prefix, owner in module.named_modules(remove_duplicate=False)
+        for own, parameter in owner._parameters.items()
+        if parameter is not None
+    }
+
+
+def _is_weight(owner: nn.Module, own: str) -> bool:
+    if parametrize.is_parametrized(owner, own):
+        return False
+    if isinstance(owner, (nn.Linear, *_CONVOLUTIONS)):
+        return own == "weight"
+    if isinstance(owner, nn.MultiheadAttention):
+        return own in _ATTENTION_PROJECTIONS
+    return isinstance(owner, nn.RNNBase | nn.RNNCellBase) and own.startswith("weight_")
+
+
+def _ids_inside_metrics(module: nn.Module) -> set[int]:
+    # where torchmetrics was never imported there is no metric; the core does not import it
+    metric = getattr(sys.modules.get("torchmetrics"), "Metric", None)
+    metrics = [part for part in module.modules() if metric is not None and isinstance(part, metric)]
+    return {id(parameter) for part in metrics for parameter in part.parameters()}
+
+
+def _matches(names: Sequence[str], patterns: Patterns) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _check_patterns(argument: str, patterns: Patterns | None, names: dict[str, list[str]]) -> None:
+    everything = [alias for each in names.values() for alias in each]
+    for pattern in patterns or ():
+        if not _matches(everything, [pattern]):
+            raise ValueError(
+                f"{argument} has the pattern {pattern!r}, which matches no parameter name. "
+                f"Names like it: {', '.join(_closest(pattern, everything)) or 'none'}."
+            )
+
+
+def _closest(pattern: str, names: Sequence[str]) -> Iterator[str]:
+    close = difflib.get_close_matches(pattern, names, n=5, cutoff=0.3) or names[:5]
+    return (repr(name) for name in close)

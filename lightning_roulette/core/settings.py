@@ -1,0 +1,141 @@
+"""The finer choices in three frozen groups, and what they allow."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from torch import Tensor
+
+Importance = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+IMPORTANCES = ("magnitude", "lamp")
+SCOPES = ("global", "layer")
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """How a candidate is drawn.
+
+    Attributes:
+        sharpness: Exponent of the pruning odds, `importance ** -sharpness`: 0 is random pruning, 1 the literal
+            roulette, infinity magnitude pruning.
+        importance: `"magnitude"`, `"lamp"` (layer-adaptive magnitude), or a function from all weights `{name: tensor}`,
+            zero where the parent is pruned, to importances of the same names and shapes.
+        scope: `"global"`: one wheel over all layers; `"layer"`: each layer its own wheel at the same pruning rate.
+    """
+
+    sharpness: float = 4.0
+    importance: str | Importance = "magnitude"
+    scope: str = "global"
+
+    def __post_init__(self) -> None:
+        check_number("sharpness", self.sharpness, at_least=0, remedy="Infinity (.inf) is magnitude pruning.")
+        if not callable(self.importance):
+            check_choice("importance", self.importance, IMPORTANCES, remedy="Or pass a function of all weights.")
+        check_choice("scope", self.scope, SCOPES)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """How levels follow one another.
+
+    Attributes:
+        pruning_rate: Share of the current survivors that a level removes, in (0, 1).
+        max_levels: The search ends with this many accepted levels; None: no such end.
+        patience: The search ends with this many failed levels in a row. A level whose winner misses the floor is tried
+            again at half the rate, which stays halved.
+    """
+
+    pruning_rate: float = 0.2
+    max_levels: int | None = None
+    patience: int = 3
+
+    def __post_init__(self) -> None:
+        check_number(
+            "pruning_rate",
+            self.pruning_rate,
+            above=0,
+            below=1,
+            remedy="It is the share of the surviving weights that one level removes.",
+        )
+        if self.max_levels is not None:
+            check_count("max_levels", self.max_levels)
+        check_count("patience", self.patience)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How candidates are judged.
+
+    Attributes:
+        keep_callbacks: Names of the user's callback classes that stay live while candidates are validated: for one
+            that logs the monitored metric.
+    """
+
+    keep_callbacks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = self.keep_callbacks
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"keep_callbacks is {names!r}, but must be a list of names of callback classes.")
+        object.__setattr__(self, "keep_callbacks", tuple(names))  # a list, as read from YAML
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    remedy: str = "",
+) -> None:
+    """Raise unless `value` is a number within the bounds; NaN is within none.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is NaN or out of bounds.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}, but must be a number. {remedy}".rstrip())
+    bounds = [(at_least, operator.ge, "at least"), (above, operator.gt, "more than"), (below, operator.lt, "less than")]
+    asked = [f"{words} {bound:g}" for bound, _, words in bounds if bound is not None]
+    if not all(holds(value, bound) for bound, holds, _ in bounds if bound is not None):
+        raise ValueError(f"{name} is {value!r}, but must be {' and '.join(asked)}. {remedy}".rstrip())
+
+
+def check_count(name: str, value: Any, *, at_least: int = 1) -> None:
+    """Raise unless `value` is a whole number of `at_least` or more.
+
+    Raises:
+        TypeError: If it is no whole number.
+        ValueError: If it is less.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} is {value!r}, but must be a whole number.")
+    check_number(name, value, at_least=at_least)
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...], *, remedy: str = "") -> None:
+    """Raise unless `value` is one of the allowed words.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value not in allowed:
+        words = ", ".join(repr(word) for word in allowed)
+        raise ValueError(f"{name} is {value!r}, but must be one of {words}. {remedy}".rstrip())
+
+
+def check_group(name: str, value: Any, group: type) -> None:
+    """Raise unless `value` is an instance of the settings group.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(value, group):
+        raise TypeError(f"{name} is {value!r}, but must be a {group.__name__}(...) of lightning_roulette.")
