@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,16 +94,12 @@ class Mask(Mapping[str, Tensor]):
     @property
     def sparsity(self) -> float:
         """Share of all weights that is pruned, in [0, 1]."""
-        return 1 - self.survivors / self.size if self.size else 0.0
+        return sparsity(self)
 
     @property
     def densities(self) -> dict[str, float]:
         """For each parameter the share of its weights that is kept, in [0, 1]."""
         return {name: int(kept.sum()) / max(1, kept.numel()) for name, kept in self.items()}
-
-    def cpu(self) -> Mask:
-        """The same mask on the CPU."""
-        return Mask({name: kept.cpu() for name, kept in self.items()})
 
 
 def sparsity(tensors: Mapping[str, Tensor]) -> float:
@@ -218,6 +213,10 @@ class History:
             raise ValueError(f"level is {level}, but must lie between 0 (dense) and {self.level} (the last accepted).")
         return Mask({name: (at == 0) | (at > level) for name, at in self._pruned_at.items()})
 
+    def cpu(self) -> History:
+        """The same history on the CPU."""
+        return History({name: at.cpu() for name, at in self._pruned_at.items()}, self.level)
+
     def state(self) -> dict[str, Any]:
         """Plain tensors and numbers, on the CPU, for a checkpoint; read back by `from_state`."""
         small = torch.uint8 if self.level < 256 else torch.int16
@@ -227,14 +226,6 @@ class History:
     def from_state(cls, state: Mapping[str, Any]) -> History:
         """The history that `state` was taken from."""
         return cls({name: at.to(torch.int16) for name, at in state["pruned_at"].items()}, int(state["level"]))
-
-
-def save_mask(path: Path, history: History, report: Mapping[str, Any]) -> None:
-    """Write a file that `Mask.load` and `apply_mask` read, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    torch.save({**history.state(), "report": dict(report)}, part)
-    part.replace(path)
 
 
 def _some(names: Mapping[str, Any], most: int = 8) -> str:

@@ -98,15 +98,15 @@ def _reasons(module: nn.Module, include: Patterns | None, exclude: Patterns | No
 def _unfit(name: str, parameter: nn.Parameter) -> str | None:
     """Why no mask can be held on the parameter, whoever asks for it."""
     checks = (
-        (isinstance(parameter, UninitializedParameter), lambda: "lazy: it has no shape yet"),
-        (parameter.is_meta, lambda: "on the meta device: it has no values"),
-        (".parametrizations." in f".{name}", lambda: "parametrised: its values are computed from others"),
-        (name.endswith("weight_orig"), lambda: "already pruned by torch.nn.utils.prune: call prune.remove first"),
-        (name.endswith(("weight_g", "weight_v")), lambda: "under weight_norm: its values are computed from others"),
-        (not parameter.is_floating_point(), lambda: f"its type is {parameter.dtype}: quantised or complex"),
-        (parameter.numel() == 0, lambda: "empty"),
+        (isinstance(parameter, UninitializedParameter), "lazy: it has no shape yet"),
+        (parameter.is_meta, "on the meta device: it has no values"),
+        (".parametrizations." in f".{name}", "parametrised: its values are computed from others"),
+        (name.endswith("weight_orig"), "already pruned by torch.nn.utils.prune: call prune.remove first"),
+        (name.endswith(("weight_g", "weight_v")), "under weight_norm: its values are computed from others"),
+        (not parameter.is_floating_point(), "neither a float nor a half: quantised or complex"),
     )
-    return next((why() for holds, why in checks if holds), None)
+    found = next((why for holds, why in checks if holds), None)
+    return "empty" if found is None and parameter.numel() == 0 else found
 
 
 def _kinds(module: nn.Module) -> dict[str, str | None]:

@@ -10,7 +10,7 @@ the winner of the tree is the last, and so the slimmest, accepted level.
 
 Only the paper's abstract and public summaries were at hand. What they leave open is settled thus: odds fall with a
 power of importance (`Wheel.sharpness`); a level must keep the dense score less a tolerance; a level that does not is
-tried again at half the rate, `Tree.patience` times in a row.
+tried again at half the rate, `Tree.patience` times in a row, down to `Tree.smallest_rate`.
 """
 
 from __future__ import annotations
@@ -84,10 +84,8 @@ class Observer:
     def on_dense(self, report: SearchReport) -> None:
         """The dense network was validated."""
 
-    def on_candidate(
-        self, level: int, number: int, branches: int, best: Candidate | None, best_sparsity: float
-    ) -> None:
-        """`number` of `branches` candidates of a level have scores; `best` of them so far, all this slim."""
+    def on_candidate(self, level: int, number: int, best: Candidate | None, sparsity: float) -> None:
+        """`number` candidates of a level have scores, `best` of them so far; all are this slim."""
 
     def on_level(self, level: Level, so_far: Winner) -> None:
         """A level was judged; `so_far` is what the search would return if it ended here."""
@@ -230,7 +228,8 @@ class _Growing:
 
     def end(self, target_sparsity: float | None, tree: Tree) -> StopReason | None:
         """Why no further level is tried, None if one is."""
-        if self.failures >= tree.patience:
+        too_fine = self.halvings > 0 and tree.pruning_rate / 2**self.halvings < tree.smallest_rate
+        if self.failures >= tree.patience or too_fine:
             return StopReason.DECLINED
         if tree.max_levels is not None and self.history.level >= tree.max_levels:
             return StopReason.MAX_LEVELS
@@ -242,12 +241,12 @@ class _Growing:
         """Spin, validate and judge one branch."""
         rate = tree.pruning_rate / 2**self.halvings
         draws = level_draws(self.parent.survivors, rate, self._spare(target_sparsity))
-        branch = tuple(self._branch(draws))
+        survivors = self.parent.survivors - draws
+        sparsity = 1 - survivors / self.parent.size
+        branch = tuple(self._branch(draws, sparsity))
         best = best_of(branch)
         accepted = best is not None and keeps_floor(best.score, self.report.floor)
-        survivors = self.parent.survivors - draws
         number, winner = self.history.level + 1, best.index if best else None
-        sparsity = 1 - survivors / self.parent.size
         self.levels.append(Level(number, rate, sparsity, survivors, branch, winner, accepted))
         if accepted:
             self.parent = self._sectors.spin(draws, seed=self.seed, level=number, candidate=cast(int, winner))
@@ -261,7 +260,7 @@ class _Growing:
         """What the search has found up to here."""
         return Winner(self.parent, self._report(reason), self.weights, self.history)
 
-    def _branch(self, draws: int) -> Iterator[Candidate]:
+    def _branch(self, draws: int, sparsity: float) -> Iterator[Candidate]:
         """The candidates of one level, scored; those equal to an earlier one share its scores."""
         if not self.retries:
             parent = PrunedWeights(self.parent, self.weights).weights
@@ -275,12 +274,12 @@ class _Growing:
             twin = seen.get(key := _fingerprint(mask))
             if twin is None:
                 scores = self._scores(mask)
-                one = Candidate(index, mask.sparsity, scores.floor, scores.rank, scores.tiebreak)
+                one = Candidate(index, sparsity, scores.floor, scores.rank, scores.tiebreak)
                 seen[key] = one
             else:
                 one = replace(twin, index=index, same_as=twin.index)
             best = best_of([one] if best is None else [best, one])
-            self.observer.on_candidate(number, turn + 1, self.branches, best, mask.sparsity)
+            self.observer.on_candidate(number, turn + 1, best, sparsity)
             yield one
 
     def _scores(self, mask: Mask) -> Scores:

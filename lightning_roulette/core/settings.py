@@ -48,11 +48,14 @@ class Tree:
         max_levels: The search ends with this many accepted levels; None: no such end.
         patience: The search ends with this many failed levels in a row. A level whose winner misses the floor is tried
             again at half the rate, which stays halved.
+        smallest_rate: The search also ends where the rate would be halved below this: on a noisy score, ever smaller
+            steps would pass for ever.
     """
 
     pruning_rate: float = 0.2
     max_levels: int | None = None
     patience: int = 3
+    smallest_rate: float = 0.01
 
     def __post_init__(self) -> None:
         check_number(
@@ -65,6 +68,7 @@ class Tree:
         if self.max_levels is not None:
             check_count("max_levels", self.max_levels)
         check_count("patience", self.patience)
+        check_number("smallest_rate", self.smallest_rate, above=0)
 
 
 @dataclass(frozen=True)

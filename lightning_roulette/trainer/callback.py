@@ -1,0 +1,377 @@
+"""RouletteWheelPruning: when a Trainer searches, and what becomes of the winner."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lightning_roulette.core.masks import History, Mask, apply_mask
+from lightning_roulette.core.report import SearchReport, StopReason
+from lightning_roulette.core.search import Winner, check_search, search
+from lightning_roulette.core.settings import Tree, Validation, Wheel, check_choice, check_count, check_group
+from lightning_roulette.trainer.checks import (
+    find_prunable,
+    refuse_foreign_trainer,
+    refuse_trainer,
+    refuse_without_validation,
+)
+from lightning_roulette.trainer.evaluation import (
+    IsolatedValidation,
+    TrainerEvaluator,
+    agreed_over_processes,
+    callbacks_of,
+)
+from lightning_roulette.trainer.files import RunFiles, checkpoint_with_these_weights, save_accepted_levels
+from lightning_roulette.trainer.holding import TrainingHold, fill_checkpoint, place_before_checkpoints
+from lightning_roulette.trainer.monitor import Metric, find_metric
+from lightning_roulette.trainer.watching import Watcher, speak_up
+
+
+class RouletteWheelPruning(Callback):
+    """Prunes the weights of a trained network as far as its validation score allows, within `Trainer.fit`.
+
+    A roulette wheel draws a branch of pruned candidates: small weights are likely to go but may stay, large ones the
+    other way round. Each candidate is validated by the Trainer's own validation loop, unseen by loggers and other
+    callbacks; the best becomes the parent of the next level, until the score would fall below the floor. The slimmest
+    accepted network is loaded in place. (Chan, Yiu, Guo and Jiang 2024, doi:10.1007/s00521-024-09719-6.)
+
+    After `fit`, `report` tells what was done, `mask` which weights are kept, and `best_model_path` names a checkpoint
+    that loads into the unpruned class. ModelCheckpoint's own files keep their meaning: those written before the search,
+    `last.ckpt` as a rule among them, hold unpruned weights. A file written after it holds the pruned weights, and
+    resuming from it holds their zeros.
+
+    Args:
+        branches: Candidates per level.
+        tolerance: How far below the dense score a winner may be, in the metric's own units: the floor.
+        monitor: The metric that judges. None: the one logged torchmetrics object with `higher_is_better=True`; else
+            the one name like an accuracy; else what a ModelCheckpoint, EarlyStopping or plateau scheduler watches;
+            else the only metric.
+        mode: `"max"` or `"min"`. None: that of the callback or scheduler that watches the metric; else the metric's
+            `higher_is_better`; else by its name.
+        target_sparsity: A further end of the search, in (0, 1).
+        at_epoch: None: search when training ends. N: search when N epochs are trained, before the next begins;
+            training then goes on with pruned weights held at zero. A run that stops earlier searches at its end.
+        include: Glob patterns over parameter names that replace the default choice (see `prunable_parameters`).
+        exclude: Glob patterns over parameter names to leave out.
+        wheel: How candidates are drawn.
+        tree: How levels follow.
+        validation: How candidates are judged.
+        seed: All chance of the search.
+        dirpath: Where the winner is written. None: beside the Trainer's checkpoints; nothing is written where those
+            are disabled. No file of another run is overwritten.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If an argument is out of range.
+
+    Example:
+        pruning = RouletteWheelPruning(branches=20)
+        Trainer(callbacks=[pruning]).fit(model, datamodule=data)
+        print(pruning.report)
+    """
+
+    def __init__(
+        self,
+        branches: int = 20,
+        *,
+        tolerance: float = 0.0,
+        monitor: str | None = None,
+        mode: str | None = None,
+        target_sparsity: float | None = None,
+        at_epoch: int | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        wheel: Wheel = Wheel(),
+        tree: Tree = Tree(),
+        validation: Validation = Validation(),
+        seed: int = 0,
+        dirpath: str | os.PathLike[str] | None = None,
+    ) -> None:
+        check_search(branches, tolerance, target_sparsity, wheel, tree, seed)
+        check_group("validation", validation, Validation)
+        if mode is not None:
+            check_choice("mode", mode, ("max", "min"))
+        if at_epoch is not None:
+            check_count("at_epoch", at_epoch, at_least=0)
+        for name, patterns in (("include", include), ("exclude", exclude)):
+            if isinstance(patterns, str):
+                raise TypeError(f"{name} is {patterns!r}, but must be a list of patterns: [{patterns!r}].")
+        self.branches, self.tolerance, self.target_sparsity = branches, tolerance, target_sparsity
+        self.monitor, self.mode, self.at_epoch = monitor, mode, at_epoch
+        self.include, self.exclude = include, exclude
+        self.wheel, self.tree, self.validation = wheel, tree, validation
+        self.seed, self.dirpath = seed, dirpath
+        self._restored = self._idle = False
+        self._hold: TrainingHold | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.report: SearchReport | None = None
+        self.best_model_path = ""
+        self._history: History | None = None
+        self._metric: Metric | None = None
+        self._module: weakref.ref[LightningModule] | None = None
+        self._files: RunFiles | None = None
+        self._loaded_at_step = 0
+
+    @property
+    def mask(self) -> Mask | None:
+        """Which weights the winner keeps, True = kept; None before a search has ended."""
+        return None if self._history is None else self._history.mask
+
+    def mask_at(self, level: int) -> Mask:
+        """The mask of any accepted level; 0 is the dense network.
+
+        Raises:
+            ValueError: If there was no such level.
+            RuntimeError: If no search has ended.
+        """
+        if self._history is None:
+            raise RuntimeError("no search has ended, so there are no levels yet. Call fit first.")
+        return self._history.mask_at(level)
+
+    # ---- when
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work; take the place between those who change weights and those who save them."""
+        refuse_foreign_trainer(trainer)
+        if stage != "fit":
+            return
+        self._restored, self._idle = False, _nothing_to_do(trainer)
+        refuse_trainer(trainer, self, self.validation.keep_callbacks, self.at_epoch)
+        place_before_checkpoints(trainer, self)
+        speak_up()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a module or data that cannot be searched."""
+        if not self._idle:
+            find_prunable(pl_module, self.include, self.exclude)
+            refuse_without_validation(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hold the zeros of an earlier search; else see that the metric will be there when it is needed."""
+        if not self._restored and not self._still_holds(pl_module):
+            self._forget()
+        if self._history is not None:
+            self._hold_zeros(trainer, pl_module)
+        elif not self._idle and trainer.num_sanity_val_steps > 0:
+            self._rehearse(trainer, pl_module, trainer.num_sanity_val_steps)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where the user skips the sanity check, see at the first validation that the metric is there."""
+        training = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if training and not self._idle and self._history is None and self._metric is None:
+            self._rehearse(trainer, pl_module, 1)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Search, if `at_epoch` epochs are trained: the checkpoints of the epoch before are written by now."""
+        due = self.at_epoch is not None and trainer.current_epoch >= self.at_epoch
+        if due and not self._idle and self._history is None:
+            self._search(trainer, pl_module)
+            self._hold_zeros(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Search, if that is still to be done; else measure and save what training made of the winner."""
+        if self._idle:
+            return
+        if self._history is None:
+            self._search(trainer, pl_module)
+        elif self._hold is not None:
+            self._hold.fill()  # weight averaging has put its own weights in
+            if trainer.global_step > self._loaded_at_step:
+                self._finish(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Fill, for optimizers that are not torch's."""
+        if self._hold is not None:
+            self._hold.fill()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fill, as weight averaging has put its own weights in."""
+        if self._hold is not None:
+            self._hold.fill()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hold nothing any more; the zeros are in the weights."""
+        if self._hold is not None:
+            self._hold.release()
+        self._hold = None
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Mask, report and path of the winner, in plain tensors and Python values; empty before a search has ended."""
+        if self._history is None or self.report is None:
+            return {}
+        report = self.report.to_dict()
+        return {**self._history.state(), "report": report, "best_model_path": self.best_model_path}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the search that a checkpoint was saved after."""
+        self._history = History.from_state(state_dict)
+        self.report = SearchReport.from_dict(state_dict["report"])
+        self.best_model_path = state_dict["best_model_path"]
+        self._restored = True
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save zeros, as weight averaging has put its own weights in."""
+        if (mask := self.mask) is not None:
+            fill_checkpoint(pl_module, mask, checkpoint)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Warn where validate, test or predict loads unpruned weights after a search."""
+        unpruned = self.state_key not in checkpoint.get("callbacks", {})
+        if unpruned and self.best_model_path and trainer.state.fn != "fit" and trainer.is_global_zero:
+            warnings.warn(
+                "RouletteWheelPruning: this checkpoint was written before the search and holds unpruned weights. "
+                f"The pruned ones are in ckpt_path={self.best_model_path!r}.",
+                stacklevel=2,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_hold": None, "_module": None}  # both belong to one run in one process
+
+    # ---- what
+
+    def _still_holds(self, module: LightningModule) -> bool:
+        """Whether `module` is the one pruned before, and still is."""
+        if self._history is None or self._module is None or self._module() is not module:
+            return False
+        kept, parameters = self._history.mask, dict(module.named_parameters(remove_duplicate=False))
+        return all(not parameters[name][~tensor.to(parameters[name].device)].any() for name, tensor in kept.items())
+
+    def _hold_zeros(self, trainer: Trainer, module: LightningModule) -> None:
+        if (mask := self.mask) is not None:
+            self._hold = TrainingHold(trainer, module, mask)
+            self._loaded_at_step = trainer.global_step
+
+    def _validating(self, trainer: Trainer, module: LightningModule) -> IsolatedValidation:
+        return IsolatedValidation(trainer, module, self.validation.keep_callbacks)
+
+    def _rehearse(self, trainer: Trainer, module: LightningModule, batches: float) -> Metric:
+        """Find the metric by a short validation as candidates will have it."""
+        with self._validating(trainer, module) as validation:
+            logged = validation.run(batches)
+        try:
+            self._metric = find_metric(logged, trainer, self.monitor, self.mode, self.tolerance)
+        except RuntimeError as error:
+            if self.monitor in logged.values or (name := self._who_logs(trainer, module, logged.values)) is None:
+                raise
+            raise RuntimeError(
+                f"{error} Your callback {name} logs it, but callbacks do not see candidates unless asked to: "
+                f"pass validation=Validation(keep_callbacks=[{name!r}])."
+            ) from None
+        return self._metric
+
+    def _who_logs(self, trainer: Trainer, module: LightningModule, without: Any) -> str | None:
+        """The class of a callback that logs the metric, if one does."""
+        for name in dict.fromkeys(type(one).__name__ for one in callbacks_of(trainer) if one is not self):
+            with IsolatedValidation(trainer, module, [*self.validation.keep_callbacks, name]) as validation:
+                logged = validation.run(1).values
+            if self.monitor in logged or (self.monitor is None and not without and logged):
+                return name
+        return None
+
+    def _search(self, trainer: Trainer, module: LightningModule) -> None:
+        weights = find_prunable(module, self.include, self.exclude)
+        metric = self._metric or self._rehearse(trainer, module, 1)
+        self._files = RunFiles.next_to(trainer, self.dirpath)
+        with Watcher(trainer, metric, self.branches, weights) as watcher:
+            try:
+                winner = self._find_winner(trainer, module, weights, metric, watcher)
+            except BaseException as error:
+                self._keep_accepted(trainer, watcher.so_far, metric, isinstance(error, KeyboardInterrupt))
+                raise
+        self._load(trainer, module, winner, metric)
+        assert self.report is not None
+        watcher.on_end(self.report)
+
+    def _find_winner(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        weights: dict[str, nn.Parameter],
+        metric: Metric,
+        watcher: Watcher,
+    ) -> Winner:
+        limits: dict[str, Any] = {"branches": self.branches, "tolerance": self.tolerance, "tree": self.tree}
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # see every part work once
+            limits = {"branches": 2, "tolerance": math.inf, "tree": replace(self.tree, max_levels=1)}
+        with self._validating(trainer, module) as validation:
+            agree = agreed_over_processes(trainer)
+            evaluate = TrainerEvaluator(validation, weights, metric.monitor, metric.sign, metric.loss, agree)
+            return search(
+                weights,
+                evaluate,
+                **limits,
+                target_sparsity=self.target_sparsity,
+                wheel=self.wheel,
+                seed=self.seed,
+                observer=watcher,
+            )
+
+    def _keep_accepted(self, trainer: Trainer, so_far: Winner | None, metric: Metric, interrupted: bool) -> None:
+        """Of a search that did not end, keep the report, and the masks in a file. The network is the dense one."""
+        if so_far is None:
+            return
+        reason = StopReason.INTERRUPTED if interrupted else StopReason.FAILED
+        self.report = replace(so_far.report.in_metric(metric.monitor, metric.mode), stop_reason=reason)
+        if self._files is not None and self.report.accepted and trainer.is_global_zero:
+            save_accepted_levels(self._files.interrupted, so_far.history, self.report.to_dict())
+            warnings.warn(
+                f"RouletteWheelPruning: the search did not end. The {len(self.report.accepted)} levels accepted so far "
+                f"are in {self._files.interrupted!r}; apply_mask(module, path) applies the last of them.",
+                stacklevel=2,
+            )
+
+    def _load(self, trainer: Trainer, module: LightningModule, winner: Winner, metric: Metric) -> None:
+        """Load the winner in place, measure it once more, and save it; the dense network first."""
+        if winner.report.winner is not None:
+            if self._files is not None and checkpoint_with_these_weights(trainer, module) is None:
+                trainer.save_checkpoint(self._files.dense, weights_only=False)
+            apply_mask(module, winner.mask)
+        self._history, self._module = winner.history.cpu(), weakref.ref(module)
+        report = winner.report.in_metric(metric.monitor, metric.mode)
+        self.report = replace(report, score=self._measure(trainer, module, metric))
+        if winner.report.winner is not None:
+            self._save(trainer)
+
+    def _finish(self, trainer: Trainer, module: LightningModule) -> None:
+        """Measure and save the winner as further training has made it."""
+        assert self.report is not None
+        metric = self._metric or self._rehearse(trainer, module, 1)
+        self.report = replace(self.report, trained_score=self._measure(trainer, module, metric))
+        self._files = self._files or RunFiles.next_to(trainer, self.dirpath)
+        if self.report.winner is not None:
+            self._save(trainer)
+
+    def _measure(self, trainer: Trainer, module: LightningModule, metric: Metric) -> float:
+        with self._validating(trainer, module) as validation:
+            return float(agreed_over_processes(trainer)(validation.run().values[metric.monitor]))
+
+    def _save(self, trainer: Trainer) -> None:
+        if self._files is not None:
+            self.best_model_path = self._files.pruned
+            trainer.save_checkpoint(self._files.pruned, weights_only=False)
+
+
+def _nothing_to_do(trainer: Trainer) -> bool:
+    """Whether this fit cannot search at all; then one warning says so."""
+    why = None
+    if trainer.barebones:
+        why = "barebones=True logs no metrics"
+    elif trainer.max_epochs == 0 or trainer.max_steps == 0:
+        why = "the Trainer trains for no epoch, and so calls no hook at the end of training"
+    if why is not None:
+        warnings.warn(f"RouletteWheelPruning does nothing in this fit: {why}.", stacklevel=2)
+    return why is not None

@@ -1,0 +1,91 @@
+"""What is refused before any work starts, each with what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+from lightning_roulette.core.parameters import has_lazy_parameters, prunable_parameters, skipped_parameters
+from lightning_roulette.trainer.evaluation import callbacks_of
+
+
+def refuse_foreign_trainer(trainer: Any) -> None:
+    """Raise for a Trainer of the `pytorch_lightning` package, whose classes are not those of `lightning`.
+
+    Raises:
+        TypeError: If it is one.
+    """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(
+            f"the Trainer is from {type(trainer).__module__.split('.')[0]!r}, but must be that of lightning.pytorch. "
+            "Write `from lightning.pytorch import Trainer` (and LightningModule) instead of `pytorch_lightning`."
+        )
+
+
+def refuse_trainer(trainer: Trainer, callback: Callback, keep_callbacks: Sequence[str], at_epoch: int | None) -> None:
+    """Raise where this Trainer cannot search as asked.
+
+    Raises:
+        ValueError: If `at_epoch` lies beyond `max_epochs`, or `keep_callbacks` names no callback of the Trainer.
+        RuntimeError: If the strategy shards weights, or another callback has the same state key.
+    """
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        raise RuntimeError(
+            f"the strategy is {type(trainer.strategy).__name__}, which shards weights, but RouletteWheelPruning needs "
+            "whole ones. Use a single device, 'ddp' or 'ddp_spawn'."
+        )
+    twins = [one for one in callbacks_of(trainer) if one.state_key == callback.state_key]
+    if len(twins) > 1:
+        raise RuntimeError(
+            f"the Trainer has {len(twins)} callbacks with the state key {callback.state_key!r}, but one checkpoint can "
+            "hold the state of only one. Keep one of them."
+        )
+    kinds = [type(one).__name__ for one in callbacks_of(trainer) if one is not callback]
+    for name in keep_callbacks:
+        if name not in kinds:
+            raise ValueError(f"keep_callbacks names {name!r}, but the Trainer's callbacks are {', '.join(kinds)}.")
+    if at_epoch is not None and trainer.max_epochs not in (None, -1) and at_epoch > trainer.max_epochs:
+        raise ValueError(
+            f"at_epoch is {at_epoch}, but the Trainer stops after max_epochs={trainer.max_epochs}. "
+            "Lower at_epoch, or leave it out to search when training ends."
+        )
+
+
+def refuse_without_validation(trainer: Trainer, module: LightningModule) -> None:
+    """Raise where candidates could not be validated.
+
+    Raises:
+        RuntimeError: If there is no `validation_step`, no validation data, or `limit_val_batches=0`.
+    """
+    if trainer.enable_validation:
+        return
+    if not is_overridden("validation_step", module):
+        why = f"{type(module).__name__} has no validation_step, by which candidates are judged. Define one."
+    elif trainer.limit_val_batches == 0:
+        why = "limit_val_batches is 0, so that candidates cannot be judged. Allow some validation batches."
+    else:
+        why = (
+            "there is no validation data, on which candidates are judged. Pass val_dataloaders to fit, or define them."
+        )
+    raise RuntimeError(f"RouletteWheelPruning: {why}")
+
+
+def find_prunable(
+    module: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> dict[str, nn.Parameter]:
+    """The prunable parameters; none at all is an error unless some get their shape only at the first forward.
+
+    Raises:
+        ValueError: If there is none, or a pattern matches nothing.
+    """
+    found = prunable_parameters(module, include=include, exclude=exclude)
+    if not found and not has_lazy_parameters(module):
+        skipped = skipped_parameters(module, include=include, exclude=exclude)
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:8]) or "it has no parameters"
+        raise ValueError(f"no parameter of {type(module).__name__} is prunable ({reasons}). Name some with include.")
+    return found

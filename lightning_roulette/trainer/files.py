@@ -1,0 +1,108 @@
+"""Where a search writes, and what it never overwrites."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_roulette.core.masks import History
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of one search, in one folder, under one version.
+
+    Attributes:
+        pruned: Checkpoint of the winner.
+        dense: Checkpoint of the network before the winner was loaded.
+        interrupted: The accepted levels of a search that did not end.
+    """
+
+    pruned: str
+    dense: str
+    interrupted: str
+
+    @classmethod
+    def next_to(cls, trainer: Trainer, dirpath: str | os.PathLike[str] | None) -> RunFiles | None:
+        """Files that do not exist yet, or None if nothing is to be written.
+
+        They lie in `dirpath`, else beside the Trainer's checkpoints; with checkpointing disabled and no `dirpath`, and
+        with `fast_dev_run`, nothing is written. Rank 0 decides.
+        """
+        folder = _folder(trainer, dirpath)
+        if folder is None:
+            return None
+        files = next(one for one in cls._versions(folder) if not one._exist()) if trainer.is_global_zero else None
+        return trainer.strategy.broadcast(files)
+
+    @classmethod
+    def _versions(cls, folder: str) -> Iterator[RunFiles]:
+        version = 0
+        while True:
+            tail = f"-v{version}" if version else ""
+            names = (f"pruned{tail}.ckpt", f"dense{tail}.ckpt", f"interrupted{tail}.pt")
+            yield cls(*(f"{folder.rstrip('/')}/{name}" for name in names))
+            version += 1
+
+    def _exist(self) -> bool:
+        return any(get_filesystem(path).exists(path) for path in (self.pruned, self.dense, self.interrupted))
+
+
+def _folder(trainer: Trainer, dirpath: str | os.PathLike[str] | None) -> str | None:
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    if dirpath is not None:
+        return os.fspath(dirpath)
+    beside = [folder for one in trainer.checkpoint_callbacks if (folder := getattr(one, "dirpath", None))]
+    if beside:
+        return str(beside[0])
+    if not trainer.checkpoint_callbacks:
+        return None
+    return os.path.join(trainer.log_dir or trainer.default_root_dir, "checkpoints")
+
+
+def checkpoint_with_these_weights(trainer: Trainer, module: LightningModule) -> str | None:
+    """A file of a ModelCheckpoint that holds, bit for bit, what `module` is now; None if there is none."""
+    found = None
+    if trainer.is_global_zero:
+        paths = [
+            path
+            for one in trainer.checkpoint_callbacks
+            if isinstance(one, ModelCheckpoint)
+            for path in (one.last_model_path, one.best_model_path)
+            if path
+        ]
+        found = next((path for path in dict.fromkeys(paths) if _holds(path, module)), None)
+    return trainer.strategy.broadcast(found)
+
+
+def _holds(path: str, module: LightningModule) -> bool:
+    try:
+        with get_filesystem(path).open(path, "rb") as file:
+            stored = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception:  # gone, or with contents that only a trusting load would read
+        return False
+    now = module.state_dict()
+    return stored.keys() == now.keys() and all(_equal(stored[name], value) for name, value in now.items())
+
+
+def _equal(stored: Any, value: Any) -> bool:
+    if not isinstance(value, torch.Tensor):
+        return bool(stored == value)
+    return stored.dtype == value.dtype and torch.equal(stored, value.cpu())
+
+
+def save_accepted_levels(path: str, history: History, report: Mapping[str, Any]) -> None:
+    """Write a file that `Mask.load` and `apply_mask` read; it appears whole or not at all."""
+    files = get_filesystem(path)
+    files.makedirs(os.path.dirname(path), exist_ok=True)
+    with files.open(f"{path}.part", "wb") as file:
+        torch.save({**history.state(), "report": dict(report)}, file)
+    files.mv(f"{path}.part", path)

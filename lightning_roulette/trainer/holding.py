@@ -1,0 +1,136 @@
+"""HoldZeros: pruned weights stay zero while a Trainer trains on."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+from lightning_roulette.core.holding import ZeroHold
+from lightning_roulette.core.masks import Mask, apply_mask
+from lightning_roulette.core.parameters import aliases, prunable_parameters
+from lightning_roulette.trainer.evaluation import callbacks_of
+
+_log = logging.getLogger("lightning_roulette")
+
+
+class TrainingHold:
+    """A `ZeroHold` on a module in training: what a callback's hooks do with it.
+
+    Args:
+        trainer: Its optimizers must exist.
+        module: The module whose parameters the mask names.
+        mask: Which weights are kept.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, mask: Mask) -> None:
+        apply_mask(module, mask)  # refuses a mask of another network
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        self._zeros, self._mask = ZeroHold(parameters, mask, trainer.optimizers), mask
+
+    def fill(self) -> None:
+        """Set every pruned weight to zero: after the step of a foreign optimizer, and in averaged weights."""
+        self._zeros.fill()
+
+    def release(self) -> None:
+        """Hold nothing any more."""
+        self._zeros.release()
+
+
+def fill_checkpoint(module: LightningModule, mask: Mapping[str, Tensor], checkpoint: dict[str, Any]) -> None:
+    """Set pruned weights in a checkpoint's `state_dict` to zero: weight averaging puts other weights there."""
+    weights, names = checkpoint["state_dict"], aliases(module)
+    for name, kept in mask.items():
+        for alias in names.get(name, [name]):
+            if alias in weights:
+                weights[alias] = weights[alias].masked_fill(~kept.to(weights[alias].device), 0)
+
+
+def place_before_checkpoints(trainer: Trainer, callback: Callback) -> None:
+    """Let `callback` run after everything that still changes weights and before everything that saves them."""
+    rest = [one for one in callbacks_of(trainer) if one is not callback]
+    first = next((i for i, one in enumerate(rest) if isinstance(one, Checkpoint)), len(rest))
+    # a new list: Lightning is going through the old one now
+    trainer.callbacks = [*rest[:first], callback, *rest[first:]]  # type: ignore[attr-defined]
+
+
+class HoldZeros(Callback):
+    """Holds pruned weights at zero, exactly, while a `Trainer` fits: to fine-tune a pruned network.
+
+    Works through any optimizer (momentum, weight decay, LBFGS), gradient accumulation and clipping, manual
+    optimization, mixed precision and weight averaging. Names in checkpoints stay those of the module.
+
+    Args:
+        mask: Which weights are kept, by name in the LightningModule; or a file that `Mask.load` reads; or None: the
+            zeros that its prunable weights have when training starts.
+
+    Example:
+        model = MyModule.load_from_checkpoint("pruned.ckpt")
+        Trainer(callbacks=[HoldZeros()], max_epochs=3).fit(model, data)
+
+    Raises:
+        ValueError: When training starts, if the mask names no such parameter or has another shape.
+    """
+
+    def __init__(self, mask: Mapping[str, Tensor] | str | os.PathLike[str] | None = None) -> None:
+        self.mask: Mask | None = None
+        if mask is not None:
+            self.mask = Mask.load(mask) if isinstance(mask, str | os.PathLike) else Mask(mask)
+        self._hold: TrainingHold | None = None
+        self._held: Mask | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the place between those who change weights and those who save them."""
+        if stage == "fit":
+            place_before_checkpoints(trainer, self)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the zeros, if no mask was given, and hold them."""
+        self._held = self.mask if self.mask is not None else _found(pl_module)
+        self._hold = TrainingHold(trainer, pl_module, self._held)
+        if trainer.is_global_zero:
+            _log.info(f"HoldZeros: {self._held.sparsity:.2%} of {self._held.size:,} weights are held at zero.")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Fill, for optimizers that are not torch's."""
+        self._fill()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fill, as weight averaging has put its own weights in."""
+        self._fill()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fill, as weight averaging has put its own weights in."""
+        self._fill()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save zeros, as weight averaging has put its own weights in."""
+        if self._held is not None:
+            fill_checkpoint(pl_module, self._held, checkpoint)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hold nothing any more."""
+        if self._hold is not None:
+            self._hold.release()
+        self._hold = None
+        self._held = self._held if stage == "fit" else None
+
+    def _fill(self) -> None:
+        if self._hold is not None:
+            self._hold.fill()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_hold": None}  # hooks belong to one run
+
+
+def _found(module: LightningModule) -> Mask:
+    zeros = Mask.of_nonzeros(prunable_parameters(module))
+    with_zeros = {name: kept for name, kept in zeros.items() if not bool(kept.all())}
+    return Mask(with_zeros)

@@ -1,0 +1,151 @@
+"""Which logged metric judges, and in which direction."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch import Tensor
+
+from lightning_roulette.trainer.evaluation import Logged, callbacks_of
+
+# A metric's name is split at everything but letters and digits. A part tells the direction if it is one of these words,
+# a final "score" or number aside, or if it ends with one of the plainer ones.
+_LARGER = frozenset(
+    {"acc", "accuracy", "f1", "auc", "auroc", "auprc", "precision", "recall", "map", "iou", "miou", "dice"}
+)
+_LARGER |= {"r2", "spearman", "pearson", "kappa", "mcc", "psnr", "ssim", "bleu", "rouge"}
+_SMALLER = frozenset({"loss", "err", "error", "mse", "rmse", "mae", "mape", "nll", "ppl", "perplexity", "wer", "cer"})
+_SMALLER |= {"fid", "ece", "brier"}
+_PLAINER = ("acc", "accuracy", "loss", "error")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The metric that judges.
+
+    Attributes:
+        monitor: The name it is logged under.
+        mode: `"max"` if larger values are better, else `"min"`.
+        why: How it was found, in a few words.
+        loss: Another logged value, a loss, that breaks ties; None if there is none.
+    """
+
+    monitor: str
+    mode: str
+    why: str
+    loss: str | None
+
+    @property
+    def sign(self) -> int:
+        """What turns a value into one of which larger is better."""
+        return 1 if self.mode == "max" else -1
+
+
+def find_metric(logged: Logged, trainer: Trainer, monitor: str | None, mode: str | None, tolerance: float) -> Metric:
+    """The metric that judges candidates.
+
+    Without a `monitor` it is the one logged torchmetrics object with `higher_is_better=True`; else the one
+    accuracy-like name; else what a ModelCheckpoint, an EarlyStopping or a plateau scheduler of the Trainer watches;
+    else the only metric. Without a `mode` the direction is that of the callback or scheduler that watches the metric;
+    else `higher_is_better`; else the name's.
+
+    Raises:
+        RuntimeError: If the metric was not logged or is not one number, or none or several could be meant, or the
+            direction cannot be told. The message lists what was logged.
+    """
+    values = {
+        name: value  # what is logged both on step and epoch comes under two names
+        for name, value in logged.values.items()
+        if name == (plain := name.removesuffix("_epoch")) or plain not in logged.values
+    }
+    if monitor is None:
+        monitor, why = _choice(values, logged.higher_is_better, trainer, tolerance)
+    elif monitor in logged.values:
+        why = "as asked"
+    else:
+        raise RuntimeError(f"RouletteWheelPruning watches {monitor!r}, which validation did not log. {_list(values)}")
+    value = logged.values[monitor]
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise RuntimeError(
+            f"RouletteWheelPruning watches {monitor!r}, which has shape {tuple(value.shape)}, but must be one number. "
+            f"Log a mean of it, or pass monitor=... {_list(values)}"
+        )
+    direction = mode or _direction(monitor, logged.higher_is_better, trainer)
+    losses = [name for name in values if _tells(name, {"loss"}) and name != monitor]
+    loss = "val_loss" if "val_loss" in losses else losses[0] if len(losses) == 1 else None
+    return Metric(monitor, direction, why, loss)
+
+
+def _choice(
+    values: Mapping[str, Any], higher_is_better: Mapping[str, bool | None], trainer: Trainer, tolerance: float
+) -> tuple[str, str]:
+    rising = [name for name in values if higher_is_better.get(_plain(name))]
+    named = [name for name in values if _tells(name, _LARGER)]
+    for names, why in ((rising, "the one logged metric that rises"), (named, "the one logged name like an accuracy")):
+        if len(names) == 1:
+            return names[0], why
+    several = list(dict.fromkeys(rising + named))
+    if several and tolerance > 0:
+        raise RuntimeError(
+            f"tolerance is {tolerance}, in units of the metric, but several could be meant: "
+            f"{', '.join(map(repr, several))}. Pass monitor=..."
+        )
+    for watched, _, watcher in _watched(trainer):
+        if watched is not None and watched in values:
+            return watched, f"what {watcher} watches"
+    if len(values) == 1:
+        return next(iter(values)), "the only metric logged"
+    raise RuntimeError(f"RouletteWheelPruning cannot tell which metric to watch. {_list(values)} Pass monitor=...")
+
+
+def _direction(monitor: str, higher_is_better: Mapping[str, bool | None], trainer: Trainer) -> str:
+    for watched, mode, _ in _watched(trainer):
+        if watched == monitor and mode in ("min", "max"):
+            return mode
+    rises = higher_is_better.get(_plain(monitor))
+    if rises is None:
+        rises = _tells(monitor, _LARGER)
+        if rises == _tells(monitor, _SMALLER):
+            raise RuntimeError(
+                f"RouletteWheelPruning cannot tell whether larger values of {monitor!r} are better. Pass mode='max' or "
+                "mode='min'."
+            )
+    return "max" if rises else "min"
+
+
+def _watched(trainer: Trainer) -> list[tuple[str | None, str | None, str]]:
+    """What is watched, in which mode, by whom: ModelCheckpoints first, then EarlyStoppings, then plateau schedulers."""
+    callbacks = [
+        (one.monitor, one.mode, kind.__name__)
+        for kind in (ModelCheckpoint, EarlyStopping)
+        for one in callbacks_of(trainer)
+        if isinstance(one, kind)
+    ]
+    schedulers = [
+        (config.monitor, getattr(config.scheduler, "mode", None), "a learning rate scheduler")
+        for config in trainer.lr_scheduler_configs
+        if config.reduce_on_plateau
+    ]
+    return callbacks + schedulers
+
+
+def _plain(name: str) -> str:
+    """The name that was given to `self.log`, without the loader that Lightning adds to it."""
+    return name.split("/dataloader_idx_")[0]
+
+
+def _tells(name: str, words: Collection[str]) -> bool:
+    parts = [part for part in re.split(r"[^a-z0-9]+", _plain(name).lower()) if part]
+    forms = {form for part in parts for form in (part, part.removesuffix("score"), part.rstrip("0123456789"))}
+    return any(form in words or form.endswith(tuple(w for w in _PLAINER if w in words)) for form in forms)
+
+
+def _list(values: Mapping[str, Any]) -> str:
+    if not values:
+        return "Nothing was logged: call self.log(...) in validation_step."
+    return f"Logged: {', '.join(repr(name) for name in sorted(values))}."

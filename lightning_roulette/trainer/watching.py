@@ -1,0 +1,86 @@
+"""What a search says while it runs: a progress line, log lines, curves; and what it has found so far."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from lightning.pytorch import Trainer
+
+from lightning_roulette.core.report import Candidate, Level, SearchReport
+from lightning_roulette.core.search import Observer, Winner
+from lightning_roulette.trainer.curves import Curves
+from lightning_roulette.trainer.monitor import Metric
+from lightning_roulette.trainer.progress import line_of
+
+log = logging.getLogger("lightning_roulette")
+
+
+def speak_up() -> None:
+    """Let the package's log lines be seen, unless the user has arranged for logging: as Lightning does for its own."""
+    if not log.handlers and not logging.getLogger().handlers:
+        log.addHandler(logging.StreamHandler())
+        log.propagate = False
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.INFO)
+
+
+class Watcher(Observer):
+    """Passes a search on to the people who wait for it, in the units of the metric.
+
+    Args:
+        trainer: Its loggers get the curves, its progress bar the line.
+        metric: What scores mean.
+        branches: Candidates per level.
+        parameters: Names of the parameters on the wheel.
+    """
+
+    def __init__(self, trainer: Trainer, metric: Metric, branches: int, parameters: Iterable[str]) -> None:
+        self._metric, self._branches, self._parameters = metric, branches, list(parameters)
+        self._speaks = trainer.is_global_zero
+        self._curves, self._line = Curves(trainer.loggers if self._speaks else ()), line_of(trainer)
+        self.so_far: Winner | None = None
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._line.close()
+
+    def on_dense(self, report: SearchReport) -> None:
+        """Say the dense score and what a level will cost."""
+        ours = self._in_metric(report)
+        self._say(
+            f"{ours.monitor} ({self._metric.mode}, {self._metric.why}): dense {ours.dense_score:.6g}, "
+            f"floor {ours.floor:.6g}. A level of {self._branches} candidates will take about "
+            f"{self._branches * report.seconds:.1f} s."
+        )
+        self._curves.draw_dense(ours, self._parameters)
+
+    def on_candidate(self, level: int, number: int, best: Candidate | None, sparsity: float) -> None:
+        """Move the progress line."""
+        found = "" if best is None else f", best {self._metric.sign * best.score:.4g}"
+        self._line.show(f"Pruning level {level} to {sparsity:.2%}{found}", number, self._branches)
+
+    def on_level(self, level: Level, so_far: Winner) -> None:
+        """Say how the level ended; draw it if it was accepted."""
+        self.so_far = so_far
+        report = self._in_metric(so_far.report)
+        ours = report.levels[-1]
+        verdict = "accepted" if ours.accepted else f"below the floor {report.floor:.6g}"
+        self._say(f"level {ours.level}: sparsity {ours.sparsity:.2%}, {report.monitor} {ours.score:.6g}, {verdict}")
+        if ours.accepted:
+            self._curves.draw_level(ours, report.floor, so_far.mask.densities)
+
+    def on_end(self, report: SearchReport) -> None:
+        """Say why the search ended; draw the report, which is in the units of the metric already."""
+        for sentence in report.summary():
+            self._say(sentence)
+        self._curves.draw_report(report)
+
+    def _in_metric(self, report: SearchReport) -> SearchReport:
+        return report.in_metric(self._metric.monitor, self._metric.mode)
+
+    def _say(self, text: str) -> None:
+        if self._speaks:
+            log.info(f"RouletteWheelPruning: {text}")
