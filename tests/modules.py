@@ -1,0 +1,65 @@
+"""Small modules and data for tests: ten-class blobs that a tiny network learns in a second."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+
+def blobs(count: int, seed: int) -> TensorDataset:
+    """`count` points of 16 numbers around ten centres, with their class; neighbours overlap a little."""
+    chance = torch.Generator().manual_seed(seed)
+    centres = torch.randn(10, 16, generator=torch.Generator().manual_seed(99))
+    classes = torch.randint(10, (count,), generator=chance)
+    return TensorDataset(centres[classes] + 0.6 * torch.randn(count, 16, generator=chance), classes)
+
+
+def train_loader(**options) -> DataLoader:
+    return DataLoader(blobs(400, 1), batch_size=50, shuffle=True, **options)
+
+
+def val_loader(batch_size: int = 64, **options) -> DataLoader:
+    return DataLoader(blobs(200, 2), batch_size=batch_size, **options)
+
+
+def tiny_net() -> nn.Sequential:
+    """Weights the same at every call; 16 * 24 + 24 * 10 = 624 of them prunable."""
+    net = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 10))
+    chance = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=chance))
+    return net
+
+
+class Blobs(LightningModule):
+    """Classifies blobs; logs `val_loss` and `val_acc` (a torchmetrics object)."""
+
+    def __init__(self, lr: float = 1e-2) -> None:
+        super().__init__()
+        self.net = tiny_net()
+        self.lr = lr
+        self.val_acc = MulticlassAccuracy(10, average="micro")
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = cross_entropy(self(x), y)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        x, y = batch
+        scores = self(x)
+        self.log("val_loss", cross_entropy(scores, y), sync_dist=True)
+        self.val_acc(scores, y)
+        self.log("val_acc", self.val_acc)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
