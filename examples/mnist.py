@@ -41,7 +41,7 @@ def lenet_5() -> nn.Module:
     return nn.Sequential(*features, nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10))
 
 
-NETWORKS = {"lenet-300-100": lenet_300_100, "lenet-5": lenet_5}
+NETWORKS = {"lenet-300-100": (lenet_300_100, 1000), "lenet-5": (lenet_5, 250)}  # and the batch to validate in
 
 
 class Classifier(LightningModule):
@@ -121,7 +121,8 @@ def magnitude_pruned(net: nn.Module, val: Split, tolerance: float) -> float:
 def run(name: str, seed: int, options: argparse.Namespace, data: dict[str, Split]) -> dict[str, float | str | int]:
     """Train, prune and judge one network."""
     seed_everything(seed, verbose=False)
-    module = Classifier(NETWORKS[name]())
+    network, val_batch = NETWORKS[name]
+    module = Classifier(network())
     pruning = RouletteWheelPruning(
         branches=options.branches, tolerance=options.tolerance, wheel=Wheel(sharpness=options.sharpness), seed=seed
     )
@@ -132,7 +133,7 @@ def run(name: str, seed: int, options: argparse.Namespace, data: dict[str, Split
         enable_model_summary=False,
         enable_progress_bar=not options.quiet,
     )
-    trainer.fit(module, batches(data["train"], 100, shuffle=True), batches(data["val"], 1000))
+    trainer.fit(module, batches(data["train"], 100, shuffle=True), batches(data["val"], val_batch))
     slim = accuracy(module.net, data["test"])
     trained = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
     module.load_state_dict(trained)

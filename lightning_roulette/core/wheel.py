@@ -74,8 +74,8 @@ class Sectors:
         if not sharpness >= 0:
             raise ValueError(f"sharpness is {sharpness}, but must be 0 or more (infinity is magnitude pruning).")
         self.parent, self.sharpness, self.scope = parent, sharpness, scope
-        self._index = {name: kept.reshape(-1).nonzero().reshape(-1) for name, kept in parent.items()}
-        alive = {name: _checked(name, importance[name]).reshape(-1)[index] for name, index in self._index.items()}
+        self._index = {name: kept.flatten().nonzero().flatten() for name, kept in parent.items()}
+        alive = {name: _checked(name, importance[name]).flatten()[index] for name, index in self._index.items()}
         self._terms = {name: values.to(torch.float64) for name, values in alive.items()}
         if math.isfinite(sharpness):
             _to_log_odds(self._terms, sharpness)
@@ -108,9 +108,9 @@ class Sectors:
         return log_clocks(stream_of_name, self._index[name]).add_(self._terms[name])
 
     def _without(self, name: str, drawn: Tensor) -> Tensor:
-        kept = self.parent[name].clone()
-        kept.view(-1)[self._index[name][drawn]] = False
-        return kept
+        kept = self.parent[name].flatten().clone()
+        kept[self._index[name][drawn]] = False
+        return kept.view(self.parent[name].shape)
 
 
 def layer_shares(draws: int, survivors: Sequence[int]) -> list[int]:
@@ -166,7 +166,7 @@ def _smallest(keys: Sequence[Tensor], draws: int) -> list[Tensor]:
     else:
         threshold = joined.kthvalue(draws).values
         drawn = joined < threshold
-        tied = (joined == threshold).nonzero().reshape(-1)
+        tied = (joined == threshold).nonzero().flatten()
         drawn[tied[: draws - int(drawn.sum())]] = True
     parts = drawn.split([len(values) for values in keys])
     return [part.to(values.device) for part, values in zip(parts, keys, strict=True)]
