@@ -183,6 +183,8 @@ class History:
         level: The level whose mask is `mask`: the winner's.
     """
 
+    most_levels = torch.iinfo(torch.int16).max
+
     def __init__(self, pruned_at: Mapping[str, Tensor], level: int = 0) -> None:
         self._pruned_at, self.level = dict(pruned_at), level
 

@@ -231,7 +231,7 @@ class _Growing:
         too_fine = self.halvings > 0 and tree.pruning_rate / 2**self.halvings < tree.smallest_rate
         if self.failures >= tree.patience or too_fine:
             return StopReason.DECLINED
-        if tree.max_levels is not None and self.history.level >= tree.max_levels:
+        if self.history.level >= min(tree.max_levels or History.most_levels, History.most_levels):
             return StopReason.MAX_LEVELS
         if target_sparsity is not None and self._spare(target_sparsity) <= 0:
             return StopReason.TARGET_REACHED

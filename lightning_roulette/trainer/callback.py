@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from lightning_roulette.core.holding import ZeroHold
 from lightning_roulette.core.masks import History, Mask, apply_mask
 from lightning_roulette.core.report import SearchReport, StopReason
 from lightning_roulette.core.search import Winner, check_search, search
@@ -30,7 +31,7 @@ from lightning_roulette.trainer.evaluation import (
     callbacks_of,
 )
 from lightning_roulette.trainer.files import RunFiles, checkpoint_with_these_weights, save_accepted_levels
-from lightning_roulette.trainer.holding import TrainingHold, fill_checkpoint, place_before_checkpoints
+from lightning_roulette.trainer.holding import fill_checkpoint, hold_zeros, place_before_checkpoints
 from lightning_roulette.trainer.monitor import Metric, find_metric
 from lightning_roulette.trainer.watching import Watcher, speak_up
 
@@ -110,7 +111,7 @@ class RouletteWheelPruning(Callback):
         self.wheel, self.tree, self.validation = wheel, tree, validation
         self.seed, self.dirpath = seed, dirpath
         self._restored = self._idle = False
-        self._hold: TrainingHold | None = None
+        self._hold: ZeroHold | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -145,7 +146,7 @@ class RouletteWheelPruning(Callback):
         refuse_foreign_trainer(trainer)
         if stage != "fit":
             return
-        self._restored, self._idle = False, _nothing_to_do(trainer)
+        self._restored, self._metric, self._idle = False, None, _nothing_to_do(trainer)
         refuse_trainer(trainer, self, self.validation.keep_callbacks, self.at_epoch)
         place_before_checkpoints(trainer, self)
         speak_up()
@@ -162,13 +163,13 @@ class RouletteWheelPruning(Callback):
             self._forget()
         if self._history is not None:
             self._hold_zeros(trainer, pl_module)
-        elif not self._idle and trainer.num_sanity_val_steps > 0:
+        if not self._idle and trainer.num_sanity_val_steps > 0:
             self._rehearse(trainer, pl_module, trainer.num_sanity_val_steps)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where the user skips the sanity check, see at the first validation that the metric is there."""
         training = trainer.state.fn == "fit" and not trainer.sanity_checking
-        if training and not self._idle and self._history is None and self._metric is None:
+        if training and not self._idle and self._metric is None:
             self._rehearse(trainer, pl_module, 1)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -252,7 +253,7 @@ class RouletteWheelPruning(Callback):
 
     def _hold_zeros(self, trainer: Trainer, module: LightningModule) -> None:
         if (mask := self.mask) is not None:
-            self._hold = TrainingHold(trainer, module, mask)
+            self._hold = hold_zeros(trainer, module, mask)
             self._loaded_at_step = trainer.global_step
 
     def _validating(self, trainer: Trainer, module: LightningModule) -> IsolatedValidation:
@@ -262,10 +263,13 @@ class RouletteWheelPruning(Callback):
         """Find the metric by a short validation as candidates will have it."""
         with self._validating(trainer, module) as validation:
             logged = validation.run(batches)
+        # what an earlier search was judged by is what its winner is measured by
+        monitor, mode = (self.report.monitor, self.report.mode) if self.report else (self.monitor, self.mode)
         try:
-            self._metric = find_metric(logged, trainer, self.monitor, self.mode, self.tolerance)
+            self._metric = find_metric(logged, trainer, monitor, mode, self.tolerance)
         except RuntimeError as error:
-            if self.monitor in logged.values or (name := self._who_logs(trainer, module, logged.values)) is None:
+            name = None if monitor in logged.values else self._who_logs(trainer, module, monitor, bool(logged.values))
+            if name is None:
                 raise
             raise RuntimeError(
                 f"{error} Your callback {name} logs it, but callbacks do not see candidates unless asked to: "
@@ -273,12 +277,14 @@ class RouletteWheelPruning(Callback):
             ) from None
         return self._metric
 
-    def _who_logs(self, trainer: Trainer, module: LightningModule, without: Any) -> str | None:
+    def _who_logs(
+        self, trainer: Trainer, module: LightningModule, monitor: str | None, others_logged: bool
+    ) -> str | None:
         """The class of a callback that logs the metric, if one does."""
         for name in dict.fromkeys(type(one).__name__ for one in callbacks_of(trainer) if one is not self):
             with IsolatedValidation(trainer, module, [*self.validation.keep_callbacks, name]) as validation:
                 logged = validation.run(1).values
-            if self.monitor in logged or (self.monitor is None and not without and logged):
+            if monitor in logged or (monitor is None and not others_logged and logged):
                 return name
         return None
 

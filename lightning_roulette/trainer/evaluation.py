@@ -84,6 +84,8 @@ class IsolatedValidation:
             (trainer.fit_loop.epoch_loop, "val_loop", self._loop),
             (self._module, "_current_fx_name", self._module._current_fx_name),  # what `self.log` files under
         ]
+        if (loader := self._loop._combined_loader) is not None:
+            replacements.append((loader, "_limits", loader.limits))  # the public setter does not take None back
         with ExitStack() as stack:
             stack.callback(surely, self._snapshot.restore)
             stack.callback(self._let_go_of_data, trainer.fit_loop.epoch_loop.val_loop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,27 +20,14 @@ from lightning_roulette.trainer.evaluation import callbacks_of
 _log = logging.getLogger("lightning_roulette")
 
 
-class TrainingHold:
-    """A `ZeroHold` on a module in training: what a callback's hooks do with it.
+def hold_zeros(trainer: Trainer, module: LightningModule, mask: Mask) -> ZeroHold:
+    """Prune `module` by `mask` and hold its zeros through every optimizer of the Trainer.
 
-    Args:
-        trainer: Its optimizers must exist.
-        module: The module whose parameters the mask names.
-        mask: Which weights are kept.
+    Raises:
+        ValueError: If the mask is not one of this module; then nothing was changed.
     """
-
-    def __init__(self, trainer: Trainer, module: LightningModule, mask: Mask) -> None:
-        apply_mask(module, mask)  # refuses a mask of another network
-        parameters = dict(module.named_parameters(remove_duplicate=False))
-        self._zeros, self._mask = ZeroHold(parameters, mask, trainer.optimizers), mask
-
-    def fill(self) -> None:
-        """Set every pruned weight to zero: after the step of a foreign optimizer, and in averaged weights."""
-        self._zeros.fill()
-
-    def release(self) -> None:
-        """Hold nothing any more."""
-        self._zeros.release()
+    apply_mask(module, mask)
+    return ZeroHold(dict(module.named_parameters(remove_duplicate=False)), mask, trainer.optimizers)
 
 
 def fill_checkpoint(module: LightningModule, mask: Mapping[str, Tensor], checkpoint: dict[str, Any]) -> None:
@@ -81,7 +69,7 @@ class HoldZeros(Callback):
         self.mask: Mask | None = None
         if mask is not None:
             self.mask = Mask.load(mask) if isinstance(mask, str | os.PathLike) else Mask(mask)
-        self._hold: TrainingHold | None = None
+        self._hold: ZeroHold | None = None
         self._held: Mask | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -92,8 +80,10 @@ class HoldZeros(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the zeros, if no mask was given, and hold them."""
         self._held = self.mask if self.mask is not None else _found(pl_module)
-        self._hold = TrainingHold(trainer, pl_module, self._held)
-        if trainer.is_global_zero:
+        self._hold = hold_zeros(trainer, pl_module, self._held)
+        if not self._held:
+            warnings.warn("HoldZeros found no zeros to hold: was a pruned checkpoint loaded?", stacklevel=2)
+        elif trainer.is_global_zero:
             _log.info(f"HoldZeros: {self._held.sparsity:.2%} of {self._held.size:,} weights are held at zero.")
 
     def on_train_batch_end(
@@ -120,7 +110,6 @@ class HoldZeros(Callback):
         if self._hold is not None:
             self._hold.release()
         self._hold = None
-        self._held = self._held if stage == "fit" else None
 
     def _fill(self) -> None:
         if self._hold is not None:

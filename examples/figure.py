@@ -1,0 +1,34 @@
+"""Draw a search, saved as JSON by `SearchReport.to_dict`, as the picture of the README."""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from lightning_roulette import SearchReport
+
+
+def draw(report: SearchReport, path: Path) -> None:
+    """Score, floor and the spread of each branch over sparsity; failed levels are crosses."""
+    figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
+    kept = report.accepted
+    sparsity = [0.0, *(level.sparsity for level in kept)]
+    spreads = [(report.dense_score,) * 3, *(level.spread for level in kept)]
+    low, middle, high = zip(*spreads, strict=True)
+    axes.fill_between(sparsity, low, high, alpha=0.2, label="branch: worst to best")
+    axes.plot(sparsity, middle, lw=1, ls="--", label="branch: median")
+    axes.plot(sparsity, [report.dense_score, *(level.score for level in kept)], marker=".", label="accepted winner")
+    failed = [level for level in report.levels if not level.accepted]
+    axes.plot(
+        [one.sparsity for one in failed], [one.score for one in failed], "x", color="tab:red", label="failed level"
+    )
+    axes.axhline(report.floor, color="gray", lw=1, label="floor")
+    axes.set(xlabel="sparsity", ylabel=f"{report.monitor} (validation data, which chose)")
+    axes.legend(loc="lower left", fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    source, target = map(Path, sys.argv[1:])
+    draw(SearchReport.from_dict(json.loads(source.read_text())), target)

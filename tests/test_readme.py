@@ -1,0 +1,60 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+
+from lightning_roulette import HoldZeros, RouletteWheelPruning, Tree, Wheel, sparsity
+from tests.modules import Blobs, tiny_net, train_loader, val_loader
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_code_of_the_readme_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    first, fine_tune, plain = blocks("python")
+    x, y = val_loader().dataset.tensors
+    names = {"model": Blobs(), "train": train_loader(), "val": val_loader(), "net": tiny_net()}
+    names["accuracy"] = lambda net: float((net(x).argmax(1) == y).float().mean())
+
+    exec(first, names)
+    assert names["pruning"].report.sparsity > 0
+    headings = next(line for line in blocks("text")[0].splitlines() if line.startswith("level"))
+    assert headings.split() == next(line for line in capsys.readouterr().out.splitlines() if "level  " in line).split()
+
+    exec(fine_tune, names)
+    assert sparsity({"all": names["pruning"].mask["net.0.weight"]}) > 0
+    for name, kept in names["pruning"].mask.items():
+        assert not names["slim"].get_parameter(name)[~kept].any()
+
+    exec(plain, names)
+    assert sparsity({"0": names["net"][0].weight}) > 0
+    assert {HoldZeros, RouletteWheelPruning, Trainer} <= {v for v in names.values() if isinstance(v, type)}
+
+
+def test_the_yaml_of_the_readme_builds_the_callback():
+    (entry,) = yaml.safe_load(blocks("yaml")[0])["trainer"]["callbacks"]
+    arguments = entry["init_args"]
+    groups = {"wheel": Wheel(**arguments.pop("wheel")), "tree": Tree(**arguments.pop("tree"))}
+    callback = RouletteWheelPruning(**arguments, **groups)
+    assert (callback.branches, callback.wheel.importance, callback.tree.patience) == (20, "lamp", 3)
+
+
+def test_every_link_into_the_project_leads_somewhere():
+    linked = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert linked
+    assert all((Path(__file__).parent.parent / path).exists() for path in linked)
+
+
+def test_torch_is_seeded_by_nobody():
+    state = torch.get_rng_state()
+    RouletteWheelPruning(seed=5)
+    assert torch.equal(state, torch.get_rng_state())
