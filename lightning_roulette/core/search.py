@@ -155,8 +155,8 @@ def search(
             number, or the dense score is NaN.
 
     Example:
-        >>> torch_weights = {"layer": torch.tensor([0.1, -2.0, 0.01, 3.0])}
-        >>> winner = search(torch_weights, lambda mask: float(mask["layer"][[1, 3]].all()), wheel=Wheel(math.inf))
+        >>> weights = {"layer": Tensor([0.1, -2.0, 0.01, 3.0])}
+        >>> winner = search(weights, lambda mask: float(mask["layer"][[1, 3]].all()), wheel=Wheel(math.inf))
         >>> winner.mask["layer"]
         tensor([False,  True, False,  True])
     """
