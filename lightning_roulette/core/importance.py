@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.core.settings import Importance
+from lightning_roulette.core.wheel import with_float64
 
 
 def importance_of(weights: Mapping[str, Tensor], kind: str | Importance) -> dict[str, Tensor]:
@@ -53,7 +54,7 @@ def lamp(weight: Tensor) -> Tensor:
     Returns:
         float64, shape of `weight`, in [0, 1].
     """
-    squares = weight.reshape(-1).to(torch.float64).square()
+    squares = with_float64(weight).reshape(-1).to(torch.float64).square()
     ascending, order = squares.sort(stable=True)
     at_least = ascending.flip(0).cumsum(0).flip(0)
     score = torch.zeros_like(squares)

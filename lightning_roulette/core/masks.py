@@ -198,7 +198,7 @@ class History:
         self.level += 1
         for name, kept in mask.items():
             at = self._pruned_at[name]
-            at.masked_fill_((at == 0) & ~kept, self.level)
+            at.masked_fill_((at == 0) & ~kept.to(at.device), self.level)
 
     @property
     def mask(self) -> Mask:

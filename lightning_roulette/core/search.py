@@ -62,7 +62,8 @@ class PrunedWeights:
     @property
     def weights(self) -> dict[str, Tensor]:
         """New tensors: the dense weights, zero where pruned."""
-        return {name: weight.detach().masked_fill(~self.mask[name], 0) for name, weight in self.dense.items()}
+        kept = {name: self.mask[name].to(weight.device) for name, weight in self.dense.items()}
+        return {name: weight.detach().masked_fill(~kept[name], 0) for name, weight in self.dense.items()}
 
 
 class Evaluator(Protocol):

@@ -73,9 +73,11 @@ class Sectors:
     ) -> None:
         if not sharpness >= 0:
             raise ValueError(f"sharpness is {sharpness}, but must be 0 or more (infinity is magnitude pruning).")
-        self.parent, self.sharpness, self.scope = parent, sharpness, scope
-        self._index = {name: kept.flatten().nonzero().flatten() for name, kept in parent.items()}
-        alive = {name: _checked(name, importance[name]).flatten()[index] for name, index in self._index.items()}
+        self.parent = Mask({name: with_float64(kept) for name, kept in parent.items()})
+        self.sharpness, self.scope = sharpness, scope
+        self._index = {name: kept.flatten().nonzero().flatten() for name, kept in self.parent.items()}
+        known = {name: _checked(name, importance[name]).to(kept.device) for name, kept in self.parent.items()}
+        alive = {name: known[name].flatten()[index] for name, index in self._index.items()}
         self._terms = {name: values.to(torch.float64) for name, values in alive.items()}
         if math.isfinite(sharpness):
             _to_log_odds(self._terms, sharpness)
@@ -132,6 +134,11 @@ def layer_shares(draws: int, survivors: Sequence[int]) -> list[int]:
             if sum(shares) < draws and shares[layer] < room[layer]:
                 shares[layer] += 1
     return shares
+
+
+def with_float64(tensor: Tensor) -> Tensor:
+    """The tensor on its own device, or on the CPU where that device (Apple's MPS) has no float64."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 def _checked(name: str, importance: Tensor) -> Tensor:

@@ -181,15 +181,16 @@ def agreed_over_processes(trainer: Trainer) -> Callable[[Tensor], Tensor]:
     def agree(value: Tensor) -> Tensor:
         if trainer.world_size == 1:
             return value
-        every = trainer.strategy.all_gather(torch.as_tensor(value, dtype=torch.float64))
-        if not warned and float(every.max() - every.min()) > 1e-6 * float(every.abs().max()):
+        own = torch.as_tensor(value, dtype=torch.float64)
+        mean = trainer.strategy.reduce(own.clone(), reduce_op="mean")  # reduces in place
+        if not warned and trainer.is_global_zero and abs(float(mean - own)) > 1e-6 * abs(float(mean)):
             warned.append(True)
             warnings.warn(
                 "RouletteWheelPruning: the processes logged different values of the metric; their mean is used. "
                 "Log it with sync_dist=True.",
                 stacklevel=2,
             )
-        return every.mean()
+        return torch.as_tensor(mean)
 
     return agree
 
