@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.core.settings import Importance
-from lightning_roulette.core.wheel import with_float64
 
 
 def importance_of(weights: Mapping[str, Tensor], kind: str | Importance) -> dict[str, Tensor]:
@@ -60,3 +59,8 @@ def lamp(weight: Tensor) -> Tensor:
     score = torch.zeros_like(squares)
     score[order] = (ascending / at_least.clamp(min=torch.finfo(torch.float64).tiny)).sqrt_()
     return score.view(weight.shape)
+
+
+def with_float64(tensor: Tensor) -> Tensor:
+    """The tensor on its own device, or on the CPU where that device (Apple's MPS) has no float64."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor

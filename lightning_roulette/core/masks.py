@@ -137,6 +137,12 @@ def apply_mask(module: nn.Module, mask: Mapping[str, Tensor] | str | os.PathLike
     fill_pruned({name: parameters[name] for name in kept}, kept)
 
 
+def is_pruned(module: nn.Module, mask: Mapping[str, Tensor]) -> bool:
+    """Whether all weights of `module` that `mask` prunes are zero."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return all(not parameters[n].detach()[~kept.to(parameters[n].device)].any() for n, kept in mask.items())
+
+
 @torch.no_grad()
 def fill_pruned(tensors: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> None:
     """Write zero, in place, wherever `mask` is False. Filling, as opposed to multiplying, also clears NaN and -0.0."""

@@ -82,7 +82,7 @@ class Evaluator(Protocol):
 class Observer:
     """Is told of every step of a search; this one does nothing. A level's scores are the evaluator's, larger better."""
 
-    def on_dense(self, report: SearchReport) -> None:
+    def on_dense(self, so_far: Winner) -> None:
         """The dense network was validated."""
 
     def on_candidate(self, level: int, number: int, best: Candidate | None, sparsity: float) -> None:
@@ -225,7 +225,7 @@ class _Growing:
                 "finite outputs on the validation data?"
             )
         self.report = SearchReport("score", "max", score, tolerance, self.branches, self.seed, self.parent.size)
-        self.observer.on_dense(self._report(None))
+        self.observer.on_dense(self.so_far(None))
 
     def end(self, target_sparsity: float | None, tree: Tree) -> StopReason | None:
         """Why no further level is tried, None if one is."""

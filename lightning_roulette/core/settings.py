@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -83,10 +83,8 @@ class Validation:
     keep_callbacks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        names = self.keep_callbacks
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"keep_callbacks is {names!r}, but must be a list of names of callback classes.")
-        object.__setattr__(self, "keep_callbacks", tuple(names))  # a list, as read from YAML
+        check_words("keep_callbacks", self.keep_callbacks, "names of callback classes")
+        object.__setattr__(self, "keep_callbacks", tuple(self.keep_callbacks))  # a list, as read from YAML
 
 
 def check_number(
@@ -133,6 +131,16 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...], *, remedy: str
     if value not in allowed:
         words = ", ".join(repr(word) for word in allowed)
         raise ValueError(f"{name} is {value!r}, but must be one of {words}. {remedy}".rstrip())
+
+
+def check_words(name: str, value: Any, what: str) -> None:
+    """Raise unless `value` is a sequence of strings, and not itself one.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(word, str) for word in value):
+        raise TypeError(f"{name} is {value!r}, but must be a list of {what}.")
 
 
 def check_group(name: str, value: Any, group: type) -> None:

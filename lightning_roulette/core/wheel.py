@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.core.chance import log_clocks, stream
+from lightning_roulette.core.importance import with_float64
 from lightning_roulette.core.masks import Mask
 
 # log E spans less than 42 (see chance.log_clocks); what lies further below the rest is always drawn before it.
@@ -134,11 +135,6 @@ def layer_shares(draws: int, survivors: Sequence[int]) -> list[int]:
             if sum(shares) < draws and shares[layer] < room[layer]:
                 shares[layer] += 1
     return shares
-
-
-def with_float64(tensor: Tensor) -> Tensor:
-    """The tensor on its own device, or on the CPU where that device (Apple's MPS) has no float64."""
-    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 def _checked(name: str, importance: Tensor) -> Tensor:

@@ -14,10 +14,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_roulette.core.holding import ZeroHold
-from lightning_roulette.core.masks import History, Mask, apply_mask
+from lightning_roulette.core.masks import History, Mask, apply_mask, is_pruned
 from lightning_roulette.core.report import SearchReport, StopReason
 from lightning_roulette.core.search import Winner, check_search, search
-from lightning_roulette.core.settings import Tree, Validation, Wheel, check_choice, check_count, check_group
+from lightning_roulette.core.settings import (
+    Tree,
+    Validation,
+    Wheel,
+    check_choice,
+    check_count,
+    check_group,
+    check_words,
+)
 from lightning_roulette.trainer.checks import (
     find_prunable,
     refuse_foreign_trainer,
@@ -30,10 +38,16 @@ from lightning_roulette.trainer.evaluation import (
     agreed_over_processes,
     callbacks_of,
 )
-from lightning_roulette.trainer.files import RunFiles, checkpoint_with_these_weights, save_accepted_levels
+from lightning_roulette.trainer.files import (
+    RunFiles,
+    checkpoint_with_these_weights,
+    let_epoch_begin,
+    refuse_dirpath,
+    save_accepted_levels,
+)
 from lightning_roulette.trainer.holding import fill_checkpoint, hold_zeros, place_before_checkpoints
 from lightning_roulette.trainer.monitor import Metric, find_metric
-from lightning_roulette.trainer.watching import Watcher, speak_up
+from lightning_roulette.trainer.watching import Watcher, log, speak_up
 
 
 class RouletteWheelPruning(Callback):
@@ -102,15 +116,18 @@ class RouletteWheelPruning(Callback):
             check_choice("mode", mode, ("max", "min"))
         if at_epoch is not None:
             check_count("at_epoch", at_epoch, at_least=0)
+        if monitor is not None and not isinstance(monitor, str):
+            raise TypeError(f"monitor is {monitor!r}, but must be the name of a logged metric.")
         for name, patterns in (("include", include), ("exclude", exclude)):
-            if isinstance(patterns, str):
-                raise TypeError(f"{name} is {patterns!r}, but must be a list of patterns: [{patterns!r}].")
+            if patterns is not None:
+                check_words(name, patterns, "patterns over parameter names")
+        refuse_dirpath(dirpath)
         self.branches, self.tolerance, self.target_sparsity = branches, tolerance, target_sparsity
         self.monitor, self.mode, self.at_epoch = monitor, mode, at_epoch
         self.include, self.exclude = include, exclude
         self.wheel, self.tree, self.validation = wheel, tree, validation
         self.seed, self.dirpath = seed, dirpath
-        self._restored = self._idle = False
+        self._restored = self._idle = self._epoch_begins = False
         self._hold: ZeroHold | None = None
         self._forget()
 
@@ -146,7 +163,8 @@ class RouletteWheelPruning(Callback):
         refuse_foreign_trainer(trainer)
         if stage != "fit":
             return
-        self._restored, self._metric, self._idle = False, None, _nothing_to_do(trainer)
+        self._restored, self._idle = False, _nothing_to_do(trainer)
+        self._metric = self._files = None  # another Trainer may log other metrics; another fit writes other files
         refuse_trainer(trainer, self, self.validation.keep_callbacks, self.at_epoch)
         place_before_checkpoints(trainer, self)
         speak_up()
@@ -176,7 +194,11 @@ class RouletteWheelPruning(Callback):
         """Search, if `at_epoch` epochs are trained: the checkpoints of the epoch before are written by now."""
         due = self.at_epoch is not None and trainer.current_epoch >= self.at_epoch
         if due and not self._idle and self._history is None:
-            self._search(trainer, pl_module)
+            self._epoch_begins = True
+            try:
+                self._search(trainer, pl_module)
+            finally:
+                self._epoch_begins = False
             self._hold_zeros(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -202,11 +224,27 @@ class RouletteWheelPruning(Callback):
         if self._hold is not None:
             self._hold.fill()
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if unpruned weights were loaded to be validated."""
+        self._warn_of_unpruned(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if unpruned weights were loaded to be tested."""
+        self._warn_of_unpruned(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if unpruned weights were loaded to predict."""
+        self._warn_of_unpruned(trainer, pl_module)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hold nothing any more; the zeros are in the weights."""
         if self._hold is not None:
             self._hold.release()
         self._hold = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Hold nothing any more: Lightning tears no callback down after an error."""
+        self.teardown(trainer, pl_module, "fit")
 
     # ---- state
 
@@ -228,16 +266,8 @@ class RouletteWheelPruning(Callback):
         """Save zeros, as weight averaging has put its own weights in."""
         if (mask := self.mask) is not None:
             fill_checkpoint(pl_module, mask, checkpoint)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Warn where validate, test or predict loads unpruned weights after a search."""
-        unpruned = self.state_key not in checkpoint.get("callbacks", {})
-        if unpruned and self.best_model_path and trainer.state.fn != "fit" and trainer.is_global_zero:
-            warnings.warn(
-                "RouletteWheelPruning: this checkpoint was written before the search and holds unpruned weights. "
-                f"The pruned ones are in ckpt_path={self.best_model_path!r}.",
-                stacklevel=2,
-            )
+        if self._epoch_begins:
+            let_epoch_begin(checkpoint)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_hold": None, "_module": None}  # both belong to one run in one process
@@ -246,10 +276,17 @@ class RouletteWheelPruning(Callback):
 
     def _still_holds(self, module: LightningModule) -> bool:
         """Whether `module` is the one pruned before, and still is."""
-        if self._history is None or self._module is None or self._module() is not module:
-            return False
-        kept, parameters = self._history.mask, dict(module.named_parameters(remove_duplicate=False))
-        return all(not parameters[name][~tensor.to(parameters[name].device)].any() for name, tensor in kept.items())
+        ours = self._module is not None and self._module() is module
+        return ours and (mask := self.mask) is not None and is_pruned(module, mask)
+
+    def _warn_of_unpruned(self, trainer: Trainer, module: LightningModule) -> None:
+        loaded = trainer.state.fn != "fit" and trainer.ckpt_path is not None and trainer.is_global_zero
+        if loaded and (mask := self.mask) is not None and not is_pruned(module, mask):
+            warnings.warn(
+                "RouletteWheelPruning: the checkpoint that was loaded holds unpruned weights. "
+                f"The pruned ones are in {self.best_model_path or 'no file, as none was to be written'}.",
+                stacklevel=2,
+            )
 
     def _hold_zeros(self, trainer: Trainer, module: LightningModule) -> None:
         if (mask := self.mask) is not None:
@@ -275,6 +312,10 @@ class RouletteWheelPruning(Callback):
                 f"{error} Your callback {name} logs it, but callbacks do not see candidates unless asked to: "
                 f"pass validation=Validation(keep_callbacks=[{name!r}])."
             ) from None
+        if trainer.is_global_zero:
+            log.info(
+                f"RouletteWheelPruning: judged by {self._metric.monitor} ({self._metric.mode}, {self._metric.why})."
+            )
         return self._metric
 
     def _who_logs(
@@ -292,7 +333,7 @@ class RouletteWheelPruning(Callback):
         weights = find_prunable(module, self.include, self.exclude)
         metric = self._metric or self._rehearse(trainer, module, 1)
         self._files = RunFiles.next_to(trainer, self.dirpath)
-        with Watcher(trainer, metric, self.branches, weights) as watcher:
+        with Watcher(trainer, metric, self.branches) as watcher:
             try:
                 winner = self._find_winner(trainer, module, weights, metric, watcher)
             except BaseException as error:
@@ -342,15 +383,18 @@ class RouletteWheelPruning(Callback):
 
     def _load(self, trainer: Trainer, module: LightningModule, winner: Winner, metric: Metric) -> None:
         """Load the winner in place, measure it once more, and save it; the dense network first."""
-        if winner.report.winner is not None:
-            if self._files is not None and checkpoint_with_these_weights(trainer, module) is None:
-                trainer.save_checkpoint(self._files.dense, weights_only=False)
-            apply_mask(module, winner.mask)
+        self.report, pruned = winner.report.in_metric(metric.monitor, metric.mode), winner.report.winner is not None
+        # a ModelCheckpoint that goes on saving may remove its file
+        stays = not self._epoch_begins and checkpoint_with_these_weights(trainer, module) is not None
+        if pruned and self._files is not None and not stays:
+            trainer.save_checkpoint(self._files.dense, weights_only=False)
+        apply_mask(module, winner.mask)
         self._history, self._module = winner.history.cpu(), weakref.ref(module)
-        report = winner.report.in_metric(metric.monitor, metric.mode)
-        self.report = replace(report, score=self._measure(trainer, module, metric))
-        if winner.report.winner is not None:
-            self._save(trainer)
+        try:
+            self.report = replace(self.report, score=self._measure(trainer, module, metric))
+        finally:
+            if pruned:
+                self._save(trainer)
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure and save the winner as further training has made it."""

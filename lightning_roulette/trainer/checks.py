@@ -49,7 +49,8 @@ def refuse_trainer(trainer: Trainer, callback: Callback, keep_callbacks: Sequenc
     for name in keep_callbacks:
         if name not in kinds:
             raise ValueError(f"keep_callbacks names {name!r}, but the Trainer's callbacks are {', '.join(kinds)}.")
-    if at_epoch is not None and trainer.max_epochs not in (None, -1) and at_epoch > trainer.max_epochs:
+    last = None if trainer.fast_dev_run else trainer.max_epochs  # type: ignore[attr-defined]
+    if at_epoch is not None and last not in (None, -1) and at_epoch > last:
         raise ValueError(
             f"at_epoch is {at_epoch}, but the Trainer stops after max_epochs={trainer.max_epochs}. "
             "Lower at_epoch, or leave it out to search when training ends."

@@ -26,7 +26,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.logger_connector impo
 )
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric, MetricCollection, MetricTracker
 
 from lightning_roulette.core.masks import applied, surely
 from lightning_roulette.core.search import PrunedWeights, Scores
@@ -114,6 +114,7 @@ class IsolatedValidation:
         self._trainer._logger_connector = _LoggerConnector(self._trainer)
         self._loop._results.clear()
         self._loop.setup_data()
+        self._snapshot.watch(self._loop)
         all_batches = self._loop._max_batches
         try:
             self._loop._max_batches = [min(count, max_batches) for count in all_batches]
@@ -196,23 +197,33 @@ def agreed_over_processes(trainer: Trainer) -> Callable[[Tensor], Tensor]:
 
 
 class _Snapshot:
-    """What a validation may change in the module and in the world's chance, and the way back."""
+    """What a validation may change in the module, its loaders and the world's chance, and the way back."""
 
     def __init__(self, module: LightningModule, loop: _EvaluationLoop) -> None:
-        self._modes = {part: part.training for part in module.modules()}
-        self._buffers = [
-            (part, name, buffer, buffer.detach().clone())
-            for part in module.modules()
-            for name, buffer in part._buffers.items()
-            if buffer is not None
-        ]
+        parts = list(module.modules())
+        self._modes = {part: part.training for part in parts}
+        # a validation may make buffers and, with a MetricTracker, modules
+        holders: list[dict[str, Any]] = [one for part in parts for one in (part._buffers, part._modules)]
+        self._made = [(holder, dict(holder)) for holder in holders]
+        buffers = {id(one): one for part in parts for one in part._buffers.values() if one is not None}
+        self._values = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
         self._metrics = [
             (part, {name: _shallow(value) for name, value in vars(part).items() if name not in _MODULE_PARTS})
-            for part in module.modules()
-            if isinstance(part, Metric | MetricCollection)
+            for part in parts
+            if isinstance(part, Metric | MetricCollection | MetricTracker)
         ]
-        self._generators = [(one, one.get_state()) for one in _generators(loop)]
+        self._generators: dict[torch.Generator, Tensor] = {}
+        self._epochs: dict[Any, int] = {}
+        self.watch(loop)
         self._rng, self._grad = _rng_states(), torch.is_grad_enabled()
+
+    def watch(self, loop: _EvaluationLoop) -> None:
+        """Note the chance and the epoch of loaders not seen before."""
+        for holder in _loader_parts(loop):
+            if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
+                self._generators.setdefault(generator, generator.get_state())
+            if hasattr(holder, "set_epoch") and isinstance(epoch := getattr(holder, "epoch", None), int):
+                self._epochs.setdefault(holder, epoch)
 
     def rewind(self) -> None:
         """Random states as at first, metrics empty."""
@@ -223,19 +234,24 @@ class _Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        for part, name, buffer, values in self._buffers:
-            part._buffers[name] = buffer
+        """Everything as at first."""
+        for contents, members in self._made:
+            contents.clear()
+            contents.update(members)
+        for buffer, values in self._values:
             buffer.copy_(values)
         for metric, state in self._metrics:
             vars(metric).update({name: _shallow(value) for name, value in state.items()})
         for part, training in self._modes.items():
             part.training = training
+        for holder, epoch in self._epochs.items():
+            holder.epoch = epoch
         self._restore_chance()
         torch.set_grad_enabled(self._grad)
 
     def _restore_chance(self) -> None:
         _set_rng_states(self._rng)
-        for generator, state in self._generators:
+        for generator, state in self._generators.items():
             generator.set_state(state)
 
 
@@ -272,16 +288,14 @@ def _directions(loop: _EvaluationLoop) -> dict[str, bool | None]:
     return {result.meta.name: getattr(result.value, "higher_is_better", None) for result in logged}
 
 
-def _generators(loop: _EvaluationLoop) -> list[torch.Generator]:
+def _loader_parts(loop: _EvaluationLoop) -> list[Any]:
+    """Every loader of the loop and its samplers: what may hold chance of its own."""
     loaders = loop._combined_loader.flattened if loop._combined_loader is not None else []
-    holders = [
-        holder
-        for loader in loaders
-        for batches in [getattr(loader, "batch_sampler", None)]
-        for holder in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
-    ]
-    found = {id(one): one for holder in holders if (one := getattr(holder, "generator", None)) is not None}
-    return [one for one in found.values() if isinstance(one, torch.Generator)]
+    parts = []
+    for loader in loaders:
+        batches = getattr(loader, "batch_sampler", None)
+        parts += [loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
+    return [part for part in parts if part is not None]
 
 
 @contextmanager
@@ -307,7 +321,8 @@ def _muted(callback: Callback) -> Callback | None:
 
     Removing callbacks instead would kill RichProgressBar's thread, which looks for its bar among them.
     """
-    hooks = dict.fromkeys((name for name in dir(callback) if name.startswith("on_")), None)
+    # properties go before what LambdaCallback and others keep in the instance
+    hooks = dict.fromkeys((name for name in dir(callback) if name.startswith("on_")), property(lambda self: None))
     twin: Callback | None = _twin(callback, hooks)
     return twin
 

@@ -68,6 +68,39 @@ def _folder(trainer: Trainer, dirpath: str | os.PathLike[str] | None) -> str | N
     return os.path.join(trainer.log_dir or trainer.default_root_dir, "checkpoints")
 
 
+def refuse_dirpath(dirpath: str | os.PathLike[str] | None) -> None:
+    """Raise if nothing could be written there.
+
+    Raises:
+        TypeError: If it is no path.
+        ValueError: If the path, or the nearest of its parents that exists, is not a folder that may be written to.
+    """
+    if not isinstance(dirpath, str | os.PathLike | None):
+        raise TypeError(f"dirpath is {dirpath!r}, but must be the path of a folder.")
+    if dirpath is None or "://" in os.fspath(dirpath):  # a remote folder tells only when written to
+        return
+    nearest = os.path.abspath(dirpath)
+    while not os.path.exists(nearest):
+        nearest = os.path.dirname(nearest)
+    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK):
+        raise ValueError(
+            f"dirpath is {os.fspath(dirpath)!r}, but must be a folder that can be written to, or made: {nearest!r} is "
+            "not one. Name another."
+        )
+
+
+def let_epoch_begin(checkpoint: dict[str, Any]) -> None:
+    """Make a checkpoint saved as an epoch starts one from which that epoch runs.
+
+    Lightning keeps the batch counters of the epoch before until the next one runs its first batch; a resume would take
+    the epoch for done.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    for progress in ("epoch_loop.batch_progress", "epoch_loop.scheduler_progress"):
+        loop[progress]["current"] = dict.fromkeys(loop[progress]["current"], 0)
+    loop["epoch_loop.batch_progress"]["is_last_batch"] = False
+
+
 def checkpoint_with_these_weights(trainer: Trainer, module: LightningModule) -> str | None:
     """A file of a ModelCheckpoint that holds, bit for bit, what `module` is now; None if there is none."""
     found = None

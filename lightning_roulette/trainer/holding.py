@@ -111,6 +111,10 @@ class HoldZeros(Callback):
             self._hold.release()
         self._hold = None
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Hold nothing any more: Lightning tears no callback down after an error."""
+        self.teardown(trainer, pl_module, "fit")
+
     def _fill(self) -> None:
         if self._hold is not None:
             self._hold.fill()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 
 from lightning.pytorch import Trainer
 
@@ -32,11 +31,10 @@ class Watcher(Observer):
         trainer: Its loggers get the curves, its progress bar the line.
         metric: What scores mean.
         branches: Candidates per level.
-        parameters: Names of the parameters on the wheel.
     """
 
-    def __init__(self, trainer: Trainer, metric: Metric, branches: int, parameters: Iterable[str]) -> None:
-        self._metric, self._branches, self._parameters = metric, branches, list(parameters)
+    def __init__(self, trainer: Trainer, metric: Metric, branches: int) -> None:
+        self._metric, self._branches = metric, branches
         self._speaks = trainer.is_global_zero
         self._curves, self._line = Curves(trainer.loggers if self._speaks else ()), line_of(trainer)
         self.so_far: Winner | None = None
@@ -47,15 +45,16 @@ class Watcher(Observer):
     def __exit__(self, *_: object) -> None:
         self._line.close()
 
-    def on_dense(self, report: SearchReport) -> None:
+    def on_dense(self, so_far: Winner) -> None:
         """Say the dense score and what a level will cost."""
-        ours = self._in_metric(report)
+        self.so_far = so_far
+        ours = self._in_metric(so_far.report)
         self._say(
-            f"{ours.monitor} ({self._metric.mode}, {self._metric.why}): dense {ours.dense_score:.6g}, "
-            f"floor {ours.floor:.6g}. A level of {self._branches} candidates will take about "
-            f"{self._branches * report.seconds:.1f} s."
+            f"{ours.monitor}: dense {ours.dense_score:.6g}, floor {ours.floor:.6g}. "
+            f"A level of {self._branches} candidates will take about "
+            f"{self._branches * ours.seconds:.1f} s."
         )
-        self._curves.draw_dense(ours, self._parameters)
+        self._curves.draw_dense(ours, so_far.mask)
 
     def on_candidate(self, level: int, number: int, best: Candidate | None, sparsity: float) -> None:
         """Move the progress line."""
