@@ -1,0 +1,147 @@
+"""Two processes: the same mask on both, and the winner of one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.nn.functional import cross_entropy
+
+from lightning_roulette import Mask, RouletteWheelPruning, Tree
+from tests.modules import Blobs, train_loader, val_loader
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+
+
+class Judged(Blobs):
+    """Logs one value for all processes, or each its own."""
+
+    def __init__(self, *, synchronised: bool, lr: float) -> None:
+        super().__init__(lr)
+        self.synchronised = synchronised
+
+    def validation_step(self, batch, batch_idx):
+        scores = self(batch[0])
+        if self.synchronised:
+            self.val_acc(scores, batch[1])
+            self.log("val_acc", self.val_acc)
+        else:
+            self.log("val_acc", (scores.argmax(1) == batch[1]).float().mean())
+        self.log("val_loss", cross_entropy(scores, batch[1]), sync_dist=self.synchronised)
+
+
+# A learning rate of 0 leaves the given weights, however many processes train them.
+RUNS = {
+    "synchronised": ({"synchronised": True, "lr": 0.0}, {}),
+    "unsynchronised": ({"synchronised": False, "lr": 0.0}, {}),
+    "at epoch": ({"synchronised": True, "lr": 0.01}, {"at_epoch": 1}),
+}
+
+
+def fit(name: str, folder: Path, weights, **devices) -> dict:
+    """One of the runs; what it found, in plain tensors and numbers."""
+    module_options, pruning_options = RUNS[name]
+    module = Judged(**module_options)
+    module.load_state_dict(weights)
+    pruning = RouletteWheelPruning(3, tolerance=0.1, tree=Tree(max_levels=3), dirpath=folder, **pruning_options)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(accelerator="cpu", max_epochs=2, default_root_dir=folder, callbacks=[pruning], **devices, **quiet)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, train_loader(), val_loader(batch_size=25))
+    return {
+        "mask": dict(pruning.mask),
+        "weights": module.state_dict(),
+        "report": pruning.report.to_dict() | {"seconds": None},
+        "path": pruning.best_model_path,
+        "warnings": [str(one.message) for one in caught if "RouletteWheelPruning" in str(one.message)],
+        "rank": trainer.global_rank,
+    }
+
+
+def main(folder: Path) -> None:
+    """What each of the processes does, which Lightning starts by running this file again."""
+    torch.set_num_threads(1)
+    weights = torch.load(folder / "trained.pt", weights_only=True)
+    found = {name: fit(name, folder / name, weights, strategy="ddp", devices=2) for name in RUNS}
+    torch.save(found, folder / f"rank{found['at epoch']['rank']}.pt")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Weights of a network that has learned something."""
+    module = Judged(synchronised=True, lr=0.01)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    torch.manual_seed(0)
+    Trainer(accelerator="cpu", devices=1, max_epochs=2, default_root_dir=tmp_path_factory.mktemp("dense"), **quiet).fit(
+        module, train_loader(), val_loader()
+    )
+    return module.state_dict()
+
+
+@pytest.fixture(scope="module")
+def ranks(trained, tmp_path_factory):
+    """What the two processes found in each run."""
+    folder = tmp_path_factory.mktemp("ddp")
+    torch.save(trained, folder / "trained.pt")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(folder)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_both_ranks_have_the_same_mask_weights_and_report(ranks, name):
+    first, second = (rank[name] for rank in ranks)
+    assert (first["rank"], second["rank"]) == (0, 1)
+    assert Mask(first["mask"]) == Mask(second["mask"])
+    assert 0.1 < Mask(first["mask"]).sparsity < 0.9
+    assert all(torch.equal(value, second["weights"][weight]) for weight, value in first["weights"].items())
+    assert first["report"] == second["report"]
+    assert first["path"] == second["path"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_weights_of_both_ranks_and_of_the_file_have_the_zeros(ranks, name):
+    stored = torch.load(ranks[0][name]["path"], weights_only=True)["state_dict"]
+    for weights in (ranks[0][name]["weights"], ranks[1][name]["weights"], stored):
+        assert all(torch.equal(weights[weight] != 0, kept) for weight, kept in ranks[0][name]["mask"].items())
+
+
+def test_two_processes_find_the_winner_of_one_where_the_metric_is_synchronised(ranks, trained, tmp_path):
+    alone, both = fit("synchronised", tmp_path, trained, devices=1), ranks[0]["synchronised"]
+    assert Mask(both["mask"]) == Mask(alone["mask"])
+    for one, two in zip(alone["report"]["levels"], both["report"]["levels"], strict=True):
+        assert one["winner"] == two["winner"]
+        scores = [[candidate["score"] for candidate in level["candidates"]] for level in (one, two)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+    assert both["report"]["score"] == pytest.approx(alone["report"]["score"], abs=1e-6)
+    assert any(len({one["rank"] for one in level["candidates"]}) > 1 for level in alone["report"]["levels"])
+
+
+def test_a_synchronised_metric_brings_no_warning(ranks):
+    assert [rank["synchronised"]["warnings"] for rank in ranks] == [[], []]
+
+
+def test_processes_that_log_different_values_are_told_so_once(ranks):
+    told = [one for rank in ranks for one in rank["unsynchronised"]["warnings"]]
+    assert [one for one in told if "different values of the metric" not in one] == []
+    assert len(told) == 1
+    assert "Log it with sync_dist=True" in told[0]
+
+
+def test_training_that_follows_the_search_is_measured_the_same_on_both_ranks(ranks):
+    scores = [rank["at epoch"]["report"]["trained_score"] for rank in ranks]
+    assert scores[0] == scores[1] is not None
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

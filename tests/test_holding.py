@@ -1,0 +1,328 @@
+"""Pruned weights stay exactly zero while training goes on, whatever trains, averages or saves them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from torch import nn
+from torch.nn.functional import cross_entropy, linear
+
+from lightning_roulette import HoldZeros, Mask, RouletteWheelPruning, Tree, apply_mask, prunable_parameters
+from tests.modules import Blobs, train_loader, val_loader
+
+ROOT = Path(__file__).parents[1]
+
+
+def half_mask(module) -> Mask:
+    """Every second weight, in a chequered pattern."""
+    return Mask(
+        {
+            name: (torch.arange(weight.numel()) % 2 == 0).reshape(weight.shape)
+            for name, weight in prunable_parameters(module).items()
+        }
+    )
+
+
+def holding(kind: str):
+    """The callback, and the epoch from which on zeros are to be there."""
+    if kind == "HoldZeros":
+        return HoldZeros(half_mask(Blobs())), 0
+    return RouletteWheelPruning(2, tolerance=1.0, tree=Tree(pruning_rate=0.5, max_levels=1), at_epoch=1), 1
+
+
+def held_mask(callback) -> Mask:
+    return callback.mask
+
+
+class Leaks(Callback):
+    """The largest pruned weight that any forward of training or validation saw, from an epoch on."""
+
+    def __init__(self, callback, epoch: int) -> None:
+        self.callback, self.epoch, self.largest, self.forwards, self.moved = callback, epoch, 0.0, 0, False
+
+    def on_fit_start(self, trainer, pl_module):
+        self.hook = pl_module.net.register_forward_pre_hook(lambda *_: self.look(trainer, pl_module))
+
+    def look(self, trainer, module):
+        mask = held_mask(self.callback)
+        if mask is None or trainer.sanity_checking or trainer.current_epoch < self.epoch:
+            return
+        self.forwards += 1
+        self.largest = max(self.largest, leak(module, mask))
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.kept = {name: weight.detach().clone() for name, weight in prunable_parameters(pl_module).items()}
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        weights = prunable_parameters(pl_module)
+        self.moved = all(not torch.equal(weights[name], kept) for name, kept in self.kept.items())
+
+    def teardown(self, trainer, pl_module, stage):
+        self.hook.remove()
+
+
+def leak(module, mask) -> float:
+    weights = dict(module.named_parameters())
+    return max(float(weights[name].detach()[~kept].abs().max()) for name, kept in mask.items())
+
+
+class Trained(Blobs):
+    """Blobs with any optimizer."""
+
+    def __init__(self, optimizer, **options) -> None:
+        super().__init__()
+        self.optimizer, self.options = optimizer, options
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters(), **self.options)
+
+
+class ByHand(Blobs):
+    """Manual optimization: two optimizers over the same weights, two steps a batch."""
+
+    automatic_optimization = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [
+            torch.optim.Adam(self.parameters(), lr=0.01),
+            torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1),
+        ]
+
+
+WAYS_TO_TRAIN = {
+    "Adam": (lambda: Trained(torch.optim.Adam, lr=0.02), {}),
+    "AdamW with decay": (lambda: Trained(torch.optim.AdamW, lr=0.02, weight_decay=0.5), {}),
+    "Adam, foreach off": (lambda: Trained(torch.optim.Adam, lr=0.02, foreach=False), {}),
+    "SGD with momentum": (lambda: Trained(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True), {}),
+    "Adagrad": (lambda: Trained(torch.optim.Adagrad, lr=0.05), {}),
+    "LBFGS": (lambda: Trained(torch.optim.LBFGS, lr=0.1, max_iter=3), {}),
+    "accumulation": (lambda: Trained(torch.optim.Adam, lr=0.02), {"accumulate_grad_batches": 3}),
+    "clipping": (lambda: Trained(torch.optim.Adam, lr=0.02), {"gradient_clip_val": 0.1}),
+    "bf16-mixed": (lambda: Trained(torch.optim.Adam, lr=0.02), {"precision": "bf16-mixed"}),
+    "bf16-true": (lambda: Trained(torch.optim.AdamW, lr=0.02), {"precision": "bf16-true"}),
+    "manual optimization": (ByHand, {}),
+}
+
+
+@pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
+@pytest.mark.parametrize(("module", "options"), WAYS_TO_TRAIN.values(), ids=WAYS_TO_TRAIN)
+def test_no_forward_sees_a_pruned_weight(make_trainer, kind, module, options):
+    (callback, epoch), module = holding(kind), module()
+    leaks = Leaks(callback, epoch)
+    make_trainer(callbacks=[callback, leaks], max_epochs=3, **options).fit(module, train_loader(), val_loader())
+    assert leaks.forwards > 20
+    assert leaks.moved
+    assert leaks.largest == 0.0
+    assert leak(module, callback.mask) == 0.0
+    assert 0.4 < callback.mask.sparsity < 0.6
+
+
+@pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "averaging",
+    [
+        lambda: EMAWeightAveraging(decay=0.5),
+        lambda: EMAWeightAveraging(decay=0.9, update_every_n_steps=3, update_starting_at_step=10),
+        lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1),
+    ],
+    ids=["EMA", "late EMA", "SWA"],
+)
+def test_averaged_weights_have_the_zeros_in_validation_in_the_files_and_in_the_end(
+    make_trainer, tmp_path, kind, first, averaging
+):
+    (callback, epoch), average = holding(kind), averaging()
+    leaks, module = Leaks(callback, epoch), Blobs()
+    callbacks = [average, callback] if first else [callback, average]
+    every = ModelCheckpoint(save_top_k=-1)
+    trainer = make_trainer(callbacks=[*callbacks, leaks, every], max_epochs=4, enable_checkpointing=True)
+    trainer.fit(module, train_loader(), val_loader())
+    assert leaks.forwards > 20
+    assert leaks.largest == 0.0
+    assert leak(module, callback.mask) == 0.0
+    paths = sorted(tmp_path.glob("checkpoints/epoch=*.ckpt"))
+    assert len(paths) == 4
+    for path in paths[epoch:]:
+        stored = torch.load(path, weights_only=True)["state_dict"]
+        assert all(bool((stored[name][~kept] == 0).all()) for name, kept in callback.mask.items()), path.name
+
+
+def test_the_average_left_in_the_model_is_the_one_of_the_pruned_network(make_trainer):
+    callback, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(max_levels=2)), Blobs()
+    make_trainer(callbacks=[callback, EMAWeightAveraging(decay=0.5)]).fit(module, train_loader(), val_loader())
+    (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
+    assert leak(module, callback.mask) == 0.0
+    assert logged["val_acc"] == pytest.approx(callback.report.score, abs=1e-7)
+
+
+def test_a_held_network_trains_as_one_that_never_had_the_weights(make_trainer):
+    """Clipping included: the norm is that of the gradients of the pruned network."""
+
+    class Masked(Trained):
+        def forward(self, x):
+            first, last = (self.net[i].weight * self.kept[f"net.{i}.weight"] for i in (0, 2))
+            return linear(linear(x, first, self.net[0].bias).relu(), last, self.net[2].bias)
+
+    options = {"gradient_clip_val": 0.3, "accumulate_grad_batches": 2}
+    held, masked = (kind(torch.optim.SGD, lr=0.1, momentum=0.9) for kind in (Trained, Masked))
+    masked.kept = half_mask(held)
+    for module, callbacks in ((held, [HoldZeros(half_mask(held))]), (masked, [])):
+        torch.manual_seed(0)
+        make_trainer(callbacks=callbacks, **options).fit(module, train_loader(), val_loader())
+    apply_mask(masked, half_mask(masked))
+    for name, value in held.state_dict().items():
+        torch.testing.assert_close(value, masked.state_dict()[name], rtol=0, atol=1e-6)
+
+
+def test_optimizers_forget_what_they_remember_of_pruned_weights(make_trainer):
+    class Remembers(Callback):
+        def on_train_end(self, trainer, pl_module):
+            self.state = dict(trainer.optimizers[0].state)
+
+    callback, remembers, module = holding("at_epoch")[0], Remembers(), Trained(torch.optim.Adam, lr=0.01)
+    make_trainer(callbacks=[callback, remembers]).fit(module, train_loader(), val_loader())
+    weights = dict(module.named_parameters())
+    for name, kept in callback.mask.items():
+        for memory in ("exp_avg", "exp_avg_sq"):
+            values = remembers.state[weights[name]][memory]
+            assert not values[~kept].any()
+            assert values[kept].any()
+
+
+def test_hold_zeros_without_a_mask_holds_the_zeros_it_finds(make_trainer):
+    module, callback = Blobs(), HoldZeros()
+    mask = half_mask(module)
+    apply_mask(module, mask)
+    make_trainer(callbacks=[callback]).fit(module, train_loader(), val_loader())
+    assert Mask.of_nonzeros(prunable_parameters(module)) == mask
+
+
+def test_hold_zeros_that_finds_no_zeros_says_so(make_trainer):
+    with pytest.warns(UserWarning, match="HoldZeros found no zeros to hold"):
+        make_trainer(callbacks=[HoldZeros()]).fit(Blobs(), train_loader(), val_loader())
+
+
+def test_hold_zeros_holds_those_of_a_checkpoint_that_is_resumed(make_trainer, tmp_path):
+    pruning, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(max_levels=2), dirpath=tmp_path), Blobs()
+    make_trainer(callbacks=[pruning]).fit(Blobs(), train_loader(), val_loader())
+    trainer = make_trainer(callbacks=[HoldZeros()], max_epochs=4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
+        trainer.fit(module, train_loader(), val_loader(), ckpt_path=pruning.best_model_path)
+    assert trainer.global_step == 32
+    assert Mask.of_nonzeros(prunable_parameters(module)) == pruning.mask
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_resumed_average_has_the_zeros(make_trainer, tmp_path):
+    for epochs, path in ((2, None), (4, tmp_path / "checkpoints" / "pruned.ckpt")):
+        callback, module, average = holding("at_epoch")[0], Blobs(), EMAWeightAveraging(decay=0.5)
+        leaks = Leaks(callback, 1)
+        trainer = make_trainer(callbacks=[callback, average, leaks], max_epochs=epochs, enable_checkpointing=True)
+        trainer.fit(module, train_loader(), val_loader(), ckpt_path=path)
+        assert leaks.forwards >= 12
+        assert leaks.largest == 0.0
+        assert leak(module, callback.mask) == 0.0
+
+
+def test_hold_zeros_reads_the_mask_of_a_file(make_trainer, tmp_path):
+    pruning, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(max_levels=2), dirpath=tmp_path), Blobs()
+    make_trainer(callbacks=[pruning]).fit(module, train_loader(), val_loader())
+    dense = Blobs()
+    make_trainer(callbacks=[HoldZeros(pruning.best_model_path)]).fit(dense, train_loader(), val_loader())
+    assert Mask.of_nonzeros(prunable_parameters(dense)) == pruning.mask
+
+
+def test_after_fit_the_weights_are_free_again(make_trainer):
+    module, callback = Blobs(), HoldZeros(half_mask(Blobs()))
+    make_trainer(callbacks=[callback]).fit(module, train_loader(), val_loader())
+    assert leak(module, callback.mask) == 0.0
+    make_trainer().fit(module, train_loader(), val_loader())
+    assert leak(module, callback.mask) > 0.0
+
+
+class Layers(nn.Sequential):
+    """Dynamo compiles no forward of torch's own classes."""
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+class Compiled(Blobs):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.graphs = Layers(*self.net), 0
+        self.net.compile(backend=self.count)
+
+    def count(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
+def test_a_compiled_network_is_held_without_compiling_it_again(make_trainer, kind):
+    (callback, _), modules = holding(kind), []
+    for callbacks in ([], [callback]):
+        torch._dynamo.reset()
+        modules.append(Compiled())
+        make_trainer(callbacks=callbacks, max_epochs=3).fit(modules[-1], train_loader(), val_loader(batch_size=50))
+    free, held = modules
+    assert held.graphs == free.graphs > 0
+    assert leak(held, callback.mask) == 0.0
+    assert list(callback.mask) == ["net.0.weight", "net.2.weight"]
+    x = torch.randn(50, 16)
+    torch.testing.assert_close(held(x), nn.Sequential(*held.net)(x))
+    if kind == "at_epoch":
+        (logged,) = make_trainer().validate(held, val_loader(batch_size=50), verbose=False)
+        assert logged["val_acc"] == pytest.approx(callback.report.trained_score, abs=1e-7)
+
+
+FINE_TUNE = """
+import sys
+import torch
+torch.set_num_threads(1)
+from lightning.pytorch import Trainer
+from lightning_roulette import HoldZeros, Mask, prunable_parameters
+from tests.modules import Blobs, train_loader, val_loader
+
+path, folder = sys.argv[1:]
+model = Blobs.load_from_checkpoint(path, weights_only=True)
+before = {name: weight.detach().clone() for name, weight in prunable_parameters(model).items()}
+quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+Trainer(
+    accelerator="cpu", max_epochs=2, callbacks=[HoldZeros()], default_root_dir=folder, **quiet
+).fit(model, train_loader(), val_loader())
+after = prunable_parameters(model)
+assert all(not torch.equal(after[name], weight) for name, weight in before.items())
+torch.save(model.state_dict(), f"{folder}/tuned.pt")
+"""
+
+
+@pytest.mark.slow
+def test_pruned_ckpt_can_be_fine_tuned_in_a_new_process(make_trainer, tmp_path):
+    pruning, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(max_levels=3), dirpath=tmp_path), Blobs()
+    make_trainer(callbacks=[pruning]).fit(module, train_loader(), val_loader())
+    command = [sys.executable, "-c", FINE_TUNE, pruning.best_model_path, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    module.load_state_dict(torch.load(tmp_path / "tuned.pt", weights_only=True))
+    assert Mask.of_nonzeros(prunable_parameters(module)) == pruning.mask

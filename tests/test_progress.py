@@ -1,0 +1,373 @@
+"""What a search shows while it runs: one line in the Trainer's bar, and what it says to the log."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import threading
+
+import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_roulette import RouletteWheelPruning, Tree
+from lightning_roulette.trainer.curves import Curves
+from lightning_roulette.trainer.evaluation import IsolatedValidation
+from lightning_roulette.trainer.monitor import Metric
+from lightning_roulette.trainer.progress import Line, line_of
+from lightning_roulette.trainer.watching import Watcher, log, speak_up
+from tests.modules import Blobs, train_loader, val_loader
+from tests.test_evaluation import one_level, within
+
+LEVELS = Tree(max_levels=2)
+
+
+def pruning(**options):
+    return RouletteWheelPruning(5, tolerance=1.0, tree=LEVELS, **options)
+
+
+def fit(make_trainer, *callbacks, module=None, **options):
+    trainer = make_trainer(callbacks=list(callbacks), **{"enable_progress_bar": True, "max_epochs": 2} | options)
+    trainer.fit(module or Blobs(), train_loader(), val_loader())
+    return trainer
+
+
+def frames(text):
+    """What a bar showed, frame after frame."""
+    return [frame.strip() for frame in re.split(r"\r|\n|\x1b\[A", text) if frame.strip()]
+
+
+# ---- TQDM
+
+
+def test_tqdm_shows_one_line_and_no_validation_of_a_candidate(make_trainer, capsys):
+    fit(make_trainer, TQDMProgressBar())
+    plain = frames(capsys.readouterr().out)
+    fit(make_trainer, TQDMProgressBar(), pruning())
+    searched = frames(capsys.readouterr().out)
+
+    def validating(shown):
+        return sum(frame.startswith("Validation DataLoader") for frame in shown)
+
+    assert validating(searched) == validating(plain) > 0
+    ours = [frame for frame in searched if frame.startswith("Pruning")]
+    assert any("level 1" in frame and "best" in frame and "1/5" in frame for frame in ours)
+    assert any("level 2" in frame and "best" in frame and "5/5" in frame for frame in ours)
+
+
+def test_tqdm_never_calls_the_line_of_a_search_a_validation(make_trainer, capsys):
+    shown = []
+
+    def search(trainer, module):
+        capsys.readouterr()
+        with Watcher(trainer, Metric("val_acc", "max", "", None), 5):
+            shown.extend(frames(capsys.readouterr().out))
+
+    fit(make_trainer, TQDMProgressBar(), within("on_train_epoch_start", search))
+    assert not [frame for frame in shown if "Validation" in frame]
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_validation_end", "on_train_end"])
+def test_tqdm_prints_nothing_for_an_isolated_validation(hook, make_trainer, capsys):
+    printed = []
+
+    def search(trainer, module):
+        capsys.readouterr()
+        one_level(trainer, module)
+        printed.append(capsys.readouterr())
+
+    fit(make_trainer, within(hook, search), TQDMProgressBar())
+    assert printed
+    assert not any(stream for each in printed for stream in each)
+
+
+def test_tqdm_bars_of_the_trainer_are_the_same_objects_after_a_search(make_trainer):
+    found = []
+
+    class Watching(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:
+                found.append((bar._train_progress_bar, bar._val_progress_bar))
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.current_epoch == 1:
+                found.append((bar._train_progress_bar, bar._val_progress_bar))
+
+    bar = TQDMProgressBar()
+    fit(make_trainer, bar, Watching(), pruning(at_epoch=1))
+    assert len(found) == 9
+    assert all(train is found[0][0] and val is found[0][1] for train, val in found)
+
+
+# ---- Rich
+
+
+def rich_bar():
+    return RichProgressBar(console_kwargs={"file": io.StringIO(), "force_terminal": True})
+
+
+@pytest.fixture
+def thread_errors(monkeypatch):
+    """What threads died of."""
+    errors = []
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    return errors
+
+
+def shown_tasks(bar):
+    return [task.description for task in bar.progress.tasks]
+
+
+class Between(Callback):
+    """Notes the tasks of a bar before and after a search in `on_train_end`, which comes between the two."""
+
+    def __init__(self, bar):
+        self.bar, self.noted = bar, []
+
+    def on_train_end(self, trainer, module):
+        self.noted.append(shown_tasks(self.bar))
+
+    def on_fit_end(self, trainer, module):
+        self.noted.append(shown_tasks(self.bar))
+        self.alive = self.bar.progress.live._refresh_thread.is_alive()
+
+
+def test_rich_shows_one_task_and_takes_it_away(make_trainer, thread_errors, monkeypatch):
+    bar, shown = rich_bar(), []
+    between, ours = Between(bar), pruning()
+    original = Watcher.on_candidate
+
+    def note(self, *arguments):
+        original(self, *arguments)
+        shown.append([(task.description, task.completed, task.total) for task in bar.progress.tasks])
+
+    monkeypatch.setattr(Watcher, "on_candidate", note)
+    fit(make_trainer, bar, between, ours)
+    before, after = between.noted
+    assert before == after
+    assert between.alive
+    assert not thread_errors
+    assert all(len(tasks) == len(before) + 1 for tasks in shown)
+    assert [tasks[-1][1:] for tasks in shown] == [(done, 5) for done in (1, 2, 3, 4, 5)] * 2
+    assert all(re.match(r"Pruning level [12] to \d+\.\d+%, best", tasks[-1][0]) for tasks in shown)
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_validation_end", "on_train_end"])
+def test_rich_can_refresh_within_an_isolated_validation_and_gets_no_task_from_it(hook, make_trainer, thread_errors):
+    bar, found = rich_bar(), []
+
+    def search(trainer, module):
+        before = shown_tasks(bar)
+        with IsolatedValidation(trainer, module) as validation:
+            bar.progress.refresh()
+            validation.run()
+            bar.progress.refresh()
+        found.append((before, shown_tasks(bar), bar.progress.live._refresh_thread.is_alive()))
+
+    fit(make_trainer, within(hook, search), bar)
+    assert found
+    assert all(before == after and alive for before, after, alive in found)
+    assert not thread_errors
+
+
+def test_rich_still_finds_its_own_tasks_after_a_search(make_trainer, thread_errors):
+    class Reading(Callback):
+        def on_validation_batch_end(self, trainer, module, *_):
+            if not trainer.sanity_checking:
+                read.append(bar.val_progress_bar.description)
+
+    bar, read = rich_bar(), []
+    fit(make_trainer, bar, pruning(at_epoch=1), Reading())
+    assert set(read) == {"Validation"}
+    assert not thread_errors
+
+
+# ---- no bar
+
+
+class OtherBar(ProgressBar):
+    """A bar of a kind we do not know."""
+
+    def disable(self):
+        pass
+
+    def enable(self):
+        pass
+
+
+def disabled(bar):
+    bar.disable()
+    return bar
+
+
+@pytest.mark.parametrize(
+    "bars",
+    [
+        lambda: [],
+        lambda: [OtherBar()],
+        lambda: [TQDMProgressBar(refresh_rate=0)],
+        lambda: [RichProgressBar(refresh_rate=0)],
+        lambda: [disabled(RichProgressBar())],
+        lambda: [disabled(TQDMProgressBar())],
+    ],
+)
+def test_a_trainer_without_a_shown_bar_prints_nothing(bars, make_trainer, capsys):
+    callbacks = bars()
+    fit(make_trainer, pruning(), *callbacks, enable_progress_bar=bool(callbacks))
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "Pruning level" not in printed.err
+
+
+def test_the_line_is_that_of_the_bar_that_is_shown(make_trainer):
+    kinds = []
+
+    def look(trainer, module):
+        line = line_of(trainer)
+        line.show("Pruning", 1, 2)
+        line.close()
+        kinds.append(type(line).__name__)
+
+    for bar in (TQDMProgressBar(), rich_bar(), OtherBar(), disabled(TQDMProgressBar())):
+        fit(make_trainer, bar, within("on_train_end", look))
+    assert kinds == ["TQDMLine", "RichLine", "Line", "Line"]
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar, rich_bar])
+def test_the_line_is_taken_away_when_the_search_fails(bar, make_trainer, monkeypatch):
+    class Failing(Blobs):
+        armed = False
+
+        def validation_step(self, batch, batch_idx):
+            if self.armed:
+                raise RuntimeError("in a candidate")
+            super().validation_step(batch, batch_idx)
+
+    def arm(trainer, module):
+        module.armed = True
+
+    closed, original = [], line_of
+
+    def watched(trainer):
+        line = original(trainer)
+        close = line.close
+        line.close = lambda: (closed.append(type(line).__name__), close())
+        return line
+
+    monkeypatch.setattr("lightning_roulette.trainer.watching.line_of", watched)
+    with pytest.raises(RuntimeError, match="in a candidate"):
+        fit(make_trainer, within("on_train_end", arm), bar(), pruning(), module=Failing())
+    assert closed in (["TQDMLine"], ["RichLine"])
+
+
+# ---- the log
+
+
+@pytest.fixture
+def said(caplog):
+    """A function that tells what the package has said."""
+    caplog.set_level(logging.INFO, logger="lightning_roulette")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "lightning_roulette"]
+
+
+@pytest.mark.parametrize(("monitor", "mode"), [("val_acc", "max"), ("val_loss", "min")])
+def test_a_search_says_its_floor_each_level_and_its_end_in_units_of_the_metric(monitor, mode, make_trainer, said):
+    ours = pruning(monitor=monitor)
+    fit(make_trainer, ours, enable_progress_bar=False)
+    lines, report = said(), ours.report
+    assert all(line.startswith("RouletteWheelPruning: ") for line in lines)
+    judged, dense, *levels = (line.removeprefix("RouletteWheelPruning: ") for line in lines)
+    assert judged == f"judged by {monitor} ({mode}, as asked)."
+    assert dense.startswith(f"{monitor}: dense {report.dense_score:.6g}, floor {report.floor:.6g}. ")
+    assert re.search(r"A level of 5 candidates will take about \d+\.\d s\.$", dense)
+    for number, level in enumerate(report.levels, 1):
+        said_of = f"level {number}: sparsity {level.sparsity:.2%}, {monitor} {level.score:.6g}, accepted"
+        assert levels[number - 1] == said_of
+    assert levels[2:] == list(report.summary())
+    assert report.floor < report.dense_score if mode == "max" else report.floor > report.dense_score
+
+
+def test_a_level_below_the_floor_is_said_to_be(make_trainer, said):
+    ours = RouletteWheelPruning(2, monitor="val_acc", tree=Tree(pruning_rate=0.99, patience=1))
+    fit(make_trainer, ours, enable_progress_bar=False)
+    assert any(line.endswith(f"below the floor {ours.report.floor:.6g}") for line in said())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_only_the_first_process_speaks_and_draws(first, make_trainer, said, tmp_path, monkeypatch):
+    drawn = []
+
+    class Drawing(Curves):
+        def __init__(self, loggers):
+            drawn.append(len(list(loggers)))
+            super().__init__(())
+
+    def search(trainer, module):
+        monkeypatch.setattr(type(trainer), "is_global_zero", first)
+        winner = one_level(trainer, module)
+        with Watcher(trainer, Metric("val_acc", "max", "", None), 5) as watcher:
+            watcher.on_dense(winner)
+            watcher.on_level(winner.report.levels[0], winner)
+            watcher.on_end(winner.report)
+        monkeypatch.setattr(type(trainer), "is_global_zero", True)
+
+    monkeypatch.setattr("lightning_roulette.trainer.watching.Curves", Drawing)
+    fit(make_trainer, within("on_train_end", search), logger=CSVLogger(tmp_path), enable_progress_bar=False)
+    assert drawn == [1 if first else 0]
+    assert bool(said()) is first
+
+
+def test_the_line_tells_a_falling_metric_in_its_own_units(make_trainer, monkeypatch):
+    shown = []
+    monkeypatch.setattr(Line, "show", lambda self, text, done, total: shown.append(text))
+    ours = pruning(monitor="val_loss")
+    fit(make_trainer, ours, enable_progress_bar=False)
+    best = ours.report.levels[0].score
+    assert shown[4].endswith(f"best {best:.4g}")
+    assert best > 0
+
+
+# ---- who is heard
+
+
+@pytest.fixture(autouse=True)
+def give_back_the_level():
+    """What `speak_up` sets stays for the process."""
+    level = log.level
+    yield
+    log.setLevel(level)
+
+
+def new_process(monkeypatch, *handlers):
+    """The package's logger as a new process has it, and these handlers at the root."""
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(logging.getLogger(), "handlers", list(handlers))
+    log.setLevel(logging.NOTSET)
+
+
+def test_log_lines_are_seen_where_the_user_arranged_nothing(monkeypatch, capsys):
+    new_process(monkeypatch)
+    speak_up()
+    speak_up()
+    log.info("a level")
+    assert capsys.readouterr().err == "a level\n"
+
+
+def test_a_user_who_arranged_for_logging_hears_each_line_once_and_by_that(monkeypatch, capsys):
+    heard = io.StringIO()
+    new_process(monkeypatch, logging.StreamHandler(heard))
+    speak_up()
+    log.info("a level")
+    assert heard.getvalue() == "a level\n"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_level_that_the_user_chose_stays(monkeypatch, capsys):
+    new_process(monkeypatch)
+    log.setLevel(logging.WARNING)
+    speak_up()
+    log.info("a level")
+    assert capsys.readouterr().err == ""

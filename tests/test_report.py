@@ -1,0 +1,179 @@
+"""The report: frozen records that survive JSON, and read the same in every unit."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+
+from lightning_roulette import Candidate, Level, SearchReport, StopReason
+
+
+def branch(*scores: float, sparsity: float = 0.2) -> tuple[Candidate, ...]:
+    return tuple(Candidate(index, sparsity, score, rank=score) for index, score in enumerate(scores))
+
+
+LEVELS = (
+    Level(1, 0.2, 0.2, 8000, branch(0.95, 0.97, 0.93), winner=1, accepted=True),
+    Level(2, 0.2, 0.36, 6400, branch(math.nan, math.nan, math.nan, sparsity=0.36), winner=None, accepted=False),
+    Level(2, 0.1, 0.28, 7200, branch(math.nan, 0.5, 0.962, 0.3, sparsity=0.28), winner=2, accepted=True),
+    Level(3, 0.1, 0.352, 6480, branch(0.1, 0.2, sparsity=0.352), winner=1, accepted=False),
+)
+REPORT = SearchReport("val_acc", "max", 0.965, 0.005, 3, -7, 10_000, LEVELS, StopReason.DECLINED, 13, 4.25)
+DENSE = replace(REPORT, levels=(LEVELS[3],))
+
+
+def through_json(report: SearchReport) -> SearchReport:
+    return SearchReport.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False)))
+
+
+def assert_same(one: SearchReport, other: SearchReport) -> None:
+    # the text of a NaN is equal to itself, a NaN is not; a tuple is told from a list, and inf from "inf"
+    assert repr(one) == repr(other)
+
+
+def test_the_winner_is_the_slimmest_accepted_level():
+    assert REPORT.accepted == (LEVELS[0], LEVELS[2])
+    assert REPORT.winner == LEVELS[2]
+    assert (REPORT.sparsity, REPORT.survivors, REPORT.chosen_by) == (0.28, 7200, 0.962)
+
+
+def test_without_an_accepted_level_the_network_is_dense():
+    assert DENSE.winner is None
+    assert DENSE.accepted == ()
+    assert (DENSE.sparsity, DENSE.survivors, DENSE.chosen_by) == (0.0, 10_000, 0.965)
+
+
+def test_the_score_of_a_level_is_its_winners():
+    assert [level.score for level in LEVELS if level.winner is not None] == [0.97, 0.962, 0.2]
+    assert math.isnan(LEVELS[1].score)
+
+
+def test_the_winner_is_found_by_its_number_and_not_its_place():
+    retried = tuple(Candidate(index, 0.2, index / 10, index / 10) for index in (3, 4, 5))
+    assert Level(1, 0.1, 0.2, 80, retried, winner=4, accepted=True).score == 0.4
+
+
+def test_the_spread_leaves_nan_out():
+    assert LEVELS[0].spread == (0.93, 0.95, 0.97)
+    assert LEVELS[2].spread == (0.3, 0.5, 0.962)
+    assert LEVELS[3].spread == pytest.approx((0.1, 0.15, 0.2))
+    assert all(math.isnan(value) for value in LEVELS[1].spread)
+
+
+@pytest.mark.parametrize(("mode", "floor"), [("max", 0.96), ("min", 0.97)])
+def test_the_floor_lies_on_the_worse_side(mode, floor):
+    assert replace(REPORT, mode=mode).floor == pytest.approx(floor)
+
+
+def test_a_metric_to_be_minimised_is_reported_in_its_own_units():
+    scored = replace(REPORT, monitor="score", dense_score=-0.5, tolerance=0.1, score=-0.55)
+    loss = scored.in_metric("val_loss", "min")
+    assert (loss.monitor, loss.mode, loss.dense_score, loss.score) == ("val_loss", "min", 0.5, 0.55)
+    assert loss.floor == pytest.approx(0.6)
+    assert [level.score for level in loss.levels if level.winner is not None] == [-0.97, -0.962, -0.2]
+    assert loss.levels[0].spread == (-0.97, -0.95, -0.93)
+    assert loss.chosen_by == -0.962
+    # ranks stay as they ordered the branch
+    assert [one.rank for one in loss.levels[0].candidates] == [0.95, 0.97, 0.93]
+
+
+def test_a_metric_to_be_maximised_only_gets_its_name():
+    assert_same(REPORT.in_metric("top5", "max"), replace(REPORT, monitor="top5"))
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        REPORT,
+        DENSE,
+        REPORT.in_metric("val_loss", "min"),
+        replace(REPORT, stop_reason=None),
+        replace(REPORT, score=0.9615, trained_score=0.97),
+        replace(REPORT, tolerance=math.inf),
+        replace(REPORT, dense_score=math.nan, levels=()),
+        replace(REPORT, dense_score=-math.inf),
+        replace(
+            REPORT, levels=(replace(LEVELS[0], candidates=(Candidate(0, 0.2, 1.0, math.nan, -math.inf, same_as=3),)),)
+        ),
+        pytest.param(
+            replace(REPORT, score=math.nan, trained_score=math.inf),
+            marks=pytest.mark.xfail(strict=True, reason="only dense_score and tolerance are read back as numbers"),
+        ),
+    ],
+)
+def test_a_report_survives_json(report):
+    assert_same(through_json(report), report)
+    assert_same(SearchReport.from_dict(report.to_dict()), report)
+    assert str(through_json(report)) == str(report)
+
+
+@pytest.mark.parametrize("reason", StopReason)
+def test_every_stop_reason_survives_json_and_is_a_sentence(reason):
+    assert through_json(replace(REPORT, stop_reason=reason)).stop_reason is reason
+    assert reason.value[0].isupper()
+    assert reason.value.endswith(".")
+    assert reason.value in str(replace(REPORT, stop_reason=reason))
+
+
+def test_a_dict_holds_only_what_json_knows():
+    def check(value) -> None:
+        assert type(value) in (dict, list, str, int, float, bool, type(None))
+        for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            check(part)
+
+    fields = REPORT.to_dict()
+    check(fields)
+    assert fields["stop_reason"] == "DECLINED"
+    assert fields["levels"][1]["candidates"][0] == {
+        "index": 0,
+        "sparsity": 0.36,
+        "score": None,
+        "rank": None,
+        "tiebreak": 0.0,
+        "same_as": None,
+    }
+
+
+def test_the_report_reads_as_a_table():
+    assert str(REPORT).splitlines() == [
+        "7,200 of 10,000 prunable weights kept (72.00%): sparsity 28.00% after 2 accepted levels.",
+        "val_acc: dense 0.965, floor 0.96, winner 0.962 (the score that chose it).",
+        "Every further level tried fell below the floor. 13 validations in 4.2 s.",
+        "",
+        "level  pruning rate  sparsity  weights left  score  branch min  median    max  accepted",
+        "    1           0.2    20.00%         8,000   0.97        0.93    0.95   0.97       yes",
+        "    2           0.2    36.00%         6,400    nan         nan     nan    nan        no",
+        "    2           0.1    28.00%         7,200  0.962         0.3     0.5  0.962       yes",
+        "    3           0.1    35.20%         6,480    0.2         0.1    0.15    0.2        no",
+    ]
+
+
+def test_what_was_measured_afterwards_is_said_apart():
+    text = str(replace(REPORT, score=0.9613, trained_score=0.9702))
+    assert "winner 0.962 (the score that chose it), 0.9613 once loaded." in text
+    assert "val_acc after the training that followed: 0.9702." in text
+
+
+def test_a_search_that_goes_on_says_so():
+    assert "The search goes on. 13 validations" in str(replace(REPORT, stop_reason=None))
+
+
+def test_the_markdown_holds_the_summary_and_one_row_a_level():
+    *sentences, table = REPORT.markdown().split("\n\n")
+    assert sentences == REPORT.summary()
+    head, rule, *rows = table.splitlines()
+    assert head == ("| level | pruning rate | sparsity | weights left | score | branch min | median | max | accepted |")
+    assert rule == "|" + " ---: |" * 9
+    assert len(rows) == 4
+    assert rows[2] == "| 2 | 0.1 | 28.00% | 7,200 | 0.962 | 0.3 | 0.5 | 0.962 | yes |"
+
+
+@pytest.mark.parametrize(
+    ("record", "field"), [(REPORT, "dense_score"), (LEVELS[0], "accepted"), (LEVELS[0].candidates[0], "score")]
+)
+def test_records_are_frozen(record, field):
+    with pytest.raises(FrozenInstanceError):
+        setattr(record, field, 1.0)
