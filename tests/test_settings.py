@@ -84,7 +84,6 @@ def test_a_mistake_is_named(group, field, value, error, message):
     assert str(caught.value).startswith(f"{field} is {value!r}, but must be ")
 
 
-@pytest.mark.xfail(strict=True, reason="the error is python's own: 'NoneType' object is not iterable")
 @pytest.mark.parametrize("value", [None, 3])
 def test_callbacks_to_keep_that_are_no_list_are_named(value):
     with pytest.raises(TypeError, match="keep_callbacks is .*, but must be a list of names"):

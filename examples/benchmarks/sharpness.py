@@ -58,7 +58,7 @@ def train(net: nn.Module, split: Split, epochs: int, seed: int) -> None:
 def trained(name: str, seed: int, data: dict[str, Split], epochs: int) -> nn.Module:
     """The network of one seed."""
     with torch.random.fork_rng():
-        torch.random.default_generator.manual_seed(seed)
+        torch.manual_seed(seed)
         net = NETWORKS[name][0]()
     net.to(memory_format=torch.channels_last)
     train(net, data["train"], epochs, seed)
