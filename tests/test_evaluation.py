@@ -166,6 +166,7 @@ def state_of(trainer, module):
     owners = {
         "trainer": trainer,
         "trainer.state": trainer.state,
+        "profiler": trainer.profiler,
         "fit_loop": trainer.fit_loop,
         "epoch_loop": trainer.fit_loop.epoch_loop,
         "val_loop": loop,

@@ -142,3 +142,9 @@ def test_a_function_may_return_tensors_with_gradients():
 def test_a_function_that_leaves_a_weight_out_is_refused(returned, message):
     with pytest.raises(ValueError, match=message):
         importance_of({"a": torch.ones(2, 3), "b": torch.ones(4)}, lambda given: returned)
+
+
+@pytest.mark.parametrize("found", [None, [torch.ones(2)], {"a": [1.0, 2.0]}])
+def test_a_function_that_returns_no_tensors_by_name_is_refused(found):
+    with pytest.raises(TypeError, match=r"importance returned .*, but must return \{name: tensor\}"):
+        importance_of({"a": torch.ones(2)}, lambda weights: found)

@@ -186,7 +186,6 @@ def test_a_mask_of_another_network_changes_nothing(name, shape, message):
     assert bits_of(net.state_dict()) == before
 
 
-@pytest.mark.xfail(strict=True, reason="the first name is pruned before the second is refused")
 def test_a_mask_of_numbers_changes_nothing():
     net = network()
     before = bits_of(net.state_dict())
@@ -297,7 +296,7 @@ def nested_masks(levels: int, size: int = 700) -> list[Mask]:
 def history_of(masks: list[Mask]) -> History:
     history = History.of_dense(masks[0])
     for mask in masks[1:]:
-        history.prune(mask)
+        history = history.pruned(mask)
     return history
 
 
@@ -315,7 +314,7 @@ def test_a_restored_history_can_grow_on():
     masks = nested_masks(260)
     history = History.from_state(history_of(masks[:255]).state())
     for mask in masks[255:]:
-        history.prune(mask)
+        history = history.pruned(mask)
     assert [history.mask_at(level) for level in (0, 254, 255, 256, 260)] == [masks[n] for n in (0, 254, 255, 256, 260)]
 
 
@@ -355,7 +354,6 @@ def test_a_file_without_a_mask_is_refused(stored, tmp_path):
         Mask.load(tmp_path / "other.ckpt")
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="a stored tensor has no `get`")
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     torch.save(torch.ones(3), tmp_path / "tensor.pt")
     with pytest.raises(ValueError, match="holds no mask"):

@@ -224,7 +224,6 @@ def test_gradients_written_by_others_do_not_reach_the_optimizer():
     assert not pruned_entries(net, mask).any()
 
 
-@pytest.mark.xfail(strict=True, reason="gradients accumulated before the hold are cleared only before the step")
 def test_gradients_accumulated_before_the_hold_are_cleared():
     net = network()
     mask, optimizer = half_of(net), SGD(net.parameters(), lr=0.1)

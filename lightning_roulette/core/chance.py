@@ -3,7 +3,8 @@
 There is no generator and no state. The 64 random bits of a weight are
 
     bits(weight) = mix(stream + (index + 1) * G)         all sums and products modulo 2**64
-    stream       = BLAKE2b-64(seed, level, candidate, parameter name)
+    stream       = BLAKE2b-64(seed, level, candidate, parameter name), personalised with b"roulette": the three
+                   numbers as little-endian int64, the name as UTF-8, the digest read as a little-endian number
 
 where `mix` is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
 OOPSLA 2014) and `G` its odd constant 0x9E3779B97F4A7C15. A weight's bits therefore are the same on every device, in

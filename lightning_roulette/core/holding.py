@@ -49,6 +49,7 @@ class ZeroHold:
         for name, parameter in self._parameters.items():
             if parameter.requires_grad and parameter.is_leaf:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._gradient_filler(name)))
+        self._fill_gradients()
 
     def fill(self) -> None:
         """Set every pruned weight to zero."""
@@ -61,14 +62,18 @@ class ZeroHold:
 
     def _gradient_filler(self, name: str) -> Any:
         def fill_gradient(parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                fill_pruned({name: parameter.grad}, {name: self._mask[name]})
+            self._fill_gradients([name])
 
         return fill_gradient
 
+    def _fill_gradients(self, names: Iterable[str] | None = None) -> None:
+        grads = {name: self._parameters[name].grad for name in names or self._parameters}
+        # a sparse gradient takes no filling; its weights are filled after the step
+        dense = {name: grad for name, grad in grads.items() if grad is not None and not grad.is_sparse}
+        fill_pruned(dense, {name: self._mask[name] for name in dense})
+
     def _before_step(self, *_: Any) -> None:
-        grads = {name: one.grad for name, one in self._parameters.items() if one.grad is not None}
-        fill_pruned(grads, {name: self._mask[name] for name in grads})
+        self._fill_gradients()
 
     def _after_step(self, *_: Any) -> None:
         self.fill()

@@ -21,12 +21,15 @@ def importance_of(weights: Mapping[str, Tensor], kind: str | Importance) -> dict
         The same names and shapes.
 
     Raises:
-        ValueError: If a user's function leaves a name out or changes a shape.
+        TypeError: If a user's function does not return tensors by name.
+        ValueError: If it leaves a name out or changes a shape.
     """
     if not callable(kind):
         measure = {"magnitude": magnitude, "lamp": lamp}[kind]
         return {name: measure(weight.detach()) for name, weight in weights.items()}
     found = kind({name: weight.detach() for name, weight in weights.items()})
+    if not isinstance(found, Mapping) or not all(isinstance(one, Tensor) for one in found.values()):
+        raise TypeError(f"importance returned {type(found).__name__}, but must return {{name: tensor}} as it is given.")
     for name, weight in weights.items():
         if name not in found or found[name].shape != weight.shape:
             came = tuple(found[name].shape) if name in found else "nothing"

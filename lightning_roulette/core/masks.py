@@ -48,7 +48,8 @@ class Mask(Mapping[str, Tensor]):
             ValueError: If the file holds no mask.
         """
         stored = torch.load(path, map_location="cpu", weights_only=True)
-        for state in [stored, *stored.get("callbacks", {}).values()]:
+        states = [stored, *stored.get("callbacks", {}).values()] if isinstance(stored, dict) else []
+        for state in states:
             if isinstance(state, dict) and "pruned_at" in state:
                 return History.from_state(state).mask
         raise ValueError(
@@ -122,9 +123,10 @@ def apply_mask(module: nn.Module, mask: Mapping[str, Tensor] | str | os.PathLike
         mask: Parameter name to bool tensor, True = kept; or the path of a file that `Mask.load` reads.
 
     Raises:
+        TypeError: If a tensor of the mask is not bool; then nothing was changed.
         ValueError: If a name is missing or a shape differs; then nothing was changed.
     """
-    kept = Mask.load(mask) if isinstance(mask, str | os.PathLike) else mask
+    kept = Mask.load(mask) if isinstance(mask, str | os.PathLike) else Mask(mask)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, tensor in kept.items():
         if name not in parameters:
@@ -185,7 +187,7 @@ class History:
     Since masks nest, this one small integer per weight holds every level's mask.
 
     Args:
-        pruned_at: Parameter name to int16 tensor; changed by `prune`.
+        pruned_at: Parameter name to int16 tensor.
         level: The level whose mask is `mask`: the winner's.
     """
 
@@ -199,12 +201,11 @@ class History:
         """The history of a network of which nothing was pruned."""
         return cls({name: torch.zeros_like(weight, dtype=torch.int16) for name, weight in weights.items()})
 
-    def prune(self, mask: Mask) -> None:
-        """Take `mask` as that of one level more."""
-        self.level += 1
-        for name, kept in mask.items():
-            at = self._pruned_at[name]
-            at.masked_fill_((at == 0) & ~kept.to(at.device), self.level)
+    def pruned(self, mask: Mask) -> History:
+        """The history with one level more, of this mask."""
+        level = self.level + 1
+        gone = {name: (at == 0) & ~mask[name].to(at.device) for name, at in self._pruned_at.items()}
+        return History({name: at.masked_fill(gone[name], level) for name, at in self._pruned_at.items()}, level)
 
     @property
     def mask(self) -> Mask:

@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from lightning_roulette.core.settings import check_words
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ATTENTION_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -36,6 +38,7 @@ def prunable_parameters(
         Name to parameter, in the module's order.
 
     Raises:
+        TypeError: If `include` or `exclude` is no list of patterns.
         ValueError: If a pattern matches no parameter.
 
     Example:
@@ -52,6 +55,7 @@ def skipped_parameters(
     """The parameters that `prunable_parameters` leaves out, each with its reason.
 
     Raises:
+        TypeError: If `include` or `exclude` is no list of patterns.
         ValueError: If a pattern matches no parameter.
     """
     return {n: reason for n, reason in _reasons(module, include, exclude).items() if reason is not None}
@@ -76,13 +80,13 @@ def _reasons(module: nn.Module, include: Patterns | None, exclude: Patterns | No
     parameters, names = dict(module.named_parameters()), aliases(module)
     _check_patterns("include", include, names)
     _check_patterns("exclude", exclude, names)
-    kinds, inside_metrics = _kinds(module), _ids_inside_metrics(module)
+    owners, inside_metrics = _owners(module), _ids_inside_metrics(module)
 
     def reason(name: str) -> str | None:
         parameter = parameters[name]
         if id(parameter) in inside_metrics:
             return "belongs to a metric"
-        if (unfit := _unfit(name, parameter)) is not None:
+        if (unfit := _unfit(parameter, *owners[name])) is not None:
             return unfit
         if exclude is not None and _matches(names[name], exclude):
             return "excluded"
@@ -90,43 +94,50 @@ def _reasons(module: nn.Module, include: Patterns | None, exclude: Patterns | No
             return None if _matches(names[name], include) else "not included"
         if not parameter.requires_grad:
             return "frozen"
-        return next((kinds[alias] for alias in names[name] if kinds[alias] is not None), None)
+        kinds = (_kind(*owners[alias]) for alias in names[name])
+        return next((kind for kind in kinds if kind is not None), None)
 
     return {name: reason(name) for name in parameters}
 
 
-def _unfit(name: str, parameter: nn.Parameter) -> str | None:
+def _unfit(parameter: nn.Parameter, owner: nn.Module, own: str) -> str | None:
     """Why no mask can be held on the parameter, whoever asks for it."""
     checks = (
         (isinstance(parameter, UninitializedParameter), "lazy: it has no shape yet"),
         (parameter.is_meta, "on the meta device: it has no values"),
-        (".parametrizations." in f".{name}", "parametrised: its values are computed from others"),
-        (name.endswith("weight_orig"), "already pruned by torch.nn.utils.prune: call prune.remove first"),
-        (name.endswith(("weight_g", "weight_v")), "under weight_norm: its values are computed from others"),
+        (isinstance(owner, parametrize.ParametrizationList), "parametrised: another tensor is computed from it"),
+        (
+            _is_source(owner, own),
+            "torch computes another tensor from it (prune, weight_norm, spectral_norm): remove that",
+        ),
         (not parameter.is_floating_point(), "neither a float nor a half: quantised or complex"),
     )
     found = next((why for holds, why in checks if holds), None)
     return "empty" if found is None and parameter.numel() == 0 else found
 
 
-def _kinds(module: nn.Module) -> dict[str, str | None]:
-    """For every name of every parameter None where the module that owns it makes it prunable, else why not."""
+def _is_source(owner: nn.Module, own: str) -> bool:
+    """Whether a hook computes a plain attribute of the owner from this parameter, as older torch utilities do."""
+    stems = [own.removesuffix(tail) for tail in ("_orig", "_g", "_v") if own.endswith(tail)]
+    return any(stem not in owner._parameters and hasattr(owner, stem) for stem in stems)
+
+
+def _owners(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Every name of every parameter to the module that holds it and its name there."""
     return {
-        f"{prefix}.{own}" if prefix else own: None if _is_weight(owner, own) else f"{own} of {type(owner).__name__}"
+        f"{prefix}.{own}" if prefix else own: (owner, own)
         for prefix, owner in module.named_modules(remove_duplicate=False)
         for own, parameter in owner._parameters.items()
         if parameter is not None
     }
 
 
-def _is_weight(owner: nn.Module, own: str) -> bool:
-    if parametrize.is_parametrized(owner, own):
-        return False
-    if isinstance(owner, (nn.Linear, *_CONVOLUTIONS)):
-        return own == "weight"
-    if isinstance(owner, nn.MultiheadAttention):
-        return own in _ATTENTION_PROJECTIONS
-    return isinstance(owner, nn.RNNBase | nn.RNNCellBase) and own.startswith("weight_")
+def _kind(owner: nn.Module, own: str) -> str | None:
+    """None where the owner makes the parameter prunable, else what it is instead."""
+    weight = own == "weight" and isinstance(owner, (nn.Linear, *_CONVOLUTIONS))
+    projection = own in _ATTENTION_PROJECTIONS and isinstance(owner, nn.MultiheadAttention)
+    recurrent = own.startswith("weight_") and isinstance(owner, nn.RNNBase | nn.RNNCellBase)
+    return None if weight or projection or recurrent else f"{own} of {type(owner).__name__}"
 
 
 def _ids_inside_metrics(module: nn.Module) -> set[int]:
@@ -141,6 +152,8 @@ def _matches(names: Sequence[str], patterns: Patterns) -> bool:
 
 
 def _check_patterns(argument: str, patterns: Patterns | None, names: dict[str, list[str]]) -> None:
+    if patterns is not None:
+        check_words(argument, patterns, "patterns over parameter names")
     everything = [alias for each in names.values() for alias in each]
     for pattern in patterns or ():
         if not _matches(everything, [pattern]):

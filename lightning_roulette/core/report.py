@@ -154,7 +154,7 @@ class SearchReport:
         return replace(self, monitor=monitor, mode="min", dense_score=-self.dense_score, levels=levels, score=score)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python numbers, strings, lists and dicts that survive JSON; NaN becomes None."""
+        """Plain Python numbers, strings, lists and dicts that survive JSON; NaN and infinities become strings."""
         fields = {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
         fields["levels"] = [
             {**{name: _plain(getattr(level, name)) for name in level.__dataclass_fields__}, "candidates": candidates}
@@ -171,7 +171,8 @@ class SearchReport:
             for level in fields["levels"]
         )
         stop_reason = StopReason[fields["stop_reason"]] if fields["stop_reason"] else None
-        numbers = {name: _number(fields[name]) for name in ("dense_score", "tolerance")}
+        names = ("dense_score", "tolerance", "score", "trained_score")
+        numbers = {name: None if fields[name] is None else float(fields[name]) for name in names}
         return cls(**{**fields, **numbers, "levels": levels, "stop_reason": stop_reason})
 
     def __str__(self) -> str:
@@ -223,14 +224,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
+        return str(value)
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
-
-
 def _candidate(fields: Mapping[str, Any]) -> Candidate:
-    numbers = {name: _number(fields[name]) for name in ("score", "rank", "tiebreak")}
+    numbers = {name: float(fields[name]) for name in ("score", "rank", "tiebreak")}
     return Candidate(**{**fields, **numbers})

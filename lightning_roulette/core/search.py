@@ -28,7 +28,7 @@ from lightning_roulette.core.importance import importance_of
 from lightning_roulette.core.masks import History, Mask
 from lightning_roulette.core.report import Candidate, Level, SearchReport, StopReason
 from lightning_roulette.core.selection import best_of, keeps_floor
-from lightning_roulette.core.settings import Tree, Wheel, check_count, check_group, check_number
+from lightning_roulette.core.settings import Tree, Wheel, check_count, check_group, check_number, check_seed
 from lightning_roulette.core.wheel import Sectors
 
 
@@ -164,8 +164,8 @@ def search(
     check_search(branches, tolerance, target_sparsity, wheel, tree, seed)
     if not weights or not any(weight.numel() for weight in weights.values()):
         raise ValueError("weights is empty, but must name at least one tensor with entries.")
-    growing = _Growing(weights, _lifted(evaluate), branches, wheel, seed, observer or Observer())
-    growing.start(tolerance)
+    growing = _Growing(weights, _lifted(evaluate), int(branches), wheel, int(seed), observer or Observer())
+    growing.start(float(tolerance))
     while (reason := growing.end(target_sparsity, tree)) is None:
         growing.level(tree, target_sparsity)
     return growing.so_far(reason)
@@ -186,9 +186,7 @@ def check_search(
         check_number("target_sparsity", target_sparsity, above=0, below=1)
     check_group("wheel", wheel, Wheel)
     check_group("tree", tree, Tree)
-    check_count("seed", seed, at_least=-(2**63))
-    if seed >= 2**63:
-        raise ValueError(f"seed is {seed}, but must be a signed 64-bit number.")
+    check_seed(seed)
 
 
 def level_draws(survivors: int, pruning_rate: float, spare: int) -> int:
@@ -232,15 +230,15 @@ class _Growing:
         too_fine = self.halvings > 0 and tree.pruning_rate / 2**self.halvings < tree.smallest_rate
         if self.failures >= tree.patience or too_fine:
             return StopReason.DECLINED
+        if target_sparsity is not None and self._missing(target_sparsity) <= 0:
+            return StopReason.TARGET_REACHED
         if self.history.level >= min(tree.max_levels or History.most_levels, History.most_levels):
             return StopReason.MAX_LEVELS
-        if target_sparsity is not None and self._spare(target_sparsity) <= 0:
-            return StopReason.TARGET_REACHED
         return StopReason.EXHAUSTED if self._spare(None) <= 0 else None
 
     def level(self, tree: Tree, target_sparsity: float | None) -> None:
         """Spin, validate and judge one branch."""
-        rate = tree.pruning_rate / 2**self.halvings
+        rate = float(tree.pruning_rate) / 2**self.halvings
         draws = level_draws(self.parent.survivors, rate, self._spare(target_sparsity))
         survivors = self.parent.survivors - draws
         sparsity = 1 - survivors / self.parent.size
@@ -251,7 +249,7 @@ class _Growing:
         self.levels.append(Level(number, rate, sparsity, survivors, branch, winner, accepted))
         if accepted:
             self.parent = self._sectors.spin(draws, seed=self.seed, level=number, candidate=cast(int, winner))
-            self.history.prune(self.parent)
+            self.history = self.history.pruned(self.parent)
             self.failures = self.retries = 0
         else:
             self.halvings, self.failures, self.retries = self.halvings + 1, self.failures + 1, self.retries + 1
@@ -286,16 +284,21 @@ class _Growing:
     def _scores(self, mask: Mask) -> Scores:
         self.validations += 1
         scores = self.evaluate(PrunedWeights(mask, self.weights), range(self.evaluate.folds))
-        return Scores(*(value if math.isfinite(value) else math.nan for value in vars(scores).values()))
+        values = [float(value) for value in (scores.rank, scores.floor, scores.tiebreak)]
+        return Scores(*(value if math.isfinite(value) else math.nan for value in values))
 
     def _spare(self, target_sparsity: float | None) -> int:
         """How many more weights may go: to the target, else to one weight (one a layer where each has a wheel)."""
         if target_sparsity is not None:
-            goal = math.floor(target_sparsity * self.parent.size + 0.5)
-            return min(self._spare(None), goal - (self.parent.size - self.parent.survivors))
+            return min(self._spare(None), self._missing(target_sparsity))
         if self.wheel.scope == "layer":
             return sum(max(0, int(kept.sum()) - 1) for kept in self.parent.values())
         return self.parent.survivors - 1
+
+    def _missing(self, target_sparsity: float) -> int:
+        """How many weights must go until the target is reached."""
+        goal = math.floor(target_sparsity * self.parent.size + 0.5)
+        return goal - (self.parent.size - self.parent.survivors)
 
     def _report(self, reason: StopReason | None) -> SearchReport:
         return replace(

@@ -122,6 +122,19 @@ def check_count(name: str, value: Any, *, at_least: int = 1) -> None:
     check_number(name, value, at_least=at_least)
 
 
+def check_seed(seed: Any) -> None:
+    """Raise unless `seed` is a signed 64-bit number.
+
+    Raises:
+        TypeError: If it is no whole number.
+        ValueError: If it has more bits.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise TypeError(f"seed is {seed!r}, but must be a whole number.")
+    if not -(2**63) <= int(seed) < 2**63:
+        raise ValueError(f"seed is {seed}, but must be a signed 64-bit number.")
+
+
 def check_choice(name: str, value: Any, allowed: tuple[str, ...], *, remedy: str = "") -> None:
     """Raise unless `value` is one of the allowed words.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_roulette.core.chance import log_clocks, stream
 from lightning_roulette.core.importance import with_float64
 from lightning_roulette.core.masks import Mask
+from lightning_roulette.core.settings import SCOPES, check_choice, check_number, check_seed
 
 # log E spans less than 42 (see chance.log_clocks); what lies further below the rest is always drawn before it.
 _BELOW_ALL = 64.0
@@ -48,6 +49,7 @@ def spin(importance: Tensor, survivors: Tensor, draws: int, *, sharpness: float,
             f"importance has shape {tuple(importance.shape)} and survivors shape {tuple(survivors.shape)} of "
             f"{survivors.dtype}, but both must be vectors of one length, survivors of bool. Flatten them first."
         )
+    check_seed(seed)
     sectors = Sectors({"": importance}, Mask({"": survivors}), sharpness=sharpness)
     return survivors & ~sectors.spin(draws, seed=seed, level=0, candidate=0)[""]
 
@@ -72,8 +74,8 @@ class Sectors:
     def __init__(
         self, importance: Mapping[str, Tensor], parent: Mask, *, sharpness: float, scope: str = "global"
     ) -> None:
-        if not sharpness >= 0:
-            raise ValueError(f"sharpness is {sharpness}, but must be 0 or more (infinity is magnitude pruning).")
+        check_number("sharpness", sharpness, at_least=0, remedy="Infinity is magnitude pruning.")
+        check_choice("scope", scope, SCOPES)
         self.parent = Mask({name: with_float64(kept) for name, kept in parent.items()})
         self.sharpness, self.scope = sharpness, scope
         self._index = {name: kept.flatten().nonzero().flatten() for name, kept in self.parent.items()}
@@ -93,7 +95,7 @@ class Sectors:
             candidate: See `seed`.
 
         Raises:
-            ValueError: If there are fewer survivors than `draws`.
+            ValueError: If there are fewer survivors than `draws`, or with a wheel for each layer fewer that may go.
         """
         if not 0 <= draws <= self.parent.survivors:
             raise ValueError(f"draws is {draws}, but must lie between 0 and the {self.parent.survivors} survivors.")
@@ -102,6 +104,8 @@ class Sectors:
             drawn = dict(zip(keys, _smallest(list(keys.values()), draws), strict=True))
         else:
             shares = layer_shares(draws, [len(values) for values in keys.values()])
+            if sum(shares) < draws:
+                raise ValueError(f"draws is {draws}, but each layer keeps a weight: at most {sum(shares)} may go.")
             drawn = {n: _smallest([keys[n]], share)[0] for n, share in zip(keys, shares, strict=True)}
         return Mask({name: self._without(name, drawn[name]) for name in keys})
 
@@ -143,7 +147,7 @@ def _checked(name: str, importance: Tensor) -> Tensor:
             f"importance of {name or 'the weights'} has negative, infinite or NaN entries, but must be finite and "
             "non-negative. Do the weights hold NaN or infinity?"
         )
-    return importance
+    return importance.detach()
 
 
 def _to_log_odds(terms: Mapping[str, Tensor], sharpness: float) -> None:
@@ -157,8 +161,9 @@ def _to_log_odds(terms: Mapping[str, Tensor], sharpness: float) -> None:
         values.log_().mul_(sharpness)
         finite = values[values > -math.inf]
         lowest = min(lowest, float(finite.min())) if len(finite) else lowest
+    bottom = min(lowest - _BELOW_ALL, lowest * (1 + 2.0**-50))  # the latter where the sharpness dwarfs the former
     for values in terms.values():
-        values.clamp_(min=lowest - _BELOW_ALL)
+        values.clamp_(min=bottom)
 
 
 def _smallest(keys: Sequence[Tensor], draws: int) -> list[Tensor]:
