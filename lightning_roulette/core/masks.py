@@ -139,10 +139,12 @@ def apply_mask(module: nn.Module, mask: Mapping[str, Tensor] | str | os.PathLike
     fill_pruned({name: parameters[name] for name in kept}, kept)
 
 
-def is_pruned(module: nn.Module, mask: Mapping[str, Tensor]) -> bool:
-    """Whether all weights of `module` that `mask` prunes are zero."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    return all(not parameters[n].detach()[~kept.to(parameters[n].device)].any() for n, kept in mask.items())
+def breaks(mask: Mapping[str, Tensor], module: nn.Module) -> bool:
+    """Whether `module` has the weights that `mask` names, and one that it prunes is not zero."""
+    found = dict(module.named_parameters(remove_duplicate=False))
+    if any(name not in found or found[name].shape != kept.shape for name, kept in mask.items()):
+        return False
+    return any(bool(found[name].detach()[~kept.to(found[name].device)].any()) for name, kept in mask.items())
 
 
 @torch.no_grad()

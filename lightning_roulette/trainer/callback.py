@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_roulette.core.holding import ZeroHold
-from lightning_roulette.core.masks import History, Mask, apply_mask, is_pruned
+from lightning_roulette.core.masks import History, Mask, apply_mask, breaks
 from lightning_roulette.core.report import SearchReport, StopReason
 from lightning_roulette.core.search import Winner, check_search, search
 from lightning_roulette.core.settings import (
@@ -236,6 +236,15 @@ class RouletteWheelPruning(Callback):
         """Warn if unpruned weights were loaded to predict."""
         self._warn_of_unpruned(trainer, pl_module)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if Lightning found nothing to train, and so called no hook to search in."""
+        if not self._idle and self._history is None:
+            warnings.warn(
+                "RouletteWheelPruning does nothing in this fit: there was nothing left to train, as max_epochs or "
+                "max_steps was reached before, or limit_train_batches is 0. Allow some training for the search.",
+                stacklevel=2,
+            )
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hold nothing any more; the zeros are in the weights."""
         if self._hold is not None:
@@ -264,7 +273,7 @@ class RouletteWheelPruning(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save zeros, as weight averaging has put its own weights in."""
-        if (mask := self.mask) is not None:
+        if (mask := self.mask) is not None and not breaks(mask, pl_module):
             fill_checkpoint(pl_module, mask, checkpoint)
         if self._epoch_begins:
             let_epoch_begin(checkpoint)
@@ -277,11 +286,11 @@ class RouletteWheelPruning(Callback):
     def _still_holds(self, module: LightningModule) -> bool:
         """Whether `module` is the one pruned before, and still is."""
         ours = self._module is not None and self._module() is module
-        return ours and (mask := self.mask) is not None and is_pruned(module, mask)
+        return ours and (mask := self.mask) is not None and not breaks(mask, module)
 
     def _warn_of_unpruned(self, trainer: Trainer, module: LightningModule) -> None:
         loaded = trainer.state.fn != "fit" and trainer.ckpt_path is not None and trainer.is_global_zero
-        if loaded and (mask := self.mask) is not None and not is_pruned(module, mask):
+        if loaded and (mask := self.mask) is not None and breaks(mask, module):
             warnings.warn(
                 "RouletteWheelPruning: the checkpoint that was loaded holds unpruned weights. "
                 f"The pruned ones are in {self.best_model_path or 'no file, as none was to be written'}.",
@@ -407,7 +416,7 @@ class RouletteWheelPruning(Callback):
 
     def _measure(self, trainer: Trainer, module: LightningModule, metric: Metric) -> float:
         with self._validating(trainer, module) as validation:
-            return float(agreed_over_processes(trainer)(validation.run().values[metric.monitor]))
+            return float(agreed_over_processes(trainer)(validation.run().value(metric.monitor)))
 
     def _save(self, trainer: Trainer) -> None:
         if self._files is not None:

@@ -46,6 +46,23 @@ class Logged:
     values: Mapping[str, Tensor]
     higher_is_better: Mapping[str, bool | None]
 
+    def value(self, name: str) -> Tensor:
+        """The value of a metric.
+
+        Raises:
+            RuntimeError: If it was not logged; the message lists what was.
+        """
+        if name not in self.values:
+            raise RuntimeError(f"RouletteWheelPruning watches {name!r}, which validation did not log. {self.listing}")
+        return self.values[name]
+
+    @property
+    def listing(self) -> str:
+        """What was logged, in a sentence."""
+        if not self.values:
+            return "Nothing was logged: call self.log(...) in validation_step."
+        return f"Logged: {', '.join(repr(name) for name in sorted(self.values))}."
+
 
 class IsolatedValidation:
     """A `with` block in which validations run that nothing outside it can tell.
@@ -166,9 +183,9 @@ class TrainerEvaluator:
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
         """Lend the network to the validation with the candidate's mask applied."""
         with applied(candidate.mask, self._weights):
-            values = self._validation.run().values
-        score = self._sign * float(self._agree(values[self._monitor]))
-        tiebreak = -float(self._agree(values[self._loss])) if self._loss is not None else 0.0
+            logged = self._validation.run()
+        score = self._sign * float(self._agree(logged.value(self._monitor)))
+        tiebreak = -float(self._agree(logged.value(self._loss))) if self._loss is not None else 0.0
         return Scores(rank=score, floor=score, tiebreak=tiebreak)
 
 

@@ -21,6 +21,7 @@ _LARGER = frozenset(
 _LARGER |= {"r2", "spearman", "pearson", "kappa", "mcc", "psnr", "ssim", "bleu", "rouge"}
 _SMALLER = frozenset({"loss", "err", "error", "mse", "rmse", "mae", "mape", "nll", "ppl", "perplexity", "wer", "cer"})
 _SMALLER |= {"fid", "ece", "brier"}
+_LOADER = "/dataloader_idx_"
 _PLAINER = ("acc", "accuracy", "loss", "error")
 
 
@@ -58,33 +59,25 @@ def find_metric(logged: Logged, trainer: Trainer, monitor: str | None, mode: str
         RuntimeError: If the metric was not logged or is not one number, or none or several could be meant, or the
             direction cannot be told. The message lists what was logged.
     """
-    values = {
-        name: value  # what is logged both on step and epoch comes under two names
-        for name, value in logged.values.items()
-        if name == (plain := name.removesuffix("_epoch")) or plain not in logged.values
-    }
+    values = {name: value for name, value in logged.values.items() if _first_name(name, logged) == name}
     if monitor is None:
-        monitor, why = _choice(values, logged.higher_is_better, trainer, tolerance)
-    elif monitor in logged.values:
-        why = "as asked"
+        monitor, why = _choice(values, logged, trainer, tolerance)
     else:
-        raise RuntimeError(f"RouletteWheelPruning watches {monitor!r}, which validation did not log. {_list(values)}")
-    value = logged.values[monitor]
+        why = "as asked"
+    value = logged.value(monitor)
     if isinstance(value, Tensor) and value.numel() != 1:
         raise RuntimeError(
             f"RouletteWheelPruning watches {monitor!r}, which has shape {tuple(value.shape)}, but must be one number. "
-            f"Log a mean of it, or pass monitor=... {_list(values)}"
+            f"Log a mean of it, or pass monitor=... {logged.listing}"
         )
-    direction = mode or _direction(monitor, logged.higher_is_better, trainer)
+    direction = mode or _direction(_first_name(monitor, logged), logged, trainer)
     losses = [name for name in values if _tells(name, {"loss"}) and name != monitor]
     loss = "val_loss" if "val_loss" in losses else losses[0] if len(losses) == 1 else None
     return Metric(monitor, direction, why, loss)
 
 
-def _choice(
-    values: Mapping[str, Any], higher_is_better: Mapping[str, bool | None], trainer: Trainer, tolerance: float
-) -> tuple[str, str]:
-    rising = [name for name in values if higher_is_better.get(_plain(name))]
+def _choice(values: Mapping[str, Any], logged: Logged, trainer: Trainer, tolerance: float) -> tuple[str, str]:
+    rising = [name for name in values if logged.higher_is_better.get(_plain(name))]
     named = [name for name in values if _tells(name, _LARGER)]
     for names, why in ((rising, "the one logged metric that rises"), (named, "the one logged name like an accuracy")):
         if len(names) == 1:
@@ -96,18 +89,18 @@ def _choice(
             f"{', '.join(map(repr, several))}. Pass monitor=..."
         )
     for watched, _, watcher in _watched(trainer):
-        if watched is not None and watched in values:
-            return watched, f"what {watcher} watches"
+        if watched is not None and (name := _first_name(watched, logged)) in values:
+            return name, f"what {watcher} watches"
     if len(values) == 1:
         return next(iter(values)), "the only metric logged"
-    raise RuntimeError(f"RouletteWheelPruning cannot tell which metric to watch. {_list(values)} Pass monitor=...")
+    raise RuntimeError(f"RouletteWheelPruning cannot tell which metric to watch. {logged.listing} Pass monitor=...")
 
 
-def _direction(monitor: str, higher_is_better: Mapping[str, bool | None], trainer: Trainer) -> str:
+def _direction(monitor: str, logged: Logged, trainer: Trainer) -> str:
     for watched, mode, _ in _watched(trainer):
-        if watched == monitor and mode in ("min", "max"):
+        if watched is not None and _first_name(watched, logged) == monitor and mode in ("min", "max"):
             return mode
-    rises = higher_is_better.get(_plain(monitor))
+    rises = logged.higher_is_better.get(_plain(monitor))
     if rises is None:
         rises = _tells(monitor, _LARGER)
         if rises == _tells(monitor, _SMALLER):
@@ -134,18 +127,19 @@ def _watched(trainer: Trainer) -> list[tuple[str | None, str | None, str]]:
     return callbacks + schedulers
 
 
+def _first_name(name: str, logged: Logged) -> str:
+    """What is logged on step and on epoch comes under two names, `x` and `x_epoch`: the first of them."""
+    stem, mark, loader = name.partition(_LOADER)
+    first = stem.removesuffix("_epoch") + mark + loader
+    return first if first in logged.values else name
+
+
 def _plain(name: str) -> str:
     """The name that was given to `self.log`, without the loader that Lightning adds to it."""
-    return name.split("/dataloader_idx_")[0]
+    return name.partition(_LOADER)[0]
 
 
 def _tells(name: str, words: Collection[str]) -> bool:
     parts = [part for part in re.split(r"[^a-z0-9]+", _plain(name).lower()) if part]
     forms = {form for part in parts for form in (part, part.removesuffix("score"), part.rstrip("0123456789"))}
     return any(form in words or form.endswith(tuple(w for w in _PLAINER if w in words)) for form in forms)
-
-
-def _list(values: Mapping[str, Any]) -> str:
-    if not values:
-        return "Nothing was logged: call self.log(...) in validation_step."
-    return f"Logged: {', '.join(repr(name) for name in sorted(values))}."

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 
 class Line:
@@ -19,11 +21,17 @@ class Line:
 
 
 class TQDMLine(Line):
-    """A line of the TQDM bar, where that would show a validation."""
+    """A line of the TQDM bar, where that shows validations."""
 
     def __init__(self, bar: TQDMProgressBar) -> None:
-        self._line = bar.init_validation_tqdm()
-        self._line.leave = False
+        self._line = Tqdm(
+            desc="Pruning",
+            position=2 * bar.process_position + 1,
+            leave=False,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            bar_format=bar.BAR_FORMAT,
+        )
 
     def show(self, text: str, done: int, total: int) -> None:
         """Say `text`, with `done` of `total` candidates validated."""
@@ -47,7 +55,7 @@ class RichLine(Line):
 
     def close(self) -> None:
         """Take the line away."""
-        self._progress.remove_task(self._task)
+        self._progress.update(self._task, visible=False)  # the bar finds its own tasks by their place in the list
 
 
 def line_of(trainer: Trainer) -> Line:
