@@ -556,6 +556,22 @@ def test_equal_weights_score_equally_on_shuffled_and_limited_data(make_trainer):
     assert [len(set(scores)) for scores in found] == [1, 1]
 
 
+def test_chance_drawn_between_candidates_does_not_change_their_data(make_trainer):
+    found = []
+
+    def score(trainer, module):
+        with IsolatedValidation(trainer, module) as validation:
+            for draws in range(3):
+                found.append(float(validation.run().values["val_loss"]))
+                torch.rand(draws + 1)
+                trainer.val_dataloaders.generator.manual_seed(draws)
+
+    trainer = make_trainer(callbacks=[within("on_train_end", score)], limit_val_batches=2)
+    trainer.fit(Blobs(), train_loader(), shuffled_loader())
+    assert len(found) == 3
+    assert len(set(found)) == 1
+
+
 def test_at_most_so_many_batches_of_each_loader_are_validated(make_trainer):
     class Counting(Blobs):
         seen = ()

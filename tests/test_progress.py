@@ -117,7 +117,7 @@ def thread_errors(monkeypatch):
 
 
 def shown_tasks(bar):
-    return [task.description for task in bar.progress.tasks]
+    return [task.description for task in bar.progress.tasks if task.visible]
 
 
 class Between(Callback):
@@ -141,7 +141,7 @@ def test_rich_shows_one_task_and_takes_it_away(make_trainer, thread_errors, monk
 
     def note(self, *arguments):
         original(self, *arguments)
-        shown.append([(task.description, task.completed, task.total) for task in bar.progress.tasks])
+        shown.append([(task.description, task.completed, task.total) for task in bar.progress.tasks if task.visible])
 
     monkeypatch.setattr(Watcher, "on_candidate", note)
     fit(make_trainer, bar, between, ours)
