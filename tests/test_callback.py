@@ -251,8 +251,10 @@ def test_include_replaces_the_default_choice_and_exclude_subtracts(make_trainer)
 )
 def test_monitor_and_mode_choose_what_judges(make_trainer, arguments, expected):
     pruning = pruner(**arguments)
-    fitted(make_trainer, pruning, ModelCheckpoint(monitor="val_loss"), enable_checkpointing=True)
+    module = fitted(make_trainer, pruning, ModelCheckpoint(monitor="val_loss"), enable_checkpointing=True)
     report = pruning.report
+    (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
+    assert report.score == report.chosen_by == pytest.approx(logged[report.monitor], abs=1e-6)
     assert (report.monitor, report.mode) == expected
     best = max if report.mode == "max" else min
     for level in report.levels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
@@ -31,7 +32,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision,
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, apply_mask, prunable_parameters, search
 from lightning_roulette.core.search import PrunedWeights
 from lightning_roulette.trainer import evaluation
-from lightning_roulette.trainer.evaluation import IsolatedValidation, TrainerEvaluator, agreed_over_processes
+from lightning_roulette.trainer.evaluation import IsolatedValidation, Logged, TrainerEvaluator, mean_over_processes
 from tests.modules import Blobs, blobs, train_loader, val_loader
 
 HOOKS = (
@@ -65,7 +66,7 @@ def one_level(trainer, module, branches=2, monitor="val_acc"):
     """A search of one level, whose winner is not applied: `branches + 1` validations."""
     weights, tree = prunable_parameters(module), Tree(pruning_rate=0.9, max_levels=1)
     with IsolatedValidation(trainer, module) as validation:
-        evaluate = TrainerEvaluator(validation, weights, monitor, 1, None, agreed_over_processes(trainer))
+        evaluate = TrainerEvaluator(trainer, validation, weights, monitor, 1, None)
         return search(weights, evaluate, branches=branches, tolerance=math.inf, tree=tree)
 
 
@@ -73,7 +74,7 @@ def values_of(trainer, module, mask, monitor, times=1):
     """What several validations of one candidate, in one session, make of one metric."""
     weights = prunable_parameters(module)
     with IsolatedValidation(trainer, module) as validation:
-        evaluate = TrainerEvaluator(validation, weights, monitor, 1, None, agreed_over_processes(trainer))
+        evaluate = TrainerEvaluator(trainer, validation, weights, monitor, 1, None)
         return [evaluate(PrunedWeights(mask, weights), [0]).rank for _ in range(times)]
 
 
@@ -292,6 +293,30 @@ def test_everything_is_as_before_when_a_session_cannot_begin(make_trainer, monke
     assert found == [set()]
 
 
+def test_everything_is_as_before_when_there_are_no_loaders_to_be_had(make_trainer):
+    class Reluctant(LightningDataModule):
+        def train_dataloader(self):
+            return train_loader()
+
+        def val_dataloader(self):
+            if not found:
+                raise RuntimeError("not yet")
+            return val_loader()
+
+    found = []
+
+    def compare(trainer, module):
+        before = state_of(trainer, module)
+        with pytest.raises(RuntimeError, match="not yet"):
+            one_level(trainer, module)
+        found.append(changed(before, state_of(trainer, module)))
+
+    callbacks = [within("on_train_batch_end", compare, times=1)]
+    trainer = make_trainer(callbacks=callbacks, check_val_every_n_epoch=2, num_sanity_val_steps=0)
+    trainer.fit(Restless(), datamodule=Reluctant())
+    assert found == [set()]
+
+
 @pytest.mark.parametrize("name", ["should_stop", "_last_val_time"])
 def test_what_a_candidate_sets_on_the_trainer_is_undone(name, make_trainer):
     found = []
@@ -397,6 +422,24 @@ def test_chance_of_a_loader_not_yet_used_is_given_back(every, make_trainer):
     trainer = make_trainer(callbacks=callbacks, num_sanity_val_steps=0, check_val_every_n_epoch=every)
     trainer.fit(Blobs(), train_loader(), loader)
     assert found == [True]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_new_loaders_are_asked_for_by_the_trainers_own_validation_alone(hook, make_trainer):
+    class Data(LightningDataModule):
+        asked = 0
+
+        def train_dataloader(self):
+            return train_loader()
+
+        def val_dataloader(self):
+            self.asked += 1
+            return val_loader()
+
+    plain, searched = Data(), Data()
+    for data, callbacks in ((plain, []), (searched, [within(hook, one_level)])):
+        make_trainer(callbacks=callbacks, reload_dataloaders_every_n_epochs=1).fit(Blobs(), data)
+    assert searched.asked == plain.asked == 2
 
 
 @pytest.mark.slow
@@ -534,7 +577,7 @@ def test_larger_scores_are_better_and_a_loss_breaks_ties(sign, loss, make_traine
     def score(trainer, module):
         weights, mask = prunable_parameters(module), a_mask(module, 0.7)
         with IsolatedValidation(trainer, module) as validation:
-            evaluate = TrainerEvaluator(validation, weights, "val_acc", sign, loss, agreed_over_processes(trainer))
+            evaluate = TrainerEvaluator(trainer, validation, weights, "val_acc", sign, loss)
             found.append(evaluate(PrunedWeights(mask, weights), range(evaluate.folds)))
         found.extend(values_of(trainer, module, mask, name)[0] for name in ("val_acc", "val_loss"))
 
@@ -554,6 +597,27 @@ def test_equal_weights_score_equally_on_shuffled_and_limited_data(make_trainer):
         trainer = make_trainer(callbacks=[within("on_train_end", score)], limit_val_batches=2)
         trainer.fit(Blobs(), train_loader(), loader)
     assert [len(set(scores)) for scores in found] == [1, 1]
+
+
+def test_a_candidate_does_not_find_what_the_one_before_did_to_buffers(make_trainer):
+    class Drifting(Blobs):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("drift", torch.zeros(()))
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.drift += 1
+            self.log("drift", self.drift)
+
+    found = []
+
+    def score(trainer, module):
+        found.append(values_of(trainer, module, a_mask(module, 0.5), "drift", times=3))
+
+    make_trainer(callbacks=[within("on_train_end", score)]).fit(Drifting(), train_loader(), val_loader())
+    assert len(found) == 1
+    assert len(set(found[0])) == 1
 
 
 def test_chance_drawn_between_candidates_does_not_change_their_data(make_trainer):
@@ -623,6 +687,22 @@ def test_a_module_that_validates_other_weights_than_its_own_is_refused(start, ma
         make_trainer(callbacks=[pruning]).fit(Averaging(), train_loader(), val_loader())
 
 
+def test_a_module_that_validates_another_network_than_it_trains_is_refused(make_trainer):
+    """A mean teacher: no candidate would change the score, and the search would prune everything."""
+
+    class Teaching(Blobs):
+        def __init__(self):
+            super().__init__()
+            self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+        def forward(self, x):
+            return (self.net if self.training else self.teacher)(x)
+
+    pruning = RouletteWheelPruning(2, monitor="val_acc", tolerance=0.1)
+    with pytest.raises(RuntimeError, match="weights"):
+        make_trainer(callbacks=[pruning]).fit(Teaching(), train_loader(), val_loader())
+
+
 def test_what_one_candidate_logged_is_not_taken_for_the_next(make_trainer):
     class Once(Blobs):
         once = True
@@ -640,6 +720,22 @@ def test_what_one_candidate_logged_is_not_taken_for_the_next(make_trainer):
 
     make_trainer(callbacks=[within("on_train_end", names)]).fit(Once(), train_loader(), val_loader())
     assert found == [{"val_loss", "val_acc", "only_once"}, {"val_loss", "val_acc"}]
+
+
+def test_a_validation_that_failed_does_not_colour_the_next(make_trainer):
+    found = []
+
+    def score(trainer, module):
+        with IsolatedValidation(trainer, module) as validation:
+            found.append({name: float(value) for name, value in validation.run().values.items()})
+            fail_at(module, 3, ValueError())
+            with pytest.raises(ValueError):
+                validation.run()
+            found.append({name: float(value) for name, value in validation.run().values.items()})
+
+    make_trainer(callbacks=[within("on_train_end", score)]).fit(Blobs(), train_loader(), val_loader())
+    before, after = found
+    assert before == after
 
 
 def test_what_a_validation_logged_is_not_overwritten_by_the_next(make_trainer):
@@ -676,17 +772,19 @@ def test_the_next_epoch_trains_in_train_mode_and_frozen_parts_stay_in_eval_mode(
     assert all(mode[""] and mode["norm"] and mode["net.0"] and not mode["still"] for mode in modes)
 
 
-def test_candidates_are_validated_in_eval_mode_and_without_gradients(make_trainer):
+def test_candidates_are_validated_in_eval_mode_and_without_gradients_as_within_fit(make_trainer):
     found = []
 
     class Noting(Blobs):
         def validation_step(self, batch, batch_idx):
             super().validation_step(batch, batch_idx)
-            found.append((self.training, self.net.training, torch.is_grad_enabled(), self.trainer.state.stage.value))
+            modes = (self.training, self.net.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+            found.append((modes, self.trainer.state.fn.value, self.trainer.state.stage.value))
 
-    make_trainer(callbacks=[within("on_train_batch_end", one_level)]).fit(Noting(), train_loader(), val_loader())
-    assert set(found) >= {(False, False, False, "validate")}
-    assert {(training, net, grad) for training, net, grad, _ in found} == {(False, False, False)}
+    search = within("on_train_batch_end", one_level)
+    make_trainer(callbacks=[search], num_sanity_val_steps=0).fit(Noting(), train_loader(), val_loader())
+    assert len(found) == (3 * 3 + 2) * VAL_BATCHES
+    assert set(found) == {((False,) * 4, "fit", "validate")}
 
 
 def test_gradients_and_optimizer_states_are_left_alone(make_trainer):
@@ -885,7 +983,7 @@ def test_a_kept_callback_is_the_users_own_object_and_sees_the_candidate(make_tra
         weights = {"net.0.weight": module.net[0].weight}
         with IsolatedValidation(trainer, module, ["LogsMargin"]) as validation:
             assert kept in trainer.callbacks
-            evaluate = TrainerEvaluator(validation, weights, "margin", 1, None, agreed_over_processes(trainer))
+            evaluate = TrainerEvaluator(trainer, validation, weights, "margin", 1, None)
             found.append(evaluate(PrunedWeights(mask, weights), [0]).rank)
 
     kept = LogsMargin()
@@ -971,14 +1069,26 @@ def many_processes(*values):
     return SimpleNamespace(world_size=len(values), strategy=strategy, is_global_zero=True)
 
 
+class Logs:
+    """A validation that logs one value."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def run(self):
+        return Logged({"val_acc": torch.tensor(self.value)}, {})
+
+
 def test_processes_that_logged_different_values_agree_on_the_mean_and_one_warning_says_so():
-    agree = agreed_over_processes(many_processes(0.5, 0.75))
+    trainer, weights = many_processes(0.5, 0.75), {"a": torch.ones(2)}
+    evaluate = TrainerEvaluator(trainer, Logs(0.5), weights, "val_acc", 1, None)
     with pytest.warns(UserWarning, match="sync_dist=True") as warned:
-        assert [float(agree(torch.tensor(0.5))) for _ in range(3)] == [0.625] * 3
+        assert [evaluate(PrunedWeights(Mask.full(weights), weights), [0]).floor for _ in range(3)] == [0.625] * 3
     assert len(warned) == 1
 
 
 def test_processes_that_logged_one_value_agree_on_it_without_a_warning():
-    assert float(agreed_over_processes(many_processes(0.25, 0.25))(torch.tensor(0.25))) == 0.25
-    alone = torch.tensor(0.5)
-    assert agreed_over_processes(SimpleNamespace(world_size=1))(alone) is alone
+    weights = {"a": torch.ones(2)}
+    evaluate = TrainerEvaluator(many_processes(0.25, 0.25), Logs(0.25), weights, "val_acc", 1, None)
+    assert evaluate(PrunedWeights(Mask.full(weights), weights), [0]).floor == 0.25
+    assert mean_over_processes(SimpleNamespace(world_size=1), torch.tensor(0.5)) == 0.5

@@ -11,6 +11,7 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from tqdm import tqdm
 
 from lightning_roulette import RouletteWheelPruning, Tree
 from lightning_roulette.trainer.curves import Curves
@@ -225,9 +226,11 @@ def test_the_line_is_that_of_the_bar_that_is_shown(make_trainer):
     kinds = []
 
     def look(trainer, module):
+        bars = len(tqdm._instances)
         line = line_of(trainer)
         line.show("Pruning", 1, 2)
         line.close()
+        assert len(tqdm._instances) == bars
         kinds.append(type(line).__name__)
 
     for bar in (TQDMProgressBar(), rich_bar(), OtherBar(), disabled(TQDMProgressBar())):

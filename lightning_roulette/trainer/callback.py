@@ -35,8 +35,9 @@ from lightning_roulette.trainer.checks import (
 from lightning_roulette.trainer.evaluation import (
     IsolatedValidation,
     TrainerEvaluator,
-    agreed_over_processes,
     callbacks_of,
+    mean_over_processes,
+    refuse_other_weights,
 )
 from lightning_roulette.trainer.files import (
     RunFiles,
@@ -309,6 +310,7 @@ class RouletteWheelPruning(Callback):
         """Find the metric by a short validation as candidates will have it."""
         with self._validating(trainer, module) as validation:
             logged = validation.run(batches)
+            refuse_other_weights(validation, find_prunable(module, self.include, self.exclude))
         # what an earlier search was judged by is what its winner is measured by
         monitor, mode = (self.report.monitor, self.report.mode) if self.report else (self.monitor, self.mode)
         try:
@@ -364,8 +366,7 @@ class RouletteWheelPruning(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # see every part work once
             limits = {"branches": 2, "tolerance": math.inf, "tree": replace(self.tree, max_levels=1)}
         with self._validating(trainer, module) as validation:
-            agree = agreed_over_processes(trainer)
-            evaluate = TrainerEvaluator(validation, weights, metric.monitor, metric.sign, metric.loss, agree)
+            evaluate = TrainerEvaluator(trainer, validation, weights, metric.monitor, metric.sign, metric.loss)
             return search(
                 weights,
                 evaluate,
@@ -416,7 +417,7 @@ class RouletteWheelPruning(Callback):
 
     def _measure(self, trainer: Trainer, module: LightningModule, metric: Metric) -> float:
         with self._validating(trainer, module) as validation:
-            return float(agreed_over_processes(trainer)(validation.run().value(metric.monitor)))
+            return mean_over_processes(trainer, validation.run().value(metric.monitor))
 
     def _save(self, trainer: Trainer) -> None:
         if self._files is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -28,7 +28,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection, MetricTracker
 
-from lightning_roulette.core.masks import applied, surely
+from lightning_roulette.core.masks import Mask, applied, breaks, surely
 from lightning_roulette.core.search import PrunedWeights, Scores
 
 _ABSENT = object()
@@ -116,17 +116,22 @@ class IsolatedValidation:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def run(self, max_batches: float = math.inf) -> Logged:
+    def run(self, max_batches: float = math.inf, witness: Callback | None = None) -> Logged:
         """Validate the module as it is now.
 
         Each run starts from the same random states and from reset metrics, so equal weights give equal results.
 
         Args:
             max_batches: At most so many batches of each loader.
+            witness: A callback that is live in this run.
 
         Returns:
             What was logged.
         """
+        with _swapped(self._trainer, "callbacks", callbacks_of(self._trainer) + ([witness] if witness else [])):
+            return self._run(max_batches)
+
+    def _run(self, max_batches: float) -> Logged:
         self._snapshot.rewind()
         self._trainer._logger_connector = _LoggerConnector(self._trainer)
         self._loop._results.clear()
@@ -158,59 +163,92 @@ class TrainerEvaluator:
     """Scores of pruned networks by isolated validation: the monitored metric, larger is better, on all batches.
 
     Args:
+        trainer: The Trainer of the validation.
         validation: An entered `IsolatedValidation`.
         weights: The module's own prunable parameters.
         monitor: The metric.
         sign: 1 if larger values are better, else -1.
         loss: A logged loss that breaks ties, if any.
-        agree: Makes one value of the values of all processes.
     """
 
     folds = 1
 
     def __init__(
         self,
+        trainer: Trainer,
         validation: IsolatedValidation,
         weights: Mapping[str, nn.Parameter],
         monitor: str,
         sign: int,
         loss: str | None,
-        agree: Callable[[Tensor], Tensor],
     ) -> None:
-        self._validation, self._weights = validation, weights
-        self._monitor, self._sign, self._loss, self._agree = monitor, sign, loss, agree
+        self._trainer, self._validation, self._weights = trainer, validation, weights
+        self._monitor, self._sign, self._loss = monitor, sign, loss
+        self._warned = not trainer.is_global_zero
 
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
         """Lend the network to the validation with the candidate's mask applied."""
         with applied(candidate.mask, self._weights):
             logged = self._validation.run()
-        score = self._sign * float(self._agree(logged.value(self._monitor)))
-        tiebreak = -float(self._agree(logged.value(self._loss))) if self._loss is not None else 0.0
+        score = self._sign * self._agreed(logged.value(self._monitor))
+        tiebreak = -self._agreed(logged.value(self._loss)) if self._loss is not None else 0.0
         return Scores(rank=score, floor=score, tiebreak=tiebreak)
 
-
-def agreed_over_processes(trainer: Trainer) -> Callable[[Tensor], Tensor]:
-    """One value of the values that the processes logged, the same on all of them: their mean.
-
-    Where the metric is synchronised they are equal already; where not, one warning says so.
-    """
-    warned: list[bool] = []
-
-    def agree(value: Tensor) -> Tensor:
-        if trainer.world_size == 1:
-            return value
-        own = torch.as_tensor(value, dtype=torch.float64)
-        mean = trainer.strategy.reduce(own.clone(), reduce_op="mean")  # reduces in place
-        if not warned and trainer.is_global_zero and abs(float(mean - own)) > 1e-6 * abs(float(mean)):
-            warned.append(True)
+    def _agreed(self, value: Tensor) -> float:
+        mean = mean_over_processes(self._trainer, value)
+        if not self._warned and abs(mean - float(value)) > 1e-6 * abs(mean):
+            self._warned = True
             warnings.warn(
                 "RouletteWheelPruning: the processes logged different values of the metric; their mean is used. "
                 "Log it with sync_dist=True.",
                 stacklevel=2,
             )
-        return torch.as_tensor(mean)
+        return mean
 
-    return agree
+
+class _SeesZeros(Callback):
+    """Looks, as a validation starts on its first batch, whether what was pruned is zero."""
+
+    def __init__(self, mask: Mask) -> None:
+        self._mask = mask
+        self.others: bool | None = None
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.others is None:
+            self.others = breaks(self._mask, pl_module)
+
+
+def refuse_other_weights(validation: IsolatedValidation, weights: Mapping[str, nn.Parameter]) -> None:
+    """Raise where the module's validation swaps in other weights than its own, averaged ones for example.
+
+    Every candidate would score as those do, and the search would prune all there is. To see it, one weight of each
+    parameter is pruned and a batch validated.
+
+    Raises:
+        RuntimeError: If what was pruned is back when the first batch comes.
+    """
+    probe = Mask({name: _all_but_largest(weight) for name, weight in weights.items()})
+    witness = _SeesZeros(probe)
+    with applied(probe, weights):
+        validation.run(1, witness)
+    if witness.others:
+        raise RuntimeError(
+            "the module validates other weights than its parameters hold: a validation hook of its own swaps them. "
+            "Pruned candidates cannot be judged so. Leave the swap to a callback, such as lightning's WeightAveraging."
+        )
+
+
+def _all_but_largest(weight: Tensor) -> Tensor:
+    kept = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
+    kept[weight.detach().abs().flatten().argmax()] = False
+    return kept.view(weight.shape)
+
+
+def mean_over_processes(trainer: Trainer, value: Tensor) -> float:
+    """The mean of what the processes logged, the same on all of them; a synchronised metric is equal already."""
+    if trainer.world_size == 1:
+        return float(value)
+    return float(trainer.strategy.reduce(torch.as_tensor(value, dtype=torch.float64).clone(), reduce_op="mean"))
 
 
 class _Snapshot:
@@ -281,6 +319,8 @@ def _rng_states() -> dict[str, Any]:
 
 def _shallow(value: Any) -> Any:
     # a metric's reset empties lists in place and binds tensors anew: lists must be copied, tensors need not
+    if type(value) is dict:  # of lists, in a MetricCollection
+        return {key: _shallow(member) for key, member in value.items()}
     return copy.copy(value) if isinstance(value, list | dict | set) else value
 
 
