@@ -368,6 +368,15 @@ def test_a_user_who_arranged_for_logging_hears_each_line_once_and_by_that(monkey
     assert capsys.readouterr().err == ""
 
 
+def test_a_user_who_arranges_for_logging_later_does_not_hear_lines_twice(monkeypatch, capsys):
+    heard = io.StringIO()
+    new_process(monkeypatch)
+    speak_up()
+    logging.getLogger().handlers.append(logging.StreamHandler(heard))
+    log.info("a level")
+    assert heard.getvalue() + capsys.readouterr().err == "a level\n"
+
+
 def test_a_level_that_the_user_chose_stays(monkeypatch, capsys):
     new_process(monkeypatch)
     log.setLevel(logging.WARNING)
