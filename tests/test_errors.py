@@ -135,7 +135,7 @@ def test_strategies_that_shard_weights_are_refused_by_name(make_trainer, strateg
     pruning = RouletteWheelPruning()
     trainer = make_trainer(callbacks=[pruning])
     trainer._accelerator_connector.strategy = object.__new__(strategy)  # constructed, they ask for their hardware
-    with pytest.raises(RuntimeError, match=f"{strategy.__name__}, which shards weights.*Use a single device, 'ddp'"):
+    with pytest.raises(RuntimeError, match=f"{strategy.__name__}, which shards weights.*Use a single device or 'ddp'"):
         pruning.setup(trainer, Blobs(), "fit")
 
 
@@ -153,7 +153,9 @@ def test_two_callbacks_handed_to_a_trainer_are_refused(make_trainer):
 
 def test_keep_callbacks_that_the_trainer_does_not_have_are_refused(make_trainer):
     pruning = RouletteWheelPruning(validation=Validation(keep_callbacks=["Typo"]))
-    with pytest.raises(ValueError, match="keep_callbacks names 'Typo', but the Trainer's callbacks are .*CountsSteps"):
+    with pytest.raises(
+        ValueError, match="keep_callbacks names 'Typo', but the Trainer's other callbacks are .*CountsSteps"
+    ):
         fit(make_trainer, pruning, callbacks=[CountsSteps()])
 
 
@@ -389,3 +391,16 @@ def test_a_fit_that_cannot_search_says_so_and_leaves_the_network_dense(make_trai
         fit(make_trainer, pruning, module, **options)
     assert pruning.report is None
     assert bool((module.net[0].weight != 0).all())
+
+
+def test_a_mistyped_metric_is_refused_at_the_start_where_no_validation_comes_before_the_search(make_trainer):
+    steps = CountsSteps()
+    with pytest.raises(RuntimeError, match="watches 'val_ac', which validation did not log"):
+        fit(
+            make_trainer,
+            RouletteWheelPruning(2, monitor="val_ac"),
+            callbacks=[steps],
+            num_sanity_val_steps=0,
+            check_val_every_n_epoch=9,
+        )
+    assert steps.steps == 0

@@ -268,7 +268,8 @@ def test_the_search_uses_all_validation_batches_whatever_the_sanity_check_took(m
 
     pruning, module = pruner(), Counts()
     fitted(make_trainer, pruning, module, num_sanity_val_steps=1)
-    assert module.batches == 4 * (1 + 2 * 2 + 1)  # the dense network, two branches of two, the winner once more
+    # a batch twice to see that the metric is there and minds; the dense network, two branches of two, the winner again
+    assert module.batches == 2 + 4 * (1 + 2 * 2 + 1)
 
 
 class TwoLoaders(Blobs):
@@ -455,3 +456,12 @@ def test_a_callback_given_on_the_command_line(tmp_path):
     written = cli.parser.dump(cli.config)  # what Lightning saves beside a run
     assert "sharpness: 2.0" in written
     assert "pruning_rate: 0.2" in written
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_lazy_layers_that_no_sanity_check_has_shaped_are_pruned(make_trainer):
+    module = Blobs()
+    module.net = nn.Sequential(nn.LazyLinear(24), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(10))
+    pruning = RouletteWheelPruning(2, tolerance=1.0, at_epoch=0, tree=Tree(max_levels=1))
+    make_trainer(callbacks=[pruning], num_sanity_val_steps=0, max_epochs=1).fit(module, train_loader(), val_loader())
+    assert pruning.report.sparsity > 0

@@ -191,7 +191,9 @@ def test_the_loss_that_is_watched_breaks_no_ties():
 @pytest.mark.parametrize("names", [("val_acc", "val_f1"), ("val_f1", "val_acc", "val_loss")])
 def test_a_tolerance_needs_a_monitor_where_several_could_be_meant(names):
     with pytest.raises(RuntimeError, match=r"tolerance is 0\.01.*'val_(acc|f1)', 'val_(acc|f1)'.*Pass monitor="):
-        found(logged(*names), trainer_with(ModelCheckpoint(monitor="val_f1", mode="max")), tolerance=0.01)
+        found(logged(*names), trainer_with(ModelCheckpoint(monitor="val_loss")), tolerance=0.01)
+    watching = trainer_with(ModelCheckpoint(monitor="val_f1", mode="max"))
+    assert found(logged(*names), watching, tolerance=0.01).monitor == "val_f1"
     assert found(logged(*names), monitor="val_f1", tolerance=0.01).monitor == "val_f1"
 
 

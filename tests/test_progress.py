@@ -63,7 +63,7 @@ def test_tqdm_never_calls_the_line_of_a_search_a_validation(make_trainer, capsys
 
     def search(trainer, module):
         capsys.readouterr()
-        with Watcher(trainer, Metric("val_acc", "max", "", None), 5):
+        with Watcher(trainer, Metric("val_acc", "max", "", None)):
             shown.extend(frames(capsys.readouterr().out))
 
     fit(make_trainer, TQDMProgressBar(), within("on_train_epoch_start", search))
@@ -310,7 +310,7 @@ def test_only_the_first_process_speaks_and_draws(first, make_trainer, said, tmp_
     def search(trainer, module):
         monkeypatch.setattr(type(trainer), "is_global_zero", first)
         winner = one_level(trainer, module)
-        with Watcher(trainer, Metric("val_acc", "max", "", None), 5) as watcher:
+        with Watcher(trainer, Metric("val_acc", "max", "", None)) as watcher:
             watcher.on_dense(winner)
             watcher.on_level(winner.report.levels[0], winner)
             watcher.on_end(winner.report)

@@ -138,7 +138,7 @@ def test_the_report_reads_as_a_table():
     assert str(REPORT).splitlines() == [
         "7,200 of 10,000 prunable weights kept (72.00%): sparsity 28.00% after 2 accepted levels.",
         "val_acc: dense 0.965, floor 0.96, winner 0.962 (the score that chose it).",
-        "Every further level tried fell below the floor. 13 validations in 4.2 s.",
+        "As many levels in a row fell below the floor as patience allows. 13 validations in 4.2 s.",
         "",
         "level  pruning rate  sparsity  weights left  score  branch min  median    max  accepted",
         "    1           0.2    20.00%         8,000   0.97        0.93    0.95   0.97       yes",

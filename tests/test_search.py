@@ -130,7 +130,9 @@ def test_equal_scores_go_to_the_earliest_and_prune_to_the_last_weight():
 @pytest.mark.parametrize("dense", [nan, math.inf, -math.inf])
 def test_a_dense_network_without_a_score_is_an_error(dense):
     evaluate = Scripted(dense)
-    with pytest.raises(ValueError, match="the dense network scores NaN, so there is no floor to keep. Nothing was"):
+    with pytest.raises(
+        ValueError, match="the dense network scores NaN or infinity, so there is no floor to keep. Nothing was"
+    ):
         search(network(), evaluate)
     assert len(evaluate.masks) == 1
 
@@ -222,7 +224,7 @@ def test_an_accepted_level_renews_patience_and_the_rate_stays_halved():
 @pytest.mark.parametrize(("smallest", "rates"), [(0.1, [0.4, 0.2, 0.1]), (0.11, [0.4, 0.2]), (0.3, [0.4])])
 def test_the_rate_is_not_halved_below_the_smallest(smallest, rates):
     winner = search(network(a=(1000,)), never, branches=1, tree=Tree(0.4, patience=9, smallest_rate=smallest))
-    assert winner.report.stop_reason is StopReason.DECLINED
+    assert winner.report.stop_reason is StopReason.RATE_TOO_SMALL
     assert [level.pruning_rate for level in winner.report.levels] == rates
 
 

@@ -32,6 +32,9 @@ class ZeroHold:
         mask: Which weights are kept.
         optimizers: Every optimizer that steps on the parameters. Those without `register_step_post_hook` are not
             torch's; call `fill` after their steps.
+
+    Attributes:
+        misses_steps: Whether there is such an optimizer.
     """
 
     def __init__(
@@ -40,10 +43,13 @@ class ZeroHold:
         self._parameters = {name: parameters[name] for name in mask}
         self._mask = Mask({name: kept.to(parameters[name].device) for name, kept in mask.items()})
         self._hooks: list[Removable] = []
+        self.misses_steps = False
         self.fill()
         for optimizer in optimizers:
             self._forget(optimizer)
-            if hasattr(optimizer, "register_step_post_hook"):
+            if not hasattr(optimizer, "register_step_post_hook"):
+                self.misses_steps = True
+            else:
                 self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
                 self._hooks.append(optimizer.register_step_post_hook(self._after_step))
         for name, parameter in self._parameters.items():

@@ -139,11 +139,15 @@ def apply_mask(module: nn.Module, mask: Mapping[str, Tensor] | str | os.PathLike
     fill_pruned({name: parameters[name] for name in kept}, kept)
 
 
-def breaks(mask: Mapping[str, Tensor], module: nn.Module) -> bool:
-    """Whether `module` has the weights that `mask` names, and one that it prunes is not zero."""
+def fits(mask: Mapping[str, Tensor], module: nn.Module) -> bool:
+    """Whether `module` has the parameters that `mask` names, in their shapes."""
     found = dict(module.named_parameters(remove_duplicate=False))
-    if any(name not in found or found[name].shape != kept.shape for name, kept in mask.items()):
-        return False
+    return all(name in found and found[name].shape == kept.shape for name, kept in mask.items())
+
+
+def breaks(mask: Mapping[str, Tensor], module: nn.Module) -> bool:
+    """Whether a weight of `module` that `mask`, which must fit it, prunes is not zero."""
+    found = dict(module.named_parameters(remove_duplicate=False))
     return any(bool(found[name].detach()[~kept.to(found[name].device)].any()) for name, kept in mask.items())
 
 

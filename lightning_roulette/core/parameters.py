@@ -7,12 +7,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from lightning_roulette.core.settings import check_words
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ATTENTION_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -110,7 +112,7 @@ def _unfit(parameter: nn.Parameter, owner: nn.Module, own: str) -> str | None:
             _is_source(owner, own),
             "torch computes another tensor from it (prune, weight_norm, spectral_norm): remove that",
         ),
-        (not parameter.is_floating_point(), "neither a float nor a half: quantised or complex"),
+        (parameter.dtype not in _DTYPES, "neither a float nor a half: quantised or complex"),
     )
     found = next((why for holds, why in checks if holds), None)
     return "empty" if found is None and parameter.numel() == 0 else found

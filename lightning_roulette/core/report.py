@@ -13,19 +13,21 @@ from typing import Any
 class StopReason(Enum):
     """Why a search ended; the value is a sentence."""
 
-    DECLINED = "Every further level tried fell below the floor."
+    DECLINED = "As many levels in a row fell below the floor as patience allows."
+    RATE_TOO_SMALL = "A level fell below the floor at the smallest pruning rate."
     TARGET_REACHED = "The target sparsity was reached."
     MAX_LEVELS = "The allowed number of levels was reached."
     EXHAUSTED = "No further weight may be pruned."
-    INTERRUPTED = "The search was interrupted; the levels up to here had been accepted."
-    FAILED = "An error ended the search; the levels up to here had been accepted."
+    INTERRUPTED = "The search was interrupted. The network is dense; the levels up to here had been accepted."
+    FAILED = "An error ended the search. The network is dense; the levels up to here had been accepted."
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One proposed mask, one level below its parent: a recipe, no tensors.
 
-    With the parent's mask and the report's seed, `index` and the level are all that is needed to draw it again.
+    Its chance comes from the report's seed, the level and `index` alone: with the dense weights, the parent's mask and
+    the settings of the wheel it can be drawn again.
 
     Attributes:
         index: Its number among all candidates of its level, retries included.

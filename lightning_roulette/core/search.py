@@ -219,17 +219,18 @@ class _Growing:
         score = self._scores(self.parent).floor
         if math.isnan(score):
             raise ValueError(
-                "the dense network scores NaN, so there is no floor to keep. Nothing was pruned; does the network give "
-                "finite outputs on the validation data?"
+                "the dense network scores NaN or infinity, so there is no floor to keep. Nothing was pruned; does the "
+                "network give finite outputs on the validation data?"
             )
         self.report = SearchReport("score", "max", score, tolerance, self.branches, self.seed, self.parent.size)
         self.observer.on_dense(self.so_far(None))
 
     def end(self, target_sparsity: float | None, tree: Tree) -> StopReason | None:
         """Why no further level is tried, None if one is."""
-        too_fine = self.halvings > 0 and tree.pruning_rate / 2**self.halvings < tree.smallest_rate
-        if self.failures >= tree.patience or too_fine:
+        if self.failures >= tree.patience:
             return StopReason.DECLINED
+        if self.halvings > 0 and tree.pruning_rate / 2**self.halvings < tree.smallest_rate:
+            return StopReason.RATE_TOO_SMALL
         if target_sparsity is not None and self._missing(target_sparsity) <= 0:
             return StopReason.TARGET_REACHED
         if self.history.level >= min(tree.max_levels or History.most_levels, History.most_levels):

@@ -48,8 +48,8 @@ class Tree:
         max_levels: The search ends with this many accepted levels; None: no such end.
         patience: The search ends with this many failed levels in a row. A level whose winner misses the floor is tried
             again at half the rate, which stays halved.
-        smallest_rate: The search also ends where the rate would be halved below this: on a noisy score, ever smaller
-            steps would pass for ever.
+        smallest_rate: The search also ends where a failure would halve the rate below this, whatever the patience: on a
+            noisy score ever smaller steps would pass, one weight at a time.
     """
 
     pruning_rate: float = 0.2

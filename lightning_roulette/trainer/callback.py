@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import warnings
@@ -10,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar
 from torch import nn
 
-from lightning_roulette.core.holding import ZeroHold
-from lightning_roulette.core.masks import History, Mask, apply_mask, breaks
+from lightning_roulette.core.masks import History, Mask, apply_mask, breaks, fits
 from lightning_roulette.core.report import SearchReport, StopReason
 from lightning_roulette.core.search import Winner, check_search, search
 from lightning_roulette.core.settings import (
@@ -31,13 +32,15 @@ from lightning_roulette.trainer.checks import (
     refuse_foreign_trainer,
     refuse_trainer,
     refuse_without_validation,
+    warn_of_lost_report,
 )
 from lightning_roulette.trainer.evaluation import (
     IsolatedValidation,
+    Logged,
     TrainerEvaluator,
     callbacks_of,
     mean_over_processes,
-    refuse_other_weights,
+    refuse_if_blind,
 )
 from lightning_roulette.trainer.files import (
     RunFiles,
@@ -46,12 +49,12 @@ from lightning_roulette.trainer.files import (
     refuse_dirpath,
     save_accepted_levels,
 )
-from lightning_roulette.trainer.holding import fill_checkpoint, hold_zeros, place_before_checkpoints
+from lightning_roulette.trainer.holding import ZeroHolder, hold_zeros, place_before_checkpoints
 from lightning_roulette.trainer.monitor import Metric, find_metric
 from lightning_roulette.trainer.watching import Watcher, log, speak_up
 
 
-class RouletteWheelPruning(Callback):
+class RouletteWheelPruning(ZeroHolder):
     """Prunes the weights of a trained network as far as its validation score allows, within `Trainer.fit`.
 
     A roulette wheel draws a branch of pruned candidates: small weights are likely to go but may stay, large ones the
@@ -128,8 +131,7 @@ class RouletteWheelPruning(Callback):
         self.include, self.exclude = include, exclude
         self.wheel, self.tree, self.validation = wheel, tree, validation
         self.seed, self.dirpath = seed, dirpath
-        self._restored = self._idle = self._epoch_begins = False
-        self._hold: ZeroHold | None = None
+        self._restored = self._idle = self._epoch_begins = self._fitting = False
         self._forget()
 
     def _forget(self) -> None:
@@ -157,16 +159,22 @@ class RouletteWheelPruning(Callback):
             raise RuntimeError("no search has ended, so there are no levels yet. Call fit first.")
         return self._history.mask_at(level)
 
+    def held(self) -> Mask | None:
+        """The winner's mask."""
+        return self.mask
+
     # ---- when
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work; take the place between those who change weights and those who save them."""
         refuse_foreign_trainer(trainer)
-        if stage != "fit":
+        self._fitting = stage == "fit"
+        if not self._fitting:
             return
-        self._restored, self._idle = False, _nothing_to_do(trainer)
+        self._restored, self._idle, self._epoch_begins = False, _nothing_to_do(trainer), False
         self._metric = self._files = None  # another Trainer may log other metrics; another fit writes other files
         refuse_trainer(trainer, self, self.validation.keep_callbacks, self.at_epoch)
+        warn_of_lost_report(trainer)
         place_before_checkpoints(trainer, self)
         speak_up()
 
@@ -182,8 +190,8 @@ class RouletteWheelPruning(Callback):
             self._forget()
         if self._history is not None:
             self._hold_zeros(trainer, pl_module)
-        if not self._idle and trainer.num_sanity_val_steps > 0:
-            self._rehearse(trainer, pl_module, trainer.num_sanity_val_steps)
+        if not self._idle and (trainer.num_sanity_val_steps > 0 or not self._validates_first(trainer)):
+            self._rehearse(trainer, pl_module, max(1, trainer.num_sanity_val_steps))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where the user skips the sanity check, see at the first validation that the metric is there."""
@@ -196,34 +204,22 @@ class RouletteWheelPruning(Callback):
         due = self.at_epoch is not None and trainer.current_epoch >= self.at_epoch
         if due and not self._idle and self._history is None:
             self._epoch_begins = True
-            try:
-                self._search(trainer, pl_module)
-            finally:
-                self._epoch_begins = False
+            self._search(trainer, pl_module)
             self._hold_zeros(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search, if that is still to be done; else measure and save what training made of the winner."""
+        super().on_train_end(trainer, pl_module)
         if self._idle:
             return
         if self._history is None:
             self._search(trainer, pl_module)
-        elif self._hold is not None:
-            self._hold.fill()  # weight averaging has put its own weights in
-            if trainer.global_step > self._loaded_at_step:
-                self._finish(trainer, pl_module)
+        elif self._hold is not None and trainer.global_step > self._loaded_at_step:
+            self._finish(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Fill, for optimizers that are not torch's."""
-        if self._hold is not None:
-            self._hold.fill()
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fill, as weight averaging has put its own weights in."""
-        if self._hold is not None:
-            self._hold.fill()
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The epoch before which the search ran has begun."""
+        self._epoch_begins = False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if unpruned weights were loaded to be validated."""
@@ -246,16 +242,6 @@ class RouletteWheelPruning(Callback):
                 stacklevel=2,
             )
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hold nothing any more; the zeros are in the weights."""
-        if self._hold is not None:
-            self._hold.release()
-        self._hold = None
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Hold nothing any more: Lightning tears no callback down after an error."""
-        self.teardown(trainer, pl_module, "fit")
-
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
@@ -266,7 +252,9 @@ class RouletteWheelPruning(Callback):
         return {**self._history.state(), "report": report, "best_model_path": self.best_model_path}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the search that a checkpoint was saved after."""
+        """Take up the search that a checkpoint was saved after; to validate another does not replace this one's."""
+        if not self._fitting and self._history is not None:
+            return
         self._history = History.from_state(state_dict)
         self.report = SearchReport.from_dict(state_dict["report"])
         self.best_model_path = state_dict["best_model_path"]
@@ -274,13 +262,12 @@ class RouletteWheelPruning(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save zeros, as weight averaging has put its own weights in."""
-        if (mask := self.mask) is not None and not breaks(mask, pl_module):
-            fill_checkpoint(pl_module, mask, checkpoint)
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._epoch_begins:
             let_epoch_begin(checkpoint)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_hold": None, "_module": None}  # both belong to one run in one process
+        return {**super().__getstate__(), "_module": None}  # which is of one process
 
     # ---- what
 
@@ -291,7 +278,7 @@ class RouletteWheelPruning(Callback):
 
     def _warn_of_unpruned(self, trainer: Trainer, module: LightningModule) -> None:
         loaded = trainer.state.fn != "fit" and trainer.ckpt_path is not None and trainer.is_global_zero
-        if loaded and (mask := self.mask) is not None and breaks(mask, module):
+        if loaded and (mask := self.mask) is not None and fits(mask, module) and breaks(mask, module):
             warnings.warn(
                 "RouletteWheelPruning: the checkpoint that was loaded holds unpruned weights. "
                 f"The pruned ones are in {self.best_model_path or 'no file, as none was to be written'}.",
@@ -301,56 +288,66 @@ class RouletteWheelPruning(Callback):
     def _hold_zeros(self, trainer: Trainer, module: LightningModule) -> None:
         if (mask := self.mask) is not None:
             self._hold = hold_zeros(trainer, module, mask)
-            self._loaded_at_step = trainer.global_step
+            self._loaded_at_step, self._module = trainer.global_step, weakref.ref(module)
 
     def _validating(self, trainer: Trainer, module: LightningModule) -> IsolatedValidation:
         return IsolatedValidation(trainer, module, self.validation.keep_callbacks)
 
+    def _validates_first(self, trainer: Trainer) -> bool:
+        """Whether the Trainer validates before the search comes."""
+        every, last = trainer.check_val_every_n_epoch, trainer.max_epochs if self.at_epoch is None else self.at_epoch
+        return every is None or last in (None, -1) or every <= last
+
     def _rehearse(self, trainer: Trainer, module: LightningModule, batches: float) -> Metric:
         """Find the metric by a short validation as candidates will have it."""
+        # what an earlier search was judged by is what its winner is measured by
+        monitor, mode = (
+            (self.report.monitor, self.report.mode) if self._history and self.report else (self.monitor, self.mode)
+        )
         with self._validating(trainer, module) as validation:
             logged = validation.run(batches)
-            refuse_other_weights(validation, find_prunable(module, self.include, self.exclude))
-        # what an earlier search was judged by is what its winner is measured by
-        monitor, mode = (self.report.monitor, self.report.mode) if self.report else (self.monitor, self.mode)
         try:
-            self._metric = find_metric(logged, trainer, monitor, mode, self.tolerance)
+            metric = find_metric(logged, trainer, monitor, mode, self.tolerance)
         except RuntimeError as error:
-            name = None if monitor in logged.values else self._who_logs(trainer, module, monitor, bool(logged.values))
-            if name is None:
+            if (name := self._who_logs(trainer, module, monitor, logged)) is None:
                 raise
             raise RuntimeError(
                 f"{error} Your callback {name} logs it, but callbacks do not see candidates unless asked to: "
                 f"pass validation=Validation(keep_callbacks=[{name!r}])."
             ) from None
-        if trainer.is_global_zero:
-            log.info(
-                f"RouletteWheelPruning: judged by {self._metric.monitor} ({self._metric.mode}, {self._metric.why})."
-            )
-        return self._metric
+        with self._validating(trainer, module) as validation:
+            refuse_if_blind(validation, find_prunable(module, self.include, self.exclude), logged, batches)
+        if metric != self._metric and trainer.is_global_zero:
+            log.info(f"RouletteWheelPruning: judged by {metric.monitor} ({metric.mode}, {metric.why}).")
+        self._metric = metric
+        return metric
 
-    def _who_logs(
-        self, trainer: Trainer, module: LightningModule, monitor: str | None, others_logged: bool
-    ) -> str | None:
-        """The class of a callback that logs the metric, if one does."""
-        for name in dict.fromkeys(type(one).__name__ for one in callbacks_of(trainer) if one is not self):
-            with IsolatedValidation(trainer, module, [*self.validation.keep_callbacks, name]) as validation:
-                logged = validation.run(1).values
-            if monitor in logged or (monitor is None and not others_logged and logged):
-                return name
+    def _who_logs(self, trainer: Trainer, module: LightningModule, monitor: str | None, logged: Logged) -> str | None:
+        """The class of a callback that logs the metric, if it is missing and one does."""
+        if monitor in logged.values or (monitor is None and logged.values):
+            return None
+        unlikely = (RouletteWheelPruning, Checkpoint, EarlyStopping, ProgressBar)
+        others = [one for one in callbacks_of(trainer) if not isinstance(one, unlikely)]
+        for name in dict.fromkeys(type(one).__name__ for one in others):
+            with contextlib.suppress(Exception):  # what a callback alone may stumble over is not what is asked
+                with IsolatedValidation(trainer, module, [*self.validation.keep_callbacks, name]) as validation:
+                    found = validation.run(1).values
+                if monitor in found or (monitor is None and found):
+                    return name
         return None
 
     def _search(self, trainer: Trainer, module: LightningModule) -> None:
+        metric = self._rehearse(trainer, module, 1)  # after which lazy parameters have their shape
         weights = find_prunable(module, self.include, self.exclude)
-        metric = self._metric or self._rehearse(trainer, module, 1)
         self._files = RunFiles.next_to(trainer, self.dirpath)
-        with Watcher(trainer, metric, self.branches) as watcher:
+        with Watcher(trainer, metric) as watcher:
             try:
                 winner = self._find_winner(trainer, module, weights, metric, watcher)
+                self._load(trainer, module, winner, metric)
             except BaseException as error:
-                self._keep_accepted(trainer, watcher.so_far, metric, isinstance(error, KeyboardInterrupt))
+                if self._history is None:  # the network is the dense one
+                    self._keep_accepted(trainer, watcher.so_far, metric, isinstance(error, KeyboardInterrupt))
                 raise
-        self._load(trainer, module, winner, metric)
         assert self.report is not None
         watcher.on_end(self.report)
 
@@ -378,7 +375,7 @@ class RouletteWheelPruning(Callback):
             )
 
     def _keep_accepted(self, trainer: Trainer, so_far: Winner | None, metric: Metric, interrupted: bool) -> None:
-        """Of a search that did not end, keep the report, and the masks in a file. The network is the dense one."""
+        """Of a search that did not end keep the report, and the masks in a file."""
         if so_far is None:
             return
         reason = StopReason.INTERRUPTED if interrupted else StopReason.FAILED
@@ -393,18 +390,22 @@ class RouletteWheelPruning(Callback):
 
     def _load(self, trainer: Trainer, module: LightningModule, winner: Winner, metric: Metric) -> None:
         """Load the winner in place, measure it once more, and save it; the dense network first."""
-        self.report, pruned = winner.report.in_metric(metric.monitor, metric.mode), winner.report.winner is not None
+        pruned = winner.report.winner is not None
         # a ModelCheckpoint that goes on saving may remove its file
         stays = not self._epoch_begins and checkpoint_with_these_weights(trainer, module) is not None
         if pruned and self._files is not None and not stays:
             trainer.save_checkpoint(self._files.dense, weights_only=False)
         apply_mask(module, winner.mask)
+        self.report = winner.report.in_metric(metric.monitor, metric.mode)
         self._history, self._module = winner.history.cpu(), weakref.ref(module)
         try:
             self.report = replace(self.report, score=self._measure(trainer, module, metric))
-        finally:
-            if pruned:
+        except BaseException:
+            if pruned and trainer.world_size == 1:  # one of several processes would wait for the others
                 self._save(trainer)
+            raise
+        if pruned:
+            self._save(trainer)
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure and save the winner as further training has made it."""
@@ -421,8 +422,12 @@ class RouletteWheelPruning(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         if self._files is not None:
-            self.best_model_path = self._files.pruned
-            trainer.save_checkpoint(self._files.pruned, weights_only=False)
+            before, self.best_model_path = self.best_model_path, self._files.pruned  # which the file itself names
+            try:
+                trainer.save_checkpoint(self._files.pruned, weights_only=False)
+            except BaseException:
+                self.best_model_path = before
+                raise
 
 
 def _nothing_to_do(trainer: Trainer) -> bool:

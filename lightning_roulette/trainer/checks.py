@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher  # nothing public tells spawning apart
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
@@ -37,7 +39,7 @@ def refuse_trainer(trainer: Trainer, callback: Callback, keep_callbacks: Sequenc
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
         raise RuntimeError(
             f"the strategy is {type(trainer.strategy).__name__}, which shards weights, but RouletteWheelPruning needs "
-            "whole ones. Use a single device, 'ddp' or 'ddp_spawn'."
+            "whole ones. Use a single device or 'ddp'."
         )
     twins = [one for one in callbacks_of(trainer) if one.state_key == callback.state_key]
     if len(twins) > 1:
@@ -48,12 +50,25 @@ def refuse_trainer(trainer: Trainer, callback: Callback, keep_callbacks: Sequenc
     kinds = [type(one).__name__ for one in callbacks_of(trainer) if one is not callback]
     for name in keep_callbacks:
         if name not in kinds:
-            raise ValueError(f"keep_callbacks names {name!r}, but the Trainer's callbacks are {', '.join(kinds)}.")
+            raise ValueError(
+                f"keep_callbacks names {name!r}, but the Trainer's other callbacks are {', '.join(kinds) or 'none'}. "
+                "Add it to the Trainer, or leave it out."
+            )
     last = None if trainer.fast_dev_run else trainer.max_epochs  # type: ignore[attr-defined]
     if at_epoch is not None and last not in (None, -1) and at_epoch > last:
         raise ValueError(
             f"at_epoch is {at_epoch}, but the Trainer stops after max_epochs={trainer.max_epochs}. "
             "Lower at_epoch, or leave it out to search when training ends."
+        )
+
+
+def warn_of_lost_report(trainer: Trainer) -> None:
+    """Warn where `fit` runs in processes that give only weights and metrics back to the one that called it."""
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and trainer.is_global_zero:
+        warnings.warn(
+            "RouletteWheelPruning: with this strategy `fit` runs in other processes, so that report and mask will not "
+            "be in this callback afterwards, but in pruned.ckpt alone. Use strategy='ddp' to have them here.",
+            stacklevel=2,
         )
 
 

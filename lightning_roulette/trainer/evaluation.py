@@ -1,6 +1,9 @@
 """The Trainer's own validation loop, run on a borrowed network so that nobody else notices.
 
-This is the only file that touches what Lightning keeps private; each such name says why. Checked against 2.6.
+This is the only file that touches what a Trainer keeps private: the loop and the connector that a validation writes to
+(`val_loop`, `_logger_connector`, `_loggers`, `_last_val_time`, `_current_fx_name`) are swapped, and the fresh loop is
+given the user's data (`_data_source`, `_combined_loader`, `_max_batches`, `_last_val_dl_reload_epoch`), read
+(`_results`) and let go (`_data_fetcher`). All of them have these names in lightning 2.6.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states  # isolate_rng restores no exception
@@ -26,9 +29,10 @@ from lightning.pytorch.trainer.connectors.logger_connector.logger_connector impo
 )
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
 from torchmetrics import Metric, MetricCollection, MetricTracker
 
-from lightning_roulette.core.masks import Mask, applied, breaks, surely
+from lightning_roulette.core.masks import Mask, applied, surely
 from lightning_roulette.core.search import PrunedWeights, Scores
 
 _ABSENT = object()
@@ -53,7 +57,9 @@ class Logged:
             RuntimeError: If it was not logged; the message lists what was.
         """
         if name not in self.values:
-            raise RuntimeError(f"RouletteWheelPruning watches {name!r}, which validation did not log. {self.listing}")
+            raise RuntimeError(
+                f"RouletteWheelPruning watches {name!r}, which validation did not log. {self.listing} Pass monitor=..."
+            )
         return self.values[name]
 
     @property
@@ -116,28 +122,31 @@ class IsolatedValidation:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def run(self, max_batches: float = math.inf, witness: Callback | None = None) -> Logged:
+    def run(self, max_batches: float = math.inf) -> Logged:
         """Validate the module as it is now.
 
         Each run starts from the same random states and from reset metrics, so equal weights give equal results.
 
         Args:
             max_batches: At most so many batches of each loader.
-            witness: A callback that is live in this run.
 
         Returns:
             What was logged.
-        """
-        with _swapped(self._trainer, "callbacks", callbacks_of(self._trainer) + ([witness] if witness else [])):
-            return self._run(max_batches)
 
-    def _run(self, max_batches: float) -> Logged:
+        Raises:
+            RuntimeError: If the loaders give no batch.
+        """
         self._snapshot.rewind()
         self._trainer._logger_connector = _LoggerConnector(self._trainer)
         self._loop._results.clear()
         self._loop.setup_data()
         self._snapshot.watch(self._loop)
         all_batches = self._loop._max_batches
+        if not sum(all_batches):
+            raise RuntimeError(
+                "RouletteWheelPruning: the validation data is empty, so that candidates cannot be judged on it. Pass "
+                "val_dataloaders with some batches."
+            )
         try:
             self._loop._max_batches = [min(count, max_batches) for count in all_batches]
             self._loop.run()
@@ -206,42 +215,40 @@ class TrainerEvaluator:
         return mean
 
 
-class _SeesZeros(Callback):
-    """Looks, as a validation starts on its first batch, whether what was pruned is zero."""
+def refuse_if_blind(
+    validation: IsolatedValidation, weights: Mapping[str, nn.Parameter], seen: Logged, batches: float
+) -> None:
+    """Raise where validation does not see the weights that are pruned: a module may swap in averaged ones of its own.
 
-    def __init__(self, mask: Mask) -> None:
-        self._mask = mask
-        self.others: bool | None = None
+    Every candidate would score the same, and the search would prune all there is. To see it, what is logged with all
+    prunable weights at zero is compared with what was logged as they are.
 
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self.others is None:
-            self.others = breaks(self._mask, pl_module)
-
-
-def refuse_other_weights(validation: IsolatedValidation, weights: Mapping[str, nn.Parameter]) -> None:
-    """Raise where the module's validation swaps in other weights than its own, averaged ones for example.
-
-    Every candidate would score as those do, and the search would prune all there is. To see it, one weight of each
-    parameter is pruned and a batch validated.
+    Args:
+        validation: An entered `IsolatedValidation`.
+        weights: The prunable parameters.
+        seen: What the same batches logged before.
+        batches: At most so many batches of each loader.
 
     Raises:
-        RuntimeError: If what was pruned is back when the first batch comes.
+        RuntimeError: If all of it is equal.
     """
-    probe = Mask({name: _all_but_largest(weight) for name, weight in weights.items()})
-    witness = _SeesZeros(probe)
-    with applied(probe, weights):
-        validation.run(1, witness)
-    if witness.others:
+    nothing = Mask({name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()})
+    try:
+        with warnings.catch_warnings(), applied(nothing, weights):
+            warnings.simplefilter("ignore")
+            unseen = validation.run(batches)
+    except Exception:  # a validation that fails on a network of zeros does see them
+        return
+    if all(value.isfinite().all() for value in seen.values.values()) and _same(seen.values, unseen.values):
         raise RuntimeError(
-            "the module validates other weights than its parameters hold: a validation hook of its own swaps them. "
-            "Pruned candidates cannot be judged so. Leave the swap to a callback, such as lightning's WeightAveraging."
+            "RouletteWheelPruning: validation logs the same with all prunable weights at zero, so that it cannot judge "
+            "pruned candidates. Does the module validate other weights than these, averaged ones for example? Leave "
+            "averaging to a callback such as lightning's WeightAveraging, or name the weights with include."
         )
 
 
-def _all_but_largest(weight: Tensor) -> Tensor:
-    kept = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
-    kept[weight.detach().abs().flatten().argmax()] = False
-    return kept.view(weight.shape)
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def mean_over_processes(trainer: Trainer, value: Tensor) -> float:
@@ -260,7 +267,7 @@ class _Snapshot:
         # a validation may make buffers and, with a MetricTracker, modules
         holders: list[dict[str, Any]] = [one for part in parts for one in (part._buffers, part._modules)]
         self._made = [(holder, dict(holder)) for holder in holders]
-        buffers = {id(one): one for part in parts for one in part._buffers.values() if one is not None}
+        buffers = {id(one): one for part in parts for one in part._buffers.values() if _has_values(one)}
         self._values = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
         self._metrics = [
             (part, {name: _shallow(value) for name, value in vars(part).items() if name not in _MODULE_PARTS})
@@ -322,6 +329,10 @@ def _shallow(value: Any) -> Any:
     if type(value) is dict:  # of lists, in a MetricCollection
         return {key: _shallow(member) for key, member in value.items()}
     return copy.copy(value) if isinstance(value, list | dict | set) else value
+
+
+def _has_values(buffer: Tensor | None) -> TypeGuard[Tensor]:
+    return buffer is not None and not isinstance(buffer, UninitializedBuffer)
 
 
 def _own(value: Any) -> Any:

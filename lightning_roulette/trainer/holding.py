@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from lightning_roulette.core.holding import ZeroHold
-from lightning_roulette.core.masks import Mask, apply_mask
+from lightning_roulette.core.masks import Mask, apply_mask, breaks, fits
 from lightning_roulette.core.parameters import aliases, prunable_parameters
 from lightning_roulette.trainer.evaluation import callbacks_of
 
@@ -30,15 +30,6 @@ def hold_zeros(trainer: Trainer, module: LightningModule, mask: Mask) -> ZeroHol
     return ZeroHold(dict(module.named_parameters(remove_duplicate=False)), mask, trainer.optimizers)
 
 
-def fill_checkpoint(module: LightningModule, mask: Mapping[str, Tensor], checkpoint: dict[str, Any]) -> None:
-    """Set pruned weights in a checkpoint's `state_dict` to zero: weight averaging puts other weights there."""
-    weights, names = checkpoint["state_dict"], aliases(module)
-    for name, kept in mask.items():
-        for alias in names.get(name, [name]):
-            if alias in weights:
-                weights[alias] = weights[alias].masked_fill(~kept.to(weights[alias].device), 0)
-
-
 def place_before_checkpoints(trainer: Trainer, callback: Callback) -> None:
     """Let `callback` run after everything that still changes weights and before everything that saves them."""
     rest = [one for one in callbacks_of(trainer) if one is not callback]
@@ -47,7 +38,57 @@ def place_before_checkpoints(trainer: Trainer, callback: Callback) -> None:
     trainer.callbacks = [*rest[:first], callback, *rest[first:]]  # type: ignore[attr-defined]
 
 
-class HoldZeros(Callback):
+class ZeroHolder(Callback):
+    """A callback that may hold zeros: the hooks that this takes, whatever is held and since when."""
+
+    _hold: ZeroHold | None = None
+
+    def held(self) -> Mask | None:
+        """Which weights are kept, None if nothing is held."""
+        raise NotImplementedError
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Fill after the step of an optimizer that is not torch's."""
+        if self._hold is not None and self._hold.misses_steps:
+            self._hold.fill()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fill, as weight averaging has put its own weights in."""
+        if self._hold is not None:
+            self._hold.fill()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fill, as weight averaging has put its own weights in."""
+        if self._hold is not None:
+            self._hold.fill()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save zeros, as weight averaging has put its own weights in; of a network that holds them."""
+        if (mask := self.held()) is None or not fits(mask, pl_module) or breaks(mask, pl_module):
+            return
+        weights, names = checkpoint["state_dict"], aliases(pl_module)
+        for name, kept in mask.items():
+            for alias in names.get(name, [name]):
+                if alias in weights:
+                    weights[alias] = weights[alias].masked_fill(~kept.to(weights[alias].device), 0)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hold nothing any more; the zeros are in the weights."""
+        if self._hold is not None:
+            self._hold.release()
+        self._hold = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Hold nothing any more: Lightning tears no callback down after an error."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_hold": None}  # hooks belong to one run
+
+
+class HoldZeros(ZeroHolder):
     """Holds pruned weights at zero, exactly, while a `Trainer` fits: to fine-tune a pruned network.
 
     Works through any optimizer (momentum, weight decay, LBFGS), gradient accumulation and clipping, manual
@@ -69,8 +110,11 @@ class HoldZeros(Callback):
         self.mask: Mask | None = None
         if mask is not None:
             self.mask = Mask.load(mask) if isinstance(mask, str | os.PathLike) else Mask(mask)
-        self._hold: ZeroHold | None = None
         self._held: Mask | None = None
+
+    def held(self) -> Mask | None:
+        """The mask that was given, or that of the zeros found when training started."""
+        return self._held
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the place between those who change weights and those who save them."""
@@ -85,42 +129,6 @@ class HoldZeros(Callback):
             warnings.warn("HoldZeros found no zeros to hold: was a pruned checkpoint loaded?", stacklevel=2)
         elif trainer.is_global_zero:
             _log.info(f"HoldZeros: {self._held.sparsity:.2%} of {self._held.size:,} weights are held at zero.")
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Fill, for optimizers that are not torch's."""
-        self._fill()
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fill, as weight averaging has put its own weights in."""
-        self._fill()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fill, as weight averaging has put its own weights in."""
-        self._fill()
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save zeros, as weight averaging has put its own weights in."""
-        if self._held is not None:
-            fill_checkpoint(pl_module, self._held, checkpoint)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hold nothing any more."""
-        if self._hold is not None:
-            self._hold.release()
-        self._hold = None
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Hold nothing any more: Lightning tears no callback down after an error."""
-        self.teardown(trainer, pl_module, "fit")
-
-    def _fill(self) -> None:
-        if self._hold is not None:
-            self._hold.fill()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_hold": None}  # hooks belong to one run
 
 
 def _found(module: LightningModule) -> Mask:

@@ -78,19 +78,20 @@ def find_metric(logged: Logged, trainer: Trainer, monitor: str | None, mode: str
 
 def _choice(values: Mapping[str, Any], logged: Logged, trainer: Trainer, tolerance: float) -> tuple[str, str]:
     rising = [name for name in values if logged.higher_is_better.get(_plain(name))]
-    named = [name for name in values if _tells(name, _LARGER)]
+    named = [name for name in values if _tells(name, _LARGER) and not _tells(name, _SMALLER)]
     for names, why in ((rising, "the one logged metric that rises"), (named, "the one logged name like an accuracy")):
         if len(names) == 1:
             return names[0], why
     several = list(dict.fromkeys(rising + named))
+    decisive = several if several and tolerance > 0 else values
+    for watched, _, watcher in _watched(trainer):
+        if watched is not None and (name := _first_name(watched, logged)) in decisive:
+            return name, f"what {watcher} watches"
     if several and tolerance > 0:
         raise RuntimeError(
             f"tolerance is {tolerance}, in units of the metric, but several could be meant: "
             f"{', '.join(map(repr, several))}. Pass monitor=..."
         )
-    for watched, _, watcher in _watched(trainer):
-        if watched is not None and (name := _first_name(watched, logged)) in values:
-            return name, f"what {watcher} watches"
     if len(values) == 1:
         return next(iter(values)), "the only metric logged"
     raise RuntimeError(f"RouletteWheelPruning cannot tell which metric to watch. {logged.listing} Pass monitor=...")

@@ -30,11 +30,10 @@ class Watcher(Observer):
     Args:
         trainer: Its loggers get the curves, its progress bar the line.
         metric: What scores mean.
-        branches: Candidates per level.
     """
 
-    def __init__(self, trainer: Trainer, metric: Metric, branches: int) -> None:
-        self._metric, self._branches = metric, branches
+    def __init__(self, trainer: Trainer, metric: Metric) -> None:
+        self._metric = metric
         self._speaks = trainer.is_global_zero
         self._curves, self._line = Curves(trainer.loggers if self._speaks else ()), line_of(trainer)
         self.so_far: Winner | None = None
@@ -47,19 +46,18 @@ class Watcher(Observer):
 
     def on_dense(self, so_far: Winner) -> None:
         """Say the dense score and what a level will cost."""
-        self.so_far = so_far
+        self.so_far, self._of = so_far, so_far.report.branches
         ours = self._in_metric(so_far.report)
         self._say(
             f"{ours.monitor}: dense {ours.dense_score:.6g}, floor {ours.floor:.6g}. "
-            f"A level of {self._branches} candidates will take about "
-            f"{self._branches * ours.seconds:.1f} s."
+            f"A level of {ours.branches} candidates will take about {ours.branches * ours.seconds:.1f} s."
         )
         self._curves.draw_dense(ours, so_far.mask)
 
     def on_candidate(self, level: int, number: int, best: Candidate | None, sparsity: float) -> None:
         """Move the progress line."""
         found = "" if best is None else f", best {self._metric.sign * best.score:.4g}"
-        self._line.show(f"Pruning level {level} to {sparsity:.2%}{found}", number, self._branches)
+        self._line.show(f"Pruning level {level} to {sparsity:.2%}{found}", number, self._of)
 
     def on_level(self, level: Level, so_far: Winner) -> None:
         """Say how the level ended; draw it if it was accepted."""
