@@ -531,3 +531,95 @@ def test_an_error_in_training_takes_the_hold_off_the_weights(make_trainer, callb
     for parameter in module.parameters():
         assert not parameter._post_accumulate_grad_hooks
     assert not optimizers[0]._optimizer_step_post_hooks
+
+
+# ---- other networks, other stages, other runs
+
+
+class Wider(Blobs):
+    """The names of Blobs in other shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(16, 30), torch.nn.ReLU(), torch.nn.Linear(30, 10))
+
+
+@pytest.mark.parametrize("other", [Blobs, Wider])
+@pytest.mark.parametrize("hold", [False, True])
+def test_a_file_saved_of_another_network_holds_that(make_trainer, tmp_path, other, hold):
+    callback, another = HoldZeros({"net.0.weight": torch.eye(24, 16) > 0}) if hold else pruner(), other()
+    trainer = make_trainer(callbacks=[callback])
+    trainer.fit(Blobs(), train_loader(), val_loader())
+    trainer.validate(another, val_loader(), verbose=False)
+    trainer.save_checkpoint(tmp_path / "another.ckpt", weights_only=False)
+    assert equal(load(tmp_path / "another.ckpt")["state_dict"], another.state_dict())
+
+
+def test_validating_a_file_leaves_the_record_of_the_search(make_trainer, tmp_path):
+    fitted(make_trainer, pruner(seed=5, dirpath=tmp_path / "older"))
+    pruning = pruner(at_epoch=1, dirpath=tmp_path / "newer")
+    trainer, module = make_trainer(callbacks=[pruning]), Blobs()
+    trainer.fit(module, train_loader(), val_loader())
+    report, mask, path = pruning.report, pruning.mask, pruning.best_model_path
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.validate(module, val_loader(), ckpt_path=tmp_path / "older" / "pruned.ckpt", verbose=False)
+    assert (pruning.report, pruning.mask, pruning.best_model_path) == (report, mask, path)
+    assert report.trained_score is not None
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_second_fit_after_a_resume_holds_and_does_not_search(make_trainer, tmp_path):
+    first = pruner(dirpath=tmp_path / "first")
+    fitted(make_trainer, first)
+    resumed = pruner(dirpath=tmp_path / "resumed")
+    path = tmp_path / "first" / "pruned.ckpt"
+    module = fitted(make_trainer, resumed, enable_checkpointing=False, max_epochs=3, ckpt_path=path)
+    fitted(make_trainer, resumed, module=module, enable_checkpointing=False, max_epochs=1)
+    assert resumed.mask == first.mask == Mask.of_nonzeros(prunable_parameters(module))
+
+
+def test_a_failed_save_of_the_winner_names_no_file(make_trainer, monkeypatch):
+    pruning = pruner()
+    trainer = make_trainer(callbacks=[pruning, ModelCheckpoint()], enable_checkpointing=True)
+    save = trainer.save_checkpoint
+
+    def full_disk(path, *arguments, **options):
+        if "pruned" in str(path):
+            raise OSError("No space left on device")
+        save(path, *arguments, **options)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.fit(Blobs(), train_loader(), val_loader())
+    assert pruning.best_model_path == ""
+    assert pruning.mask.sparsity == pruning.report.sparsity > 0
+
+
+@pytest.mark.filterwarnings("ignore:RouletteWheelPruning. the search did not end")
+def test_a_resume_from_a_checkpoint_of_the_interruption_misses_no_epoch(make_trainer, tmp_path):
+    class Saves(Callback):
+        def on_exception(self, trainer, pl_module, exception):
+            trainer.save_checkpoint(tmp_path / "exception.ckpt", weights_only=False)
+
+    class Epochs(Callback):
+        def __init__(self):
+            self.trained = []
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.trained.append(trainer.current_epoch)
+
+    with pytest.raises(SystemExit):
+        fitted(
+            make_trainer,
+            pruner(at_epoch=1),
+            Saves(),
+            module=Interrupted(3, in_epoch=1),
+            enable_checkpointing=False,
+            max_epochs=3,
+        )
+    epochs, resumed = Epochs(), pruner(at_epoch=1)
+    options = {"enable_checkpointing": False, "max_epochs": 3, "ckpt_path": tmp_path / "exception.ckpt"}
+    fitted(make_trainer, resumed, epochs, **options)
+    assert epochs.trained == [1, 2]
+    assert resumed.report.sparsity > 0

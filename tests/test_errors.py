@@ -404,3 +404,50 @@ def test_a_mistyped_metric_is_refused_at_the_start_where_no_validation_comes_bef
             check_val_every_n_epoch=9,
         )
     assert steps.steps == 0
+
+
+class LateAverage(Blobs):
+    """Validates an average of its weights that it makes while training."""
+
+    average = None
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.average = {name: value.clone() for name, value in self.net.state_dict().items()}
+
+    def swap(self):
+        if self.average is not None:
+            now = {name: value.clone() for name, value in self.net.state_dict().items()}
+            self.net.load_state_dict(self.average)
+            self.average = now
+
+
+class SwapsInHooks(LateAverage):
+    def on_validation_batch_start(self, batch, batch_idx, dataloader_idx=0):
+        self.swap()
+
+    def on_validation_batch_end(self, outputs, batch, batch_idx, dataloader_idx=0):
+        self.swap()
+
+
+class SwapsInStep(LateAverage):
+    def validation_step(self, batch, batch_idx):
+        self.swap()
+        super().validation_step(batch, batch_idx)
+        self.swap()
+
+
+@pytest.mark.parametrize("module", [SwapsInHooks, SwapsInStep])
+def test_a_validation_that_does_not_see_the_weights_is_refused(make_trainer, module):
+    network = module()
+    with pytest.raises(RuntimeError, match="logs the same with all prunable weights at zero"):
+        fit(make_trainer, RouletteWheelPruning(2, tolerance=1.0), network)
+    assert bool((network.net[0].weight != 0).all())
+
+
+@pytest.mark.filterwarnings("ignore:Total length of")
+def test_validation_data_without_a_batch_is_refused_before_training(make_trainer):
+    steps = CountsSteps()
+    trainer = make_trainer(callbacks=[steps, RouletteWheelPruning(2)])
+    with pytest.raises(RuntimeError, match="the validation data is empty"):
+        trainer.fit(Blobs(), train_loader(), [])
+    assert steps.steps == 0

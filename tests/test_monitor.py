@@ -323,3 +323,8 @@ def test_a_wrong_monitor_ends_training_before_its_second_epoch(sanity_steps, mak
 def test_a_metric_per_class_is_refused_at_the_start(make_trainer):
     with pytest.raises(RuntimeError, match=r"'hits', which has shape \(10,\)"):
         searched(make_trainer, Logging(hits=MulticlassAccuracy(10, average=None)))
+
+
+def test_a_loss_named_after_an_accuracy_is_none():
+    assert found(logged("val_dice", "val_dice_loss"), tolerance=0.1).monitor == "val_dice"
+    assert found(logged("val_loss", "val_dice_loss"), trainer_with(ModelCheckpoint(monitor="val_loss"))).mode == "min"

@@ -292,3 +292,9 @@ def test_what_is_prunable_can_be_pruned_in_its_module(zoo):
     apply_mask(zoo, kept)
     assert Mask.of_nonzeros(weights) <= Mask(kept)
     assert weights["lstm.weight_hh_l0"].count_nonzero() == math.ceil(weights["lstm.weight_hh_l0"].numel() / 2)
+
+
+def test_weights_of_eight_bits_are_skipped():
+    layer = nn.Linear(3, 2).to(torch.float8_e4m3fn)
+    assert not prunable_parameters(layer)
+    assert "quantised" in skipped_parameters(layer)["weight"]

@@ -244,7 +244,7 @@ def test_the_line_is_taken_away_when_the_search_fails(bar, make_trainer, monkeyp
         armed = False
 
         def validation_step(self, batch, batch_idx):
-            if self.armed:
+            if self.armed and batch_idx == 1:
                 raise RuntimeError("in a candidate")
             super().validation_step(batch, batch_idx)
 
