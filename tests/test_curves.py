@@ -175,4 +175,4 @@ def test_a_point_is_on_disk_when_its_level_is_done(make_trainer, tmp_path):
     pruning = pruner(branches=2)
     trainer = make_trainer(callbacks=[pruning], logger=logger, max_epochs=3, log_every_n_steps=2)
     trainer.fit(Watches(), train_loader(), val_loader())
-    assert seen == [0, 0, 0, 1, 1, 2, 2, 3, 3, 4]  # two short validations come before the dense one
+    assert seen == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4]  # three short validations come before the dense one

@@ -451,3 +451,18 @@ def test_validation_data_without_a_batch_is_refused_before_training(make_trainer
     with pytest.raises(RuntimeError, match="the validation data is empty"):
         trainer.fit(Blobs(), train_loader(), [])
     assert steps.steps == 0
+
+
+def test_an_untrained_network_that_is_as_good_as_none_is_not_refused(make_trainer):
+    class Constant(Blobs):
+        """Is as accurate with any weights until it is trained, and logs nothing else."""
+
+        def validation_step(self, batch, batch_idx):
+            x, y = batch
+            untrained = self.trainer.global_step == 0
+            self.val_acc(torch.zeros(len(y), 10) if untrained else self(x), y)
+            self.log("val_acc", self.val_acc)
+
+    pruning = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(max_levels=1))
+    fit(make_trainer, pruning, Constant())
+    assert pruning.report.sparsity > 0

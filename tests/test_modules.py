@@ -268,8 +268,9 @@ def test_the_search_uses_all_validation_batches_whatever_the_sanity_check_took(m
 
     pruning, module = pruner(), Counts()
     fitted(make_trainer, pruning, module, num_sanity_val_steps=1)
-    # a batch twice to see that the metric is there and minds; the dense network, two branches of two, the winner again
-    assert module.batches == 2 + 4 * (1 + 2 * 2 + 1)
+    # one batch three times to see that the metric is there and minds; then all, for the dense network, two branches of
+    # two, and the winner once more
+    assert module.batches == 3 + 4 * (1 + 2 * 2 + 1)
 
 
 class TwoLoaders(Blobs):

@@ -315,8 +315,6 @@ class RouletteWheelPruning(ZeroHolder):
                 f"{error} Your callback {name} logs it, but callbacks do not see candidates unless asked to: "
                 f"pass validation=Validation(keep_callbacks=[{name!r}])."
             ) from None
-        with self._validating(trainer, module) as validation:
-            refuse_if_blind(validation, find_prunable(module, self.include, self.exclude), logged, batches)
         if metric != self._metric and trainer.is_global_zero:
             log.info(f"RouletteWheelPruning: judged by {metric.monitor} ({metric.mode}, {metric.why}).")
         self._metric = metric
@@ -339,6 +337,8 @@ class RouletteWheelPruning(ZeroHolder):
     def _search(self, trainer: Trainer, module: LightningModule) -> None:
         metric = self._rehearse(trainer, module, 1)  # after which lazy parameters have their shape
         weights = find_prunable(module, self.include, self.exclude)
+        with self._validating(trainer, module) as validation:
+            refuse_if_blind(validation, weights)
         self._files = RunFiles.next_to(trainer, self.dirpath)
         with Watcher(trainer, metric) as watcher:
             try:
@@ -391,9 +391,8 @@ class RouletteWheelPruning(ZeroHolder):
     def _load(self, trainer: Trainer, module: LightningModule, winner: Winner, metric: Metric) -> None:
         """Load the winner in place, measure it once more, and save it; the dense network first."""
         pruned = winner.report.winner is not None
-        # a ModelCheckpoint that goes on saving may remove its file
-        stays = not self._epoch_begins and checkpoint_with_these_weights(trainer, module) is not None
-        if pruned and self._files is not None and not stays:
+        # while training goes on, a ModelCheckpoint may remove its file
+        if pruned and self._files and (self._epoch_begins or not checkpoint_with_these_weights(trainer, module)):
             trainer.save_checkpoint(self._files.dense, weights_only=False)
         apply_mask(module, winner.mask)
         self.report = winner.report.in_metric(metric.monitor, metric.mode)

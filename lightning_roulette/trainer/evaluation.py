@@ -215,36 +215,38 @@ class TrainerEvaluator:
         return mean
 
 
-def refuse_if_blind(
-    validation: IsolatedValidation, weights: Mapping[str, nn.Parameter], seen: Logged, batches: float
-) -> None:
+def refuse_if_blind(validation: IsolatedValidation, weights: Mapping[str, nn.Parameter]) -> None:
     """Raise where validation does not see the weights that are pruned: a module may swap in averaged ones of its own.
 
     Every candidate would score the same, and the search would prune all there is. To see it, what is logged with all
-    prunable weights at zero is compared with what was logged as they are.
+    prunable weights at zero is compared with what is logged as they are: on one batch, and if that is equal on all.
 
     Args:
         validation: An entered `IsolatedValidation`.
-        weights: The prunable parameters.
-        seen: What the same batches logged before.
-        batches: At most so many batches of each loader.
+        weights: The prunable parameters, after training: an untrained network may well be as good as none.
 
     Raises:
         RuntimeError: If all of it is equal.
     """
-    nothing = Mask({name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()})
-    try:
-        with warnings.catch_warnings(), applied(nothing, weights):
-            warnings.simplefilter("ignore")
-            unseen = validation.run(batches)
-    except Exception:  # a validation that fails on a network of zeros does see them
-        return
-    if all(value.isfinite().all() for value in seen.values.values()) and _same(seen.values, unseen.values):
+    if all(_logs_the_same_without(weights, validation, batches) for batches in (1, math.inf)):
         raise RuntimeError(
             "RouletteWheelPruning: validation logs the same with all prunable weights at zero, so that it cannot judge "
             "pruned candidates. Does the module validate other weights than these, averaged ones for example? Leave "
             "averaging to a callback such as lightning's WeightAveraging, or name the weights with include."
         )
+
+
+def _logs_the_same_without(weights: Mapping[str, nn.Parameter], validation: IsolatedValidation, batches: float) -> bool:
+    seen = validation.run(batches).values
+    nothing = Mask({name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()})
+    try:
+        with warnings.catch_warnings(), applied(nothing, weights):
+            warnings.simplefilter("ignore")
+            unseen = validation.run(batches).values
+    except Exception:  # a validation that fails on a network of zeros does see them
+        return False
+    # a metric that is not finite is for the search to complain of
+    return all(bool(value.isfinite().all()) for value in seen.values()) and _same(seen, unseen)
 
 
 def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
