@@ -210,7 +210,7 @@ class _Growing:
         self.wheel, self.seed, self.observer = wheel, seed, observer
         self.parent, self.history = Mask.full(weights), History.of_dense(weights)
         self.levels: list[Level] = []
-        self.validations, self.halvings, self.failures, self.retries = 0, 0, 0, 0
+        self.validations, self.halvings, self.failures = 0, 0, 0
         self.began = time.monotonic()
         self.report: SearchReport
 
@@ -229,7 +229,7 @@ class _Growing:
         """Why no further level is tried, None if one is."""
         if self.failures >= tree.patience:
             return StopReason.DECLINED
-        if self.halvings > 0 and tree.pruning_rate / 2**self.halvings < tree.smallest_rate:
+        if self.halvings > 0 and self._rate(tree) < tree.smallest_rate:
             return StopReason.RATE_TOO_SMALL
         if target_sparsity is not None and self._missing(target_sparsity) <= 0:
             return StopReason.TARGET_REACHED
@@ -239,7 +239,7 @@ class _Growing:
 
     def level(self, tree: Tree, target_sparsity: float | None) -> None:
         """Spin, validate and judge one branch."""
-        rate = float(tree.pruning_rate) / 2**self.halvings
+        rate = self._rate(tree)
         draws = level_draws(self.parent.survivors, rate, self._spare(target_sparsity))
         survivors = self.parent.survivors - draws
         sparsity = 1 - survivors / self.parent.size
@@ -251,9 +251,9 @@ class _Growing:
         if accepted:
             self.parent = self._sectors.spin(draws, seed=self.seed, level=number, candidate=cast(int, winner))
             self.history = self.history.pruned(self.parent)
-            self.failures = self.retries = 0
+            self.failures = 0
         else:
-            self.halvings, self.failures, self.retries = self.halvings + 1, self.failures + 1, self.retries + 1
+            self.halvings, self.failures = self.halvings + 1, self.failures + 1
         self.observer.on_level(self.levels[-1], self.so_far(None))
 
     def so_far(self, reason: StopReason | None) -> Winner:
@@ -262,14 +262,14 @@ class _Growing:
 
     def _branch(self, draws: int, sparsity: float) -> Iterator[Candidate]:
         """The candidates of one level, scored; those equal to an earlier one share its scores."""
-        if not self.retries:
+        if not self.failures:
             parent = PrunedWeights(self.parent, self.weights).weights
             importance = importance_of(parent, self.wheel.importance)
             self._sectors = Sectors(importance, self.parent, sharpness=self.wheel.sharpness, scope=self.wheel.scope)
         number, best = self.history.level + 1, None
         seen: dict[bytes, Candidate] = {}
         for turn in range(self.branches):
-            index = self.retries * self.branches + turn
+            index = self.failures * self.branches + turn
             mask = self._sectors.spin(draws, seed=self.seed, level=number, candidate=index)
             twin = seen.get(key := _fingerprint(mask))
             if twin is None:
@@ -295,6 +295,9 @@ class _Growing:
         if self.wheel.scope == "layer":
             return sum(max(0, int(kept.sum()) - 1) for kept in self.parent.values())
         return self.parent.survivors - 1
+
+    def _rate(self, tree: Tree) -> float:
+        return float(tree.pruning_rate) / 2.0**self.halvings
 
     def _missing(self, target_sparsity: float) -> int:
         """How many weights must go until the target is reached."""
