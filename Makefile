@@ -2,7 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check clean
+MNIST = $(if $(DATA),--data $(DATA))
+
+.PHONY: demo test check bench clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/quickstart.py
@@ -14,6 +16,13 @@ check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# about an hour on two cores; DATA names an mnist.npz in the layout of Keras, else MNIST is fetched from OpenML
+bench: $(VENV)/.demo
+	$(VENV)/bin/python examples/benchmarks/wheel.py
+	$(VENV)/bin/python examples/benchmarks/evaluation.py
+	$(VENV)/bin/python examples/benchmarks/certificate.py
+	$(VENV)/bin/python examples/benchmarks/selection.py $(MNIST)
 
 # torch goes first, as its pinned version names a build that the constraint alone might not prefer
 $(VENV)/.torch: constraints.txt

@@ -23,8 +23,14 @@ def draw(report: SearchReport, path: Path) -> None:
     axes.plot(
         [one.sparsity for one in failed], [one.score for one in failed], "x", color="tab:red", label="failed level"
     )
+    judged = [level for level in kept if level.gated is not None]
+    gated = [report.gated_dense, *(level.gated for level in judged)]
+    axes.plot([0.0, *(level.sparsity for level in judged)], gated, marker="s", ms=3, label="on the confirmation data")
     axes.axhline(report.floor, color="gray", lw=1, label="floor")
-    axes.set(xlabel="sparsity", ylabel=f"{report.monitor} (validation data, which chose)")
+    if report.gated_floor is not None:
+        axes.axhline(report.gated_floor, color="gray", lw=1, ls=":", label="floor on the confirmation data")
+    axes.axvline(report.sparsity, color="black", lw=0.5, label="winner")
+    axes.set(xlabel="sparsity", ylabel=f"{report.monitor} (validation data)")
     axes.legend(loc="lower left", fontsize="small")
     figure.savefig(path, dpi=110)
 

@@ -63,7 +63,7 @@ def main() -> None:
     seed_everything(0, verbose=False)
     train, val, test = loaders()
     model = DigitsClassifier()
-    pruning = RouletteWheelPruning(branches=20, tolerance=0.005)
+    pruning = RouletteWheelPruning(branches=20, tolerance=0.01)
     trainer = Trainer(
         max_epochs=30,
         callbacks=[pruning],

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_roulette.core.certificate import Batches, Method, Resamples, Singles
+from lightning_roulette.core.evaluator import Evaluator, PrunedWeights
 from lightning_roulette.core.masks import Mask, apply_mask, sparsity
 from lightning_roulette.core.parameters import prunable_parameters, skipped_parameters
-from lightning_roulette.core.report import Candidate, Level, SearchReport, StopReason
-from lightning_roulette.core.search import Evaluator, Observer, PrunedWeights, Scores, Winner, search
+from lightning_roulette.core.report import Candidate, Level, Scores, SearchReport, StopReason
+from lightning_roulette.core.search import Observer, Winner, search
 from lightning_roulette.core.settings import Tree, Validation, Wheel
 from lightning_roulette.core.wheel import spin
 
@@ -18,16 +20,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batches",
     "Candidate",
     "Evaluator",
     "HoldZeros",
     "Level",
     "Mask",
+    "Method",
     "Observer",
     "PrunedWeights",
+    "Resamples",
     "RouletteWheelPruning",
     "Scores",
     "SearchReport",
+    "Singles",
     "StopReason",
     "Tree",
     "Validation",

@@ -17,12 +17,16 @@ from lightning_roulette import (
     SearchReport,
     StopReason,
     Tree,
+    Validation,
     Wheel,
     apply_mask,
     prunable_parameters,
     sparsity,
 )
+from lightning_roulette.trainer.folds import dealt
 from tests.modules import Blobs, train_loader, val_loader
+
+ON_ALL = Validation(confirm=0, race=False)  # all candidates on all data
 
 
 def pruner(**options) -> RouletteWheelPruning:
@@ -67,7 +71,10 @@ def test_after_fit_the_network_is_slim_and_keeps_the_floor(make_trainer):
     assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
     assert pruning.mask.survivors == report.survivors
     assert report.dense_score > 0.8
-    assert report.score >= report.floor == report.dense_score - 0.1
+    assert (report.floor, report.gated_floor) == (report.dense_score - 0.1, report.gated_dense - 0.1)
+    assert report.chosen_by >= report.floor - 1e-6  # scores are rounded
+    assert report.winner.gated >= report.gated_floor - 1e-6
+    assert report.score >= min(report.floor, report.gated_floor) - 1e-6
     assert report.stop_reason is StopReason.MAX_LEVELS
 
 
@@ -89,15 +96,33 @@ def test_parameters_keep_their_identity_and_their_names(make_trainer):
     assert all(after[name] is before[name] for name in before)
 
 
-def test_the_reported_score_is_what_validation_gives_afterwards(make_trainer):
-    pruning = pruner()
+@pytest.mark.parametrize("validation", [Validation(), ON_ALL], ids=["halves", "all"])
+def test_the_reported_score_is_what_validation_gives_afterwards(make_trainer, validation):
+    pruning = pruner(validation=validation)
     module = fitted(make_trainer, pruning)
     (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
-    assert pruning.report.score == pruning.report.chosen_by == pytest.approx(logged["val_acc"], abs=1e-7)
+    report = pruning.report
+    assert report.score == pytest.approx(logged["val_acc"], abs=1e-7)
+    both_halves = report.chosen_by if validation is ON_ALL else (report.chosen_by + report.winner.gated) / 2
+    assert report.score == pytest.approx(both_halves, abs=1e-6)
+
+
+def test_half_of_the_data_ranks_and_the_other_half_confirms(make_trainer):
+    pruning = pruner()
+    dense = fitted(make_trainer)
+    fitted(make_trainer, pruning)
+    report = pruning.report
+    (logged,) = make_trainer().validate(dense, val_loader(), verbose=False)
+    assert report.folds == (8, 8)
+    assert report.samples == 100
+    assert (report.dense_score + report.gated_dense) / 2 == pytest.approx(logged["val_acc"], abs=1e-6)
+    assert [level.held for level in report.levels] == [True, True]
+    assert all(level.gated >= report.gated_floor - 1e-6 for level in report.levels)
 
 
 def test_the_report_says_what_was_done_level_by_level(make_trainer):
-    pruning = pruner(branches=4, tree=Tree(pruning_rate=0.5, max_levels=3), tolerance=1.0)
+    tree = Tree(pruning_rate=0.5, max_levels=3)
+    pruning = pruner(branches=4, tree=tree, tolerance=1.0, validation=ON_ALL)
     fitted(make_trainer, pruning)
     report = pruning.report
     assert (report.monitor, report.mode, report.branches, report.size) == ("val_acc", "max", 4, 624)
@@ -107,10 +132,13 @@ def test_the_report_says_what_was_done_level_by_level(make_trainer):
         (3, 78, True),
     ]
     assert [len(one.candidates) for one in report.levels] == [4, 4, 4]
-    assert report.validations == 13
+    assert report.validations == 1 + 3 * (4 + 1)  # the dense network; of each level the branch, and its winner again
     assert report.seconds > 0
     for level in report.levels:
-        assert level.score == max(one.score for one in level.candidates)
+        (winner,) = [one for one in level.candidates if one.index == level.winner]
+        assert level.score == winner.score
+        assert winner.rank == max(one.rank for one in level.candidates)
+        assert len({one.rank for one in level.candidates}) > 1
     assert SearchReport.from_dict(report.to_dict()) == report
     assert "level" in str(report)
 
@@ -129,7 +157,7 @@ def test_masks_of_all_levels_can_be_drawn_again_and_nest(make_trainer):
 
 def test_the_mask_of_an_earlier_level_has_the_score_that_the_report_gives_it(make_trainer):
     dense = fitted(make_trainer)
-    pruning = pruner()
+    pruning = pruner(validation=ON_ALL)
     fitted(make_trainer, pruning)
     for level in pruning.report.accepted:
         module = Blobs()
@@ -137,6 +165,37 @@ def test_the_mask_of_an_earlier_level_has_the_score_that_the_report_gives_it(mak
         apply_mask(module, pruning.mask_at(level.level))
         (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
         assert level.score == pytest.approx(logged["val_acc"], abs=1e-7)
+
+
+def confirming_inputs():
+    """The first number of each sample that does not rank."""
+    data = dealt(lambda: ((batch, 0) for batch in val_loader()), [4], seed=0, cache_bytes=2**31)
+    return torch.cat([batch[0][:, 0] for batch, _ in data.of(range(8, 16))])
+
+
+def test_levels_beyond_the_winner_keep_their_masks(make_trainer):
+    """All levels keep the floor on the ranking data; that the second does not on the other data is arranged."""
+
+    class SlimIsBadOnTheOtherHalf(Blobs):
+        def on_validation_epoch_start(self):
+            self.slim = sparsity(prunable_parameters(self)) > 0.3
+
+        def validation_step(self, batch, batch_idx):
+            scores = self(batch[0])
+            wrong = self.slim & torch.isin(batch[0][:, 0], others)
+            self.log("val_acc", (~wrong).float().mean())
+            self.log("val_loss", torch.nn.functional.cross_entropy(scores, batch[1]))
+
+    pruning, others = pruner(tree=Tree(max_levels=3)), confirming_inputs()
+    module = fitted(make_trainer, pruning, module=SlimIsBadOnTheOtherHalf())
+    report = pruning.report
+    assert [level.accepted for level in report.levels] == [True, True, True]
+    assert [level.held for level in report.levels] == [True, False, None]
+    assert report.winner.level == 1
+    assert pruning.mask == pruning.mask_at(1) == Mask.of_nonzeros(prunable_parameters(module))
+    masks = [pruning.mask_at(level) for level in range(4)]
+    assert [mask.survivors for mask in masks] == [624, *(level.survivors for level in report.levels)]
+    assert masks[3] <= masks[2] <= masks[1] <= masks[0]
 
 
 def test_before_a_search_there_is_no_mask():
@@ -149,9 +208,8 @@ def test_before_a_search_there_is_no_mask():
 
 
 def test_the_network_stays_dense_where_no_level_keeps_the_floor(make_trainer, tmp_path):
-    pruning = pruner(
-        tolerance=0.0, wheel=Wheel(sharpness=0.0), tree=Tree(pruning_rate=0.95, patience=1), dirpath=tmp_path
-    )
+    tree = Tree(pruning_rate=0.95, patience=1)
+    pruning = pruner(tolerance=0.0, wheel=Wheel(sharpness=0.0), tree=tree, dirpath=tmp_path, validation=ON_ALL)
     dense, kept = own_state(fitted(make_trainer)), own_state(fitted(make_trainer, pruning))
     assert all(torch.equal(dense[name], kept[name]) for name in dense)
     assert pruning.report.stop_reason is StopReason.DECLINED
@@ -169,8 +227,9 @@ def test_a_level_below_the_floor_is_tried_again_at_half_the_rate(make_trainer):
     assert failed
     assert last.accepted
     assert [one.pruning_rate for one in pruning.report.levels] == [0.8 / 2**i for i in range(len(failed) + 1)]
-    assert last.score >= pruning.report.floor
-    assert all(one.score < pruning.report.floor for one in failed)
+    lowest = pruning.report.floor - 1e-6  # scores are rounded
+    assert last.score >= lowest
+    assert all(one.score < lowest for one in failed)
 
 
 def test_a_callback_can_be_pickled_after_the_search(make_trainer):
@@ -203,7 +262,8 @@ def test_the_console_gets_one_line_per_level(make_trainer, caplog):
 @pytest.mark.parametrize("arguments", [{"wheel": Wheel(math.inf)}, {"wheel": Wheel(math.inf, "magnitude", "layer")}])
 def test_infinite_sharpness_prunes_the_smallest_weights(make_trainer, arguments):
     dense = fitted(make_trainer)
-    pruning = pruner(branches=2, tree=Tree(pruning_rate=0.25, max_levels=1), tolerance=1.0, **arguments)
+    tree = Tree(pruning_rate=0.25, max_levels=1)
+    pruning = pruner(branches=2, tree=tree, tolerance=1.0, validation=ON_ALL, **arguments)
     fitted(make_trainer, pruning)
     weights = {name: one.detach().abs() for name, one in prunable_parameters(dense).items()}
     groups = [list(weights)] if arguments["wheel"].scope == "global" else [[name] for name in weights]
@@ -212,7 +272,8 @@ def test_infinite_sharpness_prunes_the_smallest_weights(make_trainer, arguments)
         kept = torch.cat([pruning.mask[name].flatten() for name in group])
         assert int((~kept).sum()) == len(magnitudes) // 4
         assert magnitudes[~kept].max() < magnitudes[kept].min()
-    assert pruning.report.validations == 2  # both candidates are the same network
+    assert [one.same_as for one in pruning.report.levels[0].candidates] == [None, 0]
+    assert pruning.report.validations == 1 + 1 + 1  # of both candidates, which are the same network, and of the winner
 
 
 def test_importance_may_be_a_function_of_all_weights(make_trainer):
@@ -250,17 +311,32 @@ def test_include_replaces_the_default_choice_and_exclude_subtracts(make_trainer)
     ],
 )
 def test_monitor_and_mode_choose_what_judges(make_trainer, arguments, expected):
-    pruning = pruner(**arguments)
+    validation = Validation(rank_by=expected[0], confirm=0, race=False)
+    pruning = pruner(validation=validation, **arguments)
     module = fitted(make_trainer, pruning, ModelCheckpoint(monitor="val_loss"), enable_checkpointing=True)
     report = pruning.report
     (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
-    assert report.score == report.chosen_by == pytest.approx(logged[report.monitor], abs=1e-6)
+    assert report.score == pytest.approx(logged[report.monitor], abs=1e-6)
+    assert report.chosen_by == pytest.approx(logged[report.monitor], abs=1e-6)
     assert (report.monitor, report.mode) == expected
     best = max if report.mode == "max" else min
     for level in report.levels:
         assert level.score == best(one.score for one in level.candidates)
     worse = report.dense_score - report.floor if report.mode == "max" else report.floor - report.dense_score
     assert worse == pytest.approx(report.tolerance)
+
+
+def test_a_branch_is_ranked_by_the_loss_and_the_floor_kept_by_the_metric(make_trainer):
+    pruning = pruner(branches=6, tree=Tree(pruning_rate=0.6, max_levels=1), tolerance=1.0, validation=ON_ALL)
+    module = fitted(make_trainer, pruning)
+    (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
+    report, (level,) = pruning.report, pruning.report.levels
+    assert (report.monitor, report.rank_by) == ("val_acc", "val_loss")
+    ranks = {one.index: one.rank for one in level.candidates}
+    assert level.winner == max(ranks, key=ranks.get)
+    assert ranks[level.winner] == pytest.approx(-logged["val_loss"], abs=1e-6)
+    assert level.score == pytest.approx(logged["val_acc"], abs=1e-7)
+    assert len(set(ranks.values())) == 6
 
 
 class LogsOnly(Blobs):

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import math
 import random
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -206,13 +207,22 @@ def test_streams_of_different_inputs_differ():
 
 
 def test_a_clock_depends_on_its_own_index_only():
-    key, index = stream(*ORIGIN), torch.arange(200_000)  # several blocks, the last one cut short
+    key, index = stream(*ORIGIN), torch.arange(200_000)
     together = log_clocks(key, index)
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(index)))
     assert torch.equal(log_clocks(key, index[order]), together[order])
     assert torch.equal(log_clocks(key, index[65_530:65_550]), together[65_530:65_550])
     assert torch.equal(torch.cat([log_clocks(key, part) for part in index.split(7919)]), together)
     assert torch.equal(log_clocks(key, index.view(400, 500).T), together.view(400, 500).T)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(key=st.integers(-(2**63), 2**63 - 1), index=st.integers(0, 2**62))
+def test_clocks_follow_the_documented_formula(key, index):
+    midpoint = Fraction((reference_bits(key & MASK, index) >> 12) * 2 + 1, 2**53)
+    assert Fraction(float(midpoint)) == midpoint
+    uniform = torch.tensor([float(midpoint)], dtype=torch.float64)
+    assert torch.equal(log_clocks(key, torch.tensor([index])), uniform.log().neg().log())
 
 
 def test_log_clocks_are_finite_at_the_extremes():

@@ -20,6 +20,7 @@ from lightning_roulette import (
     SearchReport,
     StopReason,
     Tree,
+    Validation,
     apply_mask,
     prunable_parameters,
     sparsity,
@@ -424,7 +425,11 @@ def test_after_a_search_a_checkpoint_of_another_network_can_be_validated(make_tr
 # ---- interrupted
 
 
-REHEARSALS = 3  # short validations before the search: twice as the network is, once with all weights at zero
+# Validations of one fold, in one batch, before the search judges the dense network: to find the metric; as the network
+# is, and with all weights at zero; and to see what is logged as the metric.
+REHEARSALS = 4
+# Then come, on all the data: the dense network; of each level two candidates, and the winner of them again.
+ON_ALL = Validation(confirm=0, race=False)
 
 
 class Interrupted(Blobs):
@@ -455,7 +460,8 @@ def test_an_interrupted_search_gives_the_dense_network_back_and_keeps_the_accept
     make_trainer, tmp_path, raised, met, reason, at_epoch
 ):
     dense = dense_state(make_trainer)
-    pruning, module = pruner(at_epoch=at_epoch, tree=Tree(max_levels=4)), Interrupted(6, raised())
+    pruning = pruner(at_epoch=at_epoch, tree=Tree(max_levels=4), validation=ON_ALL)
+    module = Interrupted(8, raised())
     with pytest.raises(met), pytest.warns(UserWarning, match=r"The 2 levels accepted so far are in .*interrupted\.pt"):
         fitted(make_trainer, pruning, module=module, max_epochs=2 if at_epoch is None else 3)
     assert equal(module.state_dict(), dense)
@@ -470,17 +476,33 @@ def test_an_interrupted_search_gives_the_dense_network_back_and_keeps_the_accept
 
 
 def test_the_masks_of_an_interrupted_search_are_those_of_the_whole_one(make_trainer, tmp_path):
-    whole = pruner(tree=Tree(max_levels=2))
+    whole = pruner(tree=Tree(max_levels=2), validation=ON_ALL)
     fitted(make_trainer, whole, enable_checkpointing=False)
     with pytest.raises(SystemExit), pytest.warns(UserWarning, match="The 2 levels accepted"):
-        fitted(make_trainer, pruner(tree=Tree(max_levels=4)), module=Interrupted(6))
+        fitted(make_trainer, pruner(tree=Tree(max_levels=4), validation=ON_ALL), module=Interrupted(8))
     assert Mask.load(tmp_path / "checkpoints" / "interrupted.pt") == whole.mask
 
 
-@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize(("at", "levels", "held"), [(9, 2, [None, None]), (10, 1, [True, None])])
+def test_a_search_interrupted_while_its_levels_are_confirmed_keeps_what_held(make_trainer, tmp_path, at, levels, held):
+    """Until one is confirmed all accepted levels count."""
+    dense = dense_state(make_trainer)
+    pruning = pruner(tree=Tree(max_levels=2), validation=Validation(race=False))
+    module = Interrupted(at)  # the dense network is judged twice, on each half of the data
+    with pytest.raises(SystemExit), pytest.warns(UserWarning, match=r"accepted so far are in .*interrupted\.pt"):
+        fitted(make_trainer, pruning, module=module)
+    assert equal(module.state_dict(), dense)
+    report = pruning.report
+    assert [level.held for level in report.accepted] == held
+    assert report.stop_reason is StopReason.INTERRUPTED
+    apply_mask(module, tmp_path / "checkpoints" / "interrupted.pt")
+    assert sparsity(prunable_parameters(module)) == report.sparsity == report.levels[levels - 1].sparsity
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_a_search_interrupted_before_a_level_was_accepted_writes_nothing(make_trainer, tmp_path, at):
     dense = dense_state(make_trainer)
-    pruning, module = pruner(), Interrupted(at)
+    pruning, module = pruner(validation=ON_ALL), Interrupted(at)
     with pytest.raises(SystemExit):
         fitted(make_trainer, pruning, module=module)
     assert equal(module.state_dict(), dense)
@@ -488,7 +510,7 @@ def test_a_search_interrupted_before_a_level_was_accepted_writes_nothing(make_tr
 
 
 def test_the_report_of_a_search_interrupted_in_its_first_level_says_so(make_trainer):
-    pruning = pruner()
+    pruning = pruner(validation=ON_ALL)
     with pytest.raises(SystemExit):
         fitted(make_trainer, pruning, module=Interrupted(2))
     assert pruning.report.stop_reason is StopReason.INTERRUPTED
@@ -496,16 +518,17 @@ def test_the_report_of_a_search_interrupted_in_its_first_level_says_so(make_trai
 
 
 def test_ctrl_c_while_the_loaded_winner_is_measured_loses_nothing(make_trainer):
-    pruning, module = pruner(tree=Tree(max_levels=2)), Interrupted(6)
+    pruning, module = pruner(tree=Tree(max_levels=2), validation=ON_ALL), Interrupted(8)
     with pytest.raises(SystemExit):
         fitted(make_trainer, pruning, module=module)
-    assert pruning.report is not None
+    assert pruning.report.score is None
+    assert sparsity(prunable_parameters(module)) == sparsity_of(pruning.best_model_path) == pruning.report.sparsity > 0
     assert len(pruning.report.accepted) == 2
 
 
 @pytest.mark.filterwarnings("ignore:RouletteWheelPruning. the search did not end")
 def test_an_interrupted_fit_can_be_fitted_again_and_searches(make_trainer):
-    pruning, module = pruner(tree=Tree(max_levels=2)), Interrupted(4)
+    pruning, module = pruner(tree=Tree(max_levels=2), validation=ON_ALL), Interrupted(5)
     with pytest.raises(SystemExit):
         fitted(make_trainer, pruning, module=module, enable_checkpointing=False)
     module.at = 0
@@ -612,7 +635,7 @@ def test_a_resume_from_a_checkpoint_of_the_interruption_misses_no_epoch(make_tra
     with pytest.raises(SystemExit):
         fitted(
             make_trainer,
-            pruner(at_epoch=1),
+            pruner(at_epoch=1, validation=ON_ALL),
             Saves(),
             module=Interrupted(3, in_epoch=1),
             enable_checkpointing=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from lightning_roulette import RouletteWheelPruning, Tree, Wheel
+from lightning_roulette import RouletteWheelPruning, Tree, Validation, Wheel
 from tests.modules import Blobs, train_loader, val_loader
 
 BRANCH = ("roulette/branch/min", "roulette/branch/median", "roulette/branch/max")
@@ -42,13 +43,18 @@ def expected(pruning) -> dict[str, list[tuple[int, float]]]:
         "roulette/sparsity": [(0, 0.0)] + [(one.level, one.sparsity) for one in report.accepted],
         "roulette/score": [dense] + [(one.level, one.score) for one in report.accepted],
         "roulette/floor": [(level, report.floor) for level in range(len(report.accepted) + 1)],
+        "roulette/score_error": [(one.level, one.error) for one in report.accepted if not math.isnan(one.error)],
     }
+    if report.gated_dense is not None:
+        confirmed = [one for one in report.accepted if one.gated is not None]
+        curves["roulette/gated"] = [(0, report.gated_dense)] + [(one.level, one.gated) for one in confirmed]
+        curves["roulette/gated_error"] = [(one.level, one.gated_error) for one in confirmed]
     for i, tag in enumerate(BRANCH):
         curves[tag] = [dense] + [(one.level, one.spread[i]) for one in report.accepted]
     for name in pruning.mask:
         levels = range(len(report.accepted) + 1)
         curves[f"roulette/density/{name}"] = [(at, pruning.mask_at(at).densities[name]) for at in levels]
-    return curves
+    return {tag: points for tag, points in curves.items() if points}
 
 
 def rounded(curves) -> dict[str, list[tuple[int, float]]]:
@@ -108,7 +114,9 @@ def test_the_layout_puts_score_and_floor_in_one_chart_and_draws_the_branch_as_a_
     (category,) = layout.category
     charts = {chart.title: chart for chart in category.chart}
     assert category.title == "roulette"
-    assert list(charts["score and floor"].multiline.tag) == ["roulette/score$", "roulette/floor$"]
+    lines = ["roulette/score$", "roulette/floor$", "roulette/gated$"]
+    assert list(charts["score and floor"].multiline.tag) == lines
+    assert {tag.rstrip("$") for tag in lines} <= scalars(logger).keys()
     (band,) = charts["branch"].margin.series
     assert (band.lower, band.value, band.upper) == BRANCH
     assert set(BRANCH) <= scalars(logger).keys()
@@ -125,18 +133,23 @@ def test_the_text_tab_has_the_report_as_a_table(make_trainer, tmp_path):
     assert len({len(row) for row in table}) == 1
     assert head[:3] == ["level", "pruning rate", "sparsity"]
     assert set(ruler) == {"---:"}
-    assert [(row[0], row[2], row[-1]) for row in rows] == [
-        (str(one.level), f"{one.sparsity:.2%}", "yes" if one.accepted else "no") for one in pruning.report.levels
+    said = [dict(zip(head, row, strict=True)) for row in rows]
+    assert [(row["level"], row["sparsity"], row["accepted"], row["held"]) for row in said] == [
+        (str(one.level), f"{one.sparsity:.2%}", "yes" if one.accepted else "no", "yes" if one.held else "no")
+        for one in pruning.report.levels
     ]
+    assert [row["gated"] for row in said] == [f"{one.gated:.6g}" for one in pruning.report.levels]
 
 
 def test_any_other_logger_gets_the_same_points(make_trainer, tmp_path):
     pruning, loggers = pruner(), [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path)]
     fitted(make_trainer, [pruning], logger=loggers)
     with open(f"{loggers[0].log_dir}/metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["roulette/score"]]
+        rows = list(csv.DictReader(file))
     found = {
-        tag: [(int(row["step"]), float(row[tag])) for row in rows] for tag in rows[0] if tag.startswith("roulette/")
+        tag: [(int(row["step"]), float(row[tag])) for row in rows if row[tag]]
+        for tag in rows[0]
+        if tag.startswith("roulette/")
     }
     assert rounded(found) == rounded(expected(pruning))
     drawn = {tag: points for tag, points in scalars(loggers[1]).items() if tag.startswith("roulette/")}
@@ -149,8 +162,11 @@ def test_a_csv_loggers_own_rows_are_as_without_a_search(make_trainer, tmp_path):
         logger = CSVLogger(tmp_path, name=name)
         fitted(make_trainer, callbacks, logger=logger)
         with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
-            read = [row for row in csv.DictReader(file) if not row.get("roulette/score")]
-        rows.append([{tag: value for tag, value in row.items() if not tag.startswith("roulette/")} for row in read])
+            read = list(csv.DictReader(file))
+        ours = [any(value for tag, value in row.items() if tag.startswith("roulette/")) for row in read]
+        assert any(ours) == (name == "with")
+        users = [row for row, drawn in zip(read, ours, strict=True) if not drawn]
+        rows.append([{tag: value for tag, value in row.items() if not tag.startswith("roulette/")} for row in users])
     assert rows[0] == rows[1]
     assert len(rows[0]) > 3
 
@@ -169,10 +185,14 @@ def test_a_point_is_on_disk_when_its_level_is_done(make_trainer, tmp_path):
     class Watches(Blobs):
         def on_validation_epoch_start(self):
             if self.trainer.current_epoch == 3:
-                seen.append(len(scalars(logger).get("roulette/score", [])))
+                drawn = scalars(logger)
+                seen.append(tuple(len(drawn.get(f"roulette/{tag}", [])) for tag in ("score", "gated")))
 
     torch.manual_seed(0)
-    pruning = pruner(branches=2)
+    pruning = pruner(branches=2, validation=Validation(race=False))
     trainer = make_trainer(callbacks=[pruning], logger=logger, max_epochs=3, log_every_n_steps=2)
     trainer.fit(Watches(), train_loader(), val_loader())
-    assert seen == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4]  # three short validations come before the dense one
+    # four short validations come before the dense one, on each half of the data; a level is two candidates and the
+    # winner on one half, and later the winner on the other; at last comes the loaded network
+    levels = [(level, 1) for level in (1, 2, 3) for _ in range(3)]
+    assert seen == [(0, 0)] * 6 + levels + [(4, 1), (4, 2), (4, 3), (4, 4)]

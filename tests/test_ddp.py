@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch.nn.functional import cross_entropy
 
-from lightning_roulette import Mask, RouletteWheelPruning, Tree
+from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation
 from tests.modules import Blobs, train_loader, val_loader
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,9 @@ class Judged(Blobs):
 
 
 # A learning rate of 0 leaves the given weights, however many processes train them.
+# Each process deals its own part of the data to folds: only all of it is the same, however many there are.
 RUNS = {
+    "all data": ({"synchronised": True, "lr": 0.0}, {"validation": Validation(confirm=0, race=False)}),
     "synchronised": ({"synchronised": True, "lr": 0.0}, {}),
     "unsynchronised": ({"synchronised": False, "lr": 0.0}, {}),
     "at epoch": ({"synchronised": True, "lr": 0.01}, {"at_epoch": 1}),
@@ -117,7 +119,7 @@ def test_the_weights_of_both_ranks_and_of_the_file_have_the_zeros(ranks, name):
 
 
 def test_two_processes_find_the_winner_of_one_where_the_metric_is_synchronised(ranks, trained, tmp_path):
-    alone, both = fit("synchronised", tmp_path, trained, devices=1), ranks[0]["synchronised"]
+    alone, both = fit("all data", tmp_path, trained, devices=1), ranks[0]["all data"]
     assert Mask(both["mask"]) == Mask(alone["mask"])
     for one, two in zip(alone["report"]["levels"], both["report"]["levels"], strict=True):
         assert one["winner"] == two["winner"]

@@ -53,6 +53,14 @@ WRONG_ARGUMENTS = [
     ({"wheel": 4.0}, TypeError, r"wheel is 4.0, but must be a Wheel\(...\) of lightning_roulette"),
     ({"tree": {"patience": 1}}, TypeError, r"tree is \{'patience': 1\}, but must be a Tree\(...\)"),
     ({"validation": ()}, TypeError, r"validation is \(\), but must be a Validation\(...\)"),
+    ({"confidence": 1.0, "tolerance": 0.1}, ValueError, "confidence is 1.0, but must be more than 0 and less than 1"),
+    ({"confidence": "high", "tolerance": 0.1}, TypeError, "confidence is 'high', but must be a number"),
+    ({"confidence": 0.95}, ValueError, "tolerance is 0.* and confidence 0.95, but no finite sample can certify"),
+    (
+        {"confidence": 0.95, "tolerance": 0.1, "validation": Validation(confirm=0)},
+        ValueError,
+        "confirm is 0 and confidence 0.95, but data that ranked candidates can certify none of them. Keep some",
+    ),
     ({"seed": 0.5}, TypeError, "seed is 0.5, but must be a whole number"),
     ({"seed": 2**63}, ValueError, "seed is 9223372036854775808, but must be a signed 64-bit number"),
     ({"dirpath": 3}, TypeError, "dirpath is 3, but must be"),
@@ -77,6 +85,17 @@ WRONG_GROUPS = [
     (Tree, {"pruning_rate": math.nan}, ValueError, "pruning_rate is nan, but must be"),
     (Tree, {"max_levels": 0}, ValueError, "max_levels is 0, but must be at least 1"),
     (Tree, {"patience": 0}, ValueError, "patience is 0, but must be at least 1"),
+    (Validation, {"rank_by": 3}, TypeError, "rank_by is 3, but must be the name of a logged metric"),
+    (
+        Validation,
+        {"confirm": 1.0},
+        ValueError,
+        "confirm is 1.0, but must be at least 0 and less than 1. It is the share",
+    ),
+    (Validation, {"confirm": -0.5}, ValueError, "confirm is -0.5, but must be at least 0"),
+    (Validation, {"race": 1}, TypeError, "race is 1, but must be True or False"),
+    (Validation, {"cache_bytes": -1}, ValueError, "cache_bytes is -1, but must be at least 0"),
+    (Validation, {"cache_bytes": 0.5}, TypeError, "cache_bytes is 0.5, but must be a whole number"),
     (Validation, {"keep_callbacks": "Logs"}, TypeError, "keep_callbacks is 'Logs', but must be a list of names"),
 ]
 
@@ -293,6 +312,16 @@ AT_VALIDATION = {
         {"monitor": "surprise"},
         lambda: Logs(surprise=0.5, val_acc=0.9),
         "cannot tell whether larger values of 'surprise' are better. Pass mode='max' or mode='min'",
+    ),
+    "rank_by": (
+        {"monitor": "val_acc", "validation": Validation(rank_by="loss")},
+        Blobs,
+        "watches 'loss', which validation did not log. Logged: 'val_acc', 'val_loss'. Pass rank_by=",
+    ),
+    "direction of what ranks": (
+        {"monitor": "val_acc", "validation": Validation(rank_by="surprise")},
+        lambda: Logs(surprise=0.5, val_acc=0.9),
+        "cannot tell whether larger values of 'surprise' are better. Rank by another metric",
     ),
     "not a scalar": (
         {"monitor": "per_class"},

@@ -8,6 +8,7 @@ import itertools
 import math
 import random
 import signal
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,9 +31,11 @@ from torchmetrics import CatMetric, MeanMetric, Metric, MetricCollection, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
 
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, apply_mask, prunable_parameters, search
-from lightning_roulette.core.search import PrunedWeights
+from lightning_roulette.core.evaluator import PrunedWeights
 from lightning_roulette.trainer import evaluation
-from lightning_roulette.trainer.evaluation import IsolatedValidation, Logged, TrainerEvaluator, mean_over_processes
+from lightning_roulette.trainer.evaluation import IsolatedValidation, Logged
+from lightning_roulette.trainer.monitor import Metric as Judging
+from lightning_roulette.trainer.scoring import OwnLoop, TrainerEvaluator, folded, mean_over_processes
 from tests.modules import Blobs, blobs, train_loader, val_loader
 
 HOOKS = (
@@ -62,20 +65,46 @@ def within(hook, action, times=3):
     return type("Within", (Callback,), {hook: call})()
 
 
-def one_level(trainer, module, branches=2, monitor="val_acc"):
-    """A search of one level, whose winner is not applied: `branches + 1` validations."""
+BY_DEFAULT = Validation()
+ON_ALL = Validation(confirm=0, race=False)  # all candidates on all data
+
+
+def judged_by(monitor, mode="max", loss=None, rank_by=None, rank_mode=None):
+    return Judging(monitor, mode, "", loss, rank_by or monitor, rank_mode or mode)
+
+
+def evaluator_of(trainer, module, validation, metric, weights=None, cache_bytes=2**31):
+    data, _ = folded(validation, 0, cache_bytes)
+    weights = prunable_parameters(module) if weights is None else weights
+    return TrainerEvaluator(trainer, module, validation, data, weights, metric)
+
+
+def one_level(trainer, module, branches=2, monitor="val_acc", how=BY_DEFAULT):
+    """A search of one level, whose winner is not applied."""
     weights, tree = prunable_parameters(module), Tree(pruning_rate=0.9, max_levels=1)
-    with IsolatedValidation(trainer, module) as validation:
-        evaluate = TrainerEvaluator(trainer, validation, weights, monitor, 1, None)
-        return search(weights, evaluate, branches=branches, tolerance=math.inf, tree=tree)
+    with IsolatedValidation(trainer, module, how.keep_callbacks) as validation:
+        evaluate = evaluator_of(trainer, module, validation, judged_by(monitor), cache_bytes=how.cache_bytes)
+        return search(weights, evaluate, branches=branches, tolerance=math.inf, tree=tree, validation=how)
 
 
-def values_of(trainer, module, mask, monitor, times=1):
+def values_of(trainer, module, mask, monitor, times=1, cache_bytes=2**31):
     """What several validations of one candidate, in one session, make of one metric."""
     weights = prunable_parameters(module)
     with IsolatedValidation(trainer, module) as validation:
-        evaluate = TrainerEvaluator(trainer, validation, weights, monitor, 1, None)
-        return [evaluate(PrunedWeights(mask, weights), [0]).rank for _ in range(times)]
+        evaluate = evaluator_of(trainer, module, validation, judged_by(monitor), cache_bytes=cache_bytes)
+        return [evaluate(PrunedWeights(mask, weights), range(evaluate.folds)).rank for _ in range(times)]
+
+
+def by_the_trainers_loop(validation):
+    return validation.run
+
+
+def by_our_loop(validation):
+    batches = list(validation.read())
+    return lambda: validation.run_on(batches)
+
+
+both_ways = pytest.mark.parametrize("way", [by_the_trainers_loop, by_our_loop])
 
 
 def a_mask(module, share):
@@ -145,7 +174,8 @@ class Same:
 def content(value):
     """What to compare later: bytes of tensors, items of containers, attributes of metrics, other objects as such."""
     if isinstance(value, torch.Tensor):
-        return value.dtype, value.shape, value.detach().numpy().tobytes()
+        known = value.detach().float() if value.dtype is torch.bfloat16 else value.detach()  # NumPy has no bfloat16
+        return value.dtype, value.shape, known.numpy().tobytes()
     if isinstance(value, torch.Generator):
         return content(value.get_state())
     if isinstance(value, dict):
@@ -210,15 +240,22 @@ def observers(folder):
     ]
 
 
+def one_run(trainer, module):
+    """One validation by the Trainer's loop."""
+    with IsolatedValidation(trainer, module) as validation:
+        return validation.run()
+
+
 @pytest.mark.parametrize("sanity_steps", [0, 1])
 @pytest.mark.parametrize("hook", HOOKS)
 def test_everything_is_as_before_after_a_search(hook, sanity_steps, make_trainer, tmp_path):
     found = []
 
     def compare(trainer, module):
-        before = state_of(trainer, module)
-        one_level(trainer, module)
-        found.append(changed(before, state_of(trainer, module)))
+        for ours in (one_level, one_run):
+            before = state_of(trainer, module)
+            ours(trainer, module)
+            found.append(changed(before, state_of(trainer, module)))
 
     make_trainer(
         callbacks=[within(hook, compare), *observers(tmp_path)],
@@ -239,10 +276,11 @@ def test_everything_is_as_before_when_candidate_7_fails(hook, error, workers, ma
     found = []
 
     def compare(trainer, module):
-        fail_at(module, 2 * (7 * VAL_BATCHES + 2), error)  # two passes a batch, the dense network first
+        # two passes a batch; first twice one batch that shows what is logged, and the dense network
+        fail_at(module, 2 * (2 + 7 * VAL_BATCHES + 2), error)
         before = state_of(trainer, module)
         with pytest.raises(type(error)):
-            one_level(trainer, module, branches=10)
+            one_level(trainer, module, branches=10, how=ON_ALL)
         found.append(changed(before, state_of(trainer, module)))
 
     loader = shuffled_loader(num_workers=workers)
@@ -250,22 +288,30 @@ def test_everything_is_as_before_when_candidate_7_fails(hook, error, workers, ma
     assert found == [set()]
 
 
-def test_everything_is_as_before_when_ctrl_c_arrives_while_things_are_given_back(make_trainer, monkeypatch):
-    found, calls, original = [], itertools.count(1), evaluation._set_rng_states
+# the first time at the start of reading, the second at its end, then at the start of each validation, last at the end
+@pytest.mark.parametrize("which", [1, 2, 3, -1])
+def test_everything_is_as_before_when_ctrl_c_arrives_while_things_are_given_back(which, make_trainer, monkeypatch):
+    found, calls, original = [], [], evaluation._set_rng_states
 
-    def interrupted(states):
-        if next(calls) == 2:  # the first is at the start of the first validation, the second at its end
+    def interrupted(states, nth):
+        calls.append(1)
+        if len(calls) == nth:
             raise KeyboardInterrupt
         original(states)
 
     def compare(trainer, module):
         before = state_of(trainer, module)
-        monkeypatch.setattr(evaluation, "_set_rng_states", interrupted)
+        monkeypatch.setattr(evaluation, "_set_rng_states", partial(interrupted, nth=0))
+        one_level(trainer, module)
+        nth = which % (len(calls) + 1)
+        calls.clear()
+        monkeypatch.setattr(evaluation, "_set_rng_states", partial(interrupted, nth=nth))
         with pytest.raises(KeyboardInterrupt):
             one_level(trainer, module)
         found.append(changed(before, state_of(trainer, module)))
 
     make_trainer(callbacks=[within("on_train_end", compare)]).fit(Restless(), train_loader(), val_loader())
+    assert len(calls) > 3 or which in (1, 2, 3)
     assert found == [set()]
 
 
@@ -317,14 +363,15 @@ def test_everything_is_as_before_when_there_are_no_loaders_to_be_had(make_traine
     assert found == [set()]
 
 
+@both_ways
 @pytest.mark.parametrize("name", ["should_stop", "_last_val_time"])
-def test_what_a_candidate_sets_on_the_trainer_is_undone(name, make_trainer):
+def test_what_a_candidate_sets_on_the_trainer_is_undone(name, way, make_trainer):
     found = []
 
     def compare(trainer, module):
         before = getattr(trainer, name, None)
         with IsolatedValidation(trainer, module) as validation:
-            validation.run()
+            way(validation)()
             setattr(trainer, name, True)
         found.append((before, getattr(trainer, name, None)))
 
@@ -473,7 +520,8 @@ class Witness(Callback):
         self.trained = {name: value.clone() for name, value in module.state_dict().items()}
         self.callbacks, self.loggers = list(trainer.callbacks), list(trainer.loggers)
         self.connector, self.loop = trainer._logger_connector, trainer.fit_loop.epoch_loop.val_loop
-        fail_at(module, 7 * VAL_BATCHES + 2, self.failing)  # the dense network first, then candidate 7
+        # first four times one batch, which tell what judges and whether it sees the weights, and the dense network
+        fail_at(module, 4 + 7 * VAL_BATCHES + 2, self.failing)
 
     def on_exception(self, trainer, module, exception):
         trainer.save_checkpoint(self.path, weights_only=False)
@@ -505,7 +553,7 @@ def test_other_callbacks_find_the_trained_network_when_candidate_7_fails(
     error, raised, workers, make_trainer, tmp_path
 ):
     witness = Witness(error, tmp_path / "rescued.ckpt")
-    callbacks = [witness, RouletteWheelPruning(branches=10, seed=3)]
+    callbacks = [witness, RouletteWheelPruning(branches=10, seed=3, validation=ON_ALL)]
     trainer = make_trainer(callbacks=callbacks, logger=CSVLogger(tmp_path), log_every_n_steps=1)
     with pytest.raises(raised):
         trainer.fit(Blobs(), train_loader(), val_loader(num_workers=workers))
@@ -562,36 +610,50 @@ def test_a_candidate_scores_what_validate_says_of_a_masked_copy(monitor, share, 
         copy, mask = Bare(), a_mask(module, share)
         copy.load_state_dict(module.state_dict())
         apply_mask(copy, mask)
-        (expected,) = make_trainer().validate(copy, val_loader(), verbose=False)
+        (expected,) = make_trainer().validate(copy, loader, verbose=False)
         found.append((values_of(trainer, module, mask, monitor)[0], expected[monitor]))
 
-    make_trainer(callbacks=[within("on_train_end", score)]).fit(module, train_loader(), val_loader())
+    loader = val_loader(batch_size=11)  # so many batches are not cut anew: every sum is in the same order
+    make_trainer(callbacks=[within("on_train_end", score)]).fit(module, train_loader(), loader)
     ((ours, expected),) = found
     assert ours == expected
 
 
-@pytest.mark.parametrize(("sign", "loss"), [(1, "val_loss"), (-1, None)])
-def test_larger_scores_are_better_and_a_loss_breaks_ties(sign, loss, make_trainer):
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        (judged_by("val_acc"), lambda accuracy, loss: (accuracy, accuracy, accuracy)),
+        (judged_by("val_acc", "min"), lambda accuracy, loss: (-accuracy, -accuracy, -accuracy)),
+        (judged_by("val_acc", loss="val_loss"), lambda accuracy, loss: (accuracy, accuracy, -loss)),
+        (
+            judged_by("val_acc", loss="val_loss", rank_by="val_loss", rank_mode="min"),
+            lambda accuracy, loss: (-loss, accuracy, accuracy),
+        ),
+    ],
+)
+def test_larger_scores_are_better_and_a_loss_ranks_or_breaks_ties(metric, expected, make_trainer):
     found = []
 
     def score(trainer, module):
-        weights, mask = prunable_parameters(module), a_mask(module, 0.7)
+        mask = a_mask(module, 0.7)
         with IsolatedValidation(trainer, module) as validation:
-            evaluate = TrainerEvaluator(trainer, validation, weights, "val_acc", sign, loss)
-            found.append(evaluate(PrunedWeights(mask, weights), range(evaluate.folds)))
+            evaluate = evaluator_of(trainer, module, validation, metric)
+            candidate = PrunedWeights(mask, prunable_parameters(module))
+            found.append(evaluate(candidate, range(evaluate.folds)))
         found.extend(values_of(trainer, module, mask, name)[0] for name in ("val_acc", "val_loss"))
 
     make_trainer(callbacks=[within("on_train_end", score)]).fit(Blobs(), train_loader(), val_loader())
-    scores, accuracy, val_loss = found
-    assert scores.rank == scores.floor == sign * accuracy
-    assert scores.tiebreak == (-val_loss if loss else 0)
+    scores, accuracy, loss = found
+    assert 0 < accuracy < loss
+    assert (scores.rank, scores.floor, scores.tiebreak) == expected(accuracy, loss)
 
 
-def test_equal_weights_score_equally_on_shuffled_and_limited_data(make_trainer):
+@pytest.mark.parametrize("cache_bytes", [2**31, 0])
+def test_equal_weights_score_equally_on_shuffled_and_limited_data(cache_bytes, make_trainer):
     found = []
 
     def score(trainer, module):
-        found.append(values_of(trainer, module, a_mask(module, 0.5), "val_loss", times=3))
+        found.append(values_of(trainer, module, a_mask(module, 0.5), "val_loss", times=3, cache_bytes=cache_bytes))
 
     for loader in (shuffled_loader(), val_loader(shuffle=True)):
         trainer = make_trainer(callbacks=[within("on_train_end", score)], limit_val_batches=2)
@@ -620,13 +682,19 @@ def test_a_candidate_does_not_find_what_the_one_before_did_to_buffers(make_train
     assert len(set(found[0])) == 1
 
 
-def test_chance_drawn_between_candidates_does_not_change_their_data(make_trainer):
+def by_our_loop_reading_anew(validation):
+    return lambda: validation.run_on(validation.read())
+
+
+@pytest.mark.parametrize("way", [by_the_trainers_loop, by_our_loop, by_our_loop_reading_anew])
+def test_chance_drawn_between_candidates_does_not_change_their_data(way, make_trainer):
     found = []
 
     def score(trainer, module):
         with IsolatedValidation(trainer, module) as validation:
+            validate = way(validation)
             for draws in range(3):
-                found.append(float(validation.run().values["val_loss"]))
+                found.append(float(validate().values["val_loss"]))
                 torch.rand(draws + 1)
                 trainer.val_dataloaders.generator.manual_seed(draws)
 
@@ -703,7 +771,8 @@ def test_a_module_that_validates_another_network_than_it_trains_is_refused(make_
         make_trainer(callbacks=[pruning]).fit(Teaching(), train_loader(), val_loader())
 
 
-def test_what_one_candidate_logged_is_not_taken_for_the_next(make_trainer):
+@both_ways
+def test_what_one_candidate_logged_is_not_taken_for_the_next(way, make_trainer):
     class Once(Blobs):
         once = True
 
@@ -715,39 +784,44 @@ def test_what_one_candidate_logged_is_not_taken_for_the_next(make_trainer):
 
     def names(trainer, module):
         with IsolatedValidation(trainer, module) as validation:
+            validate = way(validation)
             for module.once in (True, False):
-                found.append(set(validation.run().values))
+                found.append(set(validate().values))
 
     make_trainer(callbacks=[within("on_train_end", names)]).fit(Once(), train_loader(), val_loader())
     assert found == [{"val_loss", "val_acc", "only_once"}, {"val_loss", "val_acc"}]
 
 
-def test_a_validation_that_failed_does_not_colour_the_next(make_trainer):
+@both_ways
+def test_a_validation_that_failed_does_not_colour_the_next(way, make_trainer):
     found = []
 
     def score(trainer, module):
         with IsolatedValidation(trainer, module) as validation:
-            found.append({name: float(value) for name, value in validation.run().values.items()})
+            validate = way(validation)
+            found.append({name: float(value) for name, value in validate().values.items()})
             fail_at(module, 3, ValueError())
             with pytest.raises(ValueError):
-                validation.run()
-            found.append({name: float(value) for name, value in validation.run().values.items()})
+                validate()
+            found.append({name: float(value) for name, value in validate().values.items()})
 
     make_trainer(callbacks=[within("on_train_end", score)]).fit(Blobs(), train_loader(), val_loader())
     before, after = found
     assert before == after
 
 
-def test_what_a_validation_logged_is_not_overwritten_by_the_next(make_trainer):
+@both_ways
+def test_what_a_validation_logged_is_not_overwritten_by_the_next(way, make_trainer):
     found = []
 
     def score(trainer, module):
         with IsolatedValidation(trainer, module) as validation:
-            first = validation.run()
+            validate = way(validation)
+            first = validate()
             before = {name: float(value) for name, value in first.values.items()}
             with torch.no_grad():
                 module.net[0].weight.zero_()
-            validation.run()
+            validate()
             found.append((before, {name: float(value) for name, value in first.values.items()}))
 
     make_trainer(callbacks=[within("on_train_end", score)]).fit(Blobs(), train_loader(), val_loader())
@@ -781,9 +855,10 @@ def test_candidates_are_validated_in_eval_mode_and_without_gradients_as_within_f
             modes = (self.training, self.net.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
             found.append((modes, self.trainer.state.fn.value, self.trainer.state.stage.value))
 
-    search = within("on_train_batch_end", one_level)
+    search = within("on_train_batch_end", partial(one_level, how=ON_ALL))
     make_trainer(callbacks=[search], num_sanity_val_steps=0).fit(Noting(), train_loader(), val_loader())
-    assert len(found) == (3 * 3 + 2) * VAL_BATCHES
+    # three searches: twice one batch to see what is logged, the dense network, two candidates, the winner; two epochs
+    assert len(found) == 3 * (2 + 4 * VAL_BATCHES) + 2 * VAL_BATCHES
     assert set(found) == {((False,) * 4, "fit", "validate")}
 
 
@@ -962,13 +1037,14 @@ class LogsMargin(Callback):
         self.log("margin", module.net[0].weight.abs().sum())
 
 
+@both_ways
 @pytest.mark.parametrize(("kept", "there"), [([], False), (["LogsMargin"], True), (["EarlyStopping"], False)])
-def test_a_metric_of_a_callback_is_there_only_if_the_callback_is_kept(kept, there, make_trainer):
+def test_a_metric_of_a_callback_is_there_only_if_the_callback_is_kept(kept, there, way, make_trainer):
     found = []
 
     def look(trainer, module):
         with IsolatedValidation(trainer, module, kept) as validation:
-            found.append("margin" in validation.run().values)
+            found.append("margin" in way(validation)().values)
 
     callbacks = [LogsMargin(), EarlyStopping("val_acc", mode="max"), within("on_train_end", look)]
     make_trainer(callbacks=callbacks).fit(Blobs(), train_loader(), val_loader())
@@ -983,7 +1059,7 @@ def test_a_kept_callback_is_the_users_own_object_and_sees_the_candidate(make_tra
         weights = {"net.0.weight": module.net[0].weight}
         with IsolatedValidation(trainer, module, ["LogsMargin"]) as validation:
             assert kept in trainer.callbacks
-            evaluate = TrainerEvaluator(trainer, validation, weights, "margin", 1, None)
+            evaluate = evaluator_of(trainer, module, validation, judged_by("margin"), weights)
             found.append(evaluate(PrunedWeights(mask, weights), [0]).rank)
 
     kept = LogsMargin()
@@ -1004,7 +1080,8 @@ def test_a_search_by_a_metric_of_a_callback_needs_the_callback_kept(make_trainer
     assert fit(Validation(keep_callbacks=["LogsMargin"])).monitor == "margin"
 
 
-def test_muted_callbacks_and_loggers_still_tell_what_they_are(make_trainer, tmp_path):
+@both_ways
+def test_muted_callbacks_and_loggers_still_tell_what_they_are(way, make_trainer, tmp_path):
     found = []
 
     class Slotted(Callback):
@@ -1016,7 +1093,7 @@ def test_muted_callbacks_and_loggers_still_tell_what_they_are(make_trainer, tmp_
     def look(trainer, module):
         outside = [type(one).__name__ for one in trainer.callbacks], trainer.logger.log_dir
         with IsolatedValidation(trainer, module) as validation:
-            validation.run()
+            way(validation)()
             inside = [type(one).__name__ for one in trainer.callbacks], trainer.logger.log_dir
             found.append((outside, inside))
             assert trainer.checkpoint_callback.monitor == "val_acc"
@@ -1037,7 +1114,8 @@ def test_muted_callbacks_and_loggers_still_tell_what_they_are(make_trainer, tmp_
     assert all(outside == inside for outside, inside in found)
 
 
-def test_a_callback_that_cannot_be_copied_is_left_out_and_comes_back(make_trainer):
+@both_ways
+def test_a_callback_that_cannot_be_copied_is_left_out_and_comes_back(way, make_trainer):
     class Sealed(Callback):
         def __init_subclass__(cls):
             raise TypeError("no heirs")
@@ -1050,7 +1128,7 @@ def test_a_callback_that_cannot_be_copied_is_left_out_and_comes_back(make_traine
     def look(trainer, module):
         before = len(calls)
         with IsolatedValidation(trainer, module) as validation:
-            validation.run()
+            way(validation)()
             found.append((sealed in trainer.callbacks, len(calls) - before))
         assert sealed in trainer.callbacks
 
@@ -1081,7 +1159,7 @@ class Logs:
 
 def test_processes_that_logged_different_values_agree_on_the_mean_and_one_warning_says_so():
     trainer, weights = many_processes(0.5, 0.75), {"a": torch.ones(2)}
-    evaluate = TrainerEvaluator(trainer, Logs(0.5), weights, "val_acc", 1, None)
+    evaluate = TrainerEvaluator(trainer, None, Logs(0.5), OwnLoop(), weights, judged_by("val_acc"))
     with pytest.warns(UserWarning, match="sync_dist=True") as warned:
         assert [evaluate(PrunedWeights(Mask.full(weights), weights), [0]).floor for _ in range(3)] == [0.625] * 3
     assert len(warned) == 1
@@ -1089,6 +1167,7 @@ def test_processes_that_logged_different_values_agree_on_the_mean_and_one_warnin
 
 def test_processes_that_logged_one_value_agree_on_it_without_a_warning():
     weights = {"a": torch.ones(2)}
-    evaluate = TrainerEvaluator(many_processes(0.25, 0.25), Logs(0.25), weights, "val_acc", 1, None)
+    one_value = many_processes(0.25, 0.25)
+    evaluate = TrainerEvaluator(one_value, None, Logs(0.25), OwnLoop(), weights, judged_by("val_acc"))
     assert evaluate(PrunedWeights(Mask.full(weights), weights), [0]).floor == 0.25
     assert mean_over_processes(SimpleNamespace(world_size=1), torch.tensor(0.5)) == 0.5

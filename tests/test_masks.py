@@ -25,17 +25,21 @@ def bits_of(tensors) -> dict[str, bytes]:
     return {name: tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
 
 
-def odd_weights() -> dict[str, torch.Tensor]:
-    """Everything that a product with a mask, or a copy through another type, would not give back."""
+def odd_weights(times: int = 1) -> dict[str, torch.Tensor]:
+    """Everything that a product with a mask, or a copy through another type, would not give back; so many times."""
     payload = torch.tensor([0x7FC01234, -1, 0x7F800000, -(2**31), 1, 0x3F800000], dtype=torch.int32)
     half = torch.tensor([0x7FC3, -32768, 1, 0x3F80], dtype=torch.int16)
     return {
-        "single": payload.view(torch.float32).reshape(2, 3),
-        "brain": half.view(torch.bfloat16),
-        "half": half.view(torch.float16),
-        "double": torch.tensor([math.nan, -0.0, 5e-324, math.inf], dtype=torch.float64),
-        "turned": torch.arange(6.0).view(2, 3).T,
+        "single": payload.repeat(times).view(torch.float32).reshape(2, -1),
+        "brain": half.repeat(times).view(torch.bfloat16),
+        "half": half.repeat(times).view(torch.float16),
+        "double": torch.tensor([math.nan, -0.0, 5e-324, math.inf], dtype=torch.float64).repeat(times),
+        "turned": torch.arange(6.0 * times).view(2, -1).T,
     }
+
+
+# tensors of a few entries, and of more than a million
+few_and_many = pytest.mark.parametrize("times", [1, 2**18 + 1])
 
 
 def every_other(weights) -> Mask:
@@ -201,8 +205,9 @@ def test_a_tied_weight_can_be_named_by_either_name():
     assert net[0].weight.count_nonzero() == 0
 
 
-def test_a_network_is_pruned_inside_the_block_and_back_after_it():
-    weights = odd_weights()
+@few_and_many
+def test_a_network_is_pruned_inside_the_block_and_back_after_it(times):
+    weights = odd_weights(times)
     before, mask = bits_of(weights), every_other(weights)
     with applied(mask, weights):
         for name, weight in weights.items():
@@ -210,9 +215,10 @@ def test_a_network_is_pruned_inside_the_block_and_back_after_it():
     assert bits_of(weights) == before
 
 
+@few_and_many
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, GeneratorExit])
-def test_a_network_is_given_back_after_an_error(error):
-    weights = odd_weights()
+def test_a_network_is_given_back_after_an_error(error, times):
+    weights = odd_weights(times)
     before = bits_of(weights)
 
     def candidate() -> None:
@@ -225,18 +231,32 @@ def test_a_network_is_given_back_after_an_error(error):
     assert bits_of(weights) == before
 
 
-def test_a_network_is_given_back_when_pruning_it_fails_halfway(monkeypatch):
-    weights = odd_weights()
+@few_and_many
+def test_a_network_is_given_back_when_pruning_it_fails_halfway(monkeypatch, times):
+    weights, fill, filled = odd_weights(times), torch.Tensor.masked_fill_, []
     before = bits_of(weights)
 
-    def interrupted(tensors, mask):
-        tensors["single"].zero_()
-        raise KeyboardInterrupt
+    def interrupted(tensor, where, value):
+        filled.append(fill(tensor, where, value).count_nonzero())
+        if len(filled) == 3:
+            raise KeyboardInterrupt
+        return tensor
 
-    monkeypatch.setattr("lightning_roulette.core.masks.fill_pruned", interrupted)
+    monkeypatch.setattr(torch.Tensor, "masked_fill_", interrupted)
     mask = Mask({name: torch.zeros(weight.shape, dtype=torch.bool) for name, weight in weights.items()})
     with pytest.raises(KeyboardInterrupt), applied(mask, weights):
         pytest.fail("the block must not be entered")
+    assert filled == [0, 0, 0]
+    assert bits_of(weights) == before
+
+
+@pytest.mark.parametrize("small", [0, 4, 1 << 20])
+def test_what_is_set_aside_whole_and_what_in_part_both_come_back(monkeypatch, small):
+    monkeypatch.setattr("lightning_roulette.core.masks._SMALL", small)
+    weights = odd_weights()
+    before, mask = bits_of(weights), every_other(weights)
+    with applied(mask, weights):
+        assert all(not weights[name][~kept].any() for name, kept in mask.items())
     assert bits_of(weights) == before
 
 
@@ -316,6 +336,32 @@ def test_a_restored_history_can_grow_on():
     for mask in masks[255:]:
         history = history.pruned(mask)
     assert [history.mask_at(level) for level in (0, 254, 255, 256, 260)] == [masks[n] for n in (0, 254, 255, 256, 260)]
+
+
+@pytest.mark.parametrize(("deepest", "winner"), [(5, 0), (5, 3), (5, 5), (300, 2), (300, 260)])
+def test_a_winner_that_is_not_the_last_level_keeps_the_levels_after_it(deepest, winner, tmp_path):
+    masks = nested_masks(deepest)
+    torch.save(history_of(masks).won_by(winner).state(), tmp_path / "history.pt")
+    history = History.from_state(torch.load(tmp_path / "history.pt", weights_only=True))
+    assert (history.level, history.deepest) == (winner, deepest)
+    assert (history.cpu().level, history.cpu().deepest) == (winner, deepest)
+    assert history.mask == history.cpu().mask == Mask.load(tmp_path / "history.pt") == masks[winner]
+    assert [history.mask_at(level) for level in range(deepest + 1)] == masks
+    with pytest.raises(ValueError, match=rf"level is {deepest + 1}, but must lie between 0 \(dense\) and {deepest}"):
+        history.mask_at(deepest + 1)
+
+
+def test_naming_a_winner_changes_no_other_history():
+    history = history_of(nested_masks(4))
+    assert history.won_by(1).won_by(4).mask == history.mask == nested_masks(4)[4]
+    assert (history.level, history.deepest) == (4, 4)
+
+
+def test_a_history_grows_after_its_last_level_whoever_won():
+    masks = nested_masks(4)
+    history = history_of(masks[:4]).won_by(1).pruned(masks[4])
+    assert (history.level, history.deepest) == (4, 4)
+    assert [history.mask_at(level) for level in range(5)] == masks
 
 
 def test_a_short_history_takes_one_byte_a_weight():

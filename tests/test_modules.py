@@ -260,17 +260,17 @@ def test_overfit_batches(make_trainer):
 
 def test_the_search_uses_all_validation_batches_whatever_the_sanity_check_took(make_trainer):
     class Counts(Blobs):
-        batches = 0
+        samples = 0
 
         def validation_step(self, batch, batch_idx):
             super().validation_step(batch, batch_idx)
-            self.batches += self.trainer.current_epoch == 2
+            self.samples += len(batch[0]) * (self.trainer.current_epoch == 2)
 
-    pruning, module = pruner(), Counts()
+    pruning, module = pruner(validation=Validation(confirm=0, race=False)), Counts()
     fitted(make_trainer, pruning, module, num_sanity_val_steps=1)
-    # one batch three times to see that the metric is there and minds; then all, for the dense network, two branches of
-    # two, and the winner once more
-    assert module.batches == 3 + 4 * (1 + 2 * 2 + 1)
+    # one fold of 12 samples four times to see that the metric is there and minds, and what it is; then all, for the
+    # dense network, two branches of two, the winner of each again, and the last once it is loaded
+    assert module.samples == 4 * 12 + 200 * (1 + 2 * (2 + 1) + 1)
 
 
 class TwoLoaders(Blobs):

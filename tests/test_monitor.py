@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from torch.utils.data import DataLoader
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lightning_roulette import RouletteWheelPruning, Tree
+from lightning_roulette import RouletteWheelPruning, Tree, Validation
 from lightning_roulette.trainer.evaluation import Logged
 from lightning_roulette.trainer.monitor import find_metric
-from tests.modules import Blobs, train_loader, val_loader
+from tests.modules import Blobs, blobs, train_loader, val_loader
 
 
 def logged(*names, rises=(), falls=()):
@@ -31,8 +32,8 @@ def trainer_with(*callbacks, plateau=None):
     return SimpleNamespace(callbacks=[LearningRateMonitor(), *callbacks], lr_scheduler_configs=configs)
 
 
-def found(what, trainer=None, monitor=None, mode=None, tolerance=0.0):
-    return find_metric(what, trainer or trainer_with(), monitor, mode, tolerance)
+def found(what, trainer=None, monitor=None, mode=None, tolerance=0.0, rank_by=None):
+    return find_metric(what, trainer or trainer_with(), monitor, mode, tolerance, rank_by)
 
 
 CHECKPOINT = ModelCheckpoint(monitor="val_quality", mode="max")
@@ -185,6 +186,65 @@ def test_the_loss_that_is_watched_breaks_no_ties():
     assert found(logged("val_loss", "val_acc"), monitor="val_loss").loss is None
 
 
+# ---- what ranks
+
+
+@pytest.mark.parametrize(
+    ("names", "monitor", "rank_by", "expected"),
+    [
+        # without a wish the loss ranks, and the metric breaks ties
+        (("val_acc", "val_loss"), "val_acc", None, ("val_loss", "min", None)),
+        (("val_acc", "val_loss", "aux_loss"), "val_acc", None, ("val_loss", "min", None)),
+        (("val_acc", "my_loss/dataloader_idx_0"), "val_acc", None, ("my_loss/dataloader_idx_0", "min", None)),
+        # where there is none, or several, or it is the metric, the metric ranks
+        (("val_acc", "val_mse"), "val_acc", None, ("val_acc", "max", None)),
+        (("val_acc", "loss_a", "loss_b"), "val_acc", None, ("val_acc", "max", None)),
+        (("val_acc", "val_loss"), "val_loss", None, ("val_loss", "min", None)),
+        (("loss_a", "val_loss"), "loss_a", None, ("loss_a", "min", "val_loss")),
+        # a wish is fulfilled, and the loss then breaks ties
+        (("val_acc", "val_loss"), "val_acc", "val_acc", ("val_acc", "max", "val_loss")),
+        (("val_acc", "val_loss"), "val_acc", "val_loss", ("val_loss", "min", None)),
+        (("val_acc", "val_f1", "val_loss"), "val_acc", "val_f1", ("val_f1", "max", "val_loss")),
+        (("val_acc", "val_mse"), "val_acc", "val_mse", ("val_mse", "min", None)),
+    ],
+)
+def test_the_loss_ranks_unless_another_metric_is_asked_to(names, monitor, rank_by, expected):
+    metric = found(logged(*names), monitor=monitor, rank_by=rank_by)
+    assert metric.monitor == monitor
+    assert (metric.rank_by, metric.rank_mode, metric.tiebreak) == expected
+    assert metric.rank_sign == {"max": 1, "min": -1}[expected[1]]
+
+
+def test_a_mode_is_that_of_the_metric_and_of_no_other_that_ranks():
+    metric = found(logged("val_acc", "val_loss"), monitor="val_acc", mode="min")
+    assert (metric.mode, metric.rank_by, metric.rank_mode) == ("min", "val_loss", "min")
+    metric = found(logged("val_acc", "val_loss"), monitor="val_loss", mode="max")
+    assert (metric.mode, metric.rank_by, metric.rank_mode) == ("max", "val_loss", "max")
+    metric = found(logged("val_acc", "val_loss"), monitor="val_loss", mode="max", rank_by="val_loss")
+    assert metric.rank_mode == "max"
+
+
+def test_what_shall_rank_may_have_two_names():
+    both = logged("val_x", "val_x_epoch", "val_loss")
+    metric = found(both, monitor="val_x", mode="max", rank_by="val_x_epoch")
+    assert (metric.rank_by, metric.rank_mode) == ("val_x_epoch", "max")
+
+
+@pytest.mark.parametrize(
+    ("rank_by", "message"),
+    [
+        ("val_los", r"watches 'val_los', which .* did not log\. Logged: .*'val_loss'.* Pass rank_by=\.\.\."),
+        ("each", r"watches 'each', which has shape \(10,\).* pass rank_by="),
+        ("surprise", "larger values of 'surprise' are better. Rank by another metric"),
+    ],
+)
+def test_what_cannot_rank_is_refused(rank_by, message):
+    what = logged("val_acc", "val_loss", "surprise")
+    what = Logged({**what.values, "each": torch.zeros(10)}, {})
+    with pytest.raises(RuntimeError, match=message):
+        found(what, monitor="val_acc", rank_by=rank_by)
+
+
 # ---- errors
 
 
@@ -282,11 +342,14 @@ def test_a_forked_metric_is_found_under_its_plain_name(forked, make_trainer):
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_loader_is_chosen_by_the_name_of_its_metric(index, make_trainer):
     name = f"val_loss/dataloader_idx_{index}"
-    pruning = RouletteWheelPruning(2, monitor=name, tree=Tree(max_levels=1, patience=1))
+    on_all = Validation(confirm=0, race=False)
+    pruning = RouletteWheelPruning(2, monitor=name, tree=Tree(max_levels=1, patience=1), validation=on_all)
     trainer = make_trainer(callbacks=[pruning], max_epochs=1)
-    trainer.fit(Blobs(), train_loader(), [val_loader(), val_loader(50, shuffle=False)])
+    trainer.fit(Blobs(), train_loader(), [val_loader(), DataLoader(blobs(100, 3), 50)])
     assert (pruning.report.monitor, pruning.report.mode) == (name, "min")
-    assert pruning.report.dense_score == float(trainer.callback_metrics[name])
+    assert pruning.report.dense_score == pytest.approx(float(trainer.callback_metrics[name]), abs=1e-6)
+    other = float(trainer.callback_metrics[f"val_loss/dataloader_idx_{1 - index}"])
+    assert pruning.report.dense_score != pytest.approx(other, abs=1e-6)
 
 
 def test_two_loaders_need_a_monitor(make_trainer):

@@ -14,19 +14,21 @@ from lightning.pytorch.loggers import CSVLogger
 from tqdm import tqdm
 
 from lightning_roulette import RouletteWheelPruning, Tree
+from lightning_roulette.core.race import rungs
 from lightning_roulette.trainer.curves import Curves
 from lightning_roulette.trainer.evaluation import IsolatedValidation
-from lightning_roulette.trainer.monitor import Metric
 from lightning_roulette.trainer.progress import Line, line_of
 from lightning_roulette.trainer.watching import Watcher, log, speak_up
 from tests.modules import Blobs, train_loader, val_loader
-from tests.test_evaluation import one_level, within
+from tests.test_evaluation import BY_DEFAULT, ON_ALL, judged_by, one_level, within
 
 LEVELS = Tree(max_levels=2)
+# How often a candidate of five is judged: once on all data, or in a race on half of the folds
+JUDGED = [(ON_ALL, 5), (BY_DEFAULT, sum(rung.entrants * len(rung.parts) for rung in rungs(5, 8, 16)))]
 
 
-def pruning(**options):
-    return RouletteWheelPruning(5, tolerance=1.0, tree=LEVELS, **options)
+def pruning(validation=BY_DEFAULT, **options):
+    return RouletteWheelPruning(5, tolerance=1.0, tree=LEVELS, validation=validation, **options)
 
 
 def fit(make_trainer, *callbacks, module=None, **options):
@@ -43,10 +45,11 @@ def frames(text):
 # ---- TQDM
 
 
-def test_tqdm_shows_one_line_and_no_validation_of_a_candidate(make_trainer, capsys):
+@pytest.mark.parametrize(("validation", "judged"), JUDGED)
+def test_tqdm_shows_one_line_and_no_validation_of_a_candidate(make_trainer, capsys, validation, judged):
     fit(make_trainer, TQDMProgressBar())
     plain = frames(capsys.readouterr().out)
-    fit(make_trainer, TQDMProgressBar(), pruning())
+    fit(make_trainer, TQDMProgressBar(), pruning(validation))
     searched = frames(capsys.readouterr().out)
 
     def validating(shown):
@@ -54,8 +57,8 @@ def test_tqdm_shows_one_line_and_no_validation_of_a_candidate(make_trainer, caps
 
     assert validating(searched) == validating(plain) > 0
     ours = [frame for frame in searched if frame.startswith("Pruning")]
-    assert any("level 1" in frame and "best" in frame and "1/5" in frame for frame in ours)
-    assert any("level 2" in frame and "best" in frame and "5/5" in frame for frame in ours)
+    assert any("level 1" in frame and "best" in frame and f" 1/{judged}" in frame for frame in ours)
+    assert any("level 2" in frame and "best" in frame and f" {judged}/{judged}" in frame for frame in ours)
 
 
 def test_tqdm_never_calls_the_line_of_a_search_a_validation(make_trainer, capsys):
@@ -63,7 +66,7 @@ def test_tqdm_never_calls_the_line_of_a_search_a_validation(make_trainer, capsys
 
     def search(trainer, module):
         capsys.readouterr()
-        with Watcher(trainer, Metric("val_acc", "max", "", None)):
+        with Watcher(trainer, judged_by("val_acc")):
             shown.extend(frames(capsys.readouterr().out))
 
     fit(make_trainer, TQDMProgressBar(), within("on_train_epoch_start", search))
@@ -135,23 +138,34 @@ class Between(Callback):
         self.alive = self.bar.progress.live._refresh_thread.is_alive()
 
 
-def test_rich_shows_one_task_and_takes_it_away(make_trainer, thread_errors, monkeypatch):
-    bar, shown = rich_bar(), []
-    between, ours = Between(bar), pruning()
-    original = Watcher.on_candidate
+@pytest.mark.parametrize(("validation", "judged"), JUDGED)
+def test_rich_shows_one_task_and_takes_it_away(make_trainer, thread_errors, monkeypatch, validation, judged):
+    bar, shown, confirmed = rich_bar(), [], []
+    between, ours = Between(bar), pruning(validation)
+    on_candidate, on_confirmed = Watcher.on_candidate, Watcher.on_confirmed
+
+    def tasks_now():
+        return [(task.description, task.completed, task.total) for task in bar.progress.tasks if task.visible]
 
     def note(self, *arguments):
-        original(self, *arguments)
-        shown.append([(task.description, task.completed, task.total) for task in bar.progress.tasks if task.visible])
+        on_candidate(self, *arguments)
+        shown.append(tasks_now())
+
+    def note_confirmed(self, *arguments):
+        on_confirmed(self, *arguments)
+        confirmed.append(tasks_now()[-1])
 
     monkeypatch.setattr(Watcher, "on_candidate", note)
+    monkeypatch.setattr(Watcher, "on_confirmed", note_confirmed)
     fit(make_trainer, bar, between, ours)
     before, after = between.noted
     assert before == after
     assert between.alive
     assert not thread_errors
     assert all(len(tasks) == len(before) + 1 for tasks in shown)
-    assert [tasks[-1][1:] for tasks in shown] == [(done, 5) for done in (1, 2, 3, 4, 5)] * 2
+    assert [tasks[-1][1:] for tasks in shown] == [(done, judged) for done in range(1, judged + 1)] * 2
+    lines = [(f"Confirming level {level} of 2", level, 2) for level in (1, 2)]
+    assert confirmed == ([] if validation is ON_ALL else lines)
     assert all(re.match(r"Pruning level [12] to \d+\.\d+%, best", tasks[-1][0]) for tasks in shown)
 
 
@@ -275,20 +289,26 @@ def said(caplog):
     return lambda: [record.getMessage() for record in caplog.records if record.name == "lightning_roulette"]
 
 
+@pytest.mark.parametrize("validation", [ON_ALL, BY_DEFAULT], ids=["all", "halves"])
 @pytest.mark.parametrize(("monitor", "mode"), [("val_acc", "max"), ("val_loss", "min")])
-def test_a_search_says_its_floor_each_level_and_its_end_in_units_of_the_metric(monitor, mode, make_trainer, said):
-    ours = pruning(monitor=monitor)
+def test_a_search_says_its_floor_each_level_and_its_end_in_units_of_the_metric(
+    monitor, mode, validation, make_trainer, said
+):
+    ours, halves = pruning(validation, monitor=monitor), validation is BY_DEFAULT
     fit(make_trainer, ours, enable_progress_bar=False)
     lines, report = said(), ours.report
     assert all(line.startswith("RouletteWheelPruning: ") for line in lines)
     judged, dense, *levels = (line.removeprefix("RouletteWheelPruning: ") for line in lines)
-    assert judged == f"judged by {monitor} ({mode}, as asked)."
-    assert dense.startswith(f"{monitor}: dense {report.dense_score:.6g}, floor {report.floor:.6g}. ")
+    assert judged == f"judged by {monitor} ({mode}, as asked), ranked by val_loss."
+    kept = ", 8 of 16 folds kept for confirmation" if halves else ""
+    assert dense.startswith(f"{monitor}: dense {report.dense_score:.6g}, floor {report.floor:.6g}{kept}. ")
     assert re.search(r"A level of 5 candidates will take about \d+\.\d s\.$", dense)
     for number, level in enumerate(report.levels, 1):
         said_of = f"level {number}: sparsity {level.sparsity:.2%}, {monitor} {level.score:.6g}, accepted"
         assert levels[number - 1] == said_of
-    assert levels[2:] == list(report.summary())
+    *_, last = report.levels
+    confirmed = [f"level 2 on the confirmation data: {monitor} {last.gated:.6g}, held"] if halves else []
+    assert levels[2:] == confirmed + list(report.summary())
     assert report.floor < report.dense_score if mode == "max" else report.floor > report.dense_score
 
 
@@ -310,9 +330,10 @@ def test_only_the_first_process_speaks_and_draws(first, make_trainer, said, tmp_
     def search(trainer, module):
         monkeypatch.setattr(type(trainer), "is_global_zero", first)
         winner = one_level(trainer, module)
-        with Watcher(trainer, Metric("val_acc", "max", "", None)) as watcher:
-            watcher.on_dense(winner)
+        with Watcher(trainer, judged_by("val_acc")) as watcher:
+            watcher.on_dense(winner, 1.0)
             watcher.on_level(winner.report.levels[0], winner)
+            watcher.on_confirmed(winner.report.levels[0], winner)
             watcher.on_end(winner.report)
         monkeypatch.setattr(type(trainer), "is_global_zero", True)
 
@@ -325,7 +346,7 @@ def test_only_the_first_process_speaks_and_draws(first, make_trainer, said, tmp_
 def test_the_line_tells_a_falling_metric_in_its_own_units(make_trainer, monkeypatch):
     shown = []
     monkeypatch.setattr(Line, "show", lambda self, text, done, total: shown.append(text))
-    ours = pruning(monitor="val_loss")
+    ours = pruning(ON_ALL, monitor="val_loss")
     fit(make_trainer, ours, enable_progress_bar=False)
     best = ours.report.levels[0].score
     assert shown[4].endswith(f"best {best:.4g}")

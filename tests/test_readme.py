@@ -6,7 +6,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
-from lightning_roulette import HoldZeros, RouletteWheelPruning, Tree, Wheel, sparsity
+from lightning_roulette import HoldZeros, RouletteWheelPruning, Tree, Validation, Wheel, sparsity
 from tests.modules import Blobs, tiny_net, train_loader, val_loader
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -43,9 +43,11 @@ def test_the_code_of_the_readme_runs(monkeypatch, tmp_path, capsys):
 def test_the_yaml_of_the_readme_builds_the_callback():
     (entry,) = yaml.safe_load(blocks("yaml")[0])["trainer"]["callbacks"]
     arguments = entry["init_args"]
-    groups = {"wheel": Wheel(**arguments.pop("wheel")), "tree": Tree(**arguments.pop("tree"))}
+    kinds = {"wheel": Wheel, "tree": Tree, "validation": Validation}
+    groups = {name: kind(**arguments.pop(name)) for name, kind in kinds.items()}
     callback = RouletteWheelPruning(**arguments, **groups)
     assert (callback.branches, callback.wheel.importance, callback.tree.patience) == (20, "lamp", 3)
+    assert callback.validation.rank_by == "val_loss"
 
 
 def test_every_link_into_the_project_leads_somewhere():

@@ -8,7 +8,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from lightning_roulette import Candidate, Level, SearchReport, StopReason
+from lightning_roulette import Candidate, Level, Method, SearchReport, StopReason
 
 
 def branch(*scores: float, sparsity: float = 0.2) -> tuple[Candidate, ...]:
@@ -23,6 +23,20 @@ LEVELS = (
 )
 REPORT = SearchReport("val_acc", "max", 0.965, 0.005, 3, -7, 10_000, LEVELS, StopReason.DECLINED, 13, 4.25)
 DENSE = replace(REPORT, levels=(LEVELS[3],))
+# judged on confirmation folds, and certified: the first accepted level held, the second did not
+HELD = replace(LEVELS[0], error=0.002, gated=0.9511, gated_error=0.0021, p_value=0.0123, held=True)
+MISSED = replace(LEVELS[2], error=0.003, gated=0.94, gated_error=math.nan, p_value=0.6, held=False)
+CONFIRMED = replace(
+    REPORT,
+    levels=(HELD, LEVELS[1], MISSED, LEVELS[3]),
+    validations=7.125,
+    rank_by="val_loss",
+    folds=(8, 8),
+    gated_dense=0.9523,
+    confidence=0.95,
+    method=Method.BETTING,
+    samples=5000,
+)
 
 
 def through_json(report: SearchReport) -> SearchReport:
@@ -44,6 +58,53 @@ def test_without_an_accepted_level_the_network_is_dense():
     assert DENSE.winner is None
     assert DENSE.accepted == ()
     assert (DENSE.sparsity, DENSE.survivors, DENSE.chosen_by) == (0.0, 10_000, 0.965)
+
+
+def test_the_winner_is_the_slimmest_level_that_held():
+    assert CONFIRMED.accepted == (HELD, MISSED)
+    assert CONFIRMED.winner == HELD
+    assert (CONFIRMED.sparsity, CONFIRMED.survivors, CONFIRMED.chosen_by) == (0.2, 8000, 0.97)
+    both = replace(CONFIRMED, levels=(HELD, replace(MISSED, held=True)))
+    assert both.winner == both.levels[1]
+
+
+def test_every_accepted_level_counts_until_the_confirmation_begins():
+    grown = replace(CONFIRMED, levels=LEVELS)
+    assert grown.winner == LEVELS[2]
+    assert math.isnan(grown.decline)
+    begun = replace(CONFIRMED, levels=(HELD, *LEVELS[1:]))
+    assert begun.winner == HELD
+
+
+def test_where_no_level_held_the_network_is_dense():
+    report = replace(CONFIRMED, levels=(replace(HELD, held=False), *LEVELS[1:]))
+    assert report.winner is None
+    assert (report.sparsity, report.survivors, report.chosen_by) == (0.0, 10_000, 0.965)
+    assert report.decline == 0.0
+
+
+def test_the_decline_is_that_on_data_that_ranked_nothing():
+    assert CONFIRMED.decline == pytest.approx(0.9523 - 0.9511)
+    assert REPORT.decline == pytest.approx(0.965 - 0.962)
+    assert DENSE.decline == 0.0
+    better = replace(CONFIRMED, levels=(replace(HELD, gated=0.96),))
+    assert better.decline == 0.0
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_decline_is_the_largest_of_all_levels_up_to_the_winner(sign):
+    gated = [(0.951, True), (0.9495, True), (0.9520, True), (0.93, False)]
+    levels = tuple(replace(HELD, level=i + 1, gated=sign * one, held=held) for i, (one, held) in enumerate(gated))
+    mode = "max" if sign == 1 else "min"
+    report = replace(CONFIRMED, mode=mode, gated_dense=sign * 0.9523, levels=levels)
+    assert report.winner == levels[2]
+    assert report.decline == pytest.approx(0.9523 - 0.9495)
+
+
+@pytest.mark.parametrize(("mode", "floor"), [("max", 0.9473), ("min", 0.9573)])
+def test_the_confirmation_folds_have_a_floor_of_their_own(mode, floor):
+    assert replace(CONFIRMED, mode=mode).gated_floor == pytest.approx(floor)
+    assert replace(REPORT, mode=mode).gated_floor is None
 
 
 def test_the_score_of_a_level_is_its_winners():
@@ -80,6 +141,28 @@ def test_a_metric_to_be_minimised_is_reported_in_its_own_units():
     assert [one.rank for one in loss.levels[0].candidates] == [0.95, 0.97, 0.93]
 
 
+def test_a_confirmed_search_is_reported_in_the_units_of_its_metric():
+    negative = replace(
+        CONFIRMED, dense_score=-0.5, gated_dense=-0.52, tolerance=0.1, levels=(replace(HELD, gated=-0.55), MISSED)
+    )
+    loss = negative.in_metric("val_loss", "min")
+    assert (loss.gated_dense, loss.levels[0].gated) == (0.52, 0.55)
+    assert loss.gated_floor == pytest.approx(0.62)
+    assert loss.decline == pytest.approx(negative.decline) == pytest.approx(0.03)
+    assert loss.chosen_by == -0.97
+    assert loss.winner == loss.levels[0]
+    # errors, p-values and verdicts have no sign
+    for ours, others in zip(loss.levels, negative.levels, strict=True):
+        assert (ours.error, ours.p_value, ours.held) == (others.error, others.p_value, others.held)
+        assert repr(ours.gated_error) == repr(others.gated_error)
+
+
+def test_a_level_that_was_not_confirmed_stays_so_in_other_units():
+    loss = REPORT.in_metric("val_loss", "min")
+    assert loss.gated_dense is None
+    assert [(level.gated, level.held) for level in loss.levels] == [(None, None)] * 4
+
+
 def test_a_metric_to_be_maximised_only_gets_its_name():
     assert_same(REPORT.in_metric("top5", "max"), replace(REPORT, monitor="top5"))
 
@@ -90,6 +173,11 @@ def test_a_metric_to_be_maximised_only_gets_its_name():
         REPORT,
         DENSE,
         REPORT.in_metric("val_loss", "min"),
+        CONFIRMED,
+        CONFIRMED.in_metric("val_loss", "min"),
+        replace(CONFIRMED, gated_dense=math.nan, confidence=None, method=None, samples=None),
+        replace(REPORT, shared="loader 0 gives 3 batches"),
+        replace(CONFIRMED, levels=(replace(HELD, gated=math.nan, gated_error=math.inf, p_value=math.nan),)),
         replace(REPORT, stop_reason=None),
         replace(REPORT, score=0.9615, trained_score=0.97),
         replace(REPORT, tolerance=math.inf),
@@ -107,6 +195,14 @@ def test_a_report_survives_json(report):
     assert str(through_json(report)) == str(report)
 
 
+@pytest.mark.parametrize("method", Method)
+def test_every_method_survives_json_and_is_a_sentence(method):
+    report = replace(CONFIRMED, method=method)
+    assert report.to_dict()["method"] == method.name
+    assert through_json(report).method is method
+    assert f"With confidence 0.95 the winner's true decline is at most 0.005. {method.value}" in str(report)
+
+
 @pytest.mark.parametrize("reason", StopReason)
 def test_every_stop_reason_survives_json_and_is_a_sentence(reason):
     assert through_json(replace(REPORT, stop_reason=reason)).stop_reason is reason
@@ -121,6 +217,7 @@ def test_a_dict_holds_only_what_json_knows():
         for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
             check(part)
 
+    check(CONFIRMED.to_dict())
     fields = REPORT.to_dict()
     check(fields)
     assert fields["stop_reason"] == "DECLINED"
@@ -130,42 +227,88 @@ def test_a_dict_holds_only_what_json_knows():
         "score": "nan",
         "rank": "nan",
         "tiebreak": 0.0,
+        "folds": 1,
         "same_as": None,
     }
 
 
+TABLE = """\
+7,200 of 10,000 prunable weights kept (72.00%): sparsity 28.00%, level 2 of 2 accepted ones.
+val_acc: dense 0.965, floor 0.96, winner 0.962 (the score that chose it).
+No data was kept for confirmation: the winner was chosen and judged on the same.
+As many levels in a row fell below the floor as patience allows. 13 validations' worth of work in 4.2 s.
+
+level  pruning rate  sparsity  weights left  score  s.e.  branch min  median    max  accepted  gated  s.e.  held
+    1           0.2    20.00%         8,000   0.97     -        0.93    0.95   0.97       yes      -     -     -
+    2           0.2    36.00%         6,400    nan     -         nan     nan    nan        no      -     -     -
+    2           0.1    28.00%         7,200  0.962     -         0.3     0.5  0.962       yes      -     -     -
+    3           0.1    35.20%         6,480    0.2     -         0.1    0.15    0.2        no      -     -     -"""
+
+
 def test_the_report_reads_as_a_table():
-    assert str(REPORT).splitlines() == [
-        "7,200 of 10,000 prunable weights kept (72.00%): sparsity 28.00% after 2 accepted levels.",
-        "val_acc: dense 0.965, floor 0.96, winner 0.962 (the score that chose it).",
-        "As many levels in a row fell below the floor as patience allows. 13 validations in 4.2 s.",
-        "",
-        "level  pruning rate  sparsity  weights left  score  branch min  median    max  accepted",
-        "    1           0.2    20.00%         8,000   0.97        0.93    0.95   0.97       yes",
-        "    2           0.2    36.00%         6,400    nan         nan     nan    nan        no",
-        "    2           0.1    28.00%         7,200  0.962         0.3     0.5  0.962       yes",
-        "    3           0.1    35.20%         6,480    0.2         0.1    0.15    0.2        no",
+    assert str(REPORT).splitlines() == TABLE.splitlines()
+
+
+def test_a_confirmed_report_reads_as_a_table():
+    lines = str(CONFIRMED).splitlines()
+    assert lines[:4] == [
+        "8,000 of 10,000 prunable weights kept (80.00%): sparsity 20.00%, level 1 of 2 accepted ones.",
+        "val_acc: dense 0.965, floor 0.96, winner 0.97 (the score that chose it).",
+        "On the confirmation data, which ranked nothing: dense 0.9523, winner 0.9511 (s.e. 0.0021), largest decline up "
+        "to it 0.0012.",
+        f"With confidence 0.95 the winner's true decline is at most 0.005. {Method.BETTING.value}",
     ]
+    assert "7.125 validations' worth of work" in lines[4]
+    table = [line.split() for line in lines[6:]]
+    assert table[0][-4:] == ["accepted", "gated", "s.e.", "held"]
+    assert [row[-4:] for row in table[1:]] == [
+        ["yes", "0.9511", "0.0021", "yes"],
+        ["no", "-", "-", "-"],
+        ["yes", "0.94", "-", "no"],
+        ["no", "-", "-", "-"],
+    ]
+    assert [row[5] for row in table[1:]] == ["0.002", "-", "0.003", "-"]
+
+
+def test_a_report_without_a_certified_level_says_so():
+    text = str(replace(CONFIRMED, levels=(replace(HELD, held=False),)))
+    assert "No level could be certified with confidence 0.95: the network stays dense." in text
+    assert "With confidence" not in text
+    assert "level 0 of 1 accepted ones." in text
+
+
+def test_a_report_without_a_confidence_promises_none():
+    text = str(replace(CONFIRMED, confidence=None, method=None))
+    assert "which ranked nothing: dense 0.9523, winner 0.9511" in text
+    assert "confidence" not in text
+
+
+def test_why_no_data_was_kept_for_confirmation_is_said():
+    text = str(replace(REPORT, shared="loader 0 gives 3 samples, fewer than 16"))
+    assert "No data was kept for confirmation (loader 0 gives 3 samples, fewer than 16): the winner was" in text
 
 
 def test_what_was_measured_afterwards_is_said_apart():
     text = str(replace(REPORT, score=0.9613, trained_score=0.9702))
-    assert "winner 0.962 (the score that chose it), 0.9613 once loaded." in text
+    assert "winner 0.962 (the score that chose it), 0.9613 once loaded, on all the data." in text
     assert "val_acc after the training that followed: 0.9702." in text
 
 
 def test_a_search_that_goes_on_says_so():
-    assert "The search goes on. 13 validations" in str(replace(REPORT, stop_reason=None))
+    assert "The search goes on. 13 validations'" in str(replace(REPORT, stop_reason=None))
 
 
 def test_the_markdown_holds_the_summary_and_one_row_a_level():
     *sentences, table = REPORT.markdown().split("\n\n")
     assert sentences == REPORT.summary()
     head, rule, *rows = table.splitlines()
-    assert head == ("| level | pruning rate | sparsity | weights left | score | branch min | median | max | accepted |")
-    assert rule == "|" + " ---: |" * 9
+    assert head == (
+        "| level | pruning rate | sparsity | weights left | score | s.e. | branch min | median | max | accepted "
+        "| gated | s.e. | held |"
+    )
+    assert rule == "|" + " ---: |" * 13
     assert len(rows) == 4
-    assert rows[2] == "| 2 | 0.1 | 28.00% | 7,200 | 0.962 | 0.3 | 0.5 | 0.962 | yes |"
+    assert rows[2] == "| 2 | 0.1 | 28.00% | 7,200 | 0.962 | - | 0.3 | 0.5 | 0.962 | yes | - | - | - |"
 
 
 @pytest.mark.parametrize(

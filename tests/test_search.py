@@ -26,6 +26,7 @@ from lightning_roulette import (
     SearchReport,
     StopReason,
     Tree,
+    Validation,
     Wheel,
     Winner,
     search,
@@ -95,7 +96,7 @@ def test_a_scripted_search_gives_this_report():
             Level(3, 0.075, slim[55], 55, candidates(3, slim[55], 0.88, 0.87, 0.86), winner=3, accepted=True),
         ),
         stop_reason=StopReason.MAX_LEVELS,
-        validations=16,
+        validations=16.0,
         seconds=0.0,
         score=None,
         trained_score=None,
@@ -380,53 +381,79 @@ def test_a_level_removes_its_rate_rounded_half_up(survivors, rate, spare, draws)
 
 
 class Folded:
-    """An evaluator of three folds whose rank is not what is held against the floor."""
+    """An evaluator of folds whose rank is not what is held against the floor: hands out scores, one for each new mask.
 
-    folds = 3
+    After the last it repeats the last. A mask has the same scores on all folds.
+    """
 
-    def __init__(self, *scores: Scores) -> None:
-        self.scores, self.asked = list(scores), []
+    def __init__(self, *scores: Scores, folds: int = 3) -> None:
+        self.scores, self.folds, self.asked, self.masks = list(scores), folds, [], []
 
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
         self.asked.append((candidate, list(folds)))
-        return self.scores[min(len(self.asked), len(self.scores)) - 1]
+        if candidate.mask not in self.masks:
+            self.masks.append(candidate.mask)
+        return self.scores[min(self.masks.index(candidate.mask), len(self.scores) - 1)]
+
+
+# of one fold and of many, with a race and without one, with confirmation and without it
+EVERY_WAY = [
+    (1, Validation()),
+    (3, Validation()),
+    (3, Validation(confirm=0, race=False)),
+    (3, Validation(confirm=0)),
+    (16, Validation(race=False)),
+    (16, Validation(confirm=0.25)),
+]
+every_way = pytest.mark.parametrize(("folds", "validation"), EVERY_WAY)
 
 
 def test_an_evaluator_is_asked_about_masked_weights_on_all_folds():
     weights, evaluate = network(a=(8, 10), b=(20,)), Folded(Scores(0.0, 0.0))
-    winner = search(weights, evaluate, branches=2, tree=Tree(max_levels=1))
-    assert len(evaluate.asked) == 3
-    for candidate, folds in evaluate.asked:
-        assert folds == [0, 1, 2]
+    shared = Validation(confirm=0, race=False)
+    winner = search(weights, evaluate, branches=2, tree=Tree(max_levels=1), validation=shared)
+    for candidate, _ in evaluate.asked:
         assert candidate.dense is weights
         expected = {name: torch.where(candidate.mask[name], weights[name], 0) for name in weights}
         assert all(torch.equal(candidate.weights[name], expected[name]) for name in weights)
-    assert [asked.mask.survivors for asked, _ in evaluate.asked] == [100, 80, 80]
-    assert winner.mask == evaluate.asked[1][0].mask
+    # the dense network and the winner of a branch also fold by fold, which tells how far a score may be off
+    one_by_one = [[0], [1], [2]]
+    asked = {
+        survivors: [folds for one, folds in evaluate.asked if one.mask.survivors == survivors]
+        for survivors in (100, 80)
+    }
+    assert asked == {100: [[0, 1, 2], *one_by_one], 80: [[0, 1, 2], [0, 1, 2], [0, 1, 2], *one_by_one]}
+    assert [mask.survivors for mask in evaluate.masks] == [100, 80, 80]
+    assert winner.mask == evaluate.masks[1]
 
 
-def test_rank_orders_the_branch_and_floor_is_held_against_the_floor():
+@every_way
+def test_rank_orders_the_branch_and_floor_is_held_against_the_floor(folds, validation):
     dense, others = Scores(-0.2, 0.9), (Scores(-0.3, 0.95), Scores(-0.4, 0.99))
     for best, kept in ((Scores(rank=-0.1, floor=0.7), False), (Scores(rank=-0.1, floor=0.91), True)):
-        evaluate = Folded(dense, others[0], best, others[1])
-        winner = search(network(a=(100,)), evaluate, branches=3, tree=Tree(max_levels=1, patience=1))
+        evaluate, tree = Folded(dense, others[0], best, others[1], folds=folds), Tree(max_levels=1, patience=1)
+        winner = search(network(a=(100,)), evaluate, branches=3, tree=tree, validation=validation)
         (level,) = winner.report.levels
         assert (level.winner, level.score) == (1, best.floor)
         assert level.accepted is kept
-        assert [one.rank for one in level.candidates] == [-0.3, -0.1, -0.4]
+        assert [one.rank for one in level.candidates] == pytest.approx([-0.3, -0.1, -0.4])
     assert winner.report.dense_score == 0.9
 
 
-def test_equal_ranks_are_ordered_by_the_tiebreak():
-    evaluate = Folded(Scores(1, 1), Scores(1, 1, tiebreak=-3), Scores(1, 1, tiebreak=-1), Scores(1, 1, tiebreak=-2))
-    winner = search(network(a=(100,)), evaluate, branches=3, tree=Tree(max_levels=1))
+@every_way
+def test_equal_ranks_are_ordered_by_the_tiebreak(folds, validation):
+    tiebreaks = (0, -3, -1, -2)
+    evaluate = Folded(*(Scores(1, 1, tiebreak=tiebreak) for tiebreak in tiebreaks), folds=folds)
+    winner = search(network(a=(100,)), evaluate, branches=3, tree=Tree(max_levels=1), validation=validation)
     assert winner.report.levels[0].winner == 1
-    assert [one.tiebreak for one in winner.report.levels[0].candidates] == [-3, -1, -2]
+    assert [one.tiebreak for one in winner.report.levels[0].candidates] == pytest.approx([-3, -1, -2])
 
 
-def test_a_rank_or_floor_that_is_no_number_never_wins():
-    evaluate = Folded(Scores(1, 1), Scores(nan, 1), Scores(math.inf, 1), Scores(9, nan), Scores(0, 1))
-    winner = search(network(a=(100,)), evaluate, branches=4, tree=Tree(max_levels=1))
+@every_way
+def test_a_rank_or_floor_that_is_no_number_never_wins(folds, validation):
+    scores = Scores(1, 1), Scores(nan, 1), Scores(math.inf, 1), Scores(9, nan), Scores(0, 1)
+    evaluate = Folded(*scores, folds=folds)
+    winner = search(network(a=(100,)), evaluate, branches=4, tree=Tree(max_levels=1), validation=validation)
     assert winner.report.levels[0].winner == 3
 
 
@@ -502,12 +529,12 @@ class Recorder(Observer):
     def __init__(self) -> None:
         self.calls = []
 
-    def on_dense(self, so_far):
+    def on_dense(self, so_far, work):
         report = so_far.report
-        self.calls.append(("dense", report.dense_score, report.levels, report.stop_reason, report.validations))
+        self.calls.append(("dense", report.dense_score, report.levels, report.stop_reason, report.validations, work))
 
-    def on_candidate(self, level, number, best, sparsity):
-        self.calls.append(("candidate", level, number, best and best.index, round(sparsity, 9)))
+    def on_candidate(self, level, done, planned, best, sparsity):
+        self.calls.append(("candidate", level, done, planned, best and best.index, round(sparsity, 9)))
 
     def on_level(self, level, so_far):
         report = so_far.report
@@ -522,15 +549,15 @@ def test_an_observer_is_told_of_every_step_in_order():
     evaluate = Scripted(0.9, nan, 0.95, 0.1, 0.2, 0.9, 0.9)
     search(network(a=(100,)), evaluate, branches=2, observer=recorder, tree=Tree(max_levels=2))
     assert recorder.calls == [
-        ("dense", 0.9, (), None, 1),
-        ("candidate", 1, 1, None, 0.2),
-        ("candidate", 1, 2, 1, 0.2),
+        ("dense", 0.9, (), None, 1, 2),
+        ("candidate", 1, 1, 2, None, 0.2),
+        ("candidate", 1, 2, 2, 1, 0.2),
         ("level", 1, True, 80, 3),
-        ("candidate", 2, 1, 0, 0.36),
-        ("candidate", 2, 2, 1, 0.36),
+        ("candidate", 2, 1, 2, 0, 0.36),
+        ("candidate", 2, 2, 2, 1, 0.36),
         ("level", 2, False, 80, 5),
-        ("candidate", 2, 1, 2, 0.28),
-        ("candidate", 2, 2, 2, 0.28),
+        ("candidate", 2, 1, 2, 2, 0.28),
+        ("candidate", 2, 2, 2, 2, 0.28),
         ("level", 2, True, 72, 7),
     ]
 
@@ -588,8 +615,16 @@ def test_an_error_of_the_evaluation_passes_through(stop_at, error):
         ("target_sparsity", 90, ValueError, "target_sparsity is 90, but must be more than 0 and less than 1"),
         ("target_sparsity", nan, ValueError, "target_sparsity is nan"),
         ("wheel", {"sharpness": 1}, TypeError, r"wheel is .*, but must be a Wheel\(\.\.\.\) of lightning_roulette"),
+        ("confidence", 0.0, ValueError, "confidence is 0.0, but must be more than 0 and less than 1. 0.95 is usual"),
+        ("confidence", 1, ValueError, "confidence is 1, but must be more than 0 and less than 1"),
+        ("confidence", 95, ValueError, "confidence is 95, but must be more than 0 and less than 1"),
+        ("confidence", nan, ValueError, "confidence is nan"),
+        ("confidence", True, TypeError, "confidence is True, but must be a number"),
+        ("confidence", "0.95", TypeError, "confidence is '0.95', but must be a number"),
         ("wheel", Tree(), TypeError, r"wheel is Tree\(.*\), but must be a Wheel"),
         ("tree", None, TypeError, "tree is None, but must be a Tree"),
+        ("validation", Tree(), TypeError, r"validation is Tree\(.*\), but must be a Validation"),
+        ("validation", None, TypeError, "validation is None, but must be a Validation"),
         ("seed", 1.5, TypeError, "seed is 1.5, but must be a whole number"),
         ("seed", None, TypeError, "seed is None, but must be a whole number"),
         ("seed", 2**63, ValueError, "seed is 9223372036854775808, but must be a signed 64-bit number"),
@@ -605,8 +640,9 @@ def test_a_mistake_is_named_before_anything_is_validated(argument, value, error,
 
 def test_what_is_in_range_is_taken():
     for seed in (-(2**63), 0, 2**63 - 1):
-        check_search(1, 0, 1e-9, Wheel(), Tree(), seed)
-    check_search(np.int64(3), math.inf, None, Wheel(), Tree(), np.int64(5))
+        check_search(1, 0, 1e-9, None, Wheel(), Tree(), Validation(), seed)
+    check_search(np.int64(3), math.inf, None, np.float32(0.5), Wheel(), Tree(), Validation(), np.int64(5))
+    check_search(1, 1e-9, None, 1e-9, Wheel(), Tree(), Validation(confirm=1e-9), 0)
 
 
 @pytest.mark.parametrize("weights", [{}, {"a": torch.empty(0, 3)}])

@@ -18,7 +18,7 @@ NUMBER, WHOLE = "but must be a number", "but must be a whole number"
 def test_the_defaults_are_those_documented():
     assert Wheel() == Wheel(sharpness=4.0, importance="magnitude", scope="global")
     assert Tree() == Tree(pruning_rate=0.2, max_levels=None, patience=3, smallest_rate=0.01)
-    assert Validation() == Validation(keep_callbacks=())
+    assert Validation() == Validation(rank_by=None, confirm=0.5, race=True, cache_bytes=2**31, keep_callbacks=())
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,11 @@ def test_the_defaults_are_those_documented():
         (Tree, {"max_levels": 1, "patience": 1}),
         (Tree, {"patience": np.int64(5)}),
         (Tree, {"smallest_rate": 2.0}),
+        (Validation, {"rank_by": "val_loss"}),
+        (Validation, {"confirm": 0}),
+        (Validation, {"confirm": np.float32(0.999)}),
+        (Validation, {"race": False, "cache_bytes": 0}),
+        (Validation, {"cache_bytes": np.int64(2**40)}),
         (Validation, {"keep_callbacks": ("MyLogger",)}),
     ],
 )
@@ -74,6 +79,20 @@ def test_what_is_in_range_is_taken(group, fields):
         (Tree, "smallest_rate", 0, ValueError, "must be more than 0"),
         (Tree, "smallest_rate", math.nan, ValueError, "must be more than 0"),
         (Tree, "smallest_rate", "small", TypeError, NUMBER),
+        (Validation, "rank_by", 3, TypeError, "must be the name of a logged metric"),
+        (Validation, "rank_by", ["val_loss"], TypeError, "must be the name of a logged metric"),
+        (Validation, "confirm", 1, ValueError, "must be at least 0 and less than 1. It is the share of the data"),
+        (Validation, "confirm", -0.1, ValueError, "must be at least 0 and less than 1"),
+        (Validation, "confirm", math.nan, ValueError, "must be at least 0 and less than 1"),
+        (Validation, "confirm", True, TypeError, NUMBER),
+        (Validation, "confirm", None, TypeError, NUMBER),
+        (Validation, "race", 1, TypeError, "must be True or False"),
+        (Validation, "race", None, TypeError, "must be True or False"),
+        (Validation, "race", "no", TypeError, "must be True or False"),
+        (Validation, "cache_bytes", -1, ValueError, "must be at least 0"),
+        (Validation, "cache_bytes", 2.0**31, TypeError, WHOLE),
+        (Validation, "cache_bytes", math.inf, TypeError, WHOLE),
+        (Validation, "cache_bytes", True, TypeError, WHOLE),
         (Validation, "keep_callbacks", "MyLogger", TypeError, "must be a list of names of callback classes"),
         (Validation, "keep_callbacks", [1], TypeError, "must be a list of names of callback classes"),
     ],
@@ -96,7 +115,7 @@ def test_an_unknown_field_is_refused(group):
         group(temperature=1.0)
 
 
-@pytest.mark.parametrize(("group", "field"), [(Wheel, "sharpness"), (Tree, "patience"), (Validation, "keep_callbacks")])
+@pytest.mark.parametrize(("group", "field"), [(Wheel, "sharpness"), (Tree, "patience"), (Validation, "confirm")])
 def test_groups_are_frozen(group, field):
     one = group()
     with pytest.raises(FrozenInstanceError):
@@ -107,7 +126,7 @@ def test_groups_are_frozen(group, field):
 
 def test_a_list_of_callbacks_from_yaml_becomes_a_tuple():
     assert Validation(keep_callbacks=["A", "B"]) == Validation(keep_callbacks=("A", "B"))
-    assert Validation(["A"]).keep_callbacks == ("A",)
+    assert Validation(keep_callbacks=["A"]).keep_callbacks == ("A",)
 
 
 def test_bounds_are_named_in_the_error():

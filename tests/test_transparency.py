@@ -118,6 +118,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     loaders: Function[[], Any] = val_loader
     module: type[Lively] = Lively
+    folds: tuple[int, int] = (8, 8)
     callbacks: Function[[], list[Callback]] = list
 
 
@@ -131,9 +132,11 @@ CASES = {
     "limited validation": Case({"limit_val_batches": 2}),
     "shuffled and limited validation": Case({"limit_val_batches": 2}, partial(val_loader, shuffle=True)),
     "two loaders": Case({}, lambda: [val_loader(), val_loader(50)], TwoLoaders),
-    "two loaders at once": Case({}, lambda: CombinedLoader({"a": val_loader(), "b": val_loader(50)}), TwoAtOnce),
+    "two loaders at once": Case(
+        {}, lambda: CombinedLoader({"a": val_loader(), "b": val_loader(50)}), TwoAtOnce, (1, 0)
+    ),
     "loader without length": Case({}, lambda: DataLoader(Stream(), batch_size=64)),
-    "dataloader_iter": Case(module=Iterating),
+    "dataloader_iter": Case(module=Iterating, folds=(1, 0)),
     "reloaded loaders": Case({"reload_dataloaders_every_n_epochs": 1}, partial(val_loader, shuffle=True)),
     "accumulated gradients": Case({"accumulate_grad_batches": 3}),
     "clipped gradients": Case({"gradient_clip_val": 0.1}),
@@ -219,7 +222,10 @@ def differences(make_trainer, folder, case, hooks):
     plain = trained(make_trainer, folder / "plain", case)
     searched = trained(make_trainer, folder / "searched", case, callbacks)
     assert all(done.values())
-    assert {winner.report.validations for winners in done.values() for winner in winners} == {3}
+    reports = [winner.report for winners in done.values() for winner in winners]
+    assert {report.folds for report in reports} == {case.folds}
+    # the dense network, two candidates, and the winner of them: on all the data, or some of it on half
+    assert all(3 <= report.validations <= 4 for report in reports)
     return changed(plain, searched)
 
 
@@ -241,7 +247,8 @@ def test_a_search_that_accepts_nothing_leaves_no_trace(at_epoch, make_trainer, t
     plain = trained(make_trainer, tmp_path / "plain", Case())
     assert not changed(plain, trained(make_trainer, tmp_path / "searched", Case(), [pruning]))
     assert pruning.report.winner is None
-    assert pruning.report.validations == 4
+    dense, branch, winner = 8 + 8 + 8, 3 * 1 + 2 * 7, 8  # folds: each half and those of the race; the race; a half
+    assert pruning.report.validations == (dense + branch + winner) / 16
 
 
 def test_a_search_at_the_end_changes_pruned_weights_and_nothing_else(make_trainer, tmp_path):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from hashlib import blake2b
 from itertools import combinations, permutations
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lightning_roulette import Mask, spin
+from lightning_roulette.core import wheel
+from lightning_roulette.core.chance import log_clocks, stream
 from lightning_roulette.core.wheel import Sectors, layer_shares
 
 FALSE_ALARM = 1e-5
@@ -290,6 +294,124 @@ def test_every_input_of_a_candidate_changes_its_mask():
     masks += [sectors.spin(300, **origin | {which: 5})["a"] for which in origin]
     masks.append(Sectors(renamed, Mask.full(renamed), sharpness=1.0).spin(300, **origin)["b"])
     assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 5
+
+
+def sorted_out(weights, parent: Mask, draws: int, *, sharpness: float, candidate: int) -> Mask:
+    """The mask by definition: every key, all of them sorted, zeros first and ties in order."""
+    zero, keys = [], []
+    for name, values in weights.items():
+        exact = values.flatten().double()
+        chance = log_clocks(stream(0, 1, candidate, name), torch.arange(len(exact)))
+        term = exact.log() * sharpness if sharpness > 0 else torch.zeros_like(exact)
+        keys.append(exact if math.isinf(sharpness) else chance + torch.where(term > -math.inf, term, 0))
+        zero.append((exact == 0) & (0 < sharpness < math.inf))
+    before = torch.cat(list(parent.values())).flatten()
+    order = torch.cat(keys).argsort(stable=True)
+    order = order[(~torch.cat(zero))[order].to(torch.uint8).argsort(stable=True)]
+    kept = before.clone()
+    kept[order[before[order]][:draws]] = False
+    return Mask(dict(zip(weights, kept.split([len(values) for values in weights.values()]), strict=True)))
+
+
+def some_of(weights, share: float) -> Mask:
+    chance = np.random.default_rng(3)
+    return Mask({name: torch.from_numpy(chance.random(len(values)) < share) for name, values in weights.items()})
+
+
+importances = st.lists(st.sampled_from([0.0, 0.0, 1e-3, 0.5, 1.0, 1.0, 2.0]), max_size=60)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    layers=st.lists(importances, min_size=1, max_size=4).filter(any),
+    share=st.floats(0, 1),
+    alive=st.sampled_from([0.4, 1.0]),
+    sharpness=st.sampled_from([0.0, 1.0, 7.0, math.inf]),
+    block=st.sampled_from([1, 7, 64]),
+    sigmas=st.sampled_from([0.01, 1.0, 5.0]),
+    candidate=st.integers(0, 1000),
+)
+def test_blocks_and_guesses_draw_as_sorting_all_keys_does(layers, share, alive, sharpness, block, sigmas, candidate):
+    weights = {str(number): torch.tensor(values) for number, values in enumerate(layers)}
+    parent = some_of(weights, alive)
+    draws = round(share * parent.survivors)
+    with patch.multiple(wheel, _BLOCK=block, _SMALL=3, _SIGMAS=sigmas):
+        mask = Sectors(weights, parent, sharpness=sharpness).spin(draws, seed=0, level=1, candidate=candidate)
+    assert mask == sorted_out(weights, parent, draws, sharpness=sharpness, candidate=candidate)
+    assert mask.survivors == parent.survivors - draws
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("alive", [0.7, 1.0])
+@pytest.mark.parametrize("sharpness", [0.0, 4.0, math.inf])
+def test_large_layers_of_different_size_draw_as_sorting_all_keys_does(dtype, alive, sharpness):
+    # one of several blocks, one that ends with its block, one cut short; narrow types tie a great deal
+    sizes = {"few": (3,), "longer": (131_075,), "even": (65_536,), "none": (0,), "short": (40_000,)}
+    weights = {name: values.to(dtype) for name, values in network(**sizes).items()}
+    parent = some_of(weights, alive)
+    sectors = Sectors(weights, parent, sharpness=sharpness)
+    for candidate, draws in enumerate([0, 1, parent.survivors // 5, parent.survivors - 1, parent.survivors]):
+        mask = sectors.spin(draws, seed=0, level=1, candidate=candidate)
+        assert mask == sorted_out(weights, parent, draws, sharpness=sharpness, candidate=candidate)
+
+
+@pytest.mark.parametrize("different", [1, 2, 7])
+@pytest.mark.parametrize("lowest", [0, 1])
+@pytest.mark.parametrize("sharpness", [4.0, math.inf])
+def test_many_equal_importances_draw_as_sorting_all_keys_does(different, lowest, sharpness):
+    weights = {"a": torch.arange(100_000) % different + lowest, "b": torch.arange(70_000) % different + lowest}
+    sectors = Sectors(weights, Mask.full(weights), sharpness=sharpness)
+    for draws in (1, 40_000, 100_001, 169_999):
+        mask = sectors.spin(draws, seed=0, level=1, candidate=0)
+        assert mask == sorted_out(weights, Mask.full(weights), draws, sharpness=sharpness, candidate=0)
+
+
+@pytest.mark.parametrize("picked", [slice(0, 500), slice(-500, None)])
+def test_a_sample_that_misleads_changes_no_mask(picked):
+    weights = {"a": torch.linspace(0.1, 1, 100_000)}
+    fair = Sectors(weights, Mask.full(weights), sharpness=30.0)
+    misled = Sectors(weights, Mask.full(weights), sharpness=30.0)
+    (sampling,) = misled._wheels
+    sampling._sample = {"a": sampling._arcs["a"].at(torch.arange(100_000)[picked])}
+    for draws in (0, 1, 20_000, 99_999, 100_000):
+        place = {"seed": 0, "level": 1, "candidate": draws}
+        assert misled.spin(draws, **place) == fair.spin(draws, **place)
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 4.0, math.inf])
+def test_few_keys_are_kept_and_few_made_twice(sharpness):
+    count = 1_000_000
+    weights, kept, made = network(a=(count - 9,), b=(9,)), [], []
+    sectors = Sectors(weights, Mask.full(weights), sharpness=sharpness)
+
+    def smallest(keys, draws):
+        kept.append(sum(len(values) for values in keys))
+        return select(keys, draws)
+
+    def keys(arc, *args):
+        made.append(len(found := make(arc, *args)))
+        return found
+
+    select, make = wheel._smallest, wheel._Arc.keys
+    with patch.object(wheel, "_smallest", smallest), patch.object(wheel._Arc, "keys", keys):
+        for candidate in range(3):
+            sectors.spin(count // 5, seed=0, level=1, candidate=candidate)
+    assert max(kept) < 0.04 * count
+    assert sum(made) < 3 * 1.06 * count
+    assert max(made) <= wheel._BLOCK
+
+
+@pytest.mark.parametrize(
+    ("sharpness", "digest"),
+    [(0.0, "75695d5b8e46bc6e"), (0.5, "5ee41e995b062a98"), (4.0, "36ae0a5fcd082d60"), (math.inf, "147c70d68cd50445")],
+)
+def test_masks_never_change_between_releases(sharpness, digest):
+    weights = {"a": (torch.arange(150_000) * 7919 % 65_537 / 65_537).view(300, 500), "b": torch.linspace(0, 1, 50_000)}
+    sectors = Sectors(weights, Mask.full(weights), sharpness=sharpness)
+    parent = sectors.spin(40_000, seed=7, level=1, candidate=3)
+    child = Sectors(weights, parent, sharpness=sharpness).spin(32_000, seed=7, level=2, candidate=5)
+    found = blake2b(b"".join(kept.numpy().tobytes() for kept in child.values()), digest_size=8).hexdigest()
+    assert found == digest
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])

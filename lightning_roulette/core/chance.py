@@ -22,7 +22,7 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as the int64 of equal bits
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
-_BLOCK = 1 << 16  # weights handled at a time: what is written stays in the processor's cache
+_ONE = 0x3FF << 52  # the bits of the float64 1.0; any 52 bits below them make a number in [1, 2)
 
 
 def stream(seed: int, level: int, candidate: int, name: str) -> int:
@@ -31,39 +31,33 @@ def stream(seed: int, level: int, candidate: int, name: str) -> int:
     return int.from_bytes(blake2b(payload, digest_size=8, person=b"roulette").digest(), "little", signed=True)
 
 
-def random_bits(stream: int, index: Tensor) -> Tensor:
-    """64 random bits for each index, as int64 of the same shape: the counter `index` under the key `stream`."""
+def random_bits(stream: int | Tensor, index: Tensor) -> Tensor:
+    """64 random bits for each index, as int64 of the same shape: the counter `index` under the key `stream`.
+
+    The key is one number for all, or int64 of the same shape.
+    """
     bits = index * _GOLDEN
-    bits += _wrapped(stream + _GOLDEN)
+    bits += stream
+    bits += _GOLDEN
+    shifted = torch.empty_like(bits)
     for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
-        bits ^= _shifted_right(bits, shift)
+        bits ^= _shifted_right(bits, shift, shifted)
         bits *= factor
-    bits ^= _shifted_right(bits, 31)
+    bits ^= _shifted_right(bits, 31, shifted)
     return bits
 
 
-def log_clocks(stream: int, index: Tensor) -> Tensor:
+def log_clocks(stream: int | Tensor, index: Tensor) -> Tensor:
     """The logarithm of an exponential clock of rate 1 for each index: `log E`, float64, shape of `index`.
 
     `E = -log U` with `U` uniform on the midpoints of 2**52 equal parts of (0, 1): all of them are float64 numbers, so
     `log E` is always finite and lies between -36.8 and 3.7.
     """
-    clocks = torch.empty(index.shape, dtype=torch.float64, device=index.device)
-    flat_index, flat_clocks = index.reshape(-1), clocks.view(-1)
-    block = _BLOCK if index.device.type == "cpu" else max(1, index.numel())
-    for start in range(0, index.numel(), block):
-        part = slice(start, start + block)
-        uniform = _shifted_right(random_bits(stream, flat_index[part]), 12).to(torch.float64)
-        uniform.add_(0.5).mul_(2.0**-52)
-        flat_clocks[part] = uniform.log_().neg_().log_()
-    return clocks
+    bits = random_bits(stream, index)
+    one_to_two = _shifted_right(bits, 12, bits).bitwise_or_(_ONE).view(torch.float64)
+    return one_to_two.sub_(1 - 2.0**-53).log_().neg_().log_()  # the difference is exact: the midpoint of the part
 
 
-def _shifted_right(bits: Tensor, shift: int) -> Tensor:
-    """The logical shift; torch's own on int64 repeats the sign."""
-    return (bits >> shift).bitwise_and_((1 << (64 - shift)) - 1)
-
-
-def _wrapped(number: int) -> int:
-    """The int64 congruent to `number` modulo 2**64."""
-    return (number + 2**63) % 2**64 - 2**63
+def _shifted_right(bits: Tensor, shift: int, out: Tensor) -> Tensor:
+    """The logical shift, written into `out`; torch's own on int64 repeats the sign."""
+    return torch.bitwise_right_shift(bits, shift, out=out).bitwise_and_((1 << (64 - shift)) - 1)

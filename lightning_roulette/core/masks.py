@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_SMALL = 1 << 20
+
 
 class Mask(Mapping[str, Tensor]):
     """Which prunable weights survive: for each parameter name a bool tensor of its shape, **True where kept**.
@@ -89,7 +91,7 @@ class Mask(Mapping[str, Tensor]):
     def survivors(self) -> int:
         """How many weights are kept."""
         if self._survivors is None:
-            self._survivors = sum(int(kept.sum()) for kept in self.values())
+            self._survivors = sum(int(kept.count_nonzero()) for kept in self.values())
         return self._survivors
 
     @property
@@ -162,20 +164,28 @@ def fill_pruned(tensors: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> No
 def applied(mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside the block the pruned weights are zero; after it, every weight is bit for bit what it was.
 
-    Values are written in place, and only those removed are set aside meanwhile.
+    Values are written in place. Of a small tensor all are set aside meanwhile, which is quicker, else those removed.
     """
     pruned = {name: ~kept.to(weights[name].device) for name, kept in mask.items()}
-    removed = {name: weights[name].detach()[where] for name, where in pruned.items()}
+    dense = {name: weights[name].detach() for name in mask}
+    aside = {name: dense[name].clone() if _is_small(where) else dense[name][where] for name, where in pruned.items()}
 
     def give_back() -> None:
         for name, where in pruned.items():
-            weights[name].detach().masked_scatter_(where, removed[name])
+            if _is_small(where):
+                dense[name].copy_(aside[name])
+            else:
+                dense[name].masked_scatter_(where, aside[name])
 
     try:
         fill_pruned(weights, mask)
         yield
     finally:
         surely(give_back)
+
+
+def _is_small(tensor: Tensor) -> bool:
+    return tensor.numel() <= _SMALL
 
 
 def surely(action: Callable[[], None]) -> None:
@@ -195,12 +205,14 @@ class History:
     Args:
         pruned_at: Parameter name to int16 tensor.
         level: The level whose mask is `mask`: the winner's.
+        deepest: The last level there is; None: `level`.
     """
 
     most_levels = torch.iinfo(torch.int16).max
 
-    def __init__(self, pruned_at: Mapping[str, Tensor], level: int = 0) -> None:
+    def __init__(self, pruned_at: Mapping[str, Tensor], level: int = 0, deepest: int | None = None) -> None:
         self._pruned_at, self.level = dict(pruned_at), level
+        self.deepest = level if deepest is None else deepest
 
     @classmethod
     def of_dense(cls, weights: Mapping[str, Tensor]) -> History:
@@ -209,13 +221,17 @@ class History:
 
     def pruned(self, mask: Mask) -> History:
         """The history with one level more, of this mask."""
-        level = self.level + 1
+        level = self.deepest + 1
         gone = {name: (at == 0) & ~mask[name].to(at.device) for name, at in self._pruned_at.items()}
         return History({name: at.masked_fill(gone[name], level) for name, at in self._pruned_at.items()}, level)
 
+    def won_by(self, level: int) -> History:
+        """The same levels with another winner."""
+        return History(self._pruned_at, level, self.deepest)
+
     @property
     def mask(self) -> Mask:
-        """The mask of the last level."""
+        """The winner's mask."""
         return self.mask_at(self.level)
 
     def mask_at(self, level: int) -> Mask:
@@ -224,23 +240,28 @@ class History:
         Raises:
             ValueError: If there was no such level.
         """
-        if not 0 <= level <= self.level:
-            raise ValueError(f"level is {level}, but must lie between 0 (dense) and {self.level} (the last accepted).")
+        if not 0 <= level <= self.deepest:
+            raise ValueError(
+                f"level is {level}, but must lie between 0 (dense) and {self.deepest} (the last accepted)."
+            )
         return Mask({name: (at == 0) | (at > level) for name, at in self._pruned_at.items()})
 
     def cpu(self) -> History:
         """The same history on the CPU."""
-        return History({name: at.cpu() for name, at in self._pruned_at.items()}, self.level)
+        return History({name: at.cpu() for name, at in self._pruned_at.items()}, self.level, self.deepest)
 
     def state(self) -> dict[str, Any]:
         """Plain tensors and numbers, on the CPU, for a checkpoint; read back by `from_state`."""
-        small = torch.uint8 if self.level < 256 else torch.int16
-        return {"pruned_at": {name: at.to("cpu", small) for name, at in self._pruned_at.items()}, "level": self.level}
+        small = torch.uint8 if self.deepest < 256 else torch.int16
+        pruned_at = {name: at.to("cpu", small) for name, at in self._pruned_at.items()}
+        return {"pruned_at": pruned_at, "level": self.level, "deepest": self.deepest}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> History:
         """The history that `state` was taken from."""
-        return cls({name: at.to(torch.int16) for name, at in state["pruned_at"].items()}, int(state["level"]))
+        level = int(state["level"])
+        pruned_at = {name: at.to(torch.int16) for name, at in state["pruned_at"].items()}
+        return cls(pruned_at, level, int(state.get("deepest", level)))
 
 
 def _some(names: Mapping[str, Any], most: int = 8) -> str:

@@ -9,6 +9,8 @@ from enum import Enum
 from statistics import median
 from typing import Any
 
+from lightning_roulette.core.certificate import Method
+
 
 class StopReason(Enum):
     """Why a search ended; the value is a sentence."""
@@ -20,6 +22,21 @@ class StopReason(Enum):
     EXHAUSTED = "No further weight may be pruned."
     INTERRUPTED = "The search was interrupted. The network is dense; the levels up to here had been accepted."
     FAILED = "An error ended the search. The network is dense; the levels up to here had been accepted."
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What an evaluation found; larger is better throughout, NaN never wins.
+
+    Attributes:
+        rank: Orders the branch.
+        floor: Is held against the floor.
+        tiebreak: Orders equal ranks.
+    """
+
+    rank: float
+    floor: float
+    tiebreak: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +52,8 @@ class Candidate:
         score: The monitored metric, in its own units; NaN if it was not finite.
         rank: What ordered the branch, larger is better.
         tiebreak: What ordered equal ranks, larger is better.
+        folds: How many of the ranking folds it was judged on: fewer than all if it dropped out of the race. Its scores
+            are means over these; the winner's are those on their union.
         same_as: Index of an identical candidate whose scores it shares, None if it was validated itself.
     """
 
@@ -43,7 +62,16 @@ class Candidate:
     score: float
     rank: float
     tiebreak: float = 0.0
+    folds: int = 1
     same_as: int | None = None
+
+    def twin(self, index: int) -> Candidate:
+        """An identical candidate."""
+        return replace(self, index=index, same_as=self.index)
+
+    def scored(self, scores: Scores, folds: int) -> Candidate:
+        """The candidate with its scores on so many folds."""
+        return replace(self, score=scores.floor, rank=scores.rank, tiebreak=scores.tiebreak, folds=folds)
 
 
 @dataclass(frozen=True)
@@ -57,7 +85,13 @@ class Level:
         survivors: Weights that each candidate keeps.
         candidates: In the order drawn.
         winner: Index of the best candidate, None if no score was a number.
-        accepted: Whether the winner kept the floor and became the next parent.
+        accepted: Whether the winner kept the floor on the ranking folds and became the next parent.
+        error: Paired standard error of `score` less the dense score; NaN if it cannot be told.
+        gated: The score on the confirmation folds, in the metric's own units; None if the level was not judged there.
+            It ranked nothing, but decided where the chain of accepted levels ends, and so is slightly optimistic.
+        gated_error: Paired standard error of `gated` less the dense score on the same folds; NaN if it cannot be told.
+        p_value: Of the null hypothesis that the level's true decline exceeds the tolerance; None without `confidence`.
+        held: Whether the level held on the confirmation folds; None if it was not judged there.
     """
 
     level: int
@@ -67,11 +101,21 @@ class Level:
     candidates: tuple[Candidate, ...]
     winner: int | None
     accepted: bool
+    error: float = math.nan
+    gated: float | None = None
+    gated_error: float | None = None
+    p_value: float | None = None
+    held: bool | None = None
 
     @property
     def score(self) -> float:
         """The winner's score, NaN if there is no winner."""
         return next((one.score for one in self.candidates if one.index == self.winner), math.nan)
+
+    def negated(self) -> Level:
+        """The level with all scores of opposite sign."""
+        candidates = tuple(replace(one, score=-one.score) for one in self.candidates)
+        return replace(self, candidates=candidates, gated=_negated(self.gated))
 
     @property
     def spread(self) -> tuple[float, float, float]:
@@ -87,15 +131,22 @@ class SearchReport:
     Attributes:
         monitor: Name of the metric that scores are.
         mode: `"max"` if larger scores are better, else `"min"`.
-        dense_score: Score of the network before pruning.
+        dense_score: Score of the network before pruning, on the ranking folds.
         tolerance: How much worse than the dense score a winner may be, in the metric's own units.
         branches: Candidates per level.
         seed: All chance of the search.
         size: Number of prunable weights.
         levels: Every branch in order, failed ones included.
         stop_reason: Why the search ended; None while it goes on.
-        validations: How many networks were validated, the dense one included.
+        validations: The work, in validations of one network on all folds, the dense one's included.
         seconds: Wall time of the search.
+        rank_by: What ordered the branches.
+        folds: How many folds ranked, and how many confirmed; the latter is 0 if ranking and floor shared all the data.
+        shared: Why they did, if that was not asked for; else empty.
+        gated_dense: Score of the network before pruning on the confirmation folds; None if there were none.
+        confidence: With this confidence the winner's true decline is at most `tolerance`; None if none was asked for.
+        method: What the confidence rests on; None if none was asked for.
+        samples: How many samples (or batches, if only those were known) the confirmation folds hold; None if unknown.
         score: The winner's score, measured once more after it was loaded; None if it was not.
         trained_score: The score at the end of the training that followed the search; None if none followed.
     """
@@ -109,8 +160,15 @@ class SearchReport:
     size: int
     levels: tuple[Level, ...] = ()
     stop_reason: StopReason | None = None
-    validations: int = 0
+    validations: float = 0
     seconds: float = 0.0
+    rank_by: str = "score"
+    folds: tuple[int, int] = (1, 0)
+    shared: str = ""
+    gated_dense: float | None = None
+    confidence: float | None = None
+    method: Method | None = None
+    samples: int | None = None
     score: float | None = None
     trained_score: float | None = None
 
@@ -120,14 +178,26 @@ class SearchReport:
         return self.dense_score - self.tolerance if self.mode == "max" else self.dense_score + self.tolerance
 
     @property
+    def gated_floor(self) -> float | None:
+        """The floor on the confirmation folds; None if there were none."""
+        if self.gated_dense is None:
+            return None
+        return self.gated_dense - self.tolerance if self.mode == "max" else self.gated_dense + self.tolerance
+
+    @property
     def accepted(self) -> tuple[Level, ...]:
-        """The accepted levels, from the densest to the winner."""
+        """The accepted levels, from the densest to the slimmest."""
         return tuple(level for level in self.levels if level.accepted)
 
     @property
     def winner(self) -> Level | None:
-        """The slimmest accepted level, None if the network stays dense."""
-        return self.accepted[-1] if self.accepted else None
+        """The slimmest accepted level that held, None if the network stays dense.
+
+        Until the confirmation begins, and without confirmation folds, every accepted level counts.
+        """
+        begun = any(level.held is not None for level in self.accepted)
+        holding = [level for level in self.accepted if level.held or not begun]
+        return holding[-1] if holding else None
 
     @property
     def sparsity(self) -> float:
@@ -141,41 +211,57 @@ class SearchReport:
 
     @property
     def chosen_by(self) -> float:
-        """The score that chose the winner: seen by the search, and so no unbiased measure of it."""
+        """The winner's score on the ranking folds: seen by the search, and so no unbiased measure of it."""
         return self.winner.score if self.winner else self.dense_score
+
+    @property
+    def decline(self) -> float:
+        """How much worse than the dense network the winner is, in the metric's own units; negative if it is better.
+
+        With confirmation folds it is the largest decline that the levels up to the winner showed there, and at least 0:
+        data that ranked nothing, and a network of which more was pruned is not taken to be better by the luck of these
+        folds. NaN before they were asked. Without them, the decline on the data that chose the winner.
+        """
+        if self.gated_dense is None:
+            return self._worse(self.dense_score, self.chosen_by)
+        if self.winner is None:
+            return 0.0 if any(level.held is not None for level in self.accepted) or not self.accepted else math.nan
+        gated = [level.gated for level in self.accepted if level.level <= self.winner.level]
+        known = [self._worse(self.gated_dense, score) for score in gated if score is not None]
+        return max(0.0, *known) if len(known) == len(gated) else math.nan
+
+    def _worse(self, dense: float, score: float) -> float:
+        return dense - score if self.mode == "max" else score - dense
 
     def in_metric(self, monitor: str, mode: str) -> SearchReport:
         """The report of a search over larger-is-better scores, in the units of the metric that they stand for."""
         if mode == "max":
             return replace(self, monitor=monitor)
-        score = None if self.score is None else -self.score
-        levels = tuple(
-            replace(level, candidates=tuple(replace(one, score=-one.score) for one in level.candidates))
-            for level in self.levels
+        return replace(
+            self,
+            monitor=monitor,
+            mode="min",
+            dense_score=-self.dense_score,
+            gated_dense=_negated(self.gated_dense),
+            levels=tuple(level.negated() for level in self.levels),
+            score=_negated(self.score),
         )
-        return replace(self, monitor=monitor, mode="min", dense_score=-self.dense_score, levels=levels, score=score)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python numbers, strings, lists and dicts that survive JSON; NaN and infinities become strings."""
-        fields = {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
-        fields["levels"] = [
-            {**{name: _plain(getattr(level, name)) for name in level.__dataclass_fields__}, "candidates": candidates}
-            for level in self.levels
-            for candidates in [[{k: _plain(v) for k, v in vars(one).items()} for one in level.candidates]]
-        ]
-        return fields
+        return _plain_fields(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> SearchReport:
         """The report that `to_dict` wrote."""
-        levels = tuple(
-            Level(**{**level, "candidates": tuple(_candidate(one) for one in level["candidates"])})
-            for level in fields["levels"]
-        )
-        stop_reason = StopReason[fields["stop_reason"]] if fields["stop_reason"] else None
-        names = ("dense_score", "tolerance", "score", "trained_score")
-        numbers = {name: None if fields[name] is None else float(fields[name]) for name in names}
-        return cls(**{**fields, **numbers, "levels": levels, "stop_reason": stop_reason})
+        read = {
+            "levels": tuple(_level(level) for level in fields["levels"]),
+            "stop_reason": StopReason[fields["stop_reason"]] if fields["stop_reason"] else None,
+            "method": Method[fields["method"]] if fields.get("method") else None,
+            "folds": tuple(fields["folds"]),
+        }
+        names = ("dense_score", "tolerance", "score", "trained_score", "gated_dense")
+        return cls(**{**fields, **_numbers(fields, names), **read})
 
     def __str__(self) -> str:
         widths = [max(len(row[i]) for row in self.rows()) for i in range(len(_HEADINGS))]
@@ -192,44 +278,111 @@ class SearchReport:
         """What came out, in a few sentences."""
         sentences = [
             f"{self.survivors:,} of {self.size:,} prunable weights kept ({1 - self.sparsity:.2%}): "
-            f"sparsity {self.sparsity:.2%} after {len(self.accepted)} accepted levels.",
+            f"sparsity {self.sparsity:.2%}, level {self.winner.level if self.winner else 0} of {len(self.accepted)} "
+            "accepted ones.",
             f"{self.monitor}: dense {self.dense_score:.6g}, floor {self.floor:.6g}, "
             f"winner {self.chosen_by:.6g} (the score that chose it"
-            + (")." if self.score is None else f"), {self.score:.6g} once loaded."),
+            + (")." if self.score is None else f"), {self.score:.6g} once loaded, on all the data."),
+            *self._confirmation(),
         ]
         if self.trained_score is not None:
             sentences.append(f"{self.monitor} after the training that followed: {self.trained_score:.6g}.")
         reason = self.stop_reason.value if self.stop_reason else "The search goes on."
-        return [*sentences, f"{reason} {self.validations} validations in {self.seconds:.1f} s."]
+        return [*sentences, f"{reason} {self.validations:.4g} validations' worth of work in {self.seconds:.1f} s."]
+
+    def _confirmation(self) -> list[str]:
+        """What the confirmation folds said."""
+        if self.gated_dense is None:
+            why = f" ({self.shared})" if self.shared else ""
+            return [f"No data was kept for confirmation{why}: the winner was chosen and judged on the same."]
+        gated = self.winner.gated if self.winner else self.gated_dense
+        if gated is None:
+            return []
+        error = self.winner.gated_error if self.winner else None
+        off = f" (s.e. {error:.2g})" if error is not None and not math.isnan(error) else ""
+        said = f"On the confirmation data, which ranked nothing: dense {self.gated_dense:.6g}, winner {gated:.6g}{off}"
+        return [f"{said}, largest decline up to it {self.decline:.4g}.", *self._certificate()]
+
+    def _certificate(self) -> list[str]:
+        if self.confidence is None or self.method is None:
+            return []
+        if self.winner is None:
+            return [f"No level could be certified with confidence {self.confidence:g}: the network stays dense."]
+        return [
+            f"With confidence {self.confidence:g} the winner's true decline is at most {self.tolerance:g}. "
+            f"{self.method.value}"
+        ]
 
     def rows(self) -> list[list[str]]:
         """The table of levels as text, headings first."""
         return [list(_HEADINGS), *(_row(level) for level in self.levels)]
 
 
-_HEADINGS = ("level", "pruning rate", "sparsity", "weights left", "score", "branch min", "median", "max", "accepted")
+_HEADINGS: tuple[str, ...] = (
+    "level",
+    "pruning rate",
+    "sparsity",
+    "weights left",
+    "score",
+    "s.e.",
+    "branch min",
+    "median",
+    "max",
+    "accepted",
+)
+_HEADINGS += ("gated", "s.e.", "held")
 
 
 def _row(level: Level) -> list[str]:
-    numbers = [f"{value:.6g}" for value in (level.score, *level.spread)]
     return [
         str(level.level),
         f"{level.pruning_rate:.3g}",
         f"{level.sparsity:.2%}",
         f"{level.survivors:,}",
-        *numbers,
+        f"{level.score:.6g}",
+        _known(level.error, ".2g"),
+        *(f"{value:.6g}" for value in level.spread),
         "yes" if level.accepted else "no",
+        _known(level.gated, ".6g"),
+        _known(level.gated_error, ".2g"),
+        "-" if level.held is None else "yes" if level.held else "no",
     ]
 
 
+def _known(value: float | None, form: str) -> str:
+    return "-" if value is None or math.isnan(value) else format(value, form)
+
+
+def _negated(value: float | None) -> float | None:
+    return None if value is None else -value
+
+
+def _plain_fields(record: Any) -> dict[str, Any]:
+    return {name: _plain(getattr(record, name)) for name in record.__dataclass_fields__}
+
+
 def _plain(value: Any) -> Any:
+    if isinstance(value, Candidate | Level):
+        return _plain_fields(value)
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(member) for member in value]
+    return value
+
+
+def _numbers(fields: Mapping[str, Any], names: Sequence[str]) -> dict[str, float | None]:
+    return {name: None if (value := fields.get(name)) is None else float(value) for name in names}
+
+
+def _level(fields: Mapping[str, Any]) -> Level:
+    candidates = tuple(_candidate(one) for one in fields["candidates"])
+    return Level(
+        **{**fields, **_numbers(fields, ("error", "gated", "gated_error", "p_value")), "candidates": candidates}
+    )
 
 
 def _candidate(fields: Mapping[str, Any]) -> Candidate:
-    numbers = {name: float(fields[name]) for name in ("score", "rank", "tiebreak")}
-    return Candidate(**{**fields, **numbers})
+    return Candidate(**{**fields, **_numbers(fields, ("score", "rank", "tiebreak"))})

@@ -17,84 +17,51 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from hashlib import blake2b
-from typing import Protocol, cast
+from functools import partial
+from typing import cast
 
 from torch import Tensor
 
+from lightning_roulette.core.certificate import (
+    Outcomes,
+    Singles,
+    method_of,
+    p_value,
+    paired_error,
+    size_of,
+    too_few,
+)
+from lightning_roulette.core.evaluator import Evaluator, Judge, PrunedWeights
 from lightning_roulette.core.importance import importance_of
 from lightning_roulette.core.masks import History, Mask
-from lightning_roulette.core.report import Candidate, Level, SearchReport, StopReason
+from lightning_roulette.core.race import Race, Reference, Rung, furthest, no_race, rungs
+from lightning_roulette.core.report import Candidate, Level, Scores, SearchReport, StopReason
 from lightning_roulette.core.selection import best_of, keeps_floor
-from lightning_roulette.core.settings import Tree, Wheel, check_count, check_group, check_number, check_seed
+from lightning_roulette.core.settings import Tree, Validation, Wheel, check_count, check_group, check_number, check_seed
 from lightning_roulette.core.wheel import Sectors
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What an evaluation found; larger is better throughout, NaN never wins.
-
-    Attributes:
-        rank: Orders the branch.
-        floor: Is held against the floor.
-        tiebreak: Orders equal ranks.
-    """
-
-    rank: float
-    floor: float
-    tiebreak: float = 0.0
-
-
-@dataclass(frozen=True, eq=False)
-class PrunedWeights:
-    """A network that an evaluator is asked about: a mask over the dense weights.
-
-    Attributes:
-        mask: Which weights are kept.
-        dense: The weights of the dense network, not copied.
-    """
-
-    mask: Mask
-    dense: Mapping[str, Tensor]
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """New tensors: the dense weights, zero where pruned."""
-        kept = {name: self.mask[name].to(weight.device) for name, weight in self.dense.items()}
-        return {name: weight.detach().masked_fill(~kept[name], 0) for name, weight in self.dense.items()}
-
-
-class Evaluator(Protocol):
-    """Judges pruned networks on folds of validation data. It puts them into the network; the search does not."""
-
-    @property
-    def folds(self) -> int:
-        """How many folds there are."""
-        ...
-
-    def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
-        """The candidate's scores on these of the folds 0 to `folds - 1`; everything else is left as it was."""
-        ...
 
 
 class Observer:
     """Is told of every step of a search; this one does nothing. A level's scores are the evaluator's, larger better."""
 
-    def on_dense(self, so_far: Winner) -> None:
-        """The dense network was validated."""
+    def on_dense(self, so_far: Winner, work: float) -> None:
+        """The dense network was validated; a level will take so many validations of one network on all folds."""
 
-    def on_candidate(self, level: int, number: int, best: Candidate | None, sparsity: float) -> None:
-        """`number` candidates of a level have scores, `best` of them so far; all are this slim."""
+    def on_candidate(self, level: int, done: int, planned: int, best: Candidate | None, sparsity: float) -> None:
+        """A candidate of a level was judged, `done` of about `planned` times; `best` so far; all are this slim."""
 
     def on_level(self, level: Level, so_far: Winner) -> None:
-        """A level was judged; `so_far` is what the search would return if it ended here."""
+        """A level was judged on the ranking folds; `so_far` is what the search would return if it ended here."""
+
+    def on_confirmed(self, level: Level, so_far: Winner) -> None:
+        """An accepted level was judged on the confirmation folds."""
 
 
 @dataclass(frozen=True, eq=False)
 class Winner:
-    """What a search found: the slimmest accepted network.
+    """What a search found: the slimmest accepted network that held on the confirmation folds.
 
     Attributes:
         mask: Which weights are kept; all, if no level was accepted.
@@ -129,31 +96,42 @@ def search(
     branches: int = 20,
     tolerance: float = 0.0,
     target_sparsity: float | None = None,
+    confidence: float | None = None,
     wheel: Wheel = Wheel(),
     tree: Tree = Tree(),
+    validation: Validation = Validation(),
     seed: int = 0,
     observer: Observer | None = None,
 ) -> Winner:
     """The slimmest network of a pruning tree whose score keeps the floor.
 
+    The tree grows on the ranking folds of `evaluate` alone. Then its accepted levels are judged on the others, the
+    densest first, and the last before one that misses the floor there is the winner.
+
     Args:
         weights: Parameter name to tensor, the prunable weights of the dense network. Never changed.
-        evaluate: An `Evaluator`, or a function from a `Mask` to a score, larger is better.
+        evaluate: An `Evaluator`, or a function from a `Mask` to a score, larger is better: an evaluator of one fold,
+            which cannot be confirmed.
         branches: Candidates per level.
         tolerance: How far below the dense score a winner may be; infinity leaves the score out of it.
         target_sparsity: A further end of the search, in (0, 1); the last level is cut to reach it exactly.
+        confidence: In (0, 1). A level then holds only if, with this confidence, its decline on the population that the
+            data are an i.i.d. sample of is at most `tolerance`. The levels were fixed without the confirmation folds
+            and are tested in order up to the first failure, so that no correction is needed (fixed-sequence testing;
+            Learn then Test, Angelopoulos et al. 2021, arXiv:2110.01052).
         wheel: How candidates are drawn.
         tree: How levels follow.
+        validation: How candidates are judged: `confirm` and `race` are read here.
         seed: All chance of the search, a signed 64-bit number. Equal seed and scores, equal masks.
         observer: Is told of each step.
 
     Returns:
-        The winner: the last accepted level, or the dense network if none was.
+        The winner: the last accepted level that held, or the dense network if none did.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If an argument is out of range, `weights` is empty, an importance is not a finite non-negative
-            number, or the dense score is NaN.
+            number, the dense score is NaN, or the confirmation folds cannot certify anything.
 
     Example:
         >>> weights = {"layer": Tensor([0.1, -2.0, 0.01, 3.0])}
@@ -161,18 +139,27 @@ def search(
         >>> winner.mask["layer"]
         tensor([False,  True, False,  True])
     """
-    check_search(branches, tolerance, target_sparsity, wheel, tree, seed)
+    check_search(branches, tolerance, target_sparsity, confidence, wheel, tree, validation, seed)
     if not weights or not any(weight.numel() for weight in weights.values()):
         raise ValueError("weights is empty, but must name at least one tensor with entries.")
-    growing = _Growing(weights, _lifted(evaluate), int(branches), wheel, int(seed), observer or Observer())
-    growing.start(float(tolerance))
+    judge = Judge(evaluate, weights, validation.confirm)
+    growing = _Growing(weights, judge, int(branches), wheel, int(seed), observer or Observer())
+    growing.start(float(tolerance), confidence, validation.race)
     while (reason := growing.end(target_sparsity, tree)) is None:
         growing.level(tree, target_sparsity)
+    growing.confirm()
     return growing.so_far(reason)
 
 
 def check_search(
-    branches: int, tolerance: float, target_sparsity: float | None, wheel: Wheel, tree: Tree, seed: int
+    branches: int,
+    tolerance: float,
+    target_sparsity: float | None,
+    confidence: float | None,
+    wheel: Wheel,
+    tree: Tree,
+    validation: Validation,
+    seed: int,
 ) -> None:
     """Raise if an argument of a search is of the wrong kind or out of range.
 
@@ -186,7 +173,24 @@ def check_search(
         check_number("target_sparsity", target_sparsity, above=0, below=1)
     check_group("wheel", wheel, Wheel)
     check_group("tree", tree, Tree)
+    check_group("validation", validation, Validation)
     check_seed(seed)
+    if confidence is not None:
+        _check_confidence(confidence, tolerance, validation)
+
+
+def _check_confidence(confidence: float, tolerance: float, validation: Validation) -> None:
+    check_number("confidence", confidence, above=0, below=1, remedy="0.95 is usual.")
+    if tolerance == 0:
+        raise ValueError(
+            f"tolerance is {tolerance} and confidence {confidence}, but no finite sample can certify that nothing is "
+            "lost. Allow some tolerance, such as 0.005 for half a point, or leave confidence out."
+        )
+    if validation.confirm == 0:
+        raise ValueError(
+            f"confirm is 0 and confidence {confidence}, but data that ranked candidates can certify none of them. "
+            "Keep some for confirmation, as Validation(confirm=0.5) does, or leave confidence out."
+        )
 
 
 def level_draws(survivors: int, pruning_rate: float, spare: int) -> int:
@@ -200,30 +204,36 @@ class _Growing:
     def __init__(
         self,
         weights: Mapping[str, Tensor],
-        evaluate: Evaluator,
+        judge: Judge,
         branches: int,
         wheel: Wheel,
         seed: int,
         observer: Observer,
     ) -> None:
-        self.weights, self.evaluate, self.branches = weights, evaluate, branches
+        self.weights, self.judge, self.branches = weights, judge, branches
         self.wheel, self.seed, self.observer = wheel, seed, observer
         self.parent, self.history = Mask.full(weights), History.of_dense(weights)
         self.levels: list[Level] = []
-        self.validations, self.halvings, self.failures = 0, 0, 0
+        self.halvings, self.failures = 0, 0
         self.began = time.monotonic()
         self.report: SearchReport
 
-    def start(self, tolerance: float) -> None:
-        """Validate the dense network."""
-        score = self._scores(self.parent).floor
-        if math.isnan(score):
-            raise ValueError(
-                "the dense network scores NaN or infinity, so there is no floor to keep. Nothing was pruned; does the "
-                "network give finite outputs on the validation data?"
-            )
-        self.report = SearchReport("score", "max", score, tolerance, self.branches, self.seed, self.parent.size)
-        self.observer.on_dense(self.so_far(None))
+    def start(self, tolerance: float, confidence: float | None, race: bool) -> None:
+        """Validate the dense network, on the ranking and on the confirmation folds."""
+        judge = self.judge
+        scores, self.outcomes = judge.recorded(self.parent, judge.ranking)
+        _refuse_nan(scores.floor)
+        self.report = SearchReport("score", "max", scores.floor, tolerance, self.branches, self.seed, self.parent.size)
+        self.report = replace(self.report, folds=(len(judge.ranking), len(judge.confirming)), shared=judge.whole or "")
+        if judge.confirming:
+            gated, self.gated_outcomes = judge.recorded(self.parent, judge.confirming)
+            _refuse_nan(gated.floor)
+            samples = None if self.gated_outcomes is None else size_of(self.gated_outcomes)
+            self.report = replace(self.report, gated_dense=gated.floor, samples=samples)
+        if confidence is not None:
+            self._promise(float(confidence))
+        self.stages, self.reference = self._stages(race, scores)
+        self.observer.on_dense(self.so_far(None), self._work())
 
     def end(self, target_sparsity: float | None, tree: Tree) -> StopReason | None:
         """Why no further level is tried, None if one is."""
@@ -243,50 +253,113 @@ class _Growing:
         draws = level_draws(self.parent.survivors, rate, self._spare(target_sparsity))
         survivors = self.parent.survivors - draws
         sparsity = 1 - survivors / self.parent.size
-        branch = tuple(self._branch(draws, sparsity))
-        best = best_of(branch)
-        accepted = best is not None and keeps_floor(best.score, self.report.floor)
+        branch = self._branch(draws, sparsity)
+        best, error = self._judged_in_full(best_of(furthest(branch)), draws)
+        accepted = best is not None and not math.isnan(best.rank) and keeps_floor(best.score, self.report.floor)
         number, winner = self.history.level + 1, best.index if best else None
-        self.levels.append(Level(number, rate, sparsity, survivors, branch, winner, accepted))
+        if best is not None:
+            twins = [one.index for one in branch if one.same_as == best.index]
+            shared = {best.index: best} | {index: best.twin(index) for index in twins}
+            branch = [shared.get(one.index, one) for one in branch]
+        self.levels.append(Level(number, rate, sparsity, survivors, tuple(branch), winner, accepted, error))
         if accepted:
-            self.parent = self._sectors.spin(draws, seed=self.seed, level=number, candidate=cast(int, winner))
+            self.parent = self._spun(draws, cast(int, winner))
             self.history = self.history.pruned(self.parent)
             self.failures = 0
         else:
             self.halvings, self.failures = self.halvings + 1, self.failures + 1
         self.observer.on_level(self.levels[-1], self.so_far(None))
 
+    def confirm(self) -> None:
+        """Judge the accepted levels on the confirmation folds, densest first, up to the first that does not hold."""
+        if not self.judge.confirming:
+            return
+        self.history, held = self.history.won_by(0), True
+        for place, level in enumerate(self.levels):
+            if level.accepted and held:
+                self.levels[place] = gated = self._gated(level)
+                if held := bool(gated.held):
+                    self.history = self.history.won_by(level.level)
+                self.observer.on_confirmed(gated, self.so_far(None))
+
     def so_far(self, reason: StopReason | None) -> Winner:
         """What the search has found up to here."""
-        return Winner(self.parent, self._report(reason), self.weights, self.history)
+        return Winner(self.history.mask, self._report(reason), self.weights, self.history)
 
-    def _branch(self, draws: int, sparsity: float) -> Iterator[Candidate]:
-        """The candidates of one level, scored; those equal to an earlier one share its scores."""
+    def _promise(self, confidence: float) -> None:
+        """Refuse what cannot be certified; note what the certificate will rest on."""
+        outcomes = self.gated_outcomes if self.judge.confirming else None
+        if outcomes is None:
+            raise ValueError(_cannot_certify(confidence, self.report.shared))
+        share = len(self.judge.confirming) / self.judge.folds
+        width = outcomes.high - outcomes.low if isinstance(outcomes, Singles) else None
+        if why := too_few(size_of(outcomes), width, confidence, self.report.tolerance, share):
+            raise ValueError(why)
+        self.report = replace(self.report, confidence=confidence, method=method_of(outcomes))
+
+    def _stages(self, race: bool, whole: Scores) -> tuple[list[Rung], Reference | None]:
+        """The rungs of every level: a race, if its parts give the dense network a score at all."""
+        ranking = self.judge.ranking
+        if race and len(ranking) > 1 and self.branches > 1:
+            stages = rungs(self.branches, len(ranking), self.judge.at_once)
+            scores = {part: self.judge.scores(self.parent, part) for rung in stages for part in rung.parts}
+            if not any(math.isnan(one.rank + one.floor) for one in (whole, *scores.values())):
+                return stages, Reference(scores, whole)
+        return no_race(self.branches, ranking), None
+
+    def _work(self) -> float:
+        folds = sum(rung.entrants * len(part) for rung in self.stages for part in rung.parts)
+        again = len(self.judge.ranking) if self._rejudges() else 0
+        return (folds + again * (1 if self.judge.records else 2)) / self.judge.folds
+
+    def _rejudges(self) -> bool:
+        """Whether the winner of a branch is judged again: on the union of the ranking folds, with its outcomes."""
+        return self.judge.records or len(self.judge.ranking) > 1
+
+    def _branch(self, draws: int, sparsity: float) -> list[Candidate]:
+        """The candidates of one level, scored."""
         if not self.failures:
             parent = PrunedWeights(self.parent, self.weights).weights
             importance = importance_of(parent, self.wheel.importance)
             self._sectors = Sectors(importance, self.parent, sharpness=self.wheel.sharpness, scope=self.wheel.scope)
-        number, best = self.history.level + 1, None
-        seen: dict[bytes, Candidate] = {}
-        for turn in range(self.branches):
-            index = self.failures * self.branches + turn
-            mask = self._sectors.spin(draws, seed=self.seed, level=number, candidate=index)
-            twin = seen.get(key := _fingerprint(mask))
-            if twin is None:
-                scores = self._scores(mask)
-                one = Candidate(index, sparsity, scores.floor, scores.rank, scores.tiebreak)
-                seen[key] = one
-            else:
-                one = replace(twin, index=index, same_as=twin.index)
-            best = best_of([one] if best is None else [best, one])
-            self.observer.on_candidate(number, turn + 1, best, sparsity)
-            yield one
+        number = self.history.level + 1
+        planned = sum(rung.entrants * len(rung.parts) for rung in self.stages)
+        first = self.failures * self.branches
+        candidates = [
+            Candidate(index, sparsity, math.nan, math.nan, folds=0) for index in range(first, first + self.branches)
+        ]
 
-    def _scores(self, mask: Mask) -> Scores:
-        self.validations += 1
-        scores = self.evaluate(PrunedWeights(mask, self.weights), range(self.evaluate.folds))
-        values = [float(value) for value in (scores.rank, scores.floor, scores.tiebreak)]
-        return Scores(*(value if math.isfinite(value) else math.nan for value in values))
+        def tell(done: int, best: Candidate | None) -> None:
+            self.observer.on_candidate(number, done, planned, best, sparsity)
+
+        spin = partial(self._spun, draws)
+        return Race(candidates, spin, self.judge, self.reference, tell).run(self.stages)
+
+    def _spun(self, draws: int, index: int) -> Mask:
+        return self._sectors.spin(draws, seed=self.seed, level=self.history.level + 1, candidate=index)
+
+    def _judged_in_full(self, best: Candidate | None, draws: int) -> tuple[Candidate | None, float]:
+        """The winner of a branch with its scores on all ranking folds, and their paired standard error."""
+        if best is None or not self._rejudges():
+            return best, math.nan
+        scores, outcomes = self.judge.recorded(self._spun(draws, best.index), self.judge.ranking)
+        return best.scored(scores, len(self.judge.ranking)), _error(self.outcomes, outcomes)
+
+    def _gated(self, level: Level) -> Level:
+        """An accepted level as the confirmation folds judge it."""
+        scores, outcomes = self.judge.recorded(self.history.mask_at(level.level), self.judge.confirming)
+        error, p = _error(self.gated_outcomes, outcomes), None
+        if self.report.confidence is not None:
+            ours, dense = outcomes, self.gated_outcomes
+            p = (
+                1.0
+                if ours is None or dense is None
+                else p_value(dense, ours, self.report.tolerance, self.report.confidence)
+            )
+            held = p <= 1 - self.report.confidence
+        else:
+            held = keeps_floor(scores.floor, cast(float, self.report.gated_floor))
+        return replace(level, gated=scores.floor, gated_error=error, p_value=p, held=held)
 
     def _spare(self, target_sparsity: float | None) -> int:
         """How many more weights may go: to the target, else to one weight (one a layer where each has a wheel)."""
@@ -309,32 +382,26 @@ class _Growing:
             self.report,
             levels=tuple(self.levels),
             stop_reason=reason,
-            validations=self.validations,
+            validations=self.judge.validations,
             seconds=time.monotonic() - self.began,
         )
 
 
-@dataclass(frozen=True)
-class _OneFold:
-    """A plain function of a mask as an evaluator of one fold."""
-
-    score: Callable[[Mask], float]
-    folds: int = 1
-
-    def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
-        value = float(self.score(candidate.mask))
-        return Scores(rank=value, floor=value)
+def _refuse_nan(dense_score: float) -> None:
+    if math.isnan(dense_score):
+        raise ValueError(
+            "the dense network scores NaN or infinity, so there is no floor to keep. Nothing was pruned; does the "
+            "network give finite outputs on the validation data?"
+        )
 
 
-def _lifted(evaluate: Evaluator | Callable[[Mask], float]) -> Evaluator:
-    if hasattr(evaluate, "folds"):
-        return cast(Evaluator, evaluate)
-    return _OneFold(evaluate)
+def _error(dense: Outcomes | None, pruned: Outcomes | None) -> float:
+    return math.nan if dense is None or pruned is None else paired_error(dense, pruned)
 
 
-def _fingerprint(mask: Mask) -> bytes:
-    """Equal for equal masks of one network; for different ones with a chance of 2**-128."""
-    digest = blake2b(digest_size=16)
-    for kept in mask.values():
-        digest.update(kept.cpu().contiguous().numpy().data)
-    return digest.digest()
+def _cannot_certify(confidence: float, shared: str) -> str:
+    why = f" ({shared})" if shared else ""
+    return (
+        f"confidence is {confidence}, but nothing is known of single samples or batches of data that ranks no candidate"
+        f"{why}. Let the validation tell more, or leave confidence out."
+    )

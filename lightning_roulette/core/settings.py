@@ -75,14 +75,35 @@ class Tree:
 class Validation:
     """How candidates are judged.
 
+    The data is dealt to folds at random. Some rank: the whole search sees only these. The others confirm: when the
+    search is over, its accepted levels are judged on them once, the densest first, until one misses the floor.
+
     Attributes:
+        rank_by: Name of the logged metric that orders a branch. None: the logged loss if there is one, else the
+            monitored metric. The floor is held by the monitored metric in any case.
+        confirm: Share of the data that confirms, in [0, 1). 0: ranking and floor share all of it.
+        race: Whether candidates that fall behind on the first folds drop out; else all are judged on all ranking folds.
+        cache_bytes: The batches of the validation data are read once and kept, up to so many bytes in all. If there is
+            more, the loader is read again for every fold of a branch.
         keep_callbacks: Names of the user's callback classes that stay live while candidates are validated: for one
             that logs the monitored metric.
     """
 
+    rank_by: str | None = None
+    confirm: float = 0.5
+    race: bool = True
+    cache_bytes: int = 2**31
     keep_callbacks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.rank_by is not None and not isinstance(self.rank_by, str):
+            raise TypeError(f"rank_by is {self.rank_by!r}, but must be the name of a logged metric.")
+        check_number(
+            "confirm", self.confirm, at_least=0, below=1, remedy="It is the share of the data kept for confirmation."
+        )
+        if not isinstance(self.race, bool):
+            raise TypeError(f"race is {self.race!r}, but must be True or False.")
+        check_count("cache_bytes", self.cache_bytes, at_least=0)
         check_words("keep_callbacks", self.keep_callbacks, "names of callback classes")
         object.__setattr__(self, "keep_callbacks", tuple(self.keep_callbacks))  # a list, as read from YAML
 

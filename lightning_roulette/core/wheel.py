@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_roulette.core.chance import log_clocks, stream
+from lightning_roulette.core.chance import log_clocks, random_bits, stream
 from lightning_roulette.core.importance import with_float64
 from lightning_roulette.core.masks import Mask
 from lightning_roulette.core.settings import SCOPES, check_choice, check_number, check_seed
 
 # log E spans less than 42 (see chance.log_clocks); what lies further below the rest is always drawn before it.
 _BELOW_ALL = 64.0
+# Keys made at a time: on the CPU what a block writes stays in the processor's cache.
+_BLOCK, _BLOCK_OFF_CPU = 1 << 16, 1 << 22
+_SMALL = 1 << 12  # survivors up to which no threshold is guessed: all keys are kept and compared
+_TOGETHER = 1 << 17  # weights up to which several parameters are treated as one
+_ALL = slice(0, None)
+_SIGMAS = 5.0  # how far about its guess a threshold is first looked for
 
 
 def spin(importance: Tensor, survivors: Tensor, draws: int, *, sharpness: float, seed: int) -> Tensor:
@@ -60,6 +69,8 @@ class Sectors:
     The key of a survivor is `log E + sharpness * log importance` (`importance` itself where sharpness is infinite); the
     smallest keys are drawn. Logarithms keep `w ** -sharpness` from overflowing.
 
+    It holds the second term of every survivor, and their indices where not all weights of a parameter survive.
+
     Args:
         importance: Non-negative and finite, one tensor per parameter of `parent`, of its shape.
         parent: The mask whose survivors are on the wheel.
@@ -78,15 +89,19 @@ class Sectors:
         check_choice("scope", scope, SCOPES)
         self.parent = Mask({name: with_float64(kept) for name, kept in parent.items()})
         self.sharpness, self.scope = sharpness, scope
-        self._index = {name: kept.flatten().nonzero().flatten() for name, kept in self.parent.items()}
+        index = {name: _survivors(kept) for name, kept in self.parent.items()}
         known = {name: _checked(name, importance[name]).to(kept.device) for name, kept in self.parent.items()}
-        alive = {name: known[name].flatten()[index] for name, index in self._index.items()}
-        self._terms = {name: values.to(torch.float64) for name, values in alive.items()}
-        if math.isfinite(sharpness):
-            _to_log_odds(self._terms, sharpness)
+        terms = _terms({name: _alive(known[name], index[name]) for name in index}, sharpness)
+        arcs = {name: _Arc(index[name], terms[name]) for name in index}
+        sizes = {name: kept.numel() for name, kept in self.parent.items()}
+        groups = [arcs] if scope == "global" else [{name: arc} for name, arc in arcs.items()]
+        self._wheels = [_Wheel(group, sizes) for group in groups]
 
     def spin(self, draws: int, *, seed: int, level: int, candidate: int) -> Mask:
         """The parent's mask with exactly `draws` weights fewer.
+
+        Beyond the mask it takes a byte for each weight of one parameter, one block of keys and the few keys near the
+        threshold.
 
         Args:
             draws: How many weights leave, at most all survivors.
@@ -97,27 +112,24 @@ class Sectors:
         Raises:
             ValueError: If there are fewer survivors than `draws`, or with a wheel for each layer fewer that may go.
         """
-        if not 0 <= draws <= self.parent.survivors:
-            raise ValueError(f"draws is {draws}, but must lie between 0 and the {self.parent.survivors} survivors.")
-        keys = {name: self._keys(name, stream(seed, level, candidate, name)) for name in self._index}
+        survivors = sum(wheel.count for wheel in self._wheels)
+        if not 0 <= draws <= survivors:
+            raise ValueError(f"draws is {draws}, but must lie between 0 and the {survivors} survivors.")
+        chance = not math.isinf(self.sharpness)
+        streams = {name: stream(seed, level, candidate, name) for name in self.parent} if chance else {}
+        kept: dict[str, Tensor] = {}
+        for wheel, share in zip(self._wheels, self._shares(draws), strict=True):
+            kept |= wheel.spin(share, streams)
+        return Mask({name: kept[name].view(at.shape) for name, at in self.parent.items()})
+
+    def _shares(self, draws: int) -> list[int]:
+        """The draws of each wheel."""
         if self.scope == "global":
-            drawn = dict(zip(keys, _smallest(list(keys.values()), draws), strict=True))
-        else:
-            shares = layer_shares(draws, [len(values) for values in keys.values()])
-            if sum(shares) < draws:
-                raise ValueError(f"draws is {draws}, but each layer keeps a weight: at most {sum(shares)} may go.")
-            drawn = {n: _smallest([keys[n]], share)[0] for n, share in zip(keys, shares, strict=True)}
-        return Mask({name: self._without(name, drawn[name]) for name in keys})
-
-    def _keys(self, name: str, stream_of_name: int) -> Tensor:
-        if math.isinf(self.sharpness):
-            return self._terms[name]
-        return log_clocks(stream_of_name, self._index[name]).add_(self._terms[name])
-
-    def _without(self, name: str, drawn: Tensor) -> Tensor:
-        kept = self.parent[name].flatten().clone()
-        kept[self._index[name][drawn]] = False
-        return kept.view(self.parent[name].shape)
+            return [draws]
+        shares = layer_shares(draws, [wheel.count for wheel in self._wheels])
+        if sum(shares) < draws:
+            raise ValueError(f"draws is {draws}, but each layer keeps a weight: at most {sum(shares)} may go.")
+        return shares
 
 
 def layer_shares(draws: int, survivors: Sequence[int]) -> list[int]:
@@ -141,8 +153,175 @@ def layer_shares(draws: int, survivors: Sequence[int]) -> list[int]:
     return shares
 
 
+@dataclass(frozen=True)
+class _Arc:
+    """Survivors of one parameter, in order of index: a stretch of a wheel.
+
+    Attributes:
+        index: Where each lies in the flattened parameter; None if nothing of it is pruned.
+        terms: What each key has beside the logarithm of its clock.
+        owners: Of several parameters one after the other, the number of each survivor's; None for one parameter.
+        starts: Where each survivor's parameter begins in these, by which `index` is larger than in the parameter alone.
+    """
+
+    index: Tensor | None
+    terms: Tensor
+    owners: Tensor | None = None
+    starts: Tensor | None = None
+
+    def at(self, positions: Tensor) -> _Arc:
+        """Some of the survivors, counted from 0."""
+        index = positions if self.index is None else self.index[positions]
+        if self.owners is None or self.starts is None:
+            return _Arc(index, self.terms[positions])
+        return _Arc(index, self.terms[positions], self.owners[positions], self.starts[positions])
+
+    def blocks(self) -> Iterator[slice]:
+        """The survivors a block at a time; one block if there are none."""
+        size = _BLOCK if self.terms.device.type == "cpu" else _BLOCK_OFF_CPU
+        return (slice(start, start + size) for start in range(0, max(1, len(self.terms)), size))
+
+    def places(self, block: slice) -> Tensor:
+        """The indices of a block, int64."""
+        if self.index is None:
+            return torch.arange(block.start, min(block.stop, len(self.terms)), device=self.terms.device)
+        return self.index[block].to(torch.int64)
+
+    def keys(self, stream: int | Tensor | None, block: slice, places: Tensor) -> Tensor:
+        """The keys of a block, float64; without a stream (one for each owner), chance has no part in them."""
+        terms = self.terms[block]
+        if stream is None:
+            return terms.to(torch.float64)
+        if self.owners is not None and self.starts is not None:
+            assert isinstance(stream, Tensor)
+            return log_clocks(stream[self.owners[block]], places - self.starts[block]).add_(terms)
+        return log_clocks(stream, places).add_(terms)
+
+
+class _Near(NamedTuple):
+    """Survivors of one parameter whose keys are near the threshold: their indices, and the keys."""
+
+    name: str
+    places: Tensor
+    keys: Tensor
+
+
+class _Wheel:
+    """Parameters that share their draws.
+
+    The draw needs the one threshold that as many keys do not exceed as are drawn. A sample of the keys tells two
+    numbers between which it most probably lies. Then all keys are made, block by block, and none is stored: those below
+    both numbers are drawn, those above both stay, and only the few between are made again and compared with one
+    another. Where the sample misled, which their counts show, the race is run again with the numbers further apart:
+    the draw does not depend on the sample.
+    """
+
+    def __init__(self, arcs: Mapping[str, _Arc], sizes: Mapping[str, int]) -> None:
+        self._parts = {name: sizes[name] for name in arcs}
+        self._together = len(arcs) > 1 and sum(self._parts.values()) <= _TOGETHER and _share_device(arcs)
+        # as one: with small parameters it is the number of operations that takes the time
+        self._arcs = {"": _joined(list(arcs.values()), list(self._parts.values()))} if self._together else dict(arcs)
+        self._sizes = {"": sum(self._parts.values())} if self._together else self._parts
+        self.count = sum(len(arc.terms) for arc in arcs.values())
+        self._sample = _sample(self._arcs) if self.count > _SMALL else {}
+
+    def spin(self, draws: int, streams: Mapping[str, int]) -> dict[str, Tensor]:
+        """For each parameter, flat, whether each weight stays."""
+        known: Mapping[str, int | Tensor | None] = streams or dict.fromkeys(self._arcs)
+        if self._together and streams:
+            known = {"": torch.tensor([streams[name] for name in self._parts]).to(self._arcs[""].terms.device)}
+        kept = {
+            name: torch.zeros(self._sizes[name], dtype=torch.bool, device=arc.terms.device)
+            for name, arc in self._arcs.items()
+        }
+        self._race(draws, known, kept)
+        if not self._together:
+            return kept
+        return dict(zip(self._parts, kept[""].split(list(self._parts.values())), strict=True))
+
+    def _race(self, draws: int, streams: Mapping[str, int | Tensor | None], kept: Mapping[str, Tensor]) -> None:
+        """Write into `kept`, flat, whether each survivor stays."""
+        sampled = [arc.keys(streams[name], _ALL, arc.places(_ALL)) for name, arc in self._sample.items()]
+        near: list[_Near] = []
+        sigmas, missing = _SIGMAS, -1
+        while not 0 <= missing <= sum(len(found.keys) for found in near):
+            low, high = _bracket(sampled, draws / max(1, self.count), sigmas)
+            near = [self._cut(name, streams[name], kept[name], low, high) for name in self._arcs]
+            staying = sum(int(kept[name].count_nonzero()) for name in self._arcs)
+            sigmas, missing = 2 * sigmas, draws - (self.count - staying)
+        for found, drawn in zip(near, _smallest([found.keys for found in near], missing), strict=True):
+            kept[found.name][found.places[drawn]] = False
+
+    def _cut(self, name: str, stream: int | Tensor | None, kept: Tensor, low: float, high: float) -> _Near:
+        """Keep the survivors whose keys are `low` or more; those among them with keys up to `high`."""
+        arc = self._arcs[name]
+        near = torch.empty(len(arc.terms), dtype=torch.bool, device=kept.device)
+        for block in arc.blocks():
+            places = arc.places(block)
+            keys = arc.keys(stream, block, places)
+            stays = keys >= low
+            if arc.index is None:
+                kept[block] = stays
+            else:
+                kept.scatter_(0, places, stays)
+            near[block] = stays.logical_and_(keys <= high)
+        found = arc.at(near.nonzero().flatten())
+        places = found.places(_ALL)
+        return _Near(name, places, found.keys(stream, _ALL, places))
+
+
+def _share_device(arcs: Mapping[str, _Arc]) -> bool:
+    return len({arc.terms.device for arc in arcs.values()}) == 1
+
+
+def _joined(arcs: Sequence[_Arc], sizes: Sequence[int]) -> _Arc:
+    """The survivors of several parameters, one parameter after the other."""
+    device, counts = arcs[0].terms.device, torch.tensor([len(arc.terms) for arc in arcs])
+    owners = torch.arange(len(arcs)).repeat_interleave(counts).to(device)
+    starts = torch.tensor([0, *accumulate(sizes)][:-1]).to(device)[owners]
+    index = torch.cat([arc.places(slice(0, len(arc.terms))) for arc in arcs]) + starts
+    return _Arc(index, torch.cat([arc.terms for arc in arcs]), owners, starts)
+
+
+def _sample(arcs: Mapping[str, _Arc]) -> dict[str, _Arc]:
+    """Survivors picked blindly, with replacement: more of a large wheel, but a smaller share."""
+    ends = list(accumulate(len(arc.terms) for arc in arcs.values()))
+    picked = random_bits(0, torch.arange(int(2 * ends[-1] ** (2 / 3)))).remainder_(ends[-1]).sort().values
+    parts = picked.tensor_split(torch.searchsorted(picked, torch.tensor(ends[:-1], dtype=torch.int64)).tolist())
+    starts = zip(arcs.items(), parts, [0, *ends], strict=False)
+    return {name: arc.at((part - start).to(arc.terms.device)) for (name, arc), part, start in starts}
+
+
+def _bracket(sampled: Sequence[Tensor], share: float, sigmas: float) -> tuple[float, float]:
+    """Between which two numbers a `share` of all keys most probably ends, by the rank of its end in a sample of them.
+
+    The rank is binomial; it is given `sigmas` of its standard deviation, and as many ranks, to either side.
+    """
+    if not sampled:
+        return -math.inf, math.inf
+    keys = torch.cat([values.to(sampled[0].device) for values in sampled])
+    rank, margin = share * len(keys), sigmas * (1 + math.sqrt(len(keys) * share * (1 - share)))
+    first, last = math.floor(rank - margin), math.ceil(rank + margin)
+    low = float(keys.kthvalue(first).values) if first >= 1 else -math.inf
+    return low, float(keys.kthvalue(last).values) if last <= len(keys) else math.inf
+
+
+def _survivors(kept: Tensor) -> Tensor | None:
+    """The indices of what is kept, in the smallest type that holds them; None if that is everything."""
+    if bool(kept.all()):
+        return None
+    fits = kept.numel() <= torch.iinfo(torch.int32).max
+    return kept.flatten().nonzero().flatten().to(torch.int32 if fits else torch.int64)
+
+
+def _alive(importance: Tensor, index: Tensor | None) -> Tensor:
+    """A new tensor of the survivors' importance."""
+    return importance.flatten().clone() if index is None else importance.flatten()[index]
+
+
 def _checked(name: str, importance: Tensor) -> Tensor:
-    if not bool((importance >= 0).all()) or bool(importance.isinf().any()):
+    least, most = importance.aminmax() if importance.numel() else (importance.new_zeros(()),) * 2
+    if not bool((least >= 0) & (most < math.inf)):
         raise ValueError(
             f"importance of {name or 'the weights'} has negative, infinite or NaN entries, but must be finite and "
             "non-negative. Do the weights hold NaN or infinity?"
@@ -150,19 +329,27 @@ def _checked(name: str, importance: Tensor) -> Tensor:
     return importance.detach()
 
 
-def _to_log_odds(terms: Mapping[str, Tensor], sharpness: float) -> None:
-    """In place, importance becomes `sharpness * log importance`; zeros come to lie below all others."""
+def _terms(importance: Mapping[str, Tensor], sharpness: float) -> dict[str, Tensor]:
+    """Importance as it is where sharpness is infinite, else `sharpness * log importance`, zeros below all others."""
+    if math.isinf(sharpness):
+        return dict(importance)
     if sharpness == 0:
-        for values in terms.values():
-            values.zero_()
-        return
+        zero = torch.zeros((), dtype=torch.float64)
+        return {name: zero.to(values.device).expand(len(values)) for name, values in importance.items()}
+    terms = {name: values.to(torch.float64).log_().mul_(sharpness) for name, values in importance.items()}
+    if any(bool(values.isneginf().any()) for values in terms.values()):
+        _lift_zeros(terms.values())
+    return terms
+
+
+def _lift_zeros(terms: Collection[Tensor]) -> None:
+    """In place, minus infinity becomes a number so far below all others that no clock makes up for it."""
     lowest = 0.0
-    for values in terms.values():
-        values.log_().mul_(sharpness)
+    for values in terms:
         finite = values[values > -math.inf]
         lowest = min(lowest, float(finite.min())) if len(finite) else lowest
     bottom = min(lowest - _BELOW_ALL, lowest * (1 + 2.0**-50))  # the latter where the sharpness dwarfs the former
-    for values in terms.values():
+    for values in terms:
         values.clamp_(min=bottom)
 
 

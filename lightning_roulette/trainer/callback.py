@@ -24,7 +24,6 @@ from lightning_roulette.core.settings import (
     Wheel,
     check_choice,
     check_count,
-    check_group,
     check_words,
 )
 from lightning_roulette.trainer.checks import (
@@ -34,14 +33,7 @@ from lightning_roulette.trainer.checks import (
     refuse_without_validation,
     warn_of_lost_report,
 )
-from lightning_roulette.trainer.evaluation import (
-    IsolatedValidation,
-    Logged,
-    TrainerEvaluator,
-    callbacks_of,
-    mean_over_processes,
-    refuse_if_blind,
-)
+from lightning_roulette.trainer.evaluation import IsolatedValidation, Logged, callbacks_of
 from lightning_roulette.trainer.files import (
     RunFiles,
     checkpoint_with_these_weights,
@@ -49,8 +41,17 @@ from lightning_roulette.trainer.files import (
     refuse_dirpath,
     save_accepted_levels,
 )
+from lightning_roulette.trainer.folds import FoldedData, KeptData
 from lightning_roulette.trainer.holding import ZeroHolder, hold_zeros, place_before_checkpoints
 from lightning_roulette.trainer.monitor import Metric, find_metric
+from lightning_roulette.trainer.scoring import (
+    TrainerEvaluator,
+    folded,
+    mean_over_processes,
+    refuse_if_blind,
+    refuse_too_few_samples,
+    validate,
+)
 from lightning_roulette.trainer.watching import Watcher, log, speak_up
 
 
@@ -76,13 +77,16 @@ class RouletteWheelPruning(ZeroHolder):
         mode: `"max"` or `"min"`. None: that of the callback or scheduler that watches the metric; else the metric's
             `higher_is_better`; else by its name.
         target_sparsity: A further end of the search, in (0, 1).
+        confidence: In (0, 1), 0.95 say. The winner's decline on the population that the validation data are an i.i.d.
+            sample of is then, with this confidence, at most `tolerance`. None: the winner is only seen to hold on the
+            confirmation data. A certificate takes thousands of samples: the fewest possible are told before the search.
         at_epoch: None: search when training ends. N: search when N epochs are trained, before the next begins;
             training then goes on with pruned weights held at zero. A run that stops earlier searches at its end.
         include: Glob patterns over parameter names that replace the default choice (see `prunable_parameters`).
         exclude: Glob patterns over parameter names to leave out.
         wheel: How candidates are drawn.
         tree: How levels follow.
-        validation: How candidates are judged.
+        validation: How candidates are judged: on which metric, on which share of the data.
         seed: All chance of the search.
         dirpath: Where the winner is written. None: beside the Trainer's checkpoints; nothing is written where those
             are disabled. No file of another run is overwritten.
@@ -105,6 +109,7 @@ class RouletteWheelPruning(ZeroHolder):
         monitor: str | None = None,
         mode: str | None = None,
         target_sparsity: float | None = None,
+        confidence: float | None = None,
         at_epoch: int | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
@@ -114,8 +119,7 @@ class RouletteWheelPruning(ZeroHolder):
         seed: int = 0,
         dirpath: str | os.PathLike[str] | None = None,
     ) -> None:
-        check_search(branches, tolerance, target_sparsity, wheel, tree, seed)
-        check_group("validation", validation, Validation)
+        check_search(branches, tolerance, target_sparsity, confidence, wheel, tree, validation, seed)
         if mode is not None:
             check_choice("mode", mode, ("max", "min"))
         if at_epoch is not None:
@@ -126,7 +130,8 @@ class RouletteWheelPruning(ZeroHolder):
             if patterns is not None:
                 check_words(name, patterns, "patterns over parameter names")
         refuse_dirpath(dirpath)
-        self.branches, self.tolerance, self.target_sparsity = branches, tolerance, target_sparsity
+        self.branches, self.tolerance = branches, tolerance
+        self.target_sparsity, self.confidence = target_sparsity, confidence
         self.monitor, self.mode, self.at_epoch = monitor, mode, at_epoch
         self.include, self.exclude = include, exclude
         self.wheel, self.tree, self.validation = wheel, tree, validation
@@ -298,16 +303,23 @@ class RouletteWheelPruning(ZeroHolder):
         every, last = trainer.check_val_every_n_epoch, trainer.max_epochs if self.at_epoch is None else self.at_epoch
         return every is None or last in (None, -1) or every <= last
 
-    def _rehearse(self, trainer: Trainer, module: LightningModule, batches: float) -> Metric:
-        """Find the metric by a short validation as candidates will have it."""
+    def _rehearse(self, trainer: Trainer, module: LightningModule, batches: float) -> None:
+        """Find the metric by a short validation, and refuse what cannot work with it."""
+        with self._validating(trainer, module) as validation:
+            logged, samples = validation.run(batches), validation.samples()
+        metric = self._found(trainer, module, logged)
+        if self.confidence is not None and self._history is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            judged_by = logged.metrics.get(metric.monitor)
+            refuse_too_few_samples(samples, judged_by, self.confidence, self.tolerance, self.validation.confirm)
+
+    def _found(self, trainer: Trainer, module: LightningModule, logged: Logged) -> Metric:
+        """The metric among what candidates log."""
         # what an earlier search was judged by is what its winner is measured by
         monitor, mode = (
             (self.report.monitor, self.report.mode) if self._history and self.report else (self.monitor, self.mode)
         )
-        with self._validating(trainer, module) as validation:
-            logged = validation.run(batches)
         try:
-            metric = find_metric(logged, trainer, monitor, mode, self.tolerance)
+            metric = find_metric(logged, trainer, monitor, mode, self.tolerance, self.validation.rank_by)
         except RuntimeError as error:
             if (name := self._who_logs(trainer, module, monitor, logged)) is None:
                 raise
@@ -316,7 +328,10 @@ class RouletteWheelPruning(ZeroHolder):
                 f"pass validation=Validation(keep_callbacks=[{name!r}])."
             ) from None
         if metric != self._metric and trainer.is_global_zero:
-            log.info(f"RouletteWheelPruning: judged by {metric.monitor} ({metric.mode}, {metric.why}).")
+            log.info(
+                f"RouletteWheelPruning: judged by {metric.monitor} ({metric.mode}, {metric.why}), ranked by "
+                f"{metric.rank_by}."
+            )
         self._metric = metric
         return metric
 
@@ -335,15 +350,21 @@ class RouletteWheelPruning(ZeroHolder):
         return None
 
     def _search(self, trainer: Trainer, module: LightningModule) -> None:
-        metric = self._rehearse(trainer, module, 1)  # after which lazy parameters have their shape
+        validation = self._validating(trainer, module)
+        with validation:
+            # after which lazy parameters have their shape
+            data, logged = folded(validation, self.seed, self.validation.cache_bytes)
+        metric = self._found(trainer, module, logged)
         weights = find_prunable(module, self.include, self.exclude)
-        with self._validating(trainer, module) as validation:
-            refuse_if_blind(validation, weights)
+        with validation:
+            refuse_if_blind(validation, data, weights)
         self._files = RunFiles.next_to(trainer, self.dirpath)
         with Watcher(trainer, metric) as watcher:
             try:
-                winner = self._find_winner(trainer, module, weights, metric, watcher)
-                self._load(trainer, module, winner, metric)
+                with validation:
+                    evaluate = TrainerEvaluator(trainer, module, validation, data, weights, metric)
+                    winner = self._find_winner(trainer, weights, evaluate, watcher)
+                self._load(trainer, module, winner, metric, data)
             except BaseException as error:
                 if self._history is None:  # the network is the dense one
                     self._keep_accepted(trainer, watcher.so_far, metric, isinstance(error, KeyboardInterrupt))
@@ -352,34 +373,35 @@ class RouletteWheelPruning(ZeroHolder):
         watcher.on_end(self.report)
 
     def _find_winner(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        weights: dict[str, nn.Parameter],
-        metric: Metric,
-        watcher: Watcher,
+        self, trainer: Trainer, weights: dict[str, nn.Parameter], evaluate: TrainerEvaluator, watcher: Watcher
     ) -> Winner:
-        limits: dict[str, Any] = {"branches": self.branches, "tolerance": self.tolerance, "tree": self.tree}
+        limits: dict[str, Any] = {
+            "branches": self.branches,
+            "tolerance": self.tolerance,
+            "confidence": self.confidence,
+            "tree": self.tree,
+        }
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # see every part work once
-            limits = {"branches": 2, "tolerance": math.inf, "tree": replace(self.tree, max_levels=1)}
-        with self._validating(trainer, module) as validation:
-            evaluate = TrainerEvaluator(trainer, validation, weights, metric.monitor, metric.sign, metric.loss)
-            return search(
-                weights,
-                evaluate,
-                **limits,
-                target_sparsity=self.target_sparsity,
-                wheel=self.wheel,
-                seed=self.seed,
-                observer=watcher,
-            )
+            tree = replace(self.tree, max_levels=1)
+            limits = {"branches": 2, "tolerance": math.inf, "confidence": None, "tree": tree}
+        return search(
+            weights,
+            evaluate,
+            **limits,
+            target_sparsity=self.target_sparsity,
+            wheel=self.wheel,
+            validation=self.validation,
+            seed=self.seed,
+            observer=watcher,
+        )
 
     def _keep_accepted(self, trainer: Trainer, so_far: Winner | None, metric: Metric, interrupted: bool) -> None:
         """Of a search that did not end keep the report, and the masks in a file."""
         if so_far is None:
             return
         reason = StopReason.INTERRUPTED if interrupted else StopReason.FAILED
-        self.report = replace(so_far.report.in_metric(metric.monitor, metric.mode), stop_reason=reason)
+        report = so_far.report.in_metric(metric.monitor, metric.mode)
+        self.report = replace(report, rank_by=metric.rank_by, stop_reason=reason)
         if self._files is not None and self.report.accepted and trainer.is_global_zero:
             save_accepted_levels(self._files.interrupted, so_far.history, self.report.to_dict())
             warnings.warn(
@@ -388,17 +410,19 @@ class RouletteWheelPruning(ZeroHolder):
                 stacklevel=2,
             )
 
-    def _load(self, trainer: Trainer, module: LightningModule, winner: Winner, metric: Metric) -> None:
+    def _load(
+        self, trainer: Trainer, module: LightningModule, winner: Winner, metric: Metric, data: FoldedData
+    ) -> None:
         """Load the winner in place, measure it once more, and save it; the dense network first."""
         pruned = winner.report.winner is not None
         # while training goes on, a ModelCheckpoint may remove its file
         if pruned and self._files and (self._epoch_begins or not checkpoint_with_these_weights(trainer, module)):
             trainer.save_checkpoint(self._files.dense, weights_only=False)
         apply_mask(module, winner.mask)
-        self.report = winner.report.in_metric(metric.monitor, metric.mode)
+        self.report = replace(winner.report.in_metric(metric.monitor, metric.mode), rank_by=metric.rank_by)
         self._history, self._module = winner.history.cpu(), weakref.ref(module)
         try:
-            self.report = replace(self.report, score=self._measure(trainer, module, metric))
+            self.report = replace(self.report, score=self._measure(trainer, module, metric.monitor, data))
         except BaseException:
             if pruned and trainer.world_size == 1:  # one of several processes would wait for the others
                 self._save(trainer)
@@ -409,15 +433,20 @@ class RouletteWheelPruning(ZeroHolder):
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure and save the winner as further training has made it."""
         assert self.report is not None
-        metric = self._metric or self._rehearse(trainer, module, 1)
-        self.report = replace(self.report, trained_score=self._measure(trainer, module, metric))
+        trained_score = self._measure(trainer, module, self.report.monitor)
+        self.report = replace(self.report, trained_score=trained_score)
         self._files = self._files or RunFiles.next_to(trainer, self.dirpath)
         if self.report.winner is not None:
             self._save(trainer)
 
-    def _measure(self, trainer: Trainer, module: LightningModule, metric: Metric) -> float:
+    def _measure(
+        self, trainer: Trainer, module: LightningModule, monitor: str, data: FoldedData | None = None
+    ) -> float:
+        """The score on all the data: that which is kept, or as the Trainer's own loop reads it."""
         with self._validating(trainer, module) as validation:
-            return mean_over_processes(trainer, validation.run().value(metric.monitor))
+            kept = data if isinstance(data, KeptData) else None
+            logged = validate(validation, kept, range(kept.folds)) if kept else validation.run()
+            return mean_over_processes(trainer, logged.value(monitor))
 
     def _save(self, trainer: Trainer) -> None:
         if self._files is not None:

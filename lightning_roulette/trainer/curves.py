@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -11,7 +12,7 @@ from lightning_roulette.core.report import Level, SearchReport
 # "Margin" draws the first tag as a line and the other two as the edges of a band.
 _LAYOUT = {
     "roulette": {
-        "score and floor": ["Multiline", ["roulette/score$", "roulette/floor$"]],
+        "score and floor": ["Multiline", ["roulette/score$", "roulette/floor$", "roulette/gated$"]],
         "branch": ["Margin", ["roulette/branch/median", "roulette/branch/min", "roulette/branch/max"]],
     }
 }
@@ -23,7 +24,9 @@ class Curves:
     | tag | value |
     |---|---|
     | `roulette/sparsity` | share of prunable weights removed |
-    | `roulette/score`, `roulette/floor` | the accepted winner's score, and the worst it might be |
+    | `roulette/score`, `roulette/floor` | the accepted winner's score on the ranking folds, and the worst it might be |
+    | `roulette/gated` | the same network's score on the confirmation folds, as far as these were asked |
+    | `roulette/score_error`, `roulette/gated_error` | paired standard errors of the two against the dense network |
     | `roulette/branch/min`, `/median`, `/max` | spread of the scores of the accepted winner's branch |
     | `roulette/density/<parameter>` | share of the parameter's weights that is kept |
 
@@ -42,10 +45,20 @@ class Curves:
         """The points of level 0."""
         spread = (report.dense_score,) * 3
         self._draw(0, report.dense_score, report.floor, 0.0, spread, dict.fromkeys(parameters, 1.0))
+        if report.gated_dense is not None:
+            self._log(0, {"roulette/gated": report.gated_dense})
 
     def draw_level(self, level: Level, floor: float, densities: Mapping[str, float]) -> None:
         """The points of one accepted level."""
         self._draw(level.level, level.score, floor, level.sparsity, level.spread, densities)
+        if not math.isnan(level.error):
+            self._log(level.level, {"roulette/score_error": level.error})
+
+    def draw_confirmed(self, level: Level) -> None:
+        """The points of one level on the confirmation folds."""
+        points = {"roulette/gated": level.gated, "roulette/gated_error": level.gated_error}
+        known = {tag: value for tag, value in points.items() if value is not None and not math.isnan(value)}
+        self._log(level.level, known)
 
     def draw_report(self, report: SearchReport) -> None:
         """The report as a table in TensorBoard's text tab."""
@@ -66,8 +79,11 @@ class Curves:
         points = {"roulette/sparsity": sparsity, "roulette/score": score, "roulette/floor": floor}
         points |= {f"roulette/branch/{name}": x for name, x in zip(("min", "median", "max"), spread, strict=True)}
         points |= {f"roulette/density/{name}": density for name, density in densities.items()}
+        self._log(step, points)
+
+    def _log(self, step: int, points: Mapping[str, float]) -> None:
         for logger in self._loggers:
-            logger.log_metrics(points, step=step)
+            logger.log_metrics(dict(points), step=step)
             logger.save()
 
     def _tensorboards(self) -> list[TensorBoardLogger]:

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeGuard
 
@@ -23,17 +22,26 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop  # a fresh one: the user's keeps its progress
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher  # of a step that takes batches itself
+from lightning.pytorch.loops.utilities import _select_data_fetcher  # tells which
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.trainer import call  # runs hooks and steps as the Trainer does
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import (
     _LoggerConnector,  # a fresh one: the user's keeps its metrics
 )
+from lightning.pytorch.trainer.connectors.logger_connector.result import (
+    _ResultCollection,  # a fresh one: the user's keeps its results
+    _ResultMetric,  # what it holds
+)
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 from torchmetrics import Metric, MetricCollection, MetricTracker
 
-from lightning_roulette.core.masks import Mask, applied, surely
-from lightning_roulette.core.search import PrunedWeights, Scores
+from lightning_roulette.core.masks import surely
 
 _ABSENT = object()
 
@@ -45,12 +53,16 @@ class Logged:
     Attributes:
         values: Name to value, as in `trainer.callback_metrics`.
         higher_is_better: What each logged torchmetrics object says of itself, by the name it was logged under.
+        metrics: The torchmetrics objects themselves, by the names of their values.
+        updates: Where they were recorded, each value that was logged for a batch, with its weight in their mean.
     """
 
     values: Mapping[str, Tensor]
     higher_is_better: Mapping[str, bool | None]
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    updates: Mapping[str, Sequence[tuple[Tensor, int]]] = field(default_factory=dict)
 
-    def value(self, name: str) -> Tensor:
+    def value(self, name: str, argument: str = "monitor") -> Tensor:
         """The value of a metric.
 
         Raises:
@@ -58,7 +70,8 @@ class Logged:
         """
         if name not in self.values:
             raise RuntimeError(
-                f"RouletteWheelPruning watches {name!r}, which validation did not log. {self.listing} Pass monitor=..."
+                f"RouletteWheelPruning watches {name!r}, which validation did not log. {self.listing} "
+                f"Pass {argument}=..."
             )
         return self.values[name]
 
@@ -88,11 +101,14 @@ class IsolatedValidation:
     def __init__(self, trainer: Trainer, module: LightningModule, keep_callbacks: Collection[str] = ()) -> None:
         self._trainer, self._module, self._keep = trainer, module, frozenset(keep_callbacks)
         self._stack = ExitStack()
+        self._steps: _Steps | None = None
+        self._running = False
 
     def __enter__(self) -> IsolatedValidation:
         trainer = self._trainer
         self._loop = _borrowing_loop(trainer)
         self._snapshot = _Snapshot(self._module, self._loop)
+        self._results, self._steps = _Results(), None
         callbacks = [one if type(one).__name__ in self._keep else _muted(one) for one in callbacks_of(trainer)]
         replacements: list[tuple[Any, str, Any]] = [
             (trainer, "callbacks", [one for one in callbacks if one is not None]),
@@ -139,22 +155,111 @@ class IsolatedValidation:
         self._snapshot.rewind()
         self._trainer._logger_connector = _LoggerConnector(self._trainer)
         self._loop._results.clear()
-        self._loop.setup_data()
-        self._snapshot.watch(self._loop)
+        self._set_up()
         all_batches = self._loop._max_batches
-        if not sum(all_batches):
-            raise RuntimeError(
-                "RouletteWheelPruning: the validation data is empty, so that candidates cannot be judged on it. Pass "
-                "val_dataloaders with some batches."
-            )
         try:
             self._loop._max_batches = [min(count, max_batches) for count in all_batches]
             self._loop.run()
             values = {name: _own(value) for name, value in self._trainer.callback_metrics.items()}
-            return Logged(values, _directions(self._loop))
+            return Logged(values, _directions(self._loop._results), _metrics(self._loop._results))
         finally:
             self._loop._max_batches = all_batches
             surely(self._snapshot.restore)
+
+    def lengths(self) -> list[float]:
+        """How many batches each loader gives; infinity where it does not say."""
+        self._set_up()
+        return list(self._loop._max_batches)
+
+    def samples(self) -> int | None:
+        """How many samples the loaders give in all; None where one does not tell."""
+        loaders = self._loop._combined_loader.flattened if self._loop._combined_loader is not None else []
+        counts = [_samples(loader, most) for loader, most in zip(loaders, self.lengths(), strict=True)]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    @property
+    def loader(self) -> int | None:
+        """The number of the loader whose batch is being validated, if there are several."""
+        return self._loop._results.dataloader_idx
+
+    @property
+    def hands_over_iterator(self) -> bool:
+        """Whether `validation_step` takes the iterator over the loaders, and so gets its batches itself."""
+        return isinstance(_select_data_fetcher(self._trainer, RunningStage.VALIDATING), _DataLoaderIterDataFetcher)
+
+    @torch.no_grad()
+    def read(self) -> Iterator[tuple[Any, int]]:
+        """The batches as `validation_step` gets them, each with the number of its loader; the same at each call."""
+        if self._running:
+            yield from self._batches()
+            return
+        self._snapshot.rewind()
+        self._set_up()
+        self._loop._on_evaluation_model_eval()  # a transfer hook may augment batches of training
+        try:
+            yield from self._batches()
+        finally:
+            surely(self._snapshot.restore)
+
+    def _set_up(self) -> None:
+        """Have the loaders ready."""
+        self._loop.setup_data()
+        self._snapshot.watch(self._loop)
+        if not sum(self._loop._max_batches):
+            raise RuntimeError(
+                "RouletteWheelPruning: the validation data is empty, so that candidates cannot be judged on it. Pass "
+                "val_dataloaders with some batches."
+            )
+
+    def _batches(self) -> Iterator[tuple[Any, int]]:
+        trainer, loop = self._trainer, self._loop
+        loop.reset()  # which makes the iterator: another would start workers and draw chance once more
+        fetcher = loop._data_fetcher
+        assert fetcher is not None
+        while (found := next(fetcher, None)) is not None:
+            batch, _, loader = found
+            batch = self._module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), loader)
+            yield call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=loader), loader
+
+    @torch.no_grad()
+    def run_on(self, batches: Iterable[tuple[Any, int]], recorded: bool = False) -> Logged:
+        """Validate the module as it is now on batches that `read` gave, through all its own hooks.
+
+        What the Trainer's loop does besides is left out: progress, and what bars and loggers get after each batch.
+
+        Args:
+            batches: Each with the number of its loader, in the order of the loaders.
+            recorded: Whether to note what is logged for each batch.
+
+        Returns:
+            What was logged.
+        """
+        trainer, loop = self._trainer, self._loop
+        self._snapshot.rewind()
+        connector = trainer._logger_connector = _LoggerConnector(trainer)
+        results = loop._results = _Recording() if recorded else self._results
+        if self._steps is None:
+            self._set_up()
+            loop._verify_dataloader_idx_requirement()
+            self._steps = _Steps(trainer, loop)
+        self._running = True
+        try:
+            loop._on_evaluation_model_eval()
+            loop._on_evaluation_start()
+            loop._on_evaluation_epoch_start()
+            self._steps.run(batches)
+            connector.epoch_end_reached()
+            connector.update_eval_epoch_metrics()
+            connector._evaluation_epoch_end()
+            loop._on_evaluation_epoch_end()
+            values = {name: _own(value) for name, value in trainer.callback_metrics.items()}
+            logged = Logged(values, _directions(results), _metrics(results), getattr(results, "updates", {}))
+            loop._on_evaluation_end()
+            loop._on_evaluation_model_train()
+            return logged
+        finally:
+            self._running, results.batch = False, None
+            surely(self._snapshot.restore_module)
 
     def _let_go_of_data(self, users_loop: _EvaluationLoop) -> None:
         # a loader that the user's loop shares is left alone: tearing it down would end its persistent workers
@@ -168,96 +273,80 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
-class TrainerEvaluator:
-    """Scores of pruned networks by isolated validation: the monitored metric, larger is better, on all batches.
+class _Steps:
+    """The steps of a validation, as the Trainer's loop takes them, with nothing else between.
 
     Args:
-        trainer: The Trainer of the validation.
-        validation: An entered `IsolatedValidation`.
-        weights: The module's own prunable parameters.
-        monitor: The metric.
-        sign: 1 if larger values are better, else -1.
-        loss: A logged loss that breaks ties, if any.
+        trainer: Its strategy and its callbacks' hooks.
+        loop: Its loop at this time.
     """
 
-    folds = 1
+    def __init__(self, trainer: Trainer, loop: _EvaluationLoop) -> None:
+        self._trainer, self._loop, module = trainer, loop, trainer.lightning_module
+        self._several = loop._is_sequential and loop.num_dataloaders > 1
+        self._takes_index = is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2)
+        hooks = ("on_validation_batch_start", "on_validation_batch_end")
+        kept = any(getattr(one, hook, None) is not None for one in callbacks_of(trainer) for hook in hooks)
+        self._start, self._end = (kept or is_overridden(hook, module) for hook in hooks)
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        validation: IsolatedValidation,
-        weights: Mapping[str, nn.Parameter],
-        monitor: str,
-        sign: int,
-        loss: str | None,
-    ) -> None:
-        self._trainer, self._validation, self._weights = trainer, validation, weights
-        self._monitor, self._sign, self._loss = monitor, sign, loss
-        self._warned = not trainer.is_global_zero
+    def run(self, batches: Iterable[tuple[Any, int]]) -> None:
+        """Validate batches, each with the number of its loader."""
+        connector, last, index = self._trainer._logger_connector, None, -1
+        for batch, loader in batches:
+            if last is not None and loader != last:
+                connector.epoch_end_reached()
+                connector.update_eval_epoch_metrics()
+            index = index + 1 if loader == last else 0
+            last = loader
+            self._step(batch, index, loader)
 
-    def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
-        """Lend the network to the validation with the candidate's mask applied."""
-        with applied(candidate.mask, self._weights):
-            logged = self._validation.run()
-        score = self._sign * self._agreed(logged.value(self._monitor))
-        tiebreak = -self._agreed(logged.value(self._loss)) if self._loss is not None else 0.0
-        return Scores(rank=score, floor=score, tiebreak=tiebreak)
+    def _step(self, batch: Any, index: int, loader: int) -> None:
+        trainer = self._trainer
+        rest = (index, loader) if self._several else (index,)
+        trainer._logger_connector.on_batch_start(batch, loader if self._several else None)
+        if self._start:
+            self._call("on_validation_batch_start", batch, *rest)
+        output = call._call_strategy_hook(trainer, "validation_step", batch, *(rest if self._takes_index else rest[1:]))
+        if self._end:
+            self._call("on_validation_batch_end", output, batch, *rest)
+        if trainer.received_sigterm:
+            raise SIGTERMException
 
-    def _agreed(self, value: Tensor) -> float:
-        mean = mean_over_processes(self._trainer, value)
-        if not self._warned and abs(mean - float(value)) > 1e-6 * abs(mean):
-            self._warned = True
-            warnings.warn(
-                "RouletteWheelPruning: the processes logged different values of the metric; their mean is used. "
-                "Log it with sync_dist=True.",
-                stacklevel=2,
-            )
-        return mean
-
-
-def refuse_if_blind(validation: IsolatedValidation, weights: Mapping[str, nn.Parameter]) -> None:
-    """Raise where validation does not see the weights that are pruned: a module may swap in averaged ones of its own.
-
-    Every candidate would score the same, and the search would prune all there is. To see it, what is logged with all
-    prunable weights at zero is compared with what is logged as they are: on one batch, and if that is equal on all.
-
-    Args:
-        validation: An entered `IsolatedValidation`.
-        weights: The prunable parameters, after training: an untrained network may well be as good as none.
-
-    Raises:
-        RuntimeError: If all of it is equal.
-    """
-    if all(_logs_the_same_without(weights, validation, batches) for batches in (1, math.inf)):
-        raise RuntimeError(
-            "RouletteWheelPruning: validation logs the same with all prunable weights at zero, so that it cannot judge "
-            "pruned candidates. Does the module validate other weights than these, averaged ones for example? Leave "
-            "averaging to a callback such as lightning's WeightAveraging, or name the weights with include."
-        )
+    def _call(self, hook: str, *arguments: Any) -> None:
+        call._call_callback_hooks(self._trainer, hook, *arguments)
+        call._call_lightning_module_hook(self._trainer, hook, *arguments)
 
 
-def _logs_the_same_without(weights: Mapping[str, nn.Parameter], validation: IsolatedValidation, batches: float) -> bool:
-    seen = validation.run(batches).values
-    nothing = Mask({name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()})
-    try:
-        with warnings.catch_warnings(), applied(nothing, weights):
-            warnings.simplefilter("ignore")
-            unseen = validation.run(batches).values
-    except Exception:  # a validation that fails on a network of zeros does see them
-        return False
-    # a metric that is not finite is for the search to complain of
-    return all(bool(value.isfinite().all()) for value in seen.values()) and _same(seen, unseen)
+class _Results(_ResultCollection):
+    """Results that do not look through all they hold, at every `self.log`, for what to move to a device."""
+
+    def __init__(self) -> None:
+        super().__init__(training=False)
+
+    def __setitem__(self, key: str, result: _ResultMetric) -> None:
+        move = result.to
+
+        def move_if_elsewhere(device: torch.device) -> _ResultMetric:
+            held = vars(result).get("value")  # that of a torchmetrics object comes with its first update
+            return result if held is None or held.device == device else move(device)
+
+        vars(result)["to"] = move_if_elsewhere
+        super().__setitem__(key, result)
 
 
-def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+class _Recording(_Results):
+    """Results that note what was logged for each batch, by the name of its value."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.updates: dict[str, list[tuple[Tensor, int]]] = {}
 
-def mean_over_processes(trainer: Trainer, value: Tensor) -> float:
-    """The mean of what the processes logged, the same on all of them; a synchronised metric is equal already."""
-    if trainer.world_size == 1:
-        return float(value)
-    return float(trainer.strategy.reduce(torch.as_tensor(value, dtype=torch.float64).clone(), reduce_op="mean"))
+    def update_metrics(self, key: str, value: Any, batch_size: int) -> None:
+        """Note a value, and count it in."""
+        super().update_metrics(key, value, batch_size)
+        if isinstance(value, Tensor) and self[key].meta.is_mean_reduction:
+            for name in set(self._forked_name(self[key], False)):
+                self.updates.setdefault(name, []).append((value.detach().clone(), batch_size))
 
 
 class _Snapshot:
@@ -296,21 +385,25 @@ class _Snapshot:
             if isinstance(metric, Metric):
                 metric.reset()
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Everything as at first."""
-        for contents, members in self._made:
-            contents.clear()
-            contents.update(members)
-        for buffer, values in self._values:
-            buffer.copy_(values)
-        for metric, state in self._metrics:
-            vars(metric).update({name: _shallow(value) for name, value in state.items()})
-        for part, training in self._modes.items():
-            part.training = training
+        self.restore_module()
         for holder, epoch in self._epochs.items():
             holder.epoch = epoch
         self._restore_chance()
+
+    def restore_module(self) -> None:
+        """The module as at first; what else changed, each validation begins anew."""
+        for contents, members in self._made:
+            contents.clear()
+            contents.update(members)
+        with torch.no_grad():
+            for buffer, values in self._values:
+                buffer.copy_(values)
+        for metric, state in self._metrics:
+            vars(metric).update({name: _shallow(value) for name, value in state.items()})
+        for part, training in self._modes.items():
+            vars(part)["training"] = training  # what assigning does, without the checks of a Module
         torch.set_grad_enabled(self._grad)
 
     def _restore_chance(self) -> None:
@@ -352,10 +445,24 @@ def _borrowing_loop(trainer: Trainer) -> _EvaluationLoop:
     return loop
 
 
-def _directions(loop: _EvaluationLoop) -> dict[str, bool | None]:
+def _directions(results: _ResultCollection) -> dict[str, bool | None]:
     """`higher_is_better` of logged torchmetrics objects: Lightning shows their values alone."""
-    logged = [result for result in loop._results.values() if not result.is_tensor]
+    logged = [result for result in results.values() if not result.is_tensor]
     return {result.meta.name: getattr(result.value, "higher_is_better", None) for result in logged}
+
+
+def _metrics(results: _ResultCollection) -> dict[str, Metric]:
+    """The torchmetrics objects that were logged, by the names of their values."""
+    objects = [one for one in results.values() if not one.is_tensor]
+    return {name: one.value for one in objects for name in results._forked_name(one, False)}
+
+
+def _samples(loader: Any, batches: float) -> int | None:
+    """The samples in so many batches of a loader, if it is a plain one."""
+    sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
+    if not isinstance(size, int) or not isinstance(sampler, Sized) or math.isinf(batches):
+        return None
+    return min(len(sampler), int(batches) * size)
 
 
 def _loader_parts(loop: _EvaluationLoop) -> list[Any]:

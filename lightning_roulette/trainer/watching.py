@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from lightning.pytorch import Trainer
 
@@ -44,20 +45,23 @@ class Watcher(Observer):
     def __exit__(self, *_: object) -> None:
         self._line.close()
 
-    def on_dense(self, so_far: Winner) -> None:
+    def on_dense(self, so_far: Winner, work: float) -> None:
         """Say the dense score and what a level will cost."""
-        self.so_far, self._of = so_far, so_far.report.branches
+        self.so_far = so_far
         ours = self._in_metric(so_far.report)
+        ranking, confirming = ours.folds
+        kept = f", {confirming} of {ranking + confirming} folds kept for confirmation" if confirming else ""
+        seconds = work * ours.seconds / max(ours.validations, 1)
         self._say(
-            f"{ours.monitor}: dense {ours.dense_score:.6g}, floor {ours.floor:.6g}. "
-            f"A level of {ours.branches} candidates will take about {ours.branches * ours.seconds:.1f} s."
+            f"{ours.monitor}: dense {ours.dense_score:.6g}, floor {ours.floor:.6g}{kept}. "
+            f"A level of {ours.branches} candidates will take about {seconds:.1f} s."
         )
         self._curves.draw_dense(ours, so_far.mask)
 
-    def on_candidate(self, level: int, number: int, best: Candidate | None, sparsity: float) -> None:
+    def on_candidate(self, level: int, done: int, planned: int, best: Candidate | None, sparsity: float) -> None:
         """Move the progress line."""
         found = "" if best is None else f", best {self._metric.sign * best.score:.4g}"
-        self._line.show(f"Pruning level {level} to {sparsity:.2%}{found}", number, self._of)
+        self._line.show(f"Pruning level {level} to {sparsity:.2%}{found}", done, planned)
 
     def on_level(self, level: Level, so_far: Winner) -> None:
         """Say how the level ended; draw it if it was accepted."""
@@ -69,6 +73,17 @@ class Watcher(Observer):
         if ours.accepted:
             self._curves.draw_level(ours, report.floor, so_far.mask.densities)
 
+    def on_confirmed(self, level: Level, so_far: Winner) -> None:
+        """Say whether the level held; draw its point."""
+        self.so_far = so_far
+        report = self._in_metric(so_far.report)
+        ours = next(one for one in report.accepted if one.level == level.level)
+        verdict = "held" if ours.held else "did not hold"
+        self._line.show(f"Confirming level {ours.level} of {len(report.accepted)}", ours.level, len(report.accepted))
+        if not ours.held or ours is report.accepted[-1]:
+            self._say(f"level {ours.level} on the confirmation data: {report.monitor} {ours.gated:.6g}, {verdict}")
+        self._curves.draw_confirmed(ours)
+
     def on_end(self, report: SearchReport) -> None:
         """Say why the search ended; draw the report, which is in the units of the metric already."""
         for sentence in report.summary():
@@ -76,7 +91,7 @@ class Watcher(Observer):
         self._curves.draw_report(report)
 
     def _in_metric(self, report: SearchReport) -> SearchReport:
-        return report.in_metric(self._metric.monitor, self._metric.mode)
+        return replace(report.in_metric(self._metric.monitor, self._metric.mode), rank_by=self._metric.rank_by)
 
     def _say(self, text: str) -> None:
         if self._speaks:

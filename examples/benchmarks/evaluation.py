@@ -1,0 +1,283 @@
+"""What a branch of 20 costs, and a single candidate.
+
+A branch is one level of a search, from the first spin to the winner's score on all ranking folds, in units of one dense
+`trainer.validate` of a quiet Trainer (no logger, bar or checkpoint). A candidate is one network judged on all folds, in
+units of the module's own `validation_step` called on the same cached batches with `self.log` bound to a live result
+collection. Medians of interleaved repeats. Then, for the race: in how many branches its winner is within one paired
+standard error of the winner of a branch in which all candidates are judged on all ranking folds, and by how much its
+loss is larger in the mean.
+"""
+
+import argparse
+import logging
+import math
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+sys.path.append(str(Path(__file__).parent))
+from on_tensors import NETWORKS, digits, digits_mlp
+
+from lightning_roulette import (
+    Level,
+    Mask,
+    Observer,
+    PrunedWeights,
+    Scores,
+    Tree,
+    Validation,
+    prunable_parameters,
+    search,
+)
+from lightning_roulette.core.race import rungs
+from lightning_roulette.trainer.evaluation import IsolatedValidation
+from lightning_roulette.trainer.monitor import find_metric
+from lightning_roulette.trainer.scoring import TrainerEvaluator, folded
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore")
+
+
+class Residual(nn.Module):
+    """Two convolutions and a way around them."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs))
+        self.second = nn.Sequential(nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs))
+        self.around = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.second(torch.relu(self.first(x))) + self.around(x))
+
+
+def small_resnet() -> nn.Module:
+    """Eight layers of the CIFAR family."""
+    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    blocks = [Residual(16, 16, 1), Residual(16, 32, 2), Residual(32, 64, 2)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def noise(shape: tuple[int, ...], count: int) -> tuple[Tensor, Tensor]:
+    """Images that stand for real ones where only the time counts; classes that a linear map tells."""
+    chance = torch.Generator().manual_seed(0)
+    images = torch.randn(count, *shape, generator=chance)
+    return images, (images.flatten(1) @ torch.randn(math.prod(shape), 10, generator=chance)).argmax(1)
+
+
+def cases() -> dict[str, tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]]:
+    """Network, training data, validation data, and batch size of each case."""
+    of_digits = digits(0, 400)
+    mnist_like, cifar_like = noise((1, 28, 28), 12_000), noise((3, 32, 32), 3000)
+    return {
+        "digits MLP, 400": (digits_mlp(), of_digits["train"], of_digits["val"], 64),
+        "LeNet-5, 10,000": (NETWORKS["lenet-5"][0](), *_cut(mnist_like, 2000), 250),
+        "small ResNet, 2,000": (small_resnet(), *_cut(cifar_like, 1000), 100),
+    }
+
+
+def _cut(split: tuple[Tensor, Tensor], train: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return (split[0][:train], split[1][:train]), (split[0][train:], split[1][train:])
+
+
+class Classifier(LightningModule):
+    """Logs a loss and a torchmetrics accuracy, as most modules do."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.val_acc = net, MulticlassAccuracy(10, average="micro")
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        scores = self.net(batch[0])
+        self.log("val_loss", cross_entropy(scores, batch[1]))
+        self.val_acc(scores, batch[1])
+        self.log("val_acc", self.val_acc)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+class Stopwatch(Observer):
+    """Times the levels of a search."""
+
+    def __init__(self) -> None:
+        self.levels: list[float] = []
+
+    def on_dense(self, so_far: object, work: float) -> None:
+        self._began = time.perf_counter()
+
+    def on_level(self, level: object, so_far: object) -> None:
+        self.levels.append(time.perf_counter() - self._began)
+        self._began = time.perf_counter()
+
+
+class Measured(Callback):
+    """Measures at the end of training."""
+
+    def __init__(self, options: argparse.Namespace, val: DataLoader) -> None:
+        self.options, self.val, self.found = options, val, {}
+
+    def on_train_end(self, trainer: Trainer, module: Classifier) -> None:
+        weights = prunable_parameters(module)
+        validation = IsolatedValidation(trainer, module)
+        with validation:
+            (data, logged), reading = _timed(lambda: folded(validation, 0, 2**31))
+            metric = find_metric(logged, trainer, "val_acc", None, 0.005)
+            evaluate = TrainerEvaluator(trainer, module, validation, data, weights, metric)
+            candidate = PrunedWeights(Mask.full(weights), weights)
+            folds = range(evaluate.folds)
+            times = {"candidate": [], "step": [], "branch": []}
+            for _ in range(self.options.repeats):
+                times["candidate"].append(_timed(lambda: evaluate(candidate, folds))[1])
+                times["step"].append(_timed(lambda: _bare_steps(trainer, module, list(data.of(folds))))[1])
+                watch = Stopwatch()
+                search(weights, evaluate, tolerance=math.inf, tree=Tree(max_levels=1), observer=watch)
+                times["branch"] += watch.levels
+            agrees, regret = agreement(weights, evaluate, self.options.levels)
+        times["dense"] = [self._validated(module) for _ in range(self.options.repeats + 1)]  # the first warms up
+        middle = {what: median(one[-self.options.repeats :]) for what, one in times.items()}
+        self.found = {**middle, "reading": reading, "agrees": agrees, "regret": regret}
+
+    def _validated(self, module: Classifier) -> float:
+        """Seconds of one `trainer.validate`."""
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        other = Trainer(accelerator=self.options.accelerator, devices=1, enable_model_summary=False, **quiet)
+        twin = Classifier(module.net)
+        return _timed(lambda: other.validate(twin, self.val, verbose=False))[1]
+
+
+@torch.no_grad()
+def _bare_steps(trainer: Trainer, module: LightningModule, batches: list) -> None:
+    module.eval()
+    module._current_fx_name = "validation_step"
+    for index, (batch, _) in enumerate(batches):
+        trainer._logger_connector.on_batch_start(batch)
+        module.validation_step(batch, index)
+    module.train()
+    module._current_fx_name = None
+
+
+class Branches(Observer):
+    """An evaluator that notes how every candidate of a branch ranks on each fold and on all, for races run afterwards.
+
+    Args:
+        evaluate: What it asks.
+    """
+
+    def __init__(self, evaluate: TrainerEvaluator) -> None:
+        self._evaluate, self.folds = evaluate, evaluate.folds
+        self._ranks: list[tuple[float, list[float]]] = []
+        self.levels: list[list[tuple[float, list[float]]]] = []
+
+    def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
+        """The scores, and a note if this is on many folds."""
+        scores = self._evaluate(candidate, folds)
+        if len(folds) > 1:
+            self._ranks.append((scores.rank, [self._evaluate(candidate, [fold]).rank for fold in folds]))
+        return scores
+
+    def on_dense(self, so_far: object, work: float) -> None:
+        self._ranks.clear()
+
+    def on_level(self, level: Level, so_far: object) -> None:
+        self.levels.append(self._ranks[: len(level.candidates)])  # after which the winner is asked once more
+        self._ranks.clear()
+
+
+def agreement(weights: dict[str, nn.Parameter], evaluate: TrainerEvaluator, levels: int) -> tuple[float, float]:
+    """Of races in the branches of a search: how often the winner is good enough, and its mean regret in errors."""
+    seen = Branches(evaluate)
+    tree, validation = Tree(max_levels=levels), Validation(race=False)
+    search(weights, seen, tolerance=math.inf, tree=tree, validation=validation, observer=seen)
+    outcomes = [_regret(branch) for branch in seen.levels]
+    return (
+        mean(regret <= error for regret, error in outcomes),
+        mean(regret / error if regret else 0.0 for regret, error in outcomes),
+    )
+
+
+def _regret(branch: list[tuple[float, list[float]]]) -> tuple[float, float]:
+    """How much worse than the best the race's winner ranks on all folds, and the paired standard error of that."""
+    folds = len(branch[0][1])
+    runners = list(range(len(branch)))
+    for rung in rungs(len(branch), folds, folds):
+        behind = rung.parts[0].start
+        if behind:
+            runners = sorted(runners, key=lambda one: -mean(branch[one][1][:behind]))[: rung.entrants]
+    raced = max(runners, key=lambda one: mean(branch[one][1]))
+    best = max(range(len(branch)), key=lambda one: branch[one][0])
+    apart = [a - b for a, b in zip(branch[best][1], branch[raced][1], strict=True)]
+    return branch[best][0] - branch[raced][0], stdev(apart) / math.sqrt(folds)
+
+
+def _timed(action: Callable[[], object]) -> tuple[object, float]:
+    began = time.perf_counter()
+    result = action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - began
+
+
+def measured(name: str, workers: int, options: argparse.Namespace) -> dict:
+    """The numbers of one case."""
+    seed_everything(0, verbose=False)
+    net, train, val, size = cases()[name]
+    loaders = [
+        DataLoader(TensorDataset(*part), batch_size=size, shuffle=shuffle, num_workers=count)
+        for part, shuffle, count in ((train, True, 0), (val, False, workers))
+    ]
+    watch = Measured(options, loaders[1])
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "callbacks": [watch]}
+    trainer = Trainer(
+        max_epochs=options.epochs,
+        accelerator=options.accelerator,
+        devices=1,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=options.epochs + 1,
+        **quiet,
+    )
+    trainer.fit(Classifier(net), *loaders)
+    return watch.found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="+", choices=list(cases()), default=list(cases()))
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--levels", type=int, default=6, help="branches in which the race is compared with no race")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--accelerator", default="cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{platform.processor() or platform.machine()}, 1 thread, torch {torch.__version__}; ratios of medians")
+    print("                     workers | in dense validations    | candidate / | race")
+    print("                             | branch of 20   reading  | bare steps  | agrees  regret / s.e.")
+    for name in options.cases:
+        for workers in options.workers:
+            one = measured(name, workers, options)
+            branch, reading = one["branch"] / one["dense"], one["reading"] / one["dense"]
+            print(
+                f"{name:20} {workers:7} | {branch:12.2f}  {reading:8.2f}  | {one['candidate'] / one['step']:11.2f} | "
+                f"{one['agrees']:6.0%}  {one['regret']:13.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

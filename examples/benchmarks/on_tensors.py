@@ -1,0 +1,132 @@
+"""What the benchmarks share: data and networks in memory, and an evaluator that `search` takes, without a Trainer."""
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+sys.path.append(str(Path(__file__).parent.parent))
+from mnist import NETWORKS, Split, accuracy, mnist
+
+from lightning_roulette import PrunedWeights, Scores, Singles, apply_mask, prunable_parameters
+
+__all__ = [
+    "NETWORKS",
+    "OnTensors",
+    "Split",
+    "accuracy",
+    "dense_weights",
+    "digits",
+    "magnitude_curve",
+    "mnist",
+    "trained",
+]
+
+
+class OnTensors:
+    """An evaluator on images in memory: ranked by loss, or by accuracy; judged by accuracy.
+
+    Args:
+        net: The network, in evaluation mode.
+        split: Images and classes; single images are dealt to the folds.
+        batch: Images in a forward pass at most.
+        folds: How many folds.
+        by_accuracy: Whether accuracy ranks, too.
+        seed: Which image comes into which fold.
+    """
+
+    def __init__(
+        self, net: nn.Module, split: Split, batch: int, folds: int = 16, by_accuracy: bool = False, seed: int = 0
+    ) -> None:
+        order = torch.randperm(len(split[1]), generator=torch.Generator().manual_seed(seed))
+        self.net, self.images, self.classes = net, split[0][order], split[1][order]
+        self.batch, self.folds, self.by_accuracy = batch, folds, by_accuracy
+
+    def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
+        """Scores of the network with the candidate's weights."""
+        return self._scores(*self._judged(candidate, folds))
+
+    def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, Singles]:
+        """The same, and which images were recognised."""
+        hits, losses = self._judged(candidate, folds)
+        return self._scores(hits, losses), Singles(hits, 0.0, 1.0)
+
+    def _scores(self, hits: Tensor, losses: Tensor) -> Scores:
+        right, loss = float(hits.mean()), float(losses.mean())
+        return Scores(rank=right, floor=right) if self.by_accuracy else Scores(rank=-loss, floor=right, tiebreak=right)
+
+    @torch.no_grad()
+    def _judged(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        weights, size = candidate.weights, len(self.classes)
+        begin, end = size * min(folds) // self.folds, size * (max(folds) + 1) // self.folds
+        hits, losses = [], []
+        for start in range(begin, end, self.batch):
+            part = slice(start, min(end, start + self.batch))
+            outputs = functional_call(self.net, weights, (self.images[part],))
+            hits.append((outputs.argmax(1) == self.classes[part]).double())
+            losses.append(cross_entropy(outputs, self.classes[part], reduction="none").double())
+        return torch.cat(hits), torch.cat(losses)
+
+
+def digits(seed: int, validation: int) -> dict[str, Split]:
+    """Scikit-learn's digits: 1,000 to train on, 397 to test on, up to 400 to validate on; split anew by each seed."""
+    images, classes = load_digits(return_X_y=True)
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
+    x, y = torch.tensor(images, dtype=torch.float32)[order] / 16, torch.tensor(classes)[order]
+    parts = {"train": slice(0, 1000), "val": slice(1000, 1000 + validation), "test": slice(1400, 1797)}
+    return {name: (x[part], y[part]) for name, part in parts.items()}
+
+
+def digits_mlp() -> nn.Module:
+    """50,200 weights, as in the quickstart."""
+    return nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+
+
+def trained(name: str, seed: int, split: Split, epochs: int, batch: int = 100) -> nn.Module:
+    """A network of one seed after Adam with a learning rate of 0.001."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = digits_mlp() if name == "digits" else NETWORKS[name][0]()
+    net.to(memory_format=torch.channels_last)
+    chance, optimizer = torch.Generator().manual_seed(seed), torch.optim.Adam(net.parameters(), lr=1e-3)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(split[1]), generator=chance).split(batch):
+            optimizer.zero_grad()
+            cross_entropy(net(split[0][chosen]), split[1][chosen]).backward()
+            optimizer.step()
+    return net.eval()
+
+
+def dense_weights(net: nn.Module) -> dict[str, Tensor]:
+    """Copies of the prunable weights."""
+    return {name: weight.detach().clone() for name, weight in prunable_parameters(net).items()}
+
+
+def pruned_accuracy(net: nn.Module, weights: dict[str, Tensor], mask: dict[str, Tensor], split: Split) -> float:
+    """Accuracy with a mask; the network is left dense."""
+    apply_mask(net, mask)
+    score = accuracy(net, split)
+    with torch.no_grad():
+        for name, parameter in prunable_parameters(net).items():
+            parameter.copy_(weights[name])
+    return score
+
+
+def magnitude_curve(net: nn.Module, sparsities: Sequence[float], split: Split) -> list[float]:
+    """Accuracy after one-shot magnitude pruning over all layers, for each sparsity."""
+    weights = dense_weights(net)
+    magnitudes = torch.cat([weight.abs().flatten() for weight in weights.values()])
+    ascending = magnitudes.sort().values
+    found = []
+    for sparsity in sparsities:
+        gone = math.floor(sparsity * len(ascending) + 0.5)
+        threshold = ascending[gone - 1] if gone else -1.0
+        mask = {name: weight.abs() > threshold for name, weight in weights.items()}
+        found.append(pruned_accuracy(net, weights, mask, split))
+    return found

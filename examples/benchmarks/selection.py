@@ -1,0 +1,145 @@
+"""Does a winner hold on data nobody searched on? Reported decline beside the decline on test images.
+
+Three ways to select are compared on the same trained networks: naive (branch and floor by accuracy on all validation
+images, nothing confirmed), the default (branch by loss, part of the images kept for confirmation), and the default with
+a certificate. The test images judge and choose nothing. One-shot magnitude pruning stands beside them: how sparse it is
+where it loses as much on the test images. Finished runs are kept as lines of JSON and not run again.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from on_tensors import (
+    OnTensors,
+    Split,
+    accuracy,
+    dense_weights,
+    digits,
+    magnitude_curve,
+    mnist,
+    pruned_accuracy,
+    trained,
+)
+from torch import nn
+
+from lightning_roulette import Validation, search
+
+SPARSITIES = [step / 100 for step in range(0, 100)]
+WAYS = {
+    "naive": {"by_accuracy": True, "validation": Validation(confirm=0, race=False)},
+    "by loss, shared": {"validation": Validation(confirm=0)},
+    "confirm 0.25": {"validation": Validation(confirm=0.25)},
+    "confirm 0.5": {"validation": Validation(confirm=0.5)},
+    "confirm 0.75": {"validation": Validation(confirm=0.75)},
+    "confidence 0.95": {"validation": Validation(confirm=0.5), "confidence": 0.95},
+}
+SHOWN = ["naive", "confirm 0.5", "confidence 0.95"]
+
+
+def one_run(net: nn.Module, data: dict[str, Split], way: str, options: argparse.Namespace, seed: int) -> dict:
+    """One search, and what the test images say of its winner."""
+    choices = dict(WAYS[way])
+    evaluate = OnTensors(net, data["val"], 1000, by_accuracy=choices.pop("by_accuracy", False), seed=seed)
+    weights, dense = dense_weights(net), accuracy(net, data["test"])
+    began = time.monotonic()
+    try:
+        winner = search(weights, evaluate, branches=20, tolerance=options.tolerance, seed=seed, **choices)
+    except ValueError as error:  # too few samples for a certificate
+        if "confirmation samples" not in str(error):
+            raise
+        return {"impossible": str(error)}
+    test = pruned_accuracy(net, weights, winner.mask, data["test"])
+    report = winner.report
+    return {
+        "left": 1 - report.sparsity,
+        "reported": report.decline,
+        "test": dense - test,
+        "dense_test": dense,
+        "levels": len(report.accepted),
+        "winner": report.winner.level if report.winner else 0,
+        "validations": report.validations,
+        "seconds": time.monotonic() - began,
+    }
+
+
+def runs(name: str, size: int, options: argparse.Namespace, images: dict[str, Split] | None) -> list[dict]:
+    """All runs of one network and validation size, those of earlier calls included."""
+    done = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
+    seeds = range(options.seeds or (30 if name == "digits" else 5))
+    asked = {"network": name, "size": size, "tolerance": options.tolerance}
+    for seed in seeds:
+        missing = [way for way in options.ways if not _found(done, {**asked, "seed": seed, "way": way})]
+        if not missing:
+            continue
+        data = (
+            digits(seed, size) if name == "digits" else {**images, "val": tuple(part[:size] for part in images["val"])}
+        )
+        net = trained(name, seed, data["train"], 30 if name == "digits" else 8, 50 if name == "digits" else 100)
+        if not _found(done, {**asked, "seed": seed, "way": "magnitude"}):
+            curve = magnitude_curve(net, SPARSITIES, data["test"])
+            done.append({**asked, "seed": seed, "way": "magnitude", "declines": [curve[0] - one for one in curve]})
+            _keep(done[-1], options.results)
+        for way in missing:
+            done.append({**asked, "seed": seed, "way": way, **one_run(net, data, way, options, seed)})
+            _keep(done[-1], options.results)
+    return [row for row in done if asked.items() <= row.items() and row["seed"] in seeds]
+
+
+def table(name: str, size: int, rows: list[dict], ways: list[str]) -> None:
+    """One line for each way."""
+    curves = [row["declines"] for row in rows if row["way"] == "magnitude"]
+    magnitude = [mean(column) for column in zip(*curves, strict=True)]
+    for way in ways:
+        ours = [row for row in rows if row["way"] == way]
+        if all("impossible" in row for row in ours):
+            print(f"{name:15} {size:6,}  {way:16} {len(ours):5}  too few images for a certificate")
+            continue
+        left, test, reported = ([row[key] for row in ours] for key in ("left", "test", "reported"))
+        gaps = [a - b for a, b in zip(test, reported, strict=True)]
+        error = stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+        level = max((s for s, loss in zip(SPARSITIES, magnitude, strict=True) if loss <= mean(test)), default=0.0)
+        print(
+            f"{name:15} {size:6,}  {way:16} {len(ours):5}  {mean(left):7.1%} ({min(left):.1%} to {max(left):.1%})"
+            f"  {100 * mean(reported):+8.2f}  {100 * mean(test):+6.2f}  {100 * mean(gaps):+6.2f} +- {100 * error:.2f}"
+            f"  {1 - level:15.0%}  {sum(t > 0.005 for t in test):3} of {len(test)}"
+        )
+
+
+def _found(done: list[dict], key: dict) -> bool:
+    return any(key.items() <= row.items() for row in done)
+
+
+def _keep(row: dict, path: Path) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="mnist.npz in the layout of Keras; fetched from OpenML if left out")
+    parser.add_argument("--network", choices=["digits", "lenet-300-100"], action="append", help="both if left out")
+    parser.add_argument("--sizes", type=int, nargs="+", help="validation images; 200 400, and 2000 10000 for MNIST")
+    parser.add_argument("--seeds", type=int, help="how many; 30 for digits, 5 for MNIST if left out")
+    parser.add_argument("--tolerance", type=float, default=0.005)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=SHOWN)
+    parser.add_argument("--results", type=Path, default=Path("selection.jsonl"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"tolerance {100 * options.tolerance:g} points; declines in points, means over the seeds, +- standard error")
+    print(
+        "network         images  way              seeds  weights left (range)       reported    test  "
+        "test - reported  magnitude left  test > tolerance"
+    )
+    for name in options.network or ["digits", "lenet-300-100"]:
+        images = None if name == "digits" else mnist(options.data)
+        for size in options.sizes or ([200, 400] if name == "digits" else [2000, 10_000]):
+            table(name, size, runs(name, size, options, images), options.ways)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""Validation batches dealt to folds at random, and kept in memory as far as that is allowed."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection  # knows every container that Lightning moves
+from torch import Tensor
+
+from lightning_roulette.core.chance import random_bits, stream
+from lightning_roulette.trainer.rows import joined, rows_of, taken
+
+FOLDS = 16
+
+# Reads the loaders from the first batch to the last: each batch with the number of its loader.
+Read = Callable[[], Iterator[tuple[Any, int]]]
+
+
+class FoldedData(Protocol):
+    """Validation data in folds.
+
+    Attributes:
+        folds: How many there are.
+        whole: Why there is only one, else empty.
+        at_once: How many of them fit into memory.
+    """
+
+    folds: int
+    whole: str
+    at_once: int
+
+    def of(self, folds: Sequence[int]) -> Iterator[tuple[Any, int]]:
+        """The batches of some folds, each with the number of its loader; in the order of the loaders."""
+        ...
+
+    def altered(self) -> bool:
+        """Whether a validation has written into a tensor that is kept."""
+        ...
+
+
+def dealt(read: Read, lengths: Sequence[float], seed: int, cache_bytes: int, copies: bool = False) -> FoldedData:
+    """The data of some loaders, dealt to folds.
+
+    Whole batches are dealt where each loader gives at least 16, else single samples, where batches can be split.
+
+    Args:
+        read: Reads the loaders, the same batches each time.
+        lengths: How many batches each loader has, infinity where that is unknown: these are dealt in turn.
+        seed: Of the permutation by which the others are dealt.
+        cache_bytes: If the batches take more than this, the loaders are read again when a fold is asked for that is not
+            kept.
+        copies: Whether to give out copies of the tensors that are kept: for a module that writes into its batches.
+    """
+    kept: dict[int, list[Any]] = {loader: [] for loader in range(len(lengths))}
+    sizes: dict[int, list[int]] = {loader: [] for loader in range(len(lengths))}
+    total = 0
+    for batch, loader in read():
+        sizes[loader].append(bytes_of(batch))
+        total += sizes[loader][-1]
+        if total <= cache_bytes:
+            kept[loader].append(batch)
+        else:
+            kept = {loader: [] for loader in kept}
+    if total <= cache_bytes:
+        return KeptData(kept, lengths, seed, copies)
+    return StreamedData(read, sizes, lengths, seed, cache_bytes, copies)
+
+
+class KeptData:
+    """Batches that are all in memory.
+
+    Args:
+        batches: Of each loader, in its order.
+        lengths: See `dealt`.
+        seed: See `dealt`.
+        copies: See `dealt`.
+    """
+
+    def __init__(
+        self, batches: Mapping[int, list[Any]], lengths: Sequence[float], seed: int, copies: bool = False
+    ) -> None:
+        self.whole = next((why for loader, found in batches.items() if (why := _resists(loader, found))), "")
+        self.folds = self.at_once = 1 if self.whole else FOLDS
+        self._portions: dict[int, WholeBatches | SplitRows] = {
+            loader: WholeBatches(found, folds_of(len(found), self.folds, lengths[loader], seed, loader))
+            if self.whole or len(found) >= FOLDS
+            else SplitRows.shuffled(found, seed, loader)
+            for loader, found in batches.items()
+        }
+        self._copies, self._versions = copies, _versions(self._contents())
+
+    def of(self, folds: Sequence[int]) -> Iterator[tuple[Any, int]]:
+        """See `FoldedData`."""
+        found = ((batch, loader) for loader, portion in self._portions.items() for batch in portion.of(folds))
+        return ((_rebuilt(batch, self._copies), loader) for batch, loader in found)
+
+    def altered(self) -> bool:
+        """See `FoldedData`."""
+        return _versions(self._contents()) != self._versions
+
+    def _contents(self) -> list[Any]:
+        return [one.contents() for one in self._portions.values()]
+
+
+class StreamedData:
+    """Batches of which only some are in memory: the last asked for, and as many of the next folds as fit.
+
+    Args:
+        read: See `dealt`.
+        sizes: Of the batches of each loader, in bytes.
+        lengths: See `dealt`.
+        seed: See `dealt`.
+        cache_bytes: See `dealt`.
+        copies: See `dealt`.
+    """
+
+    def __init__(
+        self,
+        read: Read,
+        sizes: Mapping[int, list[int]],
+        lengths: Sequence[float],
+        seed: int,
+        cache_bytes: int,
+        copies: bool = False,
+    ) -> None:
+        self._read, self._most, self._copies = read, cache_bytes, copies
+        fewest = min(len(found) for found in sizes.values())
+        self.folds = min(FOLDS, max(1, fewest))
+        self.whole = "" if self.folds > 1 else "a loader gives a single batch, and cache_bytes does not hold the data"
+        self._fold_of = {
+            loader: folds_of(len(found), self.folds, lengths[loader], seed, loader) for loader, found in sizes.items()
+        }
+        self._bytes = [0] * self.folds
+        for loader, found in sizes.items():
+            for fold, size in zip(self._fold_of[loader], found, strict=True):
+                self._bytes[fold] += size
+        self.at_once = max(1, min(self.folds, cache_bytes // max(1, *self._bytes)))
+        self._kept: dict[int, list[tuple[int, int, Any]]] = {}
+        self._versions: list[int] = []
+
+    def of(self, folds: Sequence[int]) -> Iterator[tuple[Any, int]]:
+        """See `FoldedData`."""
+        if not self._kept.keys() >= set(folds):
+            if sum(self._bytes[fold] for fold in folds) > self._most:
+                return ((batch, loader) for loader, _, batch in self._batches(folds))
+            self._keep(folds)
+        found = sorted((one for fold in folds for one in self._kept[fold]), key=lambda one: one[:2])
+        return ((_rebuilt(batch, self._copies), loader) for loader, _, batch in found)
+
+    def altered(self) -> bool:
+        """See `FoldedData`."""
+        return _versions(self._kept) != self._versions
+
+    def _keep(self, folds: Sequence[int]) -> None:
+        wanted, size = list(folds), sum(self._bytes[fold] for fold in folds)
+        following = [(max(folds) + step) % self.folds for step in range(1, self.folds)]
+        for fold in following:
+            if fold not in wanted and (size := size + self._bytes[fold]) <= self._most:
+                wanted.append(fold)
+        self._kept = {}  # before the next are read
+        kept: dict[int, list[tuple[int, int, Any]]] = {fold: [] for fold in wanted}
+        for loader, place, batch in self._batches(wanted):
+            kept[self._fold_of[loader][place]].append((loader, place, batch))
+        self._kept, self._versions = kept, _versions(kept)
+
+    def _batches(self, folds: Collection[int]) -> Iterator[tuple[int, int, Any]]:
+        """The loader, the place in it, and the batch, for all of these folds."""
+        place = dict.fromkeys(self._fold_of, -1)
+        for batch, loader in self._read():
+            place[loader] += 1
+            if self._fold_of[loader][place[loader]] in folds:
+                yield loader, place[loader], batch
+
+
+@dataclass(frozen=True, eq=False)
+class WholeBatches:
+    """Batches of one loader, dealt as they are.
+
+    Attributes:
+        batches: In the order of the loader.
+        folds: The fold of each.
+    """
+
+    batches: Sequence[Any]
+    folds: Sequence[int]
+
+    def of(self, folds: Sequence[int]) -> Iterator[Any]:
+        """The batches of these folds, in the order of the loader."""
+        return (batch for batch, fold in zip(self.batches, self.folds, strict=True) if fold in folds)
+
+    def contents(self) -> list[Any]:
+        """What is kept."""
+        return list(self.batches)
+
+
+@dataclass(frozen=True, eq=False)
+class SplitRows:
+    """Samples of one loader, dealt one by one.
+
+    Attributes:
+        pools: Batches with their rows in random order; a fold is a stretch of each.
+        ends: Where the stretches of each pool begin, and where the last ends.
+        most: How many rows a batch cut from a pool has at most.
+    """
+
+    pools: Sequence[Any]
+    ends: Sequence[Sequence[int]]
+    most: int
+
+    @classmethod
+    def shuffled(cls, batches: Sequence[Any], seed: int, loader: int) -> SplitRows:
+        """The rows of batches in random order: in one pool where they can be joined, else each batch on its own."""
+        whole = joined(batches)
+        pools = batches if whole is None else [whole]
+        sizes = [rows_of(pool) or 0 for pool in pools]
+        turns = _order(sum(sizes), seed, f"rows {loader}").argsort()  # of each row among those of all pools
+        starts = torch.tensor([sum(sizes) * fold // FOLDS for fold in range(FOLDS + 1)])
+        orders = [turn.sort() for turn in turns.split(sizes)]
+        shuffled = [taken(pool, order.indices) for pool, order in zip(pools, orders, strict=True)]
+        ends = [torch.searchsorted(order.values, starts).tolist() for order in orders]
+        return cls(shuffled, ends, max(rows_of(batch) or 0 for batch in batches))
+
+    def of(self, folds: Sequence[int]) -> Iterator[Any]:
+        """Batches cut from the pools, neighbouring folds as one."""
+        for pool, ends in zip(self.pools, self.ends, strict=True):
+            for first, last in _stretches(folds):
+                for start in range(ends[first], ends[last + 1], self.most):
+                    yield taken(pool, slice(start, min(start + self.most, ends[last + 1])))
+
+    def contents(self) -> list[Any]:
+        """What is kept."""
+        return list(self.pools)
+
+
+def folds_of(count: int, folds: int, length: float, seed: int, loader: int) -> list[int]:
+    """The fold of each of `count` batches: by a random permutation, or in turn if the loader tells no length."""
+    turns = list(range(count))
+    if math.isfinite(length):
+        turns = _order(count, seed, f"batches {loader}").argsort().tolist()
+    return [turn % folds for turn in turns]
+
+
+def bytes_of(batch: Any) -> int:
+    """The bytes of all tensors in a batch."""
+    return sum(tensor.nbytes for tensor in _tensors(batch))
+
+
+def _resists(loader: int, batches: Sequence[Any]) -> str:
+    """Why the batches of a loader can be dealt neither whole nor in rows; empty if they can."""
+    if len(batches) >= FOLDS:
+        return ""
+    rows = [rows_of(batch) for batch in batches]
+    if None in rows:
+        return (
+            f"loader {loader} gives {len(batches)} batches, fewer than {FOLDS}, and their tensors do not share a first "
+            "dimension to split them along"
+        )
+    count = sum(size or 0 for size in rows)
+    return "" if count >= FOLDS else f"loader {loader} gives {count} samples, fewer than {FOLDS}"
+
+
+def _order(count: int, seed: int, what: str) -> Tensor:
+    return random_bits(stream(seed, 0, 0, what), torch.arange(count)).argsort()
+
+
+def _stretches(folds: Sequence[int]) -> list[tuple[int, int]]:
+    """The runs of neighbouring folds, each by its first and last."""
+    runs: list[tuple[int, int]] = []
+    for fold in sorted(folds):
+        if runs and runs[-1][1] == fold - 1:
+            runs[-1] = (runs[-1][0], fold)
+        else:
+            runs.append((fold, fold))
+    return runs
+
+
+def _rebuilt(batch: Any, copies: bool) -> Any:
+    """The same tensors, or copies of them, in new containers: a validation_step may take from those it is given."""
+    if isinstance(batch, Tensor):
+        return batch.clone() if copies else batch
+    if isinstance(batch, MutableMapping):
+        twin = copy.copy(batch)
+        twin.update({key: _rebuilt(value, copies) for key, value in batch.items()})
+        return twin
+    if type(batch) in (list, tuple):
+        return type(batch)(_rebuilt(value, copies) for value in batch)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_rebuilt(value, copies) for value in batch))
+    return apply_to_collection(batch, Tensor, Tensor.clone) if copies else batch
+
+
+def _versions(batches: Any) -> list[int]:
+    """How often each tensor has been written to, as far as that can be told."""
+    return [tensor._version for tensor in _tensors(batches) if not tensor.is_inference()]
+
+
+def _tensors(batches: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    apply_to_collection(batches, Tensor, found.append)
+    return found

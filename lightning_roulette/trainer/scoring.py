@@ -1,0 +1,227 @@
+"""A mask -> its scores, through isolated validation on folds of the validation data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torchmetrics import Metric as TorchMetric
+
+from lightning_roulette.core.certificate import Outcomes, too_few
+from lightning_roulette.core.evaluator import PrunedWeights
+from lightning_roulette.core.masks import Mask, applied
+from lightning_roulette.core.report import Scores
+from lightning_roulette.trainer.evaluation import IsolatedValidation, Logged
+from lightning_roulette.trainer.folds import FoldedData, dealt
+from lightning_roulette.trainer.monitor import LOADER, Metric
+from lightning_roulette.trainer.recording import Call, batches_of, calls_of, outcomes_of
+
+
+class OwnLoop:
+    """Validation data that only the Trainer's own loop can read: one fold."""
+
+    folds = at_once = 1
+    whole = "validation_step takes the iterator over the loaders, so that its batches cannot be dealt"
+
+    def of(self, folds: Sequence[int]) -> Iterator[tuple[Any, int]]:
+        """Nothing: a validation reads it itself."""
+        raise NotImplementedError
+
+    def altered(self) -> bool:
+        """Never: nothing is kept."""
+        return False
+
+
+def folded(validation: IsolatedValidation, seed: int, cache_bytes: int) -> tuple[FoldedData, Logged]:
+    """The validation data of a Trainer, read within an entered `IsolatedValidation`, and what its first fold logs.
+
+    Raises:
+        RuntimeError: If there is none.
+    """
+    lengths = validation.lengths()
+    if validation.hands_over_iterator:
+        return OwnLoop(), validation.run()
+    data = dealt(validation.read, lengths, seed, cache_bytes)
+    logged = validate(validation, data, [0])
+    if data.altered():  # the module writes into its batches
+        data = dealt(validation.read, lengths, seed, cache_bytes, copies=True)
+        logged = validate(validation, data, [0])
+    return data, logged
+
+
+def validate(validation: IsolatedValidation, data: FoldedData, folds: Sequence[int]) -> Logged:
+    """What the module logs on some folds."""
+    return validation.run() if isinstance(data, OwnLoop) else validation.run_on(data.of(folds))
+
+
+class TrainerEvaluator:
+    """Scores of pruned networks by isolated validation, larger is better.
+
+    Args:
+        trainer: The Trainer of the validation.
+        module: Its LightningModule.
+        validation: An entered `IsolatedValidation`.
+        data: What it reads.
+        weights: The module's own prunable parameters.
+        metric: What ranks, judges, and breaks ties.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        validation: IsolatedValidation,
+        data: FoldedData,
+        weights: Mapping[str, nn.Parameter],
+        metric: Metric,
+    ) -> None:
+        self._trainer, self._module, self._validation = trainer, module, validation
+        self._data, self._weights, self._metric = data, weights, metric
+        self.folds, self.whole, self.at_once = data.folds, data.whole, data.at_once
+        self._warned, self._probed = not trainer.is_global_zero, False
+        self._object: TorchMetric | None = None
+
+    def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
+        """Lend the network to the validation with the candidate's mask applied."""
+        with applied(candidate.mask, self._weights):
+            return self._scores(validate(self._validation, self._data, folds))
+
+    def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, Outcomes | None]:
+        """The same, with what is known of single samples, or else of single batches."""
+        if self._trainer.world_size > 1:  # a process sees its own samples alone
+            return self(candidate, folds), None
+        with applied(candidate.mask, self._weights):
+            judged_by = self._judged_by()
+            with ExitStack() as stack:
+                heard = (
+                    [] if judged_by is None else stack.enter_context(calls_of(judged_by, self._module, self._loader))
+                )
+                logged = self._validate(folds, recorded=judged_by is None)
+        return self._scores(logged), self._outcomes(judged_by, heard, logged)
+
+    def _outcomes(self, judged_by: TorchMetric | None, heard: Sequence[Call], logged: Logged) -> Outcomes | None:
+        name, sign = self._metric.monitor, self._metric.sign
+        value = float(logged.value(name))
+        if judged_by is not None:
+            _, mark, number = name.partition(LOADER)
+            ours = [call for call in heard if not mark or call.loader == int(number)]
+            return outcomes_of(judged_by, ours, sign, value)
+        updates = logged.updates.get(name, ())
+        if not updates:
+            return None
+        values, weights = (torch.tensor([float(pair[i]) for pair in updates], dtype=torch.float64) for i in (0, 1))
+        return batches_of(values, weights, sign, value)
+
+    def _judged_by(self) -> TorchMetric | None:
+        """The torchmetrics object that was logged as the monitored metric; None if that is a plain number."""
+        if not self._probed:
+            logged = validate(self._validation, self._data, [0])
+            self._object = logged.metrics.get(self._metric.monitor)
+            self._probed = True
+        return self._object
+
+    def _loader(self) -> int | None:
+        """The number of the loader that validates now, if there are several."""
+        return self._validation.loader
+
+    def _validate(self, folds: Sequence[int], recorded: bool = False) -> Logged:
+        if recorded and not isinstance(self._data, OwnLoop):
+            return self._validation.run_on(self._by_fold(folds), recorded=True)
+        return validate(self._validation, self._data, folds)
+
+    def _by_fold(self, folds: Sequence[int]) -> list[tuple[Any, int]]:
+        """Batches that hold samples of one fold each, so that there are at least as many as folds."""
+        return sorted((one for fold in folds for one in self._data.of([fold])), key=lambda one: one[1])
+
+    def _scores(self, logged: Logged) -> Scores:
+        metric = self._metric
+        rank = metric.rank_sign * self._agreed(logged.value(metric.rank_by))
+        floor = metric.sign * self._agreed(logged.value(metric.monitor))
+        tiebreak = floor if metric.tiebreak is None else -self._agreed(logged.value(metric.tiebreak))
+        return Scores(rank, floor, tiebreak)
+
+    def _agreed(self, value: Tensor) -> float:
+        mean = mean_over_processes(self._trainer, value)
+        if not self._warned and abs(mean - float(value)) > 1e-6 * abs(mean):
+            self._warned = True
+            warnings.warn(
+                "RouletteWheelPruning: the processes logged different values of the metric; their mean is used. "
+                "Log it with sync_dist=True.",
+                stacklevel=2,
+            )
+        return mean
+
+
+def refuse_if_blind(validation: IsolatedValidation, data: FoldedData, weights: Mapping[str, nn.Parameter]) -> None:
+    """Raise where validation does not see the weights that are pruned: a module may swap in averaged ones of its own.
+
+    Every candidate would score the same, and the search would prune all there is. To see it, what is logged with all
+    prunable weights at zero is compared with what is logged as they are: on one fold, and if that is equal on all.
+
+    Args:
+        validation: An entered `IsolatedValidation`.
+        data: Of which the folds are.
+        weights: The prunable parameters, after training: an untrained network may well be as good as none.
+
+    Raises:
+        RuntimeError: If all of it is equal.
+    """
+    if all(_logs_the_same_without(weights, validation, data, folds) for folds in (range(1), range(data.folds))):
+        raise RuntimeError(
+            "RouletteWheelPruning: validation logs the same with all prunable weights at zero, so that it cannot judge "
+            "pruned candidates. Does the module validate other weights than these, averaged ones for example? Leave "
+            "averaging to a callback such as lightning's WeightAveraging, or name the weights with include."
+        )
+
+
+def _logs_the_same_without(
+    weights: Mapping[str, nn.Parameter], validation: IsolatedValidation, data: FoldedData, folds: range
+) -> bool:
+    seen = validate(validation, data, folds).values
+    nothing = Mask({name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()})
+    try:
+        with warnings.catch_warnings(), applied(nothing, weights):
+            warnings.simplefilter("ignore")
+            unseen = validate(validation, data, folds).values
+    except Exception:  # a validation that fails on a network of zeros does see them
+        return False
+    # a metric that is not finite is for the search to complain of
+    return all(bool(value.isfinite().all()) for value in seen.values()) and _same(seen, unseen)
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def refuse_too_few_samples(
+    samples: int | None, judged_by: TorchMetric | None, confidence: float, tolerance: float, confirm: float
+) -> None:
+    """Raise, before training begins, where it can be told that nothing could be certified after it.
+
+    Args:
+        samples: Of all the validation data; None if unknown.
+        judged_by: The torchmetrics object that is monitored; None if it is a plain number.
+        confidence: Asked for.
+        tolerance: Asked for.
+        confirm: Share of the samples that confirms.
+
+    Raises:
+        RuntimeError: If there are too few samples.
+    """
+    bounds = (getattr(judged_by, "plot_lower_bound", None), getattr(judged_by, "plot_upper_bound", None))
+    if samples is None or bounds[0] is None or bounds[1] is None:
+        return
+    if why := too_few(int(samples * confirm), float(bounds[1] - bounds[0]), confidence, tolerance, confirm):
+        raise RuntimeError(f"RouletteWheelPruning: {why}")
+
+
+def mean_over_processes(trainer: Trainer, value: Tensor) -> float:
+    """The mean of what the processes logged, the same on all of them; a synchronised metric is equal already."""
+    if trainer.world_size == 1:
+        return float(value)
+    return float(trainer.strategy.reduce(torch.as_tensor(value, dtype=torch.float64).clone(), reduce_op="mean"))
