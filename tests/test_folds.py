@@ -503,3 +503,14 @@ def test_the_bytes_of_a_batch_are_those_of_its_tensors():
     assert bytes_of(UserDict(x=x, y=[x.double()])) == 60 + 120
     assert bytes_of([x, {"y": (x.double(), "text", 3, None)}, Pair(x.bool(), x.half())]) == 60 + 120 + 15 + 30
     assert bytes_of("text") == 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "count", "fold"), [(64, 400, 2), (400, 400, 16), (20, 400, 1), (25, 400, 1), (50, 400, 2)]
+)
+def test_folds_that_fit_into_one_batch_are_no_dearer_than_one(batch, count, fold):
+    batches = list(torch.arange(count).split(batch))
+    data = KeptData({0: batches}, [math.inf], seed=0)
+    expected = 1 if len(batches) >= 16 else fold
+    assert data.at_least == expected
+    assert len(list(data.of(range(data.at_least)))) == 1 or len(batches) >= 16

@@ -99,6 +99,18 @@ def test_all_enter_the_first_rung_and_never_more_the_next(branches, folds, at_on
     assert entrants[-1] >= min(branches, 2)
 
 
+@given(BRANCHES, FOLDS, AT_ONCE, st.integers(1, 20))
+def test_all_see_at_least_so_many_folds_and_the_rest_is_for_the_best(branches, folds, at_once, at_least):
+    stages = rungs(branches, folds, at_once, at_least)
+    assert [fold for rung in stages for part in rung.parts for fold in part] == list(range(folds))
+    assert stages[0].entrants == branches
+    assert sum(len(part) for part in stages[0].parts) == min(at_least, folds)
+    # those that go on are as many as if the race had begun with a single fold
+    known = {part.start: rung.entrants for rung in rungs(branches, folds, 1) for part in rung.parts}
+    if at_least in (1, 2, 4, 8):
+        assert all(rung.entrants == known[rung.parts[0].start] for rung in stages[1:])
+
+
 def test_a_race_is_less_work_than_judging_all_on_everything():
     work = sum(rung.entrants * len(part) for rung in rungs(20, 8, 8) for part in rung.parts)
     assert work < 20 * 8

@@ -355,6 +355,46 @@ def test_large_layers_of_different_size_draw_as_sorting_all_keys_does(dtype, ali
         assert mask == sorted_out(weights, parent, draws, sharpness=sharpness, candidate=candidate)
 
 
+def guesses_of(sectors: Sectors, monkeypatch) -> list[bool]:
+    """Whether each spin from now on could do with the guess of the first."""
+    told, guessed = [], wheel._Wheel._guessed
+
+    def tell(self, *arguments):
+        told.append(guessed(self, *arguments))
+        return told[-1]
+
+    monkeypatch.setattr(wheel._Wheel, "_guessed", tell)
+    return told
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("alive", [0.7, 1.0])
+@pytest.mark.parametrize("sharpness", [0.0, 4.0, 20.0])
+def test_spins_that_follow_need_no_logarithms_and_draw_as_the_first_would(monkeypatch, dtype, alive, sharpness):
+    weights = {name: values.to(dtype) for name, values in network(a=(6000,), b=(2700,), c=(7,)).items()}
+    parent = some_of(weights, alive)
+    sectors, draws = Sectors(weights, parent, sharpness=sharpness), parent.survivors // 5
+    told = guesses_of(sectors, monkeypatch)
+    for candidate in range(8):
+        mask = sectors.spin(draws, seed=0, level=1, candidate=candidate)
+        assert mask == sorted_out(weights, parent, draws, sharpness=sharpness, candidate=candidate)
+    assert told == [False] + [True] * 7
+    # for another number of draws the guess says nothing
+    assert sectors.spin(draws - 1, seed=0, level=1, candidate=0).survivors == parent.survivors - draws + 1
+    assert told[-1] is False
+
+
+@pytest.mark.parametrize("shift", [-1.0, -0.02, 0.02, 1.0])
+def test_a_guess_that_misleads_changes_nothing(monkeypatch, shift):
+    weights = network(a=(6000,), b=(2700,))
+    parent = some_of(weights, 1.0)
+    sectors, guess = Sectors(weights, parent, sharpness=4.0), wheel._guess
+    monkeypatch.setattr(wheel, "_guess", lambda terms, keys, *rest: guess(terms, keys + shift, *rest))
+    for candidate in range(4):
+        mask = sectors.spin(1500, seed=0, level=1, candidate=candidate)
+        assert mask == sorted_out(weights, parent, 1500, sharpness=4.0, candidate=candidate)
+
+
 @pytest.mark.parametrize("different", [1, 2, 7])
 @pytest.mark.parametrize("lowest", [0, 1])
 @pytest.mark.parametrize("sharpness", [4.0, math.inf])

@@ -1,7 +1,7 @@
 """What a branch of 20 costs, and a single candidate.
 
 A branch is one level of a search, from the first spin to the winner's score on all ranking folds, in units of one dense
-`trainer.validate` of a quiet Trainer (no logger, bar or checkpoint). A candidate is one network judged on all folds, in
+`trainer.validate`: of a quiet Trainer (no logger, bar or checkpoint), and of one with Lightning's defaults. A candidate is one network judged on all folds, in
 units of the module's own `validation_step` called on the same cached batches with `self.log` bound to a live result
 collection. Medians of interleaved repeats. Then, for the race: in how many branches its winner is within one paired
 standard error of the winner of a branch in which all candidates are judged on all ranking folds, and by how much its
@@ -9,10 +9,12 @@ loss is larger in the mean.
 """
 
 import argparse
+import contextlib
 import logging
 import math
 import platform
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ from statistics import mean, median, stdev
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -148,22 +151,25 @@ class Measured(Callback):
                 search(weights, evaluate, tolerance=math.inf, tree=Tree(max_levels=1), observer=watch)
                 times["branch"] += watch.levels
             agrees, regret = agreement(weights, evaluate, self.options.levels)
-        times["dense"] = [self._validated(module) for _ in range(self.options.repeats + 1)]  # the first warms up
+        pairs = [[self._validated(module, quiet) for quiet in (True, False)] for _ in range(self.options.repeats + 1)]
+        times["dense"], times["usual"] = map(list, zip(*pairs, strict=True))  # the first of which warms up
         middle = {what: median(one[-self.options.repeats :]) for what, one in times.items()}
         self.found = {**middle, "reading": reading, "agrees": agrees, "regret": regret}
 
-    def _validated(self, module: Classifier) -> float:
+    def _validated(self, module: Classifier, quiet: bool) -> float:
         """Seconds of one `trainer.validate`."""
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        other = Trainer(accelerator=self.options.accelerator, devices=1, enable_model_summary=False, **quiet)
-        twin = Classifier(module.net)
-        return _timed(lambda: other.validate(twin, self.val, verbose=False))[1]
+        choices = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False} if quiet else {}
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+            other = Trainer(accelerator=self.options.accelerator, devices=1, default_root_dir=folder, **choices)
+            twin = Classifier(module.net)
+            return _timed(lambda: other.validate(twin, self.val, verbose=False))[1]
 
 
 @torch.no_grad()
 def _bare_steps(trainer: Trainer, module: LightningModule, batches: list) -> None:
     module.eval()
     module._current_fx_name = "validation_step"
+    trainer.fit_loop.epoch_loop.val_loop._results = _ResultCollection(training=False)
     for index, (batch, _) in enumerate(batches):
         trainer._logger_connector.on_batch_start(batch)
         module.validation_step(batch, index)
@@ -266,14 +272,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{platform.processor() or platform.machine()}, 1 thread, torch {torch.__version__}; ratios of medians")
-    print("                     workers | in dense validations    | candidate / | race")
-    print("                             | branch of 20   reading  | bare steps  | agrees  regret / s.e.")
+    print("                     workers | in dense validations            | candidate / | race")
+    print("                             | branch of 20 (usual)   reading  | bare steps  | agrees  regret / s.e.")
     for name in options.cases:
         for workers in options.workers:
             one = measured(name, workers, options)
             branch, reading = one["branch"] / one["dense"], one["reading"] / one["dense"]
             print(
-                f"{name:20} {workers:7} | {branch:12.2f}  {reading:8.2f}  | {one['candidate'] / one['step']:11.2f} | "
+                f"{name:20} {workers:7} | {branch:12.2f} {one['branch'] / one['usual']:7.2f}  {reading:8.2f}  | "
+                f"{one['candidate'] / one['step']:11.2f} | "
                 f"{one['agrees']:6.0%}  {one['regret']:13.2f}",
                 flush=True,
             )

@@ -47,15 +47,20 @@ def random_bits(stream: int | Tensor, index: Tensor) -> Tensor:
     return bits
 
 
+def uniforms(stream: int | Tensor, index: Tensor) -> Tensor:
+    """A uniform number for each index, float64: the midpoint of one of 2**52 equal parts of (0, 1)."""
+    bits = random_bits(stream, index)
+    one_to_two = _shifted_right(bits, 12, bits).bitwise_or_(_ONE).view(torch.float64)
+    return one_to_two.sub_(1 - 2.0**-53)  # which is exact
+
+
 def log_clocks(stream: int | Tensor, index: Tensor) -> Tensor:
     """The logarithm of an exponential clock of rate 1 for each index: `log E`, float64, shape of `index`.
 
-    `E = -log U` with `U` uniform on the midpoints of 2**52 equal parts of (0, 1): all of them are float64 numbers, so
-    `log E` is always finite and lies between -36.8 and 3.7.
+    `E = -log U` with `U` of `uniforms`, all of which are float64 numbers, so that `log E` is always finite and lies
+    between -36.8 and 3.7.
     """
-    bits = random_bits(stream, index)
-    one_to_two = _shifted_right(bits, 12, bits).bitwise_or_(_ONE).view(torch.float64)
-    return one_to_two.sub_(1 - 2.0**-53).log_().neg_().log_()  # the difference is exact: the midpoint of the part
+    return uniforms(stream, index).log_().neg_().log_()
 
 
 def _shifted_right(bits: Tensor, shift: int, out: Tensor) -> Tensor:

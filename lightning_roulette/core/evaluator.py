@@ -39,8 +39,8 @@ class Evaluator(Protocol):
 
     The folds are parts of one sample, dealt at random: a search ranks on some and confirms on the others. One that can
     tell more than a score of a validation has a method `recorded(candidate, folds)` besides, which returns the scores
-    and the `Outcomes` behind the floor score (None if it cannot tell them). One that reads some folds quicker for all
-    candidates of a branch than for each says in `at_once` how many.
+    and the `Outcomes` behind the floor score (None if it cannot tell them). It may have numbers `at_once`, the folds
+    that it would rather see at a time at most, and `at_least`, those that take it no longer than a single one.
     """
 
     @property
@@ -95,6 +95,11 @@ class Judge:
     def at_once(self) -> int:
         """How many folds the evaluator would rather see at a time."""
         return min(self.folds, getattr(self._evaluate, "at_once", self.folds))
+
+    @property
+    def at_least(self) -> int:
+        """How many folds take the evaluator no longer than one."""
+        return getattr(self._evaluate, "at_least", 1)
 
     @property
     def whole(self) -> str | None:

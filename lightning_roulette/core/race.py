@@ -29,7 +29,7 @@ class Rung:
     parts: tuple[range, ...]
 
 
-def rungs(branches: int, folds: int, at_once: int) -> list[Rung]:
+def rungs(branches: int, folds: int, at_once: int, at_least: int = 1) -> list[Rung]:
     """Successive halving: half the candidates, at least two, go on each time the folds they have seen have doubled.
 
     On branches of 20 and 8 folds (two LeNets on MNIST, a perceptron on digits) its winner's loss was within one paired
@@ -40,17 +40,19 @@ def rungs(branches: int, folds: int, at_once: int) -> list[Rung]:
         branches: How many candidates start.
         folds: How many folds there are to see.
         at_once: How many of them a part has at most.
+        at_least: How many all candidates see.
 
     Example:
         >>> [(rung.entrants, rung.parts) for rung in rungs(20, 8, at_once=8)]
         [(20, (range(0, 1),)), (10, (range(1, 2),)), (5, (range(2, 4),)), (3, (range(4, 8),))]
     """
     stages = []
-    begin, end, entrants = 0, 1, branches
+    begin, end, entrants = 0, min(at_least, folds), branches
     while begin < folds:
         parts = tuple(range(fold, min(fold + at_once, end)) for fold in range(begin, end, at_once))
         stages.append(Rung(entrants, parts))
-        begin, end, entrants = end, min(2 * end, folds), min(branches, max(2, math.ceil(entrants / 2)))
+        entrants = min(branches, max(2, math.ceil(branches / (2 * end))))
+        begin, end = end, min(2 * end, folds)
     return stages
 
 

@@ -301,7 +301,7 @@ class _Growing:
         """The rungs of every level: a race, if its parts give the dense network a score at all."""
         ranking = self.judge.ranking
         if race and len(ranking) > 1 and self.branches > 1:
-            stages = rungs(self.branches, len(ranking), self.judge.at_once)
+            stages = rungs(self.branches, len(ranking), self.judge.at_once, self.judge.at_least)
             scores = {part: self.judge.scores(self.parent, part) for rung in stages for part in rung.parts}
             if not any(math.isnan(one.rank + one.floor) for one in (whole, *scores.values())):
                 return stages, Reference(scores, whole)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_roulette.core.chance import log_clocks, random_bits, stream
+from lightning_roulette.core.chance import log_clocks, random_bits, stream, uniforms
 from lightning_roulette.core.importance import with_float64
 from lightning_roulette.core.masks import Mask
 from lightning_roulette.core.settings import SCOPES, check_choice, check_number, check_seed
@@ -21,6 +21,7 @@ _BELOW_ALL = 64.0
 # Keys made at a time: on the CPU what a block writes stays in the processor's cache.
 _BLOCK, _BLOCK_OFF_CPU = 1 << 16, 1 << 22
 _SMALL = 1 << 12  # survivors up to which no threshold is guessed: all keys are kept and compared
+_ALMOST, _ROUNDING = 1 - 2.0**-20, 1e-6
 _TOGETHER = 1 << 17  # weights up to which several parameters are treated as one
 _ALL = slice(0, None)
 _SIGMAS = 5.0  # how far about its guess a threshold is first looked for
@@ -187,6 +188,14 @@ class _Arc:
             return torch.arange(block.start, min(block.stop, len(self.terms)), device=self.terms.device)
         return self.index[block].to(torch.int64)
 
+    def uniforms(self, stream: int | Tensor | None) -> Tensor:
+        """The uniform number of each survivor, of several parameters."""
+        assert isinstance(stream, Tensor)
+        assert self.owners is not None
+        assert self.starts is not None
+        assert self.index is not None
+        return uniforms(stream[self.owners], self.index - self.starts)
+
     def keys(self, stream: int | Tensor | None, block: slice, places: Tensor) -> Tensor:
         """The keys of a block, float64; without a stream (one for each owner), chance has no part in them."""
         terms = self.terms[block]
@@ -206,6 +215,19 @@ class _Near(NamedTuple):
     keys: Tensor
 
 
+class _Guess(NamedTuple):
+    """Two keys between which the threshold of other spins for as many draws most probably lies, and what they mean.
+
+    Where a survivor's uniform number is above `drawn`, its key is below `low`; where it is below `stays`, above `high`.
+    """
+
+    draws: int
+    low: float
+    high: float
+    drawn: Tensor
+    stays: Tensor
+
+
 class _Wheel:
     """Parameters that share their draws.
 
@@ -214,6 +236,9 @@ class _Wheel:
     both numbers are drawn, those above both stay, and only the few between are made again and compared with one
     another. Where the sample misled, which their counts show, the race is run again with the numbers further apart:
     the draw does not depend on the sample.
+
+    On a small wheel the first spin's threshold takes the place of the sample in those that follow: the two numbers are
+    then the same for each, and are compared with the uniform numbers, of which no logarithm need be taken.
     """
 
     def __init__(self, arcs: Mapping[str, _Arc], sizes: Mapping[str, int]) -> None:
@@ -224,6 +249,7 @@ class _Wheel:
         self._sizes = {"": sum(self._parts.values())} if self._together else self._parts
         self.count = sum(len(arc.terms) for arc in arcs.values())
         self._sample = _sample(self._arcs) if self.count > _SMALL else {}
+        self._guess: _Guess | None = None
 
     def spin(self, draws: int, streams: Mapping[str, int]) -> dict[str, Tensor]:
         """For each parameter, flat, whether each weight stays."""
@@ -234,7 +260,8 @@ class _Wheel:
             name: torch.zeros(self._sizes[name], dtype=torch.bool, device=arc.terms.device)
             for name, arc in self._arcs.items()
         }
-        self._race(draws, known, kept)
+        if not (self._together and streams and self._guessed(draws, known[""], kept[""])):
+            self._race(draws, known, kept)
         if not self._together:
             return kept
         return dict(zip(self._parts, kept[""].split(list(self._parts.values())), strict=True))
@@ -251,6 +278,30 @@ class _Wheel:
             sigmas, missing = 2 * sigmas, draws - (self.count - staying)
         for found, drawn in zip(near, _smallest([found.keys for found in near], missing), strict=True):
             kept[found.name][found.places[drawn]] = False
+        if self._together and streams[""] is not None and self.count > _SMALL:
+            self._guess = _guess(self._arcs[""].terms, near[0].keys.sort().values, missing, draws)
+
+    def _guessed(self, draws: int, stream: int | Tensor | None, kept: Tensor) -> bool:
+        """Write into `kept` whether each survivor stays, if the guess holds; else leave it as it was."""
+        guess, arc = self._guess, self._arcs[""]
+        if guess is None or guess.draws != draws:
+            return False
+        chance = arc.uniforms(stream)
+        # of clocks that ring almost at once the logarithm is looked at, as rounding would tell in it
+        sure = (chance > guess.drawn).logical_and_(chance < _ALMOST)
+        missing = draws - int(sure.count_nonzero())
+        near = (chance >= guess.stays).logical_and_(~sure).nonzero().flatten()
+        if not 0 < missing <= len(near):
+            return False
+        found = arc.at(near)
+        keys = found.keys(stream, _ALL, found.places(_ALL))
+        drawn = _smallest([keys], missing)[0]
+        if not guess.low + _ROUNDING < float(keys[drawn].max()) < guess.high - _ROUNDING:
+            return False
+        stays = ~sure
+        stays[near[drawn]] = False
+        kept.scatter_(0, arc.places(slice(0, len(arc.terms))), stays)
+        return True
 
     def _cut(self, name: str, stream: int | Tensor | None, kept: Tensor, low: float, high: float) -> _Near:
         """Keep the survivors whose keys are `low` or more; those among them with keys up to `high`."""
@@ -268,6 +319,19 @@ class _Wheel:
         found = arc.at(near.nonzero().flatten())
         places = found.places(_ALL)
         return _Near(name, places, found.keys(stream, _ALL, places))
+
+
+def _guess(terms: Tensor, ascending: Tensor, rank: int, draws: int) -> _Guess | None:
+    """What the keys about one spin's threshold, which is that of this rank, say of the threshold of others.
+
+    The number of keys below a given one differs between spins by about `sqrt(draws)`, or less.
+    """
+    margin = math.ceil(8 * math.sqrt(2 * draws)) + 8
+    first, last = max(0, rank - 1 - margin), min(len(ascending), rank + margin) - 1
+    if not first < rank - 1 < last:
+        return None
+    low, high = float(ascending[first]), float(ascending[last])
+    return _Guess(draws, low, high, *((key - terms).exp_().neg_().exp_() for key in (low, high)))
 
 
 def _share_device(arcs: Mapping[str, _Arc]) -> bool:

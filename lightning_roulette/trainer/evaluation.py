@@ -25,6 +25,7 @@ from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop  # a fresh o
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher  # of a step that takes batches itself
 from lightning.pytorch.loops.utilities import _select_data_fetcher  # tells which
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer import call  # runs hooks and steps as the Trainer does
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import (
     _LoggerConnector,  # a fresh one: the user's keeps its metrics
@@ -245,16 +246,10 @@ class IsolatedValidation:
         self._running = True
         try:
             loop._on_evaluation_model_eval()
-            loop._on_evaluation_start()
-            loop._on_evaluation_epoch_start()
             self._steps.run(batches)
-            connector.epoch_end_reached()
-            connector.update_eval_epoch_metrics()
-            connector._evaluation_epoch_end()
-            loop._on_evaluation_epoch_end()
-            values = {name: _own(value) for name, value in trainer.callback_metrics.items()}
+            values = {name: _own(value) for name, value in connector._callback_metrics.items()}
             logged = Logged(values, _directions(results), _metrics(results), getattr(results, "updates", {}))
-            loop._on_evaluation_end()
+            self._steps.end()
             loop._on_evaluation_model_train()
             return logged
         finally:
@@ -274,7 +269,7 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 
 
 class _Steps:
-    """The steps of a validation, as the Trainer's loop takes them, with nothing else between.
+    """The steps of a validation, as the Trainer's loop takes them, with nothing else between: no hook of nobody.
 
     Args:
         trainer: Its strategy and its callbacks' hooks.
@@ -285,12 +280,33 @@ class _Steps:
         self._trainer, self._loop, module = trainer, loop, trainer.lightning_module
         self._several = loop._is_sequential and loop.num_dataloaders > 1
         self._takes_index = is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2)
-        hooks = ("on_validation_batch_start", "on_validation_batch_end")
-        kept = any(getattr(one, hook, None) is not None for one in callbacks_of(trainer) for hook in hooks)
-        self._start, self._end = (kept or is_overridden(hook, module) for hook in hooks)
+        self._hooks = frozenset(hook for hook in _HOOKS if _is_somebodys(hook, trainer))
 
     def run(self, batches: Iterable[tuple[Any, int]]) -> None:
-        """Validate batches, each with the number of its loader."""
+        """Validate batches, each with the number of its loader, and note what they came to."""
+        connector = self._trainer._logger_connector
+        if "on_validation_start" in self._hooks:
+            self._loop._on_evaluation_start()
+        if "on_validation_epoch_start" in self._hooks:
+            self._loop._on_evaluation_epoch_start()
+        self._each(batches)
+        connector.epoch_end_reached()
+        if self._several:  # what the last loader's batches came to
+            connector.update_eval_epoch_metrics()
+        connector._evaluation_epoch_end()
+        if "on_validation_epoch_end" in self._hooks:
+            self._loop._on_evaluation_epoch_end()
+        else:
+            connector.on_epoch_end()
+
+    def end(self) -> None:
+        """What follows when the results were read."""
+        if "on_validation_end" in self._hooks:
+            self._loop._on_evaluation_end()
+        else:
+            self._trainer._logger_connector.reset_results()
+
+    def _each(self, batches: Iterable[tuple[Any, int]]) -> None:
         connector, last, index = self._trainer._logger_connector, None, -1
         for batch, loader in batches:
             if last is not None and loader != last:
@@ -304,10 +320,10 @@ class _Steps:
         trainer = self._trainer
         rest = (index, loader) if self._several else (index,)
         trainer._logger_connector.on_batch_start(batch, loader if self._several else None)
-        if self._start:
+        if "on_validation_batch_start" in self._hooks:
             self._call("on_validation_batch_start", batch, *rest)
         output = call._call_strategy_hook(trainer, "validation_step", batch, *(rest if self._takes_index else rest[1:]))
-        if self._end:
+        if "on_validation_batch_end" in self._hooks:
             self._call("on_validation_batch_end", output, batch, *rest)
         if trainer.received_sigterm:
             raise SIGTERMException
@@ -315,6 +331,17 @@ class _Steps:
     def _call(self, hook: str, *arguments: Any) -> None:
         call._call_callback_hooks(self._trainer, hook, *arguments)
         call._call_lightning_module_hook(self._trainer, hook, *arguments)
+
+
+_HOOKS: tuple[str, ...] = ("on_validation_start", "on_validation_epoch_start", "on_validation_batch_start")
+_HOOKS += ("on_validation_batch_end", "on_validation_epoch_end", "on_validation_end")
+
+
+def _is_somebodys(hook: str, trainer: Trainer) -> bool:
+    """Whether the module, the strategy or a callback that is not muted has something of its own to do in a hook."""
+    owners = [(trainer.lightning_module, LightningModule), (trainer.strategy, Strategy)]
+    owners += [(one, Callback) for one in callbacks_of(trainer) if getattr(one, hook, None) is not None]
+    return any(is_overridden(hook, owner, parent) for owner, parent in owners if hasattr(parent, hook))
 
 
 class _Results(_ResultCollection):
@@ -332,6 +359,14 @@ class _Results(_ResultCollection):
 
         vars(result)["to"] = move_if_elsewhere
         super().__setitem__(key, result)
+
+    def reset(self, metrics: bool | None = None, fx: str | None = None) -> None:
+        """Forget what was logged; the torchmetrics objects among it are put back by others."""
+        for result in self.values():
+            if (metrics is None or metrics ^ result.is_tensor) and fx in (None, result.meta.fx):
+                if result.is_tensor:
+                    result.reset()
+                result.has_reset = True
 
 
 class _Recording(_Results):
@@ -383,7 +418,7 @@ class _Snapshot:
         self._restore_chance()
         for metric, _ in self._metrics:
             if isinstance(metric, Metric):
-                metric.reset()
+                metric.reset()  # also one that is empty: an update may write into the tensors it finds
 
     def restore(self) -> None:
         """Everything as at first."""

@@ -28,11 +28,13 @@ class FoldedData(Protocol):
         folds: How many there are.
         whole: Why there is only one, else empty.
         at_once: How many of them fit into memory.
+        at_least: How many of them make up no more than a single batch.
     """
 
     folds: int
     whole: str
     at_once: int
+    at_least: int
 
     def of(self, folds: Sequence[int]) -> Iterator[tuple[Any, int]]:
         """The batches of some folds, each with the number of its loader; in the order of the loaders."""
@@ -92,6 +94,8 @@ class KeptData:
             else SplitRows.shuffled(found, seed, loader)
             for loader, found in batches.items()
         }
+        fills = [one.at_least if isinstance(one, SplitRows) else 1 for one in self._portions.values()]
+        self.at_least = min(fills, default=1)
         self._copies, self._versions = copies, _versions(self._contents())
 
     def of(self, folds: Sequence[int]) -> Iterator[tuple[Any, int]]:
@@ -128,7 +132,7 @@ class StreamedData:
         cache_bytes: int,
         copies: bool = False,
     ) -> None:
-        self._read, self._most, self._copies = read, cache_bytes, copies
+        self._read, self._most, self._copies, self.at_least = read, cache_bytes, copies, 1
         fewest = min(len(found) for found in sizes.values())
         self.folds = min(FOLDS, max(1, fewest))
         self.whole = "" if self.folds > 1 else "a loader gives a single batch, and cache_bytes does not hold the data"
@@ -224,6 +228,12 @@ class SplitRows:
         shuffled = [taken(pool, order.indices) for pool, order in zip(pools, orders, strict=True)]
         ends = [torch.searchsorted(order.values, starts).tolist() for order in orders]
         return cls(shuffled, ends, max(rows_of(batch) or 0 for batch in batches))
+
+    @property
+    def at_least(self) -> int:
+        """How many folds fit into one batch."""
+        rows = math.ceil(sum(ends[-1] for ends in self.ends) / FOLDS)
+        return max(1, self.most // rows) if len(self.pools) == 1 else 1
 
     def of(self, folds: Sequence[int]) -> Iterator[Any]:
         """Batches cut from the pools, neighbouring folds as one."""

@@ -25,7 +25,7 @@ from lightning_roulette.trainer.recording import Call, batches_of, calls_of, out
 class OwnLoop:
     """Validation data that only the Trainer's own loop can read: one fold."""
 
-    folds = at_once = 1
+    folds = at_once = at_least = 1
     whole = "validation_step takes the iterator over the loaders, so that its batches cannot be dealt"
 
     def of(self, folds: Sequence[int]) -> Iterator[tuple[Any, int]]:
@@ -82,7 +82,8 @@ class TrainerEvaluator:
     ) -> None:
         self._trainer, self._module, self._validation = trainer, module, validation
         self._data, self._weights, self._metric = data, weights, metric
-        self.folds, self.whole, self.at_once = data.folds, data.whole, data.at_once
+        self.folds, self.whole = data.folds, data.whole
+        self.at_once, self.at_least = data.at_once, data.at_least
         self._warned, self._probed = not trainer.is_global_zero, False
         self._object: TorchMetric | None = None
 
