@@ -1,11 +1,11 @@
 """What a branch of 20 costs, and a single candidate.
 
 A branch is one level of a search, from the first spin to the winner's score on all ranking folds, in units of one dense
-`trainer.validate`: of a quiet Trainer (no logger, bar or checkpoint), and of one with Lightning's defaults. A candidate is one network judged on all folds, in
-units of the module's own `validation_step` called on the same cached batches with `self.log` bound to a live result
-collection. Medians of interleaved repeats. Then, for the race: in how many branches its winner is within one paired
-standard error of the winner of a branch in which all candidates are judged on all ranking folds, and by how much its
-loss is larger in the mean.
+`trainer.validate`: of a quiet Trainer (no logger, bar or checkpoint), and of one with Lightning's defaults. A candidate
+is one network judged on all folds, in units of the module's own `validation_step` called on the same cached batches
+with `self.log` bound to a live result collection. Medians of interleaved repeats. Then, for the race: in how many
+branches its winner is within one paired standard error of the winner of a branch in which all candidates are judged on
+all ranking folds, and the mean regret in such errors.
 """
 
 import argparse
@@ -143,17 +143,17 @@ class Measured(Callback):
             evaluate = TrainerEvaluator(trainer, module, validation, data, weights, metric)
             candidate = PrunedWeights(Mask.full(weights), weights)
             folds = range(evaluate.folds)
-            times = {"candidate": [], "step": [], "branch": []}
+            times: dict[str, list[float]] = {what: [] for what in ("candidate", "step", "branch", "dense", "usual")}
             for _ in range(self.options.repeats):
                 times["candidate"].append(_timed(lambda: evaluate(candidate, folds))[1])
                 times["step"].append(_timed(lambda: _bare_steps(trainer, module, list(data.of(folds))))[1])
                 watch = Stopwatch()
-                search(weights, evaluate, tolerance=math.inf, tree=Tree(max_levels=1), observer=watch)
+                search(weights, evaluate, tolerance=math.inf, tree=Tree(max_levels=4), observer=watch)
                 times["branch"] += watch.levels
+                times["dense"].append(self._validated(module, quiet=True))
+                times["usual"].append(self._validated(module, quiet=False))
             agrees, regret = agreement(weights, evaluate, self.options.levels)
-        pairs = [[self._validated(module, quiet) for quiet in (True, False)] for _ in range(self.options.repeats + 1)]
-        times["dense"], times["usual"] = map(list, zip(*pairs, strict=True))  # the first of which warms up
-        middle = {what: median(one[-self.options.repeats :]) for what, one in times.items()}
+        middle = {what: median(one) for what, one in times.items()}
         self.found = {**middle, "reading": reading, "agrees": agrees, "regret": regret}
 
     def _validated(self, module: Classifier, quiet: bool) -> float:

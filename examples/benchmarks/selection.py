@@ -2,9 +2,9 @@
 
 Ways to select are compared on the same trained networks: naive (branch and floor by accuracy on all validation images,
 nothing confirmed), by loss (the same, but loss orders the branch), with a share of the images kept for confirmation
-(0.5 is the default), and with a certificate. The test images judge and choose nothing. One-shot magnitude pruning stands
-beside them: how sparse it is where it loses as much on the test images in the mean. Finished runs are kept as lines of
-JSON and not run again.
+(0.5 is the default), and with a certificate. The test images judge and choose nothing. One-shot magnitude pruning
+stands beside them: how many weights it keeps where it loses as much on the test images, in the mean. Finished runs are
+kept as lines of JSON and not run again.
 """
 
 import argparse

@@ -126,11 +126,18 @@ class Race:
                     self._run(index, part)
         return [self._shared(one) for one in self._known.values()]
 
+    def mask(self, index: int) -> Mask:
+        """The mask of a candidate: one that is kept, or drawn again."""
+        if index not in self._masks:
+            mask = self._spin(index)
+            if (len(self._masks) + 1) * mask.size > _KEPT_BYTES:
+                return mask
+            self._masks[index] = mask
+        return self._masks[index]
+
     def _run(self, index: int, part: range) -> None:
         if self._known[index].same_as is None:
-            mask = self._masks.get(index) or self._spin(index)
-            if (len(self._masks) + 1) * mask.size <= _KEPT_BYTES:
-                self._masks[index] = mask
+            mask = self.mask(index)
             original = self._originals.setdefault(_fingerprint(mask), index) if not self._seen[index] else index
             if original == index:
                 self._score(index, mask, part)

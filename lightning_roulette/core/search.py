@@ -19,7 +19,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import cast
 
 from torch import Tensor
@@ -253,8 +252,9 @@ class _Growing:
         draws = level_draws(self.parent.survivors, rate, self._spare(target_sparsity))
         survivors = self.parent.survivors - draws
         sparsity = 1 - survivors / self.parent.size
-        branch = self._branch(draws, sparsity)
-        best, error = self._judged_in_full(best_of(furthest(branch)), draws)
+        race = self._race(draws, sparsity)
+        branch = race.run(self.stages)
+        best, error = self._judged_in_full(best_of(furthest(branch)), race)
         accepted = best is not None and not math.isnan(best.rank) and keeps_floor(best.score, self.report.floor)
         number, winner = self.history.level + 1, best.index if best else None
         if best is not None:
@@ -263,7 +263,7 @@ class _Growing:
             branch = [shared.get(one.index, one) for one in branch]
         self.levels.append(Level(number, rate, sparsity, survivors, tuple(branch), winner, accepted, error))
         if accepted:
-            self.parent = self._spun(draws, cast(int, winner))
+            self.parent = race.mask(cast(int, winner))
             self.history = self.history.pruned(self.parent)
             self.failures = 0
         else:
@@ -316,8 +316,8 @@ class _Growing:
         """Whether the winner of a branch is judged again: on the union of the ranking folds, with its outcomes."""
         return self.judge.records or len(self.judge.ranking) > 1
 
-    def _branch(self, draws: int, sparsity: float) -> list[Candidate]:
-        """The candidates of one level, scored."""
+    def _race(self, draws: int, sparsity: float) -> Race:
+        """The candidates of one level, ready to run."""
         if not self.failures:
             parent = PrunedWeights(self.parent, self.weights).weights
             importance = importance_of(parent, self.wheel.importance)
@@ -332,17 +332,16 @@ class _Growing:
         def tell(done: int, best: Candidate | None) -> None:
             self.observer.on_candidate(number, done, planned, best, sparsity)
 
-        spin = partial(self._spun, draws)
-        return Race(candidates, spin, self.judge, self.reference, tell).run(self.stages)
+        def spin(index: int) -> Mask:
+            return self._sectors.spin(draws, seed=self.seed, level=number, candidate=index)
 
-    def _spun(self, draws: int, index: int) -> Mask:
-        return self._sectors.spin(draws, seed=self.seed, level=self.history.level + 1, candidate=index)
+        return Race(candidates, spin, self.judge, self.reference, tell)
 
-    def _judged_in_full(self, best: Candidate | None, draws: int) -> tuple[Candidate | None, float]:
+    def _judged_in_full(self, best: Candidate | None, race: Race) -> tuple[Candidate | None, float]:
         """The winner of a branch with its scores on all ranking folds, and their paired standard error."""
         if best is None or not self._rejudges():
             return best, math.nan
-        scores, outcomes = self.judge.recorded(self._spun(draws, best.index), self.judge.ranking)
+        scores, outcomes = self.judge.recorded(race.mask(best.index), self.judge.ranking)
         return best.scored(scores, len(self.judge.ranking)), _error(self.outcomes, outcomes)
 
     def _gated(self, level: Level) -> Level:

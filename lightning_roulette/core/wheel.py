@@ -162,20 +162,20 @@ class _Arc:
         index: Where each lies in the flattened parameter; None if nothing of it is pruned.
         terms: What each key has beside the logarithm of its clock.
         owners: Of several parameters one after the other, the number of each survivor's; None for one parameter.
-        starts: Where each survivor's parameter begins in these, by which `index` is larger than in the parameter alone.
+        own_index: Where each lies in that parameter alone; None for one parameter.
     """
 
     index: Tensor | None
     terms: Tensor
     owners: Tensor | None = None
-    starts: Tensor | None = None
+    own_index: Tensor | None = None
 
     def at(self, positions: Tensor) -> _Arc:
         """Some of the survivors, counted from 0."""
         index = positions if self.index is None else self.index[positions]
-        if self.owners is None or self.starts is None:
+        if self.owners is None or self.own_index is None:
             return _Arc(index, self.terms[positions])
-        return _Arc(index, self.terms[positions], self.owners[positions], self.starts[positions])
+        return _Arc(index, self.terms[positions], self.owners[positions], self.own_index[positions])
 
     def blocks(self) -> Iterator[slice]:
         """The survivors a block at a time; one block if there are none."""
@@ -188,22 +188,14 @@ class _Arc:
             return torch.arange(block.start, min(block.stop, len(self.terms)), device=self.terms.device)
         return self.index[block].to(torch.int64)
 
-    def uniforms(self, stream: int | Tensor | None) -> Tensor:
-        """The uniform number of each survivor, of several parameters."""
-        assert isinstance(stream, Tensor)
-        assert self.owners is not None
-        assert self.starts is not None
-        assert self.index is not None
-        return uniforms(stream[self.owners], self.index - self.starts)
-
     def keys(self, stream: int | Tensor | None, block: slice, places: Tensor) -> Tensor:
         """The keys of a block, float64; without a stream (one for each owner), chance has no part in them."""
         terms = self.terms[block]
         if stream is None:
             return terms.to(torch.float64)
-        if self.owners is not None and self.starts is not None:
+        if self.owners is not None and self.own_index is not None:
             assert isinstance(stream, Tensor)
-            return log_clocks(stream[self.owners[block]], places - self.starts[block]).add_(terms)
+            return log_clocks(stream[self.owners[block]], self.own_index[block]).add_(terms)
         return log_clocks(stream, places).add_(terms)
 
 
@@ -247,7 +239,8 @@ class _Wheel:
         # as one: with small parameters it is the number of operations that takes the time
         self._arcs = {"": _joined(list(arcs.values()), list(self._parts.values()))} if self._together else dict(arcs)
         self._sizes = {"": sum(self._parts.values())} if self._together else self._parts
-        self.count = sum(len(arc.terms) for arc in arcs.values())
+        self._counts = [len(arc.terms) for arc in arcs.values()]
+        self.count = sum(self._counts)
         self._sample = _sample(self._arcs) if self.count > _SMALL else {}
         self._guess: _Guess | None = None
 
@@ -284,23 +277,26 @@ class _Wheel:
     def _guessed(self, draws: int, stream: int | Tensor | None, kept: Tensor) -> bool:
         """Write into `kept` whether each survivor stays, if the guess holds; else leave it as it was."""
         guess, arc = self._guess, self._arcs[""]
-        if guess is None or guess.draws != draws:
+        if guess is None or guess.draws != draws or not isinstance(stream, Tensor) or arc.own_index is None:
             return False
-        chance = arc.uniforms(stream)
+        each = torch.cat([one.expand(count) for one, count in zip(stream, self._counts, strict=True)])
+        chance = uniforms(each, arc.own_index)
         # of clocks that ring almost at once the logarithm is looked at, as rounding would tell in it
         sure = (chance > guess.drawn).logical_and_(chance < _ALMOST)
         missing = draws - int(sure.count_nonzero())
         near = (chance >= guess.stays).logical_and_(~sure).nonzero().flatten()
         if not 0 < missing <= len(near):
             return False
-        found = arc.at(near)
-        keys = found.keys(stream, _ALL, found.places(_ALL))
+        keys = chance[near].log_().neg_().log_().add_(arc.terms[near])
         drawn = _smallest([keys], missing)[0]
         if not guess.low + _ROUNDING < float(keys[drawn].max()) < guess.high - _ROUNDING:
             return False
         stays = ~sure
         stays[near[drawn]] = False
-        kept.scatter_(0, arc.places(slice(0, len(arc.terms))), stays)
+        if len(stays) == len(kept):
+            kept.copy_(stays)
+        else:
+            kept.scatter_(0, arc.places(slice(0, len(stays))), stays)
         return True
 
     def _cut(self, name: str, stream: int | Tensor | None, kept: Tensor, low: float, high: float) -> _Near:
@@ -343,8 +339,8 @@ def _joined(arcs: Sequence[_Arc], sizes: Sequence[int]) -> _Arc:
     device, counts = arcs[0].terms.device, torch.tensor([len(arc.terms) for arc in arcs])
     owners = torch.arange(len(arcs)).repeat_interleave(counts).to(device)
     starts = torch.tensor([0, *accumulate(sizes)][:-1]).to(device)[owners]
-    index = torch.cat([arc.places(slice(0, len(arc.terms))) for arc in arcs]) + starts
-    return _Arc(index, torch.cat([arc.terms for arc in arcs]), owners, starts)
+    own_index = torch.cat([arc.places(slice(0, len(arc.terms))) for arc in arcs])
+    return _Arc(own_index + starts, torch.cat([arc.terms for arc in arcs]), owners, own_index)
 
 
 def _sample(arcs: Mapping[str, _Arc]) -> dict[str, _Arc]:
