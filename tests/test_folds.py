@@ -147,7 +147,23 @@ def test_loaders_are_dealt_independently():
 @pytest.mark.parametrize("cache_bytes", [PLENTY, 0])
 def test_batches_of_a_loader_that_tells_no_length_are_dealt_in_turn(seed, cache_bytes):
     data = Loaders(numbered(*[1] * 37), known=False).dealt(seed, cache_bytes)
-    assert [samples(data, fold) for fold in range(FOLDS)] == [list(range(fold, 37, FOLDS)) for fold in range(FOLDS)]
+    fold_of = {sample: fold for fold in range(FOLDS) for sample in samples(data, fold)}
+    assert sorted(fold_of) == list(range(37))
+    # sixteen in a row are in sixteen folds, by turns of the first half and the second, and so on from the beginning
+    assert {fold_of[sample] for sample in range(FOLDS)} == set(range(FOLDS))
+    assert all(fold_of[sample] == fold_of[sample + FOLDS] for sample in range(37 - FOLDS))
+    assert [fold_of[sample] < 8 for sample in range(37)] == [sample % 2 == 1 for sample in range(37)]
+
+
+@pytest.mark.parametrize("length", [math.inf, 0])
+@pytest.mark.parametrize("count", [16, 17, 31, 33, 40, 100])
+def test_the_two_halves_of_the_folds_hold_as_many_batches(count, length):
+    found = folds_of(count, FOLDS, length, 0, 0)
+    sizes = [found.count(fold) for fold in range(FOLDS)]
+    assert sum(sizes) == count
+    assert max(sizes) - min(sizes) <= 1
+    assert abs(sum(sizes[:8]) - sum(sizes[8:])) <= 1
+    assert sizes[0] == min(sizes)
 
 
 def test_several_folds_are_given_as_one_in_the_order_of_the_loaders():

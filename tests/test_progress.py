@@ -24,7 +24,10 @@ from tests.test_evaluation import BY_DEFAULT, ON_ALL, judged_by, one_level, with
 
 LEVELS = Tree(max_levels=2)
 # How often a candidate of five is judged: once on all data, or in a race on half of the folds
-JUDGED = [(ON_ALL, 5), (BY_DEFAULT, sum(rung.entrants * len(rung.parts) for rung in rungs(5, 8, 16)))]
+JUDGED = [
+    (ON_ALL, 5),
+    (BY_DEFAULT, sum(rung.entrants * len(rung.parts) for rung in rungs(5, 8, 16, 4))),
+]  # 4 folds of 200 make a batch of 64
 
 
 def pruning(validation=BY_DEFAULT, **options):

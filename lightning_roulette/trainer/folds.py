@@ -248,11 +248,15 @@ class SplitRows:
 
 
 def folds_of(count: int, folds: int, length: float, seed: int, loader: int) -> list[int]:
-    """The fold of each of `count` batches: by a random permutation, or in turn if the loader tells no length."""
-    turns = list(range(count))
+    """The fold of each of `count` batches: by a random permutation, or in turn if the loader tells no length.
+
+    Folds differ by one batch at most, and so do the first half of them and the last; the first fold is a small one.
+    """
     if math.isfinite(length):
         turns = _order(count, seed, f"batches {loader}").argsort().tolist()
-    return [turn % folds for turn in turns]
+        return [((turn + 1) * folds - 1) // count for turn in turns]
+    in_turn = [folds - 1 - turn // 2 - (turn % 2) * ((folds + 1) // 2) for turn in range(folds)]
+    return [in_turn[turn % folds] for turn in range(count)]
 
 
 def bytes_of(batch: Any) -> int:
