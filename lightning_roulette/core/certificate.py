@@ -251,8 +251,9 @@ def log_wealth(declines: Tensor, tolerance: float, confidence: float = 0.95) -> 
         bet = sqrt(2 * need / (left * square)), at least expm1(need / left) / tolerance, at most 1 / (1 - tolerance)
 
     where `need` is the logarithm of what is missing, `left` the number of samples to come and `square` the mean squared
-    decline so far, which begins at 4 (Voracek and Orabona, "STaR-Bets", 2025). The lower limit reaches the aim if
-    nothing differs from here on. An aim that is reached gives way to its next power. Bets change at most 200 times.
+    decline so far, which begins at 4 (Voracek and Orabona, "STaR-Bets", 2025, arXiv:2505.22422). The lower limit
+    reaches the aim if nothing differs from here on. An aim that is reached gives way to its next power. Bets change at
+    most 200 times.
 
     Share of networks certified at a tolerance of 0.005 and a confidence of 0.95, flips (worse + better) in percent,
     next to the best of four fixed bets in hindsight, bets by the rate of growth (aGRAPA, up to half of the largest bet)

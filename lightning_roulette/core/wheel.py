@@ -22,7 +22,7 @@ _BELOW_ALL = 64.0
 _BLOCK, _BLOCK_OFF_CPU = 1 << 16, 1 << 22
 _SMALL = 1 << 12  # survivors up to which no threshold is guessed: all keys are kept and compared
 _ALMOST, _ROUNDING = 1 - 2.0**-20, 1e-6
-_TOGETHER = 1 << 17  # weights up to which several parameters are treated as one
+_TOGETHER = 1 << 20  # weights up to which parameters are treated as one, and a first spin's threshold is kept
 _ALL = slice(0, None)
 _SIGMAS = 5.0  # how far about its guess a threshold is first looked for
 
@@ -70,7 +70,8 @@ class Sectors:
     The key of a survivor is `log E + sharpness * log importance` (`importance` itself where sharpness is infinite); the
     smallest keys are drawn. Logarithms keep `w ** -sharpness` from overflowing.
 
-    It holds the second term of every survivor, and their indices where not all weights of a parameter survive.
+    It holds the second term of every survivor, and their indices where not all weights of a parameter survive: 12 bytes
+    a survivor. Up to 2**20 weights it holds up to 48, which makes the spins that follow the first quicker.
 
     Args:
         importance: Non-negative and finite, one tensor per parameter of `parent`, of its shape.
@@ -102,7 +103,7 @@ class Sectors:
         """The parent's mask with exactly `draws` weights fewer.
 
         Beyond the mask it takes a byte for each weight of one parameter, one block of keys and the few keys near the
-        threshold.
+        threshold; eight bytes for each weight where these are few.
 
         Args:
             draws: How many weights leave, at most all survivors.
@@ -177,6 +178,11 @@ class _Arc:
             return _Arc(index, self.terms[positions])
         return _Arc(index, self.terms[positions], self.owners[positions], self.own_index[positions])
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is pruned of the parameters, so that a survivor's index is its place among the survivors."""
+        return self.index is None or (len(self.index) > 0 and int(self.index[-1]) + 1 == len(self.index))
+
     def blocks(self) -> Iterator[slice]:
         """The survivors a block at a time; one block if there are none."""
         size = _BLOCK if self.terms.device.type == "cpu" else _BLOCK_OFF_CPU
@@ -235,7 +241,7 @@ class _Wheel:
 
     def __init__(self, arcs: Mapping[str, _Arc], sizes: Mapping[str, int]) -> None:
         self._parts = {name: sizes[name] for name in arcs}
-        self._together = len(arcs) > 1 and sum(self._parts.values()) <= _TOGETHER and _share_device(arcs)
+        self._together = sum(self._parts.values()) <= _TOGETHER and _share_device(arcs)
         # as one: with small parameters it is the number of operations that takes the time
         self._arcs = {"": _joined(list(arcs.values()), list(self._parts.values()))} if self._together else dict(arcs)
         self._sizes = {"": sum(self._parts.values())} if self._together else self._parts
@@ -254,6 +260,8 @@ class _Wheel:
             for name, arc in self._arcs.items()
         }
         if not (self._together and streams and self._guessed(draws, known[""], kept[""])):
+            for flat in kept.values():
+                flat.zero_()
             self._race(draws, known, kept)
         if not self._together:
             return kept
@@ -275,29 +283,29 @@ class _Wheel:
             self._guess = _guess(self._arcs[""].terms, near[0].keys.sort().values, missing, draws)
 
     def _guessed(self, draws: int, stream: int | Tensor | None, kept: Tensor) -> bool:
-        """Write into `kept` whether each survivor stays, if the guess holds; else leave it as it was."""
+        """Write into `kept` whether each survivor stays, if the guess holds; else say that it does not."""
         guess, arc = self._guess, self._arcs[""]
         if guess is None or guess.draws != draws or not isinstance(stream, Tensor) or arc.own_index is None:
             return False
         each = torch.cat([one.expand(count) for one, count in zip(stream, self._counts, strict=True)])
-        chance = uniforms(each, arc.own_index)
-        # of clocks that ring almost at once the logarithm is looked at, as rounding would tell in it
-        sure = (chance > guess.drawn).logical_and_(chance < _ALMOST)
-        missing = draws - int(sure.count_nonzero())
-        near = (chance >= guess.stays).logical_and_(~sure).nonzero().flatten()
-        if not 0 < missing <= len(near):
+        near, whole = [], arc.is_whole
+        for block in arc.blocks():
+            chance = uniforms(each[block], arc.own_index[block])
+            # of clocks that ring almost at once the logarithm is looked at, as rounding would tell in it
+            stays = (chance <= guess.drawn[block]).logical_or_(chance >= _ALMOST)
+            found = stays.logical_and(chance >= guess.stays[block]).nonzero().flatten()
+            near.append((arc.places(block)[found], chance[found].log_().neg_().log_().add_(arc.terms[block][found])))
+            if whole:
+                kept[block] = stays
+            else:
+                kept.scatter_(0, arc.places(block), stays)
+        places, keys = (torch.cat(parts) for parts in zip(*near, strict=True))
+        missing = draws - (self.count - int(kept.count_nonzero()))
+        if not 0 < missing <= len(keys):
             return False
-        keys = chance[near].log_().neg_().log_().add_(arc.terms[near])
         drawn = _smallest([keys], missing)[0]
-        if not guess.low + _ROUNDING < float(keys[drawn].max()) < guess.high - _ROUNDING:
-            return False
-        stays = ~sure
-        stays[near[drawn]] = False
-        if len(stays) == len(kept):
-            kept.copy_(stays)
-        else:
-            kept.scatter_(0, arc.places(slice(0, len(stays))), stays)
-        return True
+        kept[places[drawn]] = False
+        return guess.low + _ROUNDING < float(keys[drawn].max()) < guess.high - _ROUNDING
 
     def _cut(self, name: str, stream: int | Tensor | None, kept: Tensor, low: float, high: float) -> _Near:
         """Keep the survivors whose keys are `low` or more; those among them with keys up to `high`."""
