@@ -1,90 +1,38 @@
 """How sharp should the wheel be? Weights left and test accuracy of both LeNets on MNIST, for several sharpnesses.
 
-Every network is trained once per seed and then searched with each sharpness by the plain `search` function, judged by
-validation accuracy, ties by validation loss; the test images only judge. Finished runs are kept as lines of JSON and
-not run again.
+Every network is trained once per seed and then searched with each sharpness by the plain `search` function at its
+defaults: ranked by validation loss, judged by accuracy, confirmed on half of the validation images; the test images
+only judge. Finished runs are kept as lines of JSON and not run again.
 """
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-import torch
+from on_tensors import NETWORKS, OnTensors, Split, accuracy, dense_weights, mnist, pruned_accuracy, trained
 from torch import nn
-from torch.func import functional_call
-from torch.nn.functional import cross_entropy
 
-sys.path.append(str(Path(__file__).parent.parent))
-from mnist import NETWORKS, Split, accuracy, mnist
-
-from lightning_roulette import PrunedWeights, Scores, Wheel, prunable_parameters, search
+from lightning_roulette import Wheel, search
 
 
-class OnTensors:
-    """An evaluator of one fold: accuracy, and loss for ties, on images in memory."""
-
-    folds = 1
-
-    def __init__(self, net: nn.Module, split: Split, batch: int) -> None:
-        self.net, self.batches = net, list(zip(split[0].split(batch), split[1].split(batch), strict=True))
-
-    @torch.no_grad()
-    def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
-        """Scores of the network with the candidate's weights."""
-        hits, loss, count = 0, 0.0, 0
-        weights = candidate.weights
-        for images, digits in self.batches:
-            outputs = functional_call(self.net, weights, (images,))
-            hits += int((outputs.argmax(1) == digits).sum())
-            loss += float(cross_entropy(outputs, digits, reduction="sum"))
-            count += len(digits)
-        return Scores(rank=hits / count, floor=hits / count, tiebreak=-loss / count)
-
-
-def train(net: nn.Module, split: Split, epochs: int, seed: int) -> None:
-    """Adam with a learning rate of 0.001 on batches of 100."""
-    chance, optimizer = torch.Generator().manual_seed(seed), torch.optim.Adam(net.parameters(), lr=1e-3)
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(split[1]), generator=chance).split(100):
-            optimizer.zero_grad()
-            cross_entropy(net(split[0][chosen]), split[1][chosen]).backward()
-            optimizer.step()
-
-
-def trained(name: str, seed: int, data: dict[str, Split], epochs: int) -> nn.Module:
-    """The network of one seed."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net = NETWORKS[name][0]()
-    net.to(memory_format=torch.channels_last)
-    train(net, data["train"], epochs, seed)
-    return net.eval()
-
-
-def pruned(net: nn.Module, data: dict[str, Split], batch: int, sharpness: float, options: argparse.Namespace) -> dict:
+def searched(net: nn.Module, data: dict[str, Split], batch: int, sharpness: float, options: argparse.Namespace) -> dict:
     """One search and what the test images say of its winner."""
     evaluate, dense = OnTensors(net, data["val"], batch), accuracy(net, data["test"])
-    weights = {name: weight.detach() for name, weight in prunable_parameters(net).items()}
+    weights = dense_weights(net)
     began = time.monotonic()
     accuracy(net, data["val"])
     validation = time.monotonic() - began
     winner = search(
         weights, evaluate, branches=options.branches, tolerance=options.tolerance, wheel=Wheel(sharpness=sharpness)
     )
-    state = {name: value.clone() for name, value in net.state_dict().items()}
-    net.load_state_dict({**state, **winner.weights})
-    test = accuracy(net, data["test"])
-    net.load_state_dict(state)
     report = winner.report
     return {
         "left": 1 - report.sparsity,
-        "val_decline": report.dense_score - report.chosen_by,
+        "reported": report.decline,
         "dense_test": dense,
-        "test": test,
+        "test": pruned_accuracy(net, weights, winner.mask, data["test"]),
         "validations": report.validations,
         "seconds": report.seconds,
         "times_one_validation": report.seconds / validation,
@@ -115,8 +63,8 @@ def main() -> None:
                 key = {"network": name, "seed": seed, "sharpness": str(sharpness), **asked}
                 if any(key.items() <= row.items() for row in done):
                     continue
-                net = trained(name, seed, data, options.epochs) if net is None else net
-                done.append({**key, **pruned(net, data, NETWORKS[name][1], sharpness, options)})
+                net = trained(name, seed, data["train"], options.epochs) if net is None else net
+                done.append({**key, **searched(net, data, NETWORKS[name][1], sharpness, options)})
                 with options.results.open("a") as file:
                     file.write(json.dumps(done[-1]) + "\n")
     print(
