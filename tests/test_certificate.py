@@ -309,8 +309,8 @@ def test_the_error_of_a_mean_is_the_analytic_one(samples):
     dense = torch.randn(samples, generator=chance(11), dtype=torch.float64)
     pruned = dense + 0.1 * torch.randn(samples, generator=chance(12), dtype=torch.float64)
     analytic = float((pruned - dense).std()) / math.sqrt(samples)
-    # the deviation of 200 numbers is known to 5 %
-    assert paired_error(mean_of(dense), mean_of(pruned)) == pytest.approx(analytic, rel=0.15)
+    # the deviation of 50 numbers is known to 10 %
+    assert paired_error(mean_of(dense), mean_of(pruned)) == pytest.approx(analytic, rel=0.25)
     low, high = float(torch.min(dense.min(), pruned.min())), float(torch.max(dense.max(), pruned.max()))
     assert paired_error(Singles(dense, low, high), Singles(pruned, low, high)) == pytest.approx(analytic)
 
@@ -318,16 +318,19 @@ def test_the_error_of_a_mean_is_the_analytic_one(samples):
 def test_resamples_have_the_size_of_the_data_and_repeat_samples():
     seen: list[Tensor] = []
     one = Resamples(lambda index: seen.append(index) or 0.5, 50)
-    paired_error(one, one)
-    assert len(seen) == 400
+    one.resampled(200)
+    assert one.resampled(200) == [0.5] * 200
+    assert len(seen) == 200  # each is scored once
     assert all(index.dtype == torch.int64 and index.shape == (50,) for index in seen)
     assert min(int(index.min()) for index in seen) == 0
     assert max(int(index.max()) for index in seen) == 49
     assert all(len(index.unique()) < 50 for index in seen)
-    counts = torch.cat(seen[::2]).bincount(minlength=50)
+    counts = torch.cat(seen).bincount(minlength=50)
     assert stats.chisquare(counts.numpy()).pvalue > 0.001
-    torch.testing.assert_close(seen[0], seen[1])
-    assert not torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[0], seen[1])
+    again: list[Tensor] = []
+    Resamples(lambda index: again.append(index) or 0.5, 50).resampled(2)
+    assert torch.equal(torch.cat(again), torch.cat(seen[:2]))
 
 
 def test_the_bootstrap_p_of_a_mean_by_hand():
@@ -336,7 +339,8 @@ def test_the_bootstrap_p_of_a_mean_by_hand():
     every = torch.arange(100)
     # a mean without sample i is off by (mean - value[i]) / 99
     ranges = [max(s) - min(s) for s in ([one.score(every[every != i]) for i in range(100)] for one in (dense, pruned))]
-    reach, error = max(ranges), paired_error(dense, pruned)
+    apart = torch.tensor(pruned.resampled(200)) - torch.tensor(dense.resampled(200))
+    reach, error = max(ranges), float(apart.double().std())
     decline = dense.score(every) - pruned.score(every)
     expected = stats.t.sf((0.2 - decline - reach) / math.hypot(error, reach), 199)
     assert p_value(dense, pruned, 0.2) == pytest.approx(expected)

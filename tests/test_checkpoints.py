@@ -425,9 +425,9 @@ def test_after_a_search_a_checkpoint_of_another_network_can_be_validated(make_tr
 # ---- interrupted
 
 
-# Validations of one fold, in one batch, before the search judges the dense network: to find the metric; as the network
-# is, and with all weights at zero; and to see what is logged as the metric.
-REHEARSALS = 4
+# Validations before the search judges the dense network. On all the data: to find the metric, and on the batches as
+# they were read. On one fold: as the network is, with all weights at zero, and to see what is logged as the metric.
+REHEARSALS = 5
 # Then come, on all the data: the dense network; of each level two candidates, and the winner of them again.
 ON_ALL = Validation(confirm=0, race=False)
 

@@ -857,8 +857,9 @@ def test_candidates_are_validated_in_eval_mode_and_without_gradients_as_within_f
 
     search = within("on_train_batch_end", partial(one_level, how=ON_ALL))
     make_trainer(callbacks=[search], num_sanity_val_steps=0).fit(Noting(), train_loader(), val_loader())
-    # three searches: twice one batch to see what is logged, the dense network, two candidates, the winner; two epochs
-    assert len(found) == 3 * (2 + 4 * VAL_BATCHES) + 2 * VAL_BATCHES
+    # three searches: once all and once one batch to see what is logged, the dense network, two candidates, the winner;
+    # two epochs
+    assert len(found) == 3 * (1 + 5 * VAL_BATCHES) + 2 * VAL_BATCHES
     assert set(found) == {((False,) * 4, "fit", "validate")}
 
 

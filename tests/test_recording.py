@@ -181,8 +181,18 @@ def test_a_mean_of_numbers_per_batch_is_known_batch_by_batch():
     assert found.weights.tolist() == [1, 1, 1]
 
 
-def test_a_mean_of_many_numbers_a_batch_tells_nothing():
-    assert outcomes(MeanMetric(), [(torch.rand(4), 1.0)] * 2) is None
+def test_a_mean_of_many_numbers_a_batch_is_drawn_again_from_these():
+    numbers = torch.rand(8)
+    found = outcomes(MeanMetric(), [(part, 1.0) for part in numbers.split(4)])
+    assert isinstance(found, Resamples)
+    assert found.score(torch.tensor([1, 1, 6])) == pytest.approx(float(numbers[[1, 1, 6]].mean()))
+
+
+@pytest.mark.parametrize("kind", [MulticlassAccuracy, MulticlassF1Score])
+def test_a_macro_average_is_no_mean_over_samples_even_of_a_network_without_error(kind):
+    target = torch.arange(12) % 4
+    found = outcomes(kind(4, average="macro"), [(nn.functional.one_hot(target, 4).float(), target)])
+    assert isinstance(found, Resamples)
 
 
 # ---- numbers per batch

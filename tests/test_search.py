@@ -641,7 +641,8 @@ def test_a_mistake_is_named_before_anything_is_validated(argument, value, error,
 def test_what_is_in_range_is_taken():
     for seed in (-(2**63), 0, 2**63 - 1):
         check_search(1, 0, 1e-9, None, Wheel(), Tree(), Validation(), seed)
-    check_search(np.int64(3), math.inf, None, np.float32(0.5), Wheel(), Tree(), Validation(), np.int64(5))
+    check_search(np.int64(3), math.inf, None, None, Wheel(), Tree(), Validation(), np.int64(5))
+    check_search(np.int64(3), 0.5, None, np.float32(0.5), Wheel(), Tree(), Validation(), np.int64(5))
     check_search(1, 1e-9, None, 1e-9, Wheel(), Tree(), Validation(confirm=1e-9), 0)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from lightning_roulette.core.chance import random_bits, stream
 
 _LEAST = 2.0**-1022  # no p-value is smaller: the smallest normal float64
-_RESAMPLES = 200
+_RESAMPLES, _FEW_RESAMPLES = 200, 50
 _BLOCKS = 200
 _PRIOR_SQUARES = 4.0
 
@@ -80,6 +80,14 @@ class Resamples:
 
     score: Callable[[Tensor], float]
     size: int
+    _scores: list[float] = field(default_factory=list, init=False, repr=False)
+
+    def resampled(self, count: int) -> list[float]:
+        """The scores on so many resamples, the same for all networks; each is scored once."""
+        counter = torch.arange(self.size)
+        for i in range(len(self._scores), count):
+            self._scores.append(float(self.score(random_bits(stream(0, 0, i, "resample"), counter) % self.size)))
+        return self._scores[:count]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +132,7 @@ def paired_error(dense: Outcomes, pruned: Outcomes) -> float:
     """The standard error of the pruned score minus the dense score, both taken on the same samples.
 
     From the differences of samples for `Singles`, of batches for `Batches` (the variance of a batch being inverse to
-    its weight), and over 200 paired resamples for `Resamples`. Equal arguments, equal result; no generator is read.
+    its weight), and over 50 paired resamples for `Resamples`. Equal arguments, equal result; no generator is read.
 
     Returns:
         In units of the score; NaN for fewer than two samples or batches and for values that are not finite.
@@ -137,7 +145,7 @@ def paired_error(dense: Outcomes, pruned: Outcomes) -> float:
         case Singles() as one, Singles() as other:
             return _mean_and_error(_differences(one, other), torch.ones(len(one.values), dtype=torch.float64))[1]
         case Resamples() as one, Resamples() as other:
-            return _bootstrap_error(one, other)
+            return _bootstrap_error(one, other, _FEW_RESAMPLES)
         case Batches() as one, Batches() as other:
             return _mean_and_error(_differences(one, other), _plain(one.weights))[1]
     raise _unlike(dense, pruned)
@@ -224,6 +232,12 @@ def too_few(samples: int, width: float | None, confidence: float, tolerance: flo
     needed = 2 if width is None else samples_needed(confidence, tolerance, width)
     if samples >= needed:
         return ""
+    if width is None:
+        return (
+            f"confidence is {confidence}, but the confirmation data shows the metric as {samples} numbers, which must "
+            "be at least 2. Log the torchmetrics object itself, or a number for each batch, in validation_step; or "
+            "leave confidence out."
+        )
     return (
         f"confidence is {confidence} and tolerance {tolerance}, which {samples} confirmation samples can certify of no "
         f"network, not even of one that errs just as the dense one does. They must be at least {needed}, which is "
@@ -341,14 +355,12 @@ def _tail(decline: float, error: float, degrees: int, tolerance: float) -> float
     return t_tail((tolerance - decline) / error, degrees) if error > 0 else 1.0
 
 
-def _bootstrap_error(dense: Resamples, pruned: Resamples) -> float:
+def _bootstrap_error(dense: Resamples, pruned: Resamples, count: int = _RESAMPLES) -> float:
     """The standard deviation of the difference over resamples; NaN for fewer than two samples."""
     if dense.size < 2:
         return math.nan
-    counter = torch.arange(dense.size)
-    resamples = (random_bits(stream(0, 0, i, "resample"), counter) % dense.size for i in range(_RESAMPLES))
-    differences = [float(pruned.score(index)) - float(dense.score(index)) for index in resamples]
-    return float(torch.tensor(differences, dtype=torch.float64).std())
+    scores = (torch.tensor(one.resampled(count), dtype=torch.float64) for one in (pruned, dense))
+    return float(torch.sub(*scores).std())
 
 
 def _reach(outcomes: Resamples) -> float:
@@ -415,7 +427,7 @@ def _check_confidence(confidence: float) -> None:
 
 
 def _check_pair(dense: Outcomes, pruned: Outcomes) -> None:
-    if _kind(dense) != _kind(pruned):
+    if not alike(dense, pruned):
         raise _unlike(dense, pruned)
 
 
@@ -424,6 +436,11 @@ def _unlike(dense: Outcomes, pruned: Outcomes) -> ValueError:
         f"pruned is {_words(pruned)}, dense is {_words(dense)}; allowed are outcomes of one kind on the same samples, "
         "with equal bounds or weights: validate both networks in the same way."
     )
+
+
+def alike(dense: Outcomes, pruned: Outcomes) -> bool:
+    """Whether two networks recorded outcomes of one kind on the same samples, so that they can be compared."""
+    return _kind(dense) == _kind(pruned)
 
 
 def _kind(outcomes: Outcomes) -> tuple[object, ...]:

@@ -308,8 +308,9 @@ class SearchReport:
             return []
         if self.winner is None:
             return [f"No level could be certified with confidence {self.confidence:g}: the network stays dense."]
+        when = " before the training that followed" if self.trained_score is not None else ""
         return [
-            f"With confidence {self.confidence:g} the winner's true decline is at most {self.tolerance:g}. "
+            f"With confidence {self.confidence:g} the winner's true decline{when} is at most {self.tolerance:g}. "
             f"{self.method.value}"
         ]
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from lightning_roulette.core.certificate import (
     Outcomes,
     Singles,
+    alike,
     method_of,
     p_value,
     paired_error,
@@ -180,6 +181,11 @@ def check_search(
 
 def _check_confidence(confidence: float, tolerance: float, validation: Validation) -> None:
     check_number("confidence", confidence, above=0, below=1, remedy="0.95 is usual.")
+    if math.isinf(tolerance):
+        raise ValueError(
+            f"tolerance is {tolerance} and confidence {confidence}, but that anything at all may be lost needs no "
+            "certificate. Pass a tolerance, such as 0.005 for half a point, or leave confidence out."
+        )
     if tolerance == 0:
         raise ValueError(
             f"tolerance is {tolerance} and confidence {confidence}, but no finite sample can certify that nothing is "
@@ -347,14 +353,11 @@ class _Growing:
     def _gated(self, level: Level) -> Level:
         """An accepted level as the confirmation folds judge it."""
         scores, outcomes = self.judge.recorded(self.history.mask_at(level.level), self.judge.confirming)
-        error, p = _error(self.gated_outcomes, outcomes), None
+        error, p = _error(self.gated_outcomes, outcomes), cast("float | None", None)
         if self.report.confidence is not None:
-            ours, dense = outcomes, self.gated_outcomes
-            p = (
-                1.0
-                if ours is None or dense is None
-                else p_value(dense, ours, self.report.tolerance, self.report.confidence)
-            )
+            p, dense = 1.0, self.gated_outcomes
+            if outcomes is not None and dense is not None and alike(dense, outcomes):
+                p = p_value(dense, outcomes, self.report.tolerance, self.report.confidence)
             held = p <= 1 - self.report.confidence
         else:
             held = keeps_floor(scores.floor, cast(float, self.report.gated_floor))
@@ -395,7 +398,7 @@ def _refuse_nan(dense_score: float) -> None:
 
 
 def _error(dense: Outcomes | None, pruned: Outcomes | None) -> float:
-    return math.nan if dense is None or pruned is None else paired_error(dense, pruned)
+    return math.nan if dense is None or pruned is None or not alike(dense, pruned) else paired_error(dense, pruned)
 
 
 def _cannot_certify(confidence: float, shared: str) -> str:

@@ -50,6 +50,7 @@ from lightning_roulette.trainer.scoring import (
     mean_over_processes,
     refuse_if_blind,
     refuse_too_few_samples,
+    uncut_if_it_matters,
     validate,
 )
 from lightning_roulette.trainer.watching import Watcher, log, speak_up
@@ -59,7 +60,7 @@ class RouletteWheelPruning(ZeroHolder):
     """Prunes the weights of a trained network as far as its validation score allows, within `Trainer.fit`.
 
     A roulette wheel draws a branch of pruned candidates: small weights are likely to go but may stay, large ones the
-    other way round. Each candidate is validated by the Trainer's own validation loop, unseen by loggers and other
+    other way round. Each candidate is validated by the module's own validation hooks, unseen by loggers and other
     callbacks; the best becomes the parent of the next level, until the score would fall below the floor. The slimmest
     accepted network is loaded in place. (Chan, Yiu, Guo and Jiang 2024, doi:10.1007/s00521-024-09719-6.)
 
@@ -80,6 +81,7 @@ class RouletteWheelPruning(ZeroHolder):
         confidence: In (0, 1), 0.95 say. The winner's decline on the population that the validation data are an i.i.d.
             sample of is then, with this confidence, at most `tolerance`. None: the winner is only seen to hold on the
             confirmation data. A certificate takes thousands of samples: the fewest possible are told before the search.
+            Single samples are then dealt to folds; where batches cannot be split, their order must be random.
         at_epoch: None: search when training ends. N: search when N epochs are trained, before the next begins;
             training then goes on with pruned weights held at zero. A run that stops earlier searches at its end.
         include: Glob patterns over parameter names that replace the default choice (see `prunable_parameters`).
@@ -179,6 +181,11 @@ class RouletteWheelPruning(ZeroHolder):
         self._restored, self._idle, self._epoch_begins = False, _nothing_to_do(trainer), False
         self._metric = self._files = None  # another Trainer may log other metrics; another fit writes other files
         refuse_trainer(trainer, self, self.validation.keep_callbacks, self.at_epoch)
+        if self.confidence is not None and trainer.world_size > 1:
+            raise RuntimeError(
+                f"confidence is {self.confidence} and there are {trainer.world_size} processes, but a process sees its "
+                "own samples alone, which certify nothing for all. Train on one device, or leave confidence out."
+            )
         warn_of_lost_report(trainer)
         place_before_checkpoints(trainer, self)
         speak_up()
@@ -353,10 +360,13 @@ class RouletteWheelPruning(ZeroHolder):
         validation = self._validating(trainer, module)
         with validation:
             # after which lazy parameters have their shape
-            data, logged = folded(validation, self.seed, self.validation.cache_bytes)
+            data, logged = folded(
+                validation, self.seed, self.validation.cache_bytes, by_rows=self.confidence is not None
+            )
         metric = self._found(trainer, module, logged)
         weights = find_prunable(module, self.include, self.exclude)
         with validation:
+            data = uncut_if_it_matters(validation, data, logged, metric)
             refuse_if_blind(validation, data, weights)
         self._files = RunFiles.next_to(trainer, self.dirpath)
         with Watcher(trainer, metric) as watcher:
@@ -406,7 +416,7 @@ class RouletteWheelPruning(ZeroHolder):
             save_accepted_levels(self._files.interrupted, so_far.history, self.report.to_dict())
             warnings.warn(
                 f"RouletteWheelPruning: the search did not end. The {len(self.report.accepted)} levels accepted so far "
-                f"are in {self._files.interrupted!r}; apply_mask(module, path) applies the last of them.",
+                f"are in {self._files.interrupted!r}; apply_mask(module, path) applies level {so_far.history.level}.",
                 stacklevel=2,
             )
 

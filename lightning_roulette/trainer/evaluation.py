@@ -1,4 +1,4 @@
-"""The Trainer's own validation loop, run on a borrowed network so that nobody else notices.
+"""Validation of a borrowed network so that nobody else notices: by the Trainer's own loop, or by a leaner one.
 
 This is the only file that touches what a Trainer keeps private: the loop and the connector that a validation writes to
 (`val_loop`, `_logger_connector`, `_loggers`, `_last_val_time`, `_current_fx_name`) are swapped, and the fresh loop is
@@ -97,16 +97,19 @@ class IsolatedValidation:
         trainer: Within `fit`, but not within a validation batch.
         module: Its LightningModule.
         keep_callbacks: Names of callback classes that stay live.
+
+    Attributes:
+        trainer: See above.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, keep_callbacks: Collection[str] = ()) -> None:
-        self._trainer, self._module, self._keep = trainer, module, frozenset(keep_callbacks)
+        self.trainer, self._module, self._keep = trainer, module, frozenset(keep_callbacks)
         self._stack = ExitStack()
         self._steps: _Steps | None = None
         self._running = False
 
     def __enter__(self) -> IsolatedValidation:
-        trainer = self._trainer
+        trainer = self.trainer
         self._loop = _borrowing_loop(trainer)
         self._snapshot = _Snapshot(self._module, self._loop)
         self._results, self._steps = _Results(), None
@@ -154,14 +157,14 @@ class IsolatedValidation:
             RuntimeError: If the loaders give no batch.
         """
         self._snapshot.rewind()
-        self._trainer._logger_connector = _LoggerConnector(self._trainer)
+        self.trainer._logger_connector = _LoggerConnector(self.trainer)
         self._loop._results.clear()
         self._set_up()
         all_batches = self._loop._max_batches
         try:
             self._loop._max_batches = [min(count, max_batches) for count in all_batches]
             self._loop.run()
-            values = {name: _own(value) for name, value in self._trainer.callback_metrics.items()}
+            values = {name: _own(value) for name, value in self.trainer.callback_metrics.items()}
             return Logged(values, _directions(self._loop._results), _metrics(self._loop._results))
         finally:
             self._loop._max_batches = all_batches
@@ -186,7 +189,7 @@ class IsolatedValidation:
     @property
     def hands_over_iterator(self) -> bool:
         """Whether `validation_step` takes the iterator over the loaders, and so gets its batches itself."""
-        return isinstance(_select_data_fetcher(self._trainer, RunningStage.VALIDATING), _DataLoaderIterDataFetcher)
+        return isinstance(_select_data_fetcher(self.trainer, RunningStage.VALIDATING), _DataLoaderIterDataFetcher)
 
     @torch.no_grad()
     def read(self) -> Iterator[tuple[Any, int]]:
@@ -213,7 +216,7 @@ class IsolatedValidation:
             )
 
     def _batches(self) -> Iterator[tuple[Any, int]]:
-        trainer, loop = self._trainer, self._loop
+        trainer, loop = self.trainer, self._loop
         loop.reset()  # which makes the iterator: another would start workers and draw chance once more
         fetcher = loop._data_fetcher
         assert fetcher is not None
@@ -235,7 +238,7 @@ class IsolatedValidation:
         Returns:
             What was logged.
         """
-        trainer, loop = self._trainer, self._loop
+        trainer, loop = self.trainer, self._loop
         self._snapshot.rewind()
         connector = trainer._logger_connector = _LoggerConnector(trainer)
         results = loop._results = _Recording() if recorded else self._results

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict, UserDict, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Protocol
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection  # knows every container that Lightning moves
 from torch import Tensor
 
 from lightning_roulette.core.chance import random_bits, stream
-from lightning_roulette.trainer.rows import joined, rows_of, taken
+from lightning_roulette.trainer.rows import bytes_of, joined, rows_of, taken, tensors_of
 
 FOLDS = 16
 
@@ -45,7 +45,14 @@ class FoldedData(Protocol):
         ...
 
 
-def dealt(read: Read, lengths: Sequence[float], seed: int, cache_bytes: int, copies: bool = False) -> FoldedData:
+def dealt(
+    read: Read,
+    lengths: Sequence[float],
+    seed: int,
+    cache_bytes: int,
+    copies: bool = False,
+    by_rows: bool = False,
+) -> KeptData | StreamedData:
     """The data of some loaders, dealt to folds.
 
     Whole batches are dealt where each loader gives at least 16, else single samples, where batches can be split.
@@ -57,6 +64,8 @@ def dealt(read: Read, lengths: Sequence[float], seed: int, cache_bytes: int, cop
         cache_bytes: If the batches take more than this, the loaders are read again when a fold is asked for that is not
             kept.
         copies: Whether to give out copies of the tensors that are kept: for a module that writes into its batches.
+        by_rows: Whether to deal single samples wherever batches can be split: of batches in some order, by class say,
+            whole ones are no independent samples.
     """
     kept: dict[int, list[Any]] = {loader: [] for loader in range(len(lengths))}
     sizes: dict[int, list[int]] = {loader: [] for loader in range(len(lengths))}
@@ -69,7 +78,7 @@ def dealt(read: Read, lengths: Sequence[float], seed: int, cache_bytes: int, cop
         else:
             kept = {loader: [] for loader in kept}
     if total <= cache_bytes:
-        return KeptData(kept, lengths, seed, copies)
+        return KeptData(kept, lengths, seed, copies, by_rows=by_rows)
     return StreamedData(read, sizes, lengths, seed, cache_bytes, copies)
 
 
@@ -81,22 +90,37 @@ class KeptData:
         lengths: See `dealt`.
         seed: See `dealt`.
         copies: See `dealt`.
+        whole: Why they are not to be divided; empty if they are.
+        by_rows: See `dealt`.
+
+    Attributes:
+        uncut: The batches of each loader as they were read, if some were cut: until it is forgotten.
     """
 
     def __init__(
-        self, batches: Mapping[int, list[Any]], lengths: Sequence[float], seed: int, copies: bool = False
+        self,
+        batches: Mapping[int, list[Any]],
+        lengths: Sequence[float],
+        seed: int,
+        copies: bool = False,
+        whole: str = "",
+        by_rows: bool = False,
     ) -> None:
-        self.whole = next((why for loader, found in batches.items() if (why := _resists(loader, found))), "")
+        self._lengths, self._seed = lengths, seed
+        self.whole = whole or next((why for loader, found in batches.items() if (why := _resists(loader, found))), "")
         self.folds = self.at_once = 1 if self.whole else FOLDS
         self._portions: dict[int, WholeBatches | SplitRows] = {
             loader: WholeBatches(found, folds_of(len(found), self.folds, lengths[loader], seed, loader))
-            if self.whole or len(found) >= FOLDS
+            if self.whole or (len(found) >= FOLDS and not (by_rows and _splits(found)))
             else SplitRows.shuffled(found, seed, loader)
             for loader, found in batches.items()
         }
         fills = [one.at_least if isinstance(one, SplitRows) else 1 for one in self._portions.values()]
         self.at_least = min(fills, default=1)
-        self._copies, self._versions = copies, _versions(self._contents())
+        self._copies, self._tensors = copies, tensors_of([one.contents() for one in self._portions.values()])
+        self._before = _states(self._tensors)
+        cut = any(isinstance(one, SplitRows) for one in self._portions.values())
+        self.uncut: Mapping[int, list[Any]] | None = batches if cut else None
 
     def of(self, folds: Sequence[int]) -> Iterator[tuple[Any, int]]:
         """See `FoldedData`."""
@@ -105,10 +129,13 @@ class KeptData:
 
     def altered(self) -> bool:
         """See `FoldedData`."""
-        return _versions(self._contents()) != self._versions
+        return _states(self._tensors) != self._before
 
-    def _contents(self) -> list[Any]:
-        return [one.contents() for one in self._portions.values()]
+    def undivided(self, why: str) -> KeptData:
+        """The batches as they were read, in one fold."""
+        portions = self._portions.items()
+        batches = self.uncut or {loader: one.contents() for loader, one in portions}
+        return KeptData(batches, self._lengths, self._seed, self._copies, why)
 
 
 class StreamedData:
@@ -131,11 +158,17 @@ class StreamedData:
         seed: int,
         cache_bytes: int,
         copies: bool = False,
+        whole: str = "",
     ) -> None:
+        self._all = (read, sizes, lengths, seed, cache_bytes, copies)
         self._read, self._most, self._copies, self.at_least = read, cache_bytes, copies, 1
         fewest = min(len(found) for found in sizes.values())
-        self.folds = min(FOLDS, max(1, fewest))
-        self.whole = "" if self.folds > 1 else "a loader gives a single batch, and cache_bytes does not hold the data"
+        self.folds = 1 if whole else min(FOLDS, max(1, fewest))
+        self.whole = (
+            whole
+            if whole or self.folds > 1
+            else "a loader gives a single batch, and cache_bytes does not hold the data"
+        )
         self._fold_of = {
             loader: folds_of(len(found), self.folds, lengths[loader], seed, loader) for loader, found in sizes.items()
         }
@@ -145,7 +178,8 @@ class StreamedData:
                 self._bytes[fold] += size
         self.at_once = max(1, min(self.folds, cache_bytes // max(1, *self._bytes)))
         self._kept: dict[int, list[tuple[int, int, Any]]] = {}
-        self._versions: list[int] = []
+        self._tensors: list[Tensor] = []
+        self._before: list[int] = []
 
     def of(self, folds: Sequence[int]) -> Iterator[tuple[Any, int]]:
         """See `FoldedData`."""
@@ -158,7 +192,11 @@ class StreamedData:
 
     def altered(self) -> bool:
         """See `FoldedData`."""
-        return _versions(self._kept) != self._versions
+        return _states(self._tensors) != self._before
+
+    def undivided(self, why: str) -> StreamedData:
+        """The same batches in one fold."""
+        return StreamedData(*self._all, whole=why)
 
     def _keep(self, folds: Sequence[int]) -> None:
         wanted, size = list(folds), sum(self._bytes[fold] for fold in folds)
@@ -166,11 +204,12 @@ class StreamedData:
         for fold in following:
             if fold not in wanted and (size := size + self._bytes[fold]) <= self._most:
                 wanted.append(fold)
-        self._kept = {}  # before the next are read
+        self._kept, self._tensors = {}, []  # before the next are read
         kept: dict[int, list[tuple[int, int, Any]]] = {fold: [] for fold in wanted}
         for loader, place, batch in self._batches(wanted):
             kept[self._fold_of[loader][place]].append((loader, place, batch))
-        self._kept, self._versions = kept, _versions(kept)
+        self._kept, self._tensors = kept, tensors_of(kept)
+        self._before = _states(self._tensors)
 
     def _batches(self, folds: Collection[int]) -> Iterator[tuple[int, int, Any]]:
         """The loader, the place in it, and the batch, for all of these folds."""
@@ -259,9 +298,8 @@ def folds_of(count: int, folds: int, length: float, seed: int, loader: int) -> l
     return [in_turn[turn % folds] for turn in range(count)]
 
 
-def bytes_of(batch: Any) -> int:
-    """The bytes of all tensors in a batch."""
-    return sum(tensor.nbytes for tensor in _tensors(batch))
+def _splits(batches: Sequence[Any]) -> bool:
+    return all(rows_of(batch) is not None for batch in batches)
 
 
 def _resists(loader: int, batches: Sequence[Any]) -> str:
@@ -297,7 +335,7 @@ def _rebuilt(batch: Any, copies: bool) -> Any:
     """The same tensors, or copies of them, in new containers: a validation_step may take from those it is given."""
     if isinstance(batch, Tensor):
         return batch.clone() if copies else batch
-    if isinstance(batch, MutableMapping):
+    if type(batch) in (dict, OrderedDict, UserDict, defaultdict):
         twin = copy.copy(batch)
         twin.update({key: _rebuilt(value, copies) for key, value in batch.items()})
         return twin
@@ -305,15 +343,14 @@ def _rebuilt(batch: Any, copies: bool) -> Any:
         return type(batch)(_rebuilt(value, copies) for value in batch)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(_rebuilt(value, copies) for value in batch))
-    return apply_to_collection(batch, Tensor, Tensor.clone) if copies else batch
+    if copies:
+        return copy.deepcopy(batch)
+    twin = copy.copy(batch)
+    if is_dataclass(twin):
+        vars(twin).update({name: _rebuilt(value, copies) for name, value in vars(batch).items()})
+    return twin
 
 
-def _versions(batches: Any) -> list[int]:
+def _states(tensors: Sequence[Tensor]) -> list[int]:
     """How often each tensor has been written to, as far as that can be told."""
-    return [tensor._version for tensor in _tensors(batches) if not tensor.is_inference()]
-
-
-def _tensors(batches: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    apply_to_collection(batches, Tensor, found.append)
-    return found
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]

@@ -12,17 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy, MultilabelAccuracy
+from torchmetrics.classification import (
+    BinaryAccuracy,
+    MulticlassAccuracy,
+    MulticlassF1Score,
+    MulticlassPrecision,
+    MulticlassRecall,
+    MultilabelAccuracy,
+)
 
 from lightning_roulette.core.certificate import Batches, Outcomes, Resamples, Singles
-from lightning_roulette.trainer.rows import joined, rows_of, taken
+from lightning_roulette.trainer.rows import bytes_of, joined, rows_of, taken
 
 _CLOSE = 1e-5  # relative, between a score logged in float32 and the same computed in another way
-_TRIED = 32
+_MOST_BYTES = 2**30  # of recorded arguments; if there are more, nothing is recorded
 
-# Metrics whose value for each sample is one vectorised call, by the arguments that make one like them.
+# Metrics that are a mean over samples if they average at all "micro", by the arguments that make one like them.
 _SAMPLEWISE: dict[type[Metric], tuple[str, ...]] = {
-    MulticlassAccuracy: ("num_classes", "top_k", "average", "ignore_index"),
+    **dict.fromkeys(
+        (MulticlassAccuracy, MulticlassPrecision, MulticlassRecall, MulticlassF1Score),
+        ("num_classes", "top_k", "average", "ignore_index"),
+    ),
     BinaryAccuracy: ("threshold", "ignore_index"),
     MultilabelAccuracy: ("num_labels", "threshold", "average", "ignore_index"),
 }
@@ -75,13 +85,14 @@ def outcomes_of(metric: Metric, calls: Sequence[Call], sign: int, value: float) 
     """
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        if isinstance(metric, MeanMetric):
-            return _means(calls, sign, value)
+        if isinstance(metric, MeanMetric) and (found := _means(calls, sign, value)) is not None:
+            return found
         countable = bool(calls) and all(rows_of(call.arguments) is not None for call in calls)
         whole = joined([call.arguments for call in calls]) if countable else None
         if whole is None:
             return None
-        return _singles(metric, whole, sign, value) or _resamples(metric, whole, sign, value)
+        kind = _singles if _is_mean(metric) else _resamples  # by what the metric is, whatever it came to
+        return kind(metric, whole, sign, value)
 
 
 def close(one: float, other: float) -> bool:
@@ -100,6 +111,7 @@ def _sharing(metric: Metric, module: nn.Module) -> list[Metric]:
 @contextmanager
 def _overheard(metric: Metric, heard: list[Call], loader: Callable[[], int | None]) -> Iterator[None]:
     forward, update = metric.forward, metric.update
+    size = [0]
     inside = False  # forward calls update itself, once or twice
 
     def overhear(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,7 +123,10 @@ def _overheard(metric: Metric, heard: list[Call], loader: Callable[[], int | Non
             try:
                 given: dict[int | str, Any] = {**dict(enumerate(arguments))}
                 given.update(named.items())
+                size[0] += bytes_of(given)
                 heard.append(Call(given, loader()))
+                if size[0] > _MOST_BYTES:
+                    heard.clear()
                 return original(*arguments, **named)
             finally:
                 inside = False
@@ -147,26 +162,22 @@ def batches_of(values: Tensor, weights: Tensor, sign: int, value: float) -> Batc
 
 def _singles(metric: Metric, whole: Any, sign: int, value: float) -> Singles | None:
     """The score of each sample, if the metric is their mean and tells its bounds."""
-    low, high = metric.plot_lower_bound, metric.plot_upper_bound
-    if low is None or high is None:
+    scores = _samplewise(metric, whole)
+    if scores is None or not close(float(scores.mean()), value):
         return None
-    try:
-        scores = _samplewise(metric, whole)
-        if scores is None and _is_mean_of_few(metric, whole):
-            scores = _one_by_one(metric, whole, rows_of(whole) or 0)
-        if scores is None or not close(float(scores.mean()), value):
-            return None
-        low, high = sorted((sign * float(low), sign * float(high)))
-        return Singles(sign * scores.double().cpu(), low, high)
-    except Exception:  # a metric of one sample need not exist
-        return None
+    low, high = sorted((0.0, float(sign)))
+    return Singles(sign * scores.double().cpu(), low, high)
+
+
+def _is_mean(metric: Metric) -> bool:
+    """Whether the metric is a mean over samples, each between 0 and 1, on all data there could be."""
+    whole = getattr(metric, "multidim_average", None) == "global" and getattr(metric, "ignore_index", None) is None
+    single = isinstance(metric, MulticlassAccuracy) or getattr(metric, "top_k", 1) == 1
+    return type(metric) in _SAMPLEWISE and whole and single and getattr(metric, "average", "micro") == "micro"
 
 
 def _samplewise(metric: Metric, whole: Any) -> Tensor | None:
-    names = _SAMPLEWISE.get(type(metric))
-    if names is None:
-        return None
-    options = {name: getattr(metric, name) for name in names}
+    options = {name: getattr(metric, name) for name in _SAMPLEWISE[type(metric)]}
     twin = type(metric)(**options, multidim_average="samplewise").to(metric.device)
     positional, named = _split(whole)
     given = {**dict(zip(("preds", "target"), positional, strict=False)), **named}
@@ -174,16 +185,6 @@ def _samplewise(metric: Metric, whole: Any) -> Tensor | None:
         given = {name: one.unsqueeze(-1) for name, one in given.items()}
     found = twin(**given)
     return found if isinstance(found, Tensor) and found.dim() == 1 else None
-
-
-def _is_mean_of_few(metric: Metric, whole: Any) -> bool:
-    few = taken(whole, slice(0, _TRIED))
-    count = rows_of(few) or 0
-    return close(float(_one_by_one(metric, few, count).mean()), _score(metric, few))
-
-
-def _one_by_one(metric: Metric, whole: Any, count: int) -> Tensor:
-    return torch.tensor([_score(metric, taken(whole, slice(row, row + 1))) for row in range(count)])
 
 
 def _resamples(metric: Metric, whole: Any, sign: int, value: float) -> Resamples | None:

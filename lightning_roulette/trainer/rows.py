@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 
@@ -95,3 +95,30 @@ def _joined(batches: list[Any]) -> Any:
     if _has_tensors(first):
         return _like(first, [_joined(list(parts)) for parts in zip(*batches, strict=True)])
     return type(first)(entry for batch in batches for entry in batch)
+
+
+def bytes_of(batch: Any) -> int:
+    """The bytes of all tensors in a batch."""
+    return sum(tensor.nbytes for tensor in tensors_of(batch))
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """Every tensor in a batch: in containers of any kind, and in the attributes of objects."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    waiting = [batch]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Tensor):
+            found.append(one)
+            continue
+        if id(one) in seen or isinstance(one, str | bytes | int | float | type | nn.Module):
+            continue
+        seen.add(id(one))
+        if isinstance(one, Mapping):
+            waiting += one.values()
+        elif isinstance(one, list | tuple | set):
+            waiting += one
+        else:
+            waiting += getattr(one, "__dict__", {}).values()
+    return found

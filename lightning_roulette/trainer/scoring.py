@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric as TorchMetric
 
 from lightning_roulette.core.certificate import Outcomes, too_few
-from lightning_roulette.core.evaluator import PrunedWeights
+from lightning_roulette.core.evaluator import PrunedWeights, divided
 from lightning_roulette.core.masks import Mask, applied
 from lightning_roulette.core.report import Scores
 from lightning_roulette.trainer.evaluation import IsolatedValidation, Logged
-from lightning_roulette.trainer.folds import FoldedData, dealt
+from lightning_roulette.trainer.folds import FOLDS, FoldedData, KeptData, StreamedData, dealt
 from lightning_roulette.trainer.monitor import LOADER, Metric
 from lightning_roulette.trainer.recording import Call, batches_of, calls_of, outcomes_of
 
@@ -37,8 +38,16 @@ class OwnLoop:
         return False
 
 
-def folded(validation: IsolatedValidation, seed: int, cache_bytes: int) -> tuple[FoldedData, Logged]:
-    """The validation data of a Trainer, read within an entered `IsolatedValidation`, and what its first fold logs.
+def folded(
+    validation: IsolatedValidation, seed: int, cache_bytes: int, by_rows: bool = False
+) -> tuple[FoldedData, Logged]:
+    """The validation data of a Trainer, read within an entered `IsolatedValidation`, and what the module logs on it.
+
+    Args:
+        validation: Reads it; the processes of its Trainer deal alike.
+        seed: See `dealt`.
+        cache_bytes: See `dealt`.
+        by_rows: See `dealt`.
 
     Raises:
         RuntimeError: If there is none.
@@ -46,12 +55,57 @@ def folded(validation: IsolatedValidation, seed: int, cache_bytes: int) -> tuple
     lengths = validation.lengths()
     if validation.hands_over_iterator:
         return OwnLoop(), validation.run()
-    data = dealt(validation.read, lengths, seed, cache_bytes)
-    logged = validate(validation, data, [0])
+    data = dealt(validation.read, lengths, seed, cache_bytes, by_rows=by_rows)
+    logged = validate(validation, data, _tried(data))
     if data.altered():  # the module writes into its batches
-        data = dealt(validation.read, lengths, seed, cache_bytes, copies=True)
-        logged = validate(validation, data, [0])
-    return data, logged
+        data = dealt(validation.read, lengths, seed, cache_bytes, copies=True, by_rows=by_rows)
+        logged = validate(validation, data, _tried(data))
+    return _in_step(validation.trainer, data), logged
+
+
+def _tried(data: KeptData | StreamedData) -> range:
+    """The folds on which it is seen what a validation does to its batches: all that are kept."""
+    return range(data.folds) if isinstance(data, KeptData) else range(1)
+
+
+def _in_step(trainer: Trainer, data: KeptData | StreamedData) -> FoldedData:
+    """The data dealt as all processes can: each has batches of its own, and all must validate as often."""
+    if trainer.world_size == 1:
+        return data
+    least, most = (
+        trainer.strategy.reduce(torch.tensor([data.folds, data.at_once, data.at_least]), reduce_op=how).tolist()
+        for how in ("min", "max")
+    )
+    if least[0] != most[0]:
+        data = data.undivided("the processes cannot deal their batches to the same number of folds")
+        least = [1, 1, 1]
+    data.at_once, data.at_least = least[1], least[2]
+    return data
+
+
+def uncut_if_it_matters(validation: IsolatedValidation, data: FoldedData, logged: Logged, metric: Metric) -> FoldedData:
+    """The data; in one fold if the module logs something else on batches cut anew than on those of its loaders.
+
+    It does where the first dimension is not that of samples, or where a value is no mean over them.
+
+    Args:
+        validation: Entered; the processes of its Trainer decide alike.
+        data: As `folded` dealt it.
+        logged: On all of it.
+        metric: What is looked at.
+    """
+    if not isinstance(data, KeptData) or data.uncut is None:
+        return data
+    uncut = data.undivided("the module logs something else on batches that are cut anew")
+    names = {metric.monitor, metric.rank_by}
+    before = validate(validation, uncut, range(1))
+    apart = any(not _close(logged.value(name), before.value(name)) for name in names)
+    data.uncut = None
+    return uncut if mean_over_processes(validation.trainer, torch.tensor(float(apart))) > 0 else data
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one.double(), other.double(), rtol=1e-3, atol=1e-6, equal_nan=True)
 
 
 def validate(validation: IsolatedValidation, data: FoldedData, folds: Sequence[int]) -> Logged:
@@ -132,7 +186,8 @@ class TrainerEvaluator:
 
     def _validate(self, folds: Sequence[int], recorded: bool = False) -> Logged:
         if recorded and not isinstance(self._data, OwnLoop):
-            return self._validation.run_on(self._by_fold(folds), recorded=True)
+            batches = self._by_fold(folds) if isinstance(self._data, KeptData) else self._data.of(folds)
+            return self._validation.run_on(batches, recorded=True)
         return validate(self._validation, self._data, folds)
 
     def _by_fold(self, folds: Sequence[int]) -> list[tuple[Any, int]]:
@@ -217,7 +272,8 @@ def refuse_too_few_samples(
     bounds = (getattr(judged_by, "plot_lower_bound", None), getattr(judged_by, "plot_upper_bound", None))
     if samples is None or bounds[0] is None or bounds[1] is None:
         return
-    if why := too_few(int(samples * confirm), float(bounds[1] - bounds[0]), confidence, tolerance, confirm):
+    share = len(divided(FOLDS, confirm)[1]) / FOLDS
+    if why := too_few(math.ceil(samples * share), float(bounds[1] - bounds[0]), confidence, tolerance, share):
         raise RuntimeError(f"RouletteWheelPruning: {why}")
 
 
