@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -811,3 +812,67 @@ def test_a_file_restores_the_winner_and_the_levels_beyond_it(make_trainer, tmp_p
     other = Blobs()
     apply_mask(other, pruning.best_model_path)
     assert Mask.of_nonzeros(prunable_parameters(other)) == pruning.mask
+
+
+class TimeFirst(Blobs):
+    """Its batches have time before samples: rows of theirs mean nothing."""
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        trend = torch.linspace(0, 1, len(x)).view(-1, 1, 1)
+        scores = self((trend * x).sum(0))
+        self.log("val_loss", cross_entropy(scores, y[0]))
+        self.val_acc(scores, y[0])
+        self.log("val_acc", self.val_acc)
+
+
+def test_batches_that_tell_something_else_when_cut_are_not_cut(make_trainer):
+    x, y = val_loader().dataset.tensors
+    batches = [(x[part].expand(20, -1, -1), y[part].expand(20, -1)) for part in torch.arange(200).split(25)]
+    pruning = RouletteWheelPruning(2, monitor="val_acc", tolerance=1.0, tree=Tree(max_levels=1))
+    trainer = make_trainer(callbacks=[pruning], max_epochs=1)
+    module = TimeFirst()
+    trainer.fit(module, train_loader(), DataLoader(batches, batch_size=None))
+    assert pruning.report.folds == (1, 0)
+    assert pruning.report.shared == "the module logs something else on batches that are cut anew"
+    said = trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)[0]["val_acc"]
+    assert pruning.report.score == pytest.approx(said, abs=1e-6)
+
+
+@dataclass
+class Held:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+def test_what_a_validation_step_binds_in_a_batch_object_is_forgotten(make_trainer):
+    class Binding(Blobs):
+        def transfer_batch_to_device(self, batch, device, dataloader_idx):
+            return batch
+
+        def validation_step(self, batch, batch_idx):
+            batch.x = batch.x * 0.5
+            super().validation_step((batch.x, batch.y), batch_idx)
+
+    def held(rows):
+        return Held(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
+
+    x, y = val_loader().dataset.tensors
+    pruning = RouletteWheelPruning(3, monitor="val_acc", tolerance=1.0, tree=Tree(max_levels=2))
+    trainer, module = make_trainer(callbacks=[pruning], max_epochs=1), Binding()
+    trainer.fit(module, train_loader(), val_loader(10, collate_fn=held))
+    with torch.no_grad():
+        right = (module(0.5 * x).argmax(1) == y).float().mean()
+    assert pruning.report.score == pytest.approx(float(right), abs=1e-6)
+
+
+def test_a_network_that_cannot_be_compared_with_the_dense_one_is_not_an_error(make_trainer):
+    class Macro(Blobs):
+        def __init__(self):
+            super().__init__()
+            self.val_acc = MulticlassAccuracy(10)
+
+    pruning = RouletteWheelPruning(3, monitor="val_acc", tolerance=1.0, tree=Tree(max_levels=3, pruning_rate=0.5))
+    make_trainer(callbacks=[pruning], max_epochs=3).fit(Macro(), train_loader(), val_loader())
+    assert len(pruning.report.accepted) == 3
+    assert all(level.error >= 0 for level in pruning.report.accepted)
