@@ -57,7 +57,7 @@ def folded(
         return OwnLoop(), validation.run()
     data = dealt(validation.read, lengths, seed, cache_bytes, by_rows=by_rows)
     logged = validate(validation, data, _tried(data))
-    if data.altered():  # the module writes into its batches
+    if _anywhere(validation.trainer, data.altered()):  # the module writes into its batches
         data = dealt(validation.read, lengths, seed, cache_bytes, copies=True, by_rows=by_rows)
         logged = validate(validation, data, _tried(data))
     return _in_step(validation.trainer, data), logged
@@ -72,15 +72,19 @@ def _in_step(trainer: Trainer, data: KeptData | StreamedData) -> FoldedData:
     """The data dealt as all processes can: each has batches of its own, and all must validate as often."""
     if trainer.world_size == 1:
         return data
-    least, most = (
-        trainer.strategy.reduce(torch.tensor([data.folds, data.at_once, data.at_least]), reduce_op=how).tolist()
-        for how in ("min", "max")
-    )
-    if least[0] != most[0]:
-        data = data.undivided("the processes cannot deal their batches to the same number of folds")
-        least = [1, 1, 1]
-    data.at_once, data.at_least = least[1], least[2]
+    cut = isinstance(data, KeptData) and data.uncut is not None
+    ours = torch.tensor([data.folds, int(cut), data.at_once, data.at_least], device=trainer.strategy.root_device)
+    least, most = (trainer.strategy.reduce(ours.clone(), reduce_op=how).tolist() for how in ("min", "max"))
+    if least[:2] != most[:2]:
+        data = data.undivided("the processes cannot deal their batches alike")
+        least = [1] * 4
+    data.at_once, data.at_least = least[2:]
     return data
+
+
+def _anywhere(trainer: Trainer, here: bool) -> bool:
+    """Whether it is so in any process."""
+    return mean_over_processes(trainer, torch.tensor(float(here), device=trainer.strategy.root_device)) > 0
 
 
 def uncut_if_it_matters(validation: IsolatedValidation, data: FoldedData, logged: Logged, metric: Metric) -> FoldedData:
@@ -101,7 +105,7 @@ def uncut_if_it_matters(validation: IsolatedValidation, data: FoldedData, logged
     before = validate(validation, uncut, range(1))
     apart = any(not _close(logged.value(name), before.value(name)) for name in names)
     data.uncut = None
-    return uncut if mean_over_processes(validation.trainer, torch.tensor(float(apart))) > 0 else data
+    return uncut if _anywhere(validation.trainer, apart) else data
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
