@@ -102,9 +102,9 @@ class Judge:
         return getattr(self._evaluate, "at_least", 1)
 
     @property
-    def whole(self) -> str | None:
-        """Why the evaluator could not deal its data to folds, if it says so."""
-        return getattr(self._evaluate, "whole", None)
+    def whole(self) -> str:
+        """Why the evaluator could not deal its data to folds, if it says so; else empty."""
+        return getattr(self._evaluate, "whole", "")
 
     def scores(self, mask: Mask, folds: Sequence[int]) -> Scores:
         """The scores of a mask on the union of some folds."""

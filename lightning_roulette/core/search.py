@@ -229,7 +229,7 @@ class _Growing:
         scores, self.outcomes = judge.recorded(self.parent, judge.ranking)
         _refuse_nan(scores.floor)
         self.report = SearchReport("score", "max", scores.floor, tolerance, self.branches, self.seed, self.parent.size)
-        self.report = replace(self.report, folds=(len(judge.ranking), len(judge.confirming)), shared=judge.whole or "")
+        self.report = replace(self.report, folds=(len(judge.ranking), len(judge.confirming)), shared=judge.whole)
         if judge.confirming:
             gated, self.gated_outcomes = judge.recorded(self.parent, judge.confirming)
             _refuse_nan(gated.floor)

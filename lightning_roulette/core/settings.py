@@ -84,7 +84,7 @@ class Validation:
         confirm: Share of the data that confirms, in [0, 1). 0: ranking and floor share all of it.
         race: Whether candidates that fall behind on the first folds drop out; else all are judged on all ranking folds.
         cache_bytes: The batches of the validation data are read once and kept, up to so many bytes in all. If there is
-            more, the loader is read again for every fold of a branch.
+            more, the loader is read again for every part of a race.
         keep_callbacks: Names of the user's callback classes that stay live while candidates are validated: for one
             that logs the monitored metric.
     """

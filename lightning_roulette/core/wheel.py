@@ -178,11 +178,6 @@ class _Arc:
             return _Arc(index, self.terms[positions])
         return _Arc(index, self.terms[positions], self.owners[positions], self.own_index[positions])
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing is pruned of the parameters, so that a survivor's index is its place among the survivors."""
-        return self.index is None or (len(self.index) > 0 and int(self.index[-1]) + 1 == len(self.index))
-
     def blocks(self) -> Iterator[slice]:
         """The survivors a block at a time; one block if there are none."""
         size = _BLOCK if self.terms.device.type == "cpu" else _BLOCK_OFF_CPU
@@ -193,6 +188,13 @@ class _Arc:
         if self.index is None:
             return torch.arange(block.start, min(block.stop, len(self.terms)), device=self.terms.device)
         return self.index[block].to(torch.int64)
+
+    def write(self, kept: Tensor, block: slice, stays: Tensor) -> None:
+        """Write into `kept`, flat, whether each survivor of a block stays."""
+        if self.index is None:
+            kept[block] = stays
+        else:
+            kept.scatter_(0, self.places(block), stays)
 
     def keys(self, stream: int | Tensor | None, block: slice, places: Tensor) -> Tensor:
         """The keys of a block, float64; without a stream (one for each owner), chance has no part in them."""
@@ -260,8 +262,6 @@ class _Wheel:
             for name, arc in self._arcs.items()
         }
         if not (self._together and streams and self._guessed(draws, known[""], kept[""])):
-            for flat in kept.values():
-                flat.zero_()
             self._race(draws, known, kept)
         if not self._together:
             return kept
@@ -288,17 +288,14 @@ class _Wheel:
         if guess is None or guess.draws != draws or not isinstance(stream, Tensor) or arc.own_index is None:
             return False
         each = torch.cat([one.expand(count) for one, count in zip(stream, self._counts, strict=True)])
-        near, whole = [], arc.is_whole
+        near = []
         for block in arc.blocks():
             chance = uniforms(each[block], arc.own_index[block])
             # of clocks that ring almost at once the logarithm is looked at, as rounding would tell in it
             stays = (chance <= guess.drawn[block]).logical_or_(chance >= _ALMOST)
             found = stays.logical_and(chance >= guess.stays[block]).nonzero().flatten()
             near.append((arc.places(block)[found], chance[found].log_().neg_().log_().add_(arc.terms[block][found])))
-            if whole:
-                kept[block] = stays
-            else:
-                kept.scatter_(0, arc.places(block), stays)
+            arc.write(kept, block, stays)
         places, keys = (torch.cat(parts) for parts in zip(*near, strict=True))
         missing = draws - (self.count - int(kept.count_nonzero()))
         if not 0 < missing <= len(keys):
@@ -315,10 +312,7 @@ class _Wheel:
             places = arc.places(block)
             keys = arc.keys(stream, block, places)
             stays = keys >= low
-            if arc.index is None:
-                kept[block] = stays
-            else:
-                kept.scatter_(0, places, stays)
+            arc.write(kept, block, stays)
             near[block] = stays.logical_and_(keys <= high)
         found = arc.at(near.nonzero().flatten())
         places = found.places(_ALL)
@@ -348,7 +342,8 @@ def _joined(arcs: Sequence[_Arc], sizes: Sequence[int]) -> _Arc:
     owners = torch.arange(len(arcs)).repeat_interleave(counts).to(device)
     starts = torch.tensor([0, *accumulate(sizes)][:-1]).to(device)[owners]
     own_index = torch.cat([arc.places(slice(0, len(arc.terms))) for arc in arcs])
-    return _Arc(own_index + starts, torch.cat([arc.terms for arc in arcs]), owners, own_index)
+    index = None if all(arc.index is None for arc in arcs) else own_index + starts
+    return _Arc(index, torch.cat([arc.terms for arc in arcs]), owners, own_index)
 
 
 def _sample(arcs: Mapping[str, _Arc]) -> dict[str, _Arc]:

@@ -410,8 +410,7 @@ class RouletteWheelPruning(ZeroHolder):
         if so_far is None:
             return
         reason = StopReason.INTERRUPTED if interrupted else StopReason.FAILED
-        report = so_far.report.in_metric(metric.monitor, metric.mode)
-        self.report = replace(report, rank_by=metric.rank_by, stop_reason=reason)
+        self.report = replace(metric.units_of(so_far.report), stop_reason=reason)
         if self._files is not None and self.report.accepted and trainer.is_global_zero:
             save_accepted_levels(self._files.interrupted, so_far.history, self.report.to_dict())
             warnings.warn(
@@ -429,7 +428,7 @@ class RouletteWheelPruning(ZeroHolder):
         if pruned and self._files and (self._epoch_begins or not checkpoint_with_these_weights(trainer, module)):
             trainer.save_checkpoint(self._files.dense, weights_only=False)
         apply_mask(module, winner.mask)
-        self.report = replace(winner.report.in_metric(metric.monitor, metric.mode), rank_by=metric.rank_by)
+        self.report = metric.units_of(winner.report)
         self._history, self._module = winner.history.cpu(), weakref.ref(module)
         try:
             self.report = replace(self.report, score=self._measure(trainer, module, metric.monitor, data))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
+from lightning_roulette.core.report import SearchReport
 from lightning_roulette.trainer.evaluation import Logged, callbacks_of
 
 # A metric's name is split at everything but letters and digits. A part tells the direction if it is one of these words,
@@ -49,6 +50,10 @@ class Metric:
     def sign(self) -> int:
         """What turns a value into one of which larger is better."""
         return 1 if self.mode == "max" else -1
+
+    def units_of(self, report: SearchReport) -> SearchReport:
+        """The report of a search by this metric, in its units."""
+        return replace(report.in_metric(self.monitor, self.mode), rank_by=self.rank_by)
 
     @property
     def rank_sign(self) -> int:

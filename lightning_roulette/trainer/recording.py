@@ -111,21 +111,21 @@ def _sharing(metric: Metric, module: nn.Module) -> list[Metric]:
 @contextmanager
 def _overheard(metric: Metric, heard: list[Call], loader: Callable[[], int | None]) -> Iterator[None]:
     forward, update = metric.forward, metric.update
-    size = [0]
+    size = 0
     inside = False  # forward calls update itself, once or twice
 
     def overhear(original: Callable[..., Any]) -> Callable[..., Any]:
         def heard_out(*arguments: Any, **named: Any) -> Any:
-            nonlocal inside
+            nonlocal inside, size
             if inside:
                 return original(*arguments, **named)
             inside = True
             try:
                 given: dict[int | str, Any] = {**dict(enumerate(arguments))}
                 given.update(named.items())
-                size[0] += bytes_of(given)
+                size += bytes_of(given)
                 heard.append(Call(given, loader()))
-                if size[0] > _MOST_BYTES:
+                if size > _MOST_BYTES:
                     heard.clear()
                 return original(*arguments, **named)
             finally:
@@ -161,7 +161,7 @@ def batches_of(values: Tensor, weights: Tensor, sign: int, value: float) -> Batc
 
 
 def _singles(metric: Metric, whole: Any, sign: int, value: float) -> Singles | None:
-    """The score of each sample, if the metric is their mean and tells its bounds."""
+    """The score of each sample, of a metric that is their mean; None if `value` is not."""
     scores = _samplewise(metric, whole)
     if scores is None or not close(float(scores.mean()), value):
         return None

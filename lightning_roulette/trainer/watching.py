@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 from lightning.pytorch import Trainer
 
@@ -48,7 +47,7 @@ class Watcher(Observer):
     def on_dense(self, so_far: Winner, work: float) -> None:
         """Say the dense score and what a level will cost."""
         self.so_far = so_far
-        ours = self._in_metric(so_far.report)
+        ours = self._metric.units_of(so_far.report)
         ranking, confirming = ours.folds
         kept = f", {confirming} of {ranking + confirming} folds kept for confirmation" if confirming else ""
         seconds = work * ours.seconds / max(ours.validations, 1)
@@ -66,7 +65,7 @@ class Watcher(Observer):
     def on_level(self, level: Level, so_far: Winner) -> None:
         """Say how the level ended; draw it if it was accepted."""
         self.so_far = so_far
-        report = self._in_metric(so_far.report)
+        report = self._metric.units_of(so_far.report)
         ours = report.levels[-1]
         verdict = "accepted" if ours.accepted else f"below the floor {report.floor:.6g}"
         self._say(f"level {ours.level}: sparsity {ours.sparsity:.2%}, {report.monitor} {ours.score:.6g}, {verdict}")
@@ -76,7 +75,7 @@ class Watcher(Observer):
     def on_confirmed(self, level: Level, so_far: Winner) -> None:
         """Say whether the level held; draw its point."""
         self.so_far = so_far
-        report = self._in_metric(so_far.report)
+        report = self._metric.units_of(so_far.report)
         ours = next(one for one in report.accepted if one.level == level.level)
         verdict = "held" if ours.held else "did not hold"
         self._line.show(f"Confirming level {ours.level} of {len(report.accepted)}", ours.level, len(report.accepted))
@@ -89,9 +88,6 @@ class Watcher(Observer):
         for sentence in report.summary():
             self._say(sentence)
         self._curves.draw_report(report)
-
-    def _in_metric(self, report: SearchReport) -> SearchReport:
-        return replace(report.in_metric(self._metric.monitor, self._metric.mode), rank_by=self._metric.rank_by)
 
     def _say(self, text: str) -> None:
         if self._speaks:
