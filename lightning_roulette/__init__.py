@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_roulette.core.calibration import Calibration, Refitted
 from lightning_roulette.core.certificate import Batches, Method, Resamples, Singles
 from lightning_roulette.core.evaluator import Evaluator, PrunedWeights
 from lightning_roulette.core.masks import Mask, apply_mask, sparsity
 from lightning_roulette.core.parameters import prunable_parameters, skipped_parameters
 from lightning_roulette.core.report import Candidate, Level, Scores, SearchReport, StopReason
 from lightning_roulette.core.search import Observer, Winner, search
-from lightning_roulette.core.settings import Tree, Validation, Wheel
+from lightning_roulette.core.settings import LeastSquares, Refit, Tree, Validation, Wheel
 from lightning_roulette.core.wheel import spin
 
 if TYPE_CHECKING:
@@ -21,14 +22,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batches",
+    "Calibration",
     "Candidate",
     "Evaluator",
     "HoldZeros",
+    "LeastSquares",
     "Level",
     "Mask",
     "Method",
     "Observer",
     "PrunedWeights",
+    "Refit",
+    "Refitted",
     "Resamples",
     "RouletteWheelPruning",
     "Scores",

@@ -17,6 +17,7 @@ from lightning_roulette import (
     Mask,
     Method,
     Observer,
+    PrunedWeights,
     Resamples,
     Scores,
     SearchReport,
@@ -508,8 +509,8 @@ def test_an_infinite_tolerance_needs_no_certificate():
 
 def test_a_judge_counts_folds_and_turns_what_is_not_finite_into_nan():
     evaluate = Logged(lambda mask, fold: math.inf if fold == 2 else fold, 4)
-    judge = Judge(evaluate, network(), 0.5)
-    full = Mask.full(network())
+    judge = Judge(evaluate, 0.5)
+    full = PrunedWeights(Mask.full(network()), network())
     assert (judge.ranking, judge.confirming, judge.records, judge.at_once) == (range(0, 2), range(2, 4), False, 4)
     assert judge.scores(full, [0, 1]) == Scores(0.5, 0.5, 0.0)
     assert math.isnan(judge.scores(full, [2]).rank)
@@ -522,4 +523,4 @@ def test_a_judge_counts_folds_and_turns_what_is_not_finite_into_nan():
 
 @pytest.mark.parametrize(("at_once", "expected"), [(None, 4), (2, 2), (99, 4)])
 def test_a_judge_knows_how_many_folds_are_read_at_once(at_once, expected):
-    assert Judge(Logged(noise, 4, at_once), network(), 0.5).at_once == expected
+    assert Judge(Logged(noise, 4, at_once), 0.5).at_once == expected

@@ -72,7 +72,7 @@ WRONG_GROUPS = [
         Wheel,
         {"importance": "size"},
         ValueError,
-        "importance is 'size', but must be one of 'magnitude', 'lamp'. Or pass",
+        "importance is 'size', but must be one of 'magnitude', 'lamp', 'activation', 'obs'. Or pass",
     ),
     (Wheel, {"scope": "all"}, ValueError, "scope is 'all', but must be one of 'global', 'layer'"),
     (Tree, {"pruning_rate": 0.0}, ValueError, "pruning_rate is 0.0, but must be more than 0 and less than 1"),

@@ -60,7 +60,8 @@ class Raced:
         self.branch = Race(
             candidates,
             lambda index: numbered(index % kinds),
-            Judge(self.evaluate, {}, confirm=0),
+            lambda mask: PrunedWeights(mask, {}),
+            Judge(self.evaluate, confirm=0),
             reference,
             lambda done, best: self.told.append((done, best and best.index)),
         ).run(self.stages)

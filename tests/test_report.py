@@ -229,6 +229,7 @@ def test_a_dict_holds_only_what_json_knows():
         "tiebreak": 0.0,
         "folds": 1,
         "same_as": None,
+        "refitted": False,
     }
 
 

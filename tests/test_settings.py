@@ -57,7 +57,7 @@ def test_what_is_in_range_is_taken(group, fields):
         (Wheel, "sharpness", "4", TypeError, NUMBER),
         (Wheel, "sharpness", None, TypeError, NUMBER),
         (Wheel, "sharpness", torch.tensor(4.0), TypeError, NUMBER),
-        (Wheel, "importance", "magnitud", ValueError, "must be one of 'magnitude', 'lamp'. Or pass a function"),
+        (Wheel, "importance", "magnitud", ValueError, "must be one of 'magnitude', 'lamp', 'activation', 'obs'. Or pass a function"),
         (Wheel, "importance", None, ValueError, "must be one of 'magnitude', 'lamp'"),
         (Wheel, "scope", "local", ValueError, "must be one of 'global', 'layer'"),
         (Wheel, "scope", None, ValueError, "must be one of 'global', 'layer'"),

@@ -13,6 +13,7 @@ every shard and in any order of evaluation.
 
 from __future__ import annotations
 
+import math
 import struct
 from hashlib import blake2b
 
@@ -52,6 +53,15 @@ def uniforms(stream: int | Tensor, index: Tensor) -> Tensor:
     bits = random_bits(stream, index)
     one_to_two = _shifted_right(bits, 12, bits).bitwise_or_(_ONE).view(torch.float64)
     return one_to_two.sub_(1 - 2.0**-53)  # which is exact
+
+
+def normal(stream: int) -> float:
+    """One standard normal number under the key `stream`, from the counters -1 and -2, which no weight has.
+
+    By Box and Muller (1958).
+    """
+    radius, angle = uniforms(stream, torch.tensor([-1, -2])).tolist()
+    return math.sqrt(-2 * math.log(radius)) * math.cos(2 * math.pi * angle)
 
 
 def log_clocks(stream: int | Tensor, index: Tensor) -> Tensor:

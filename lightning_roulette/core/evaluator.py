@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import torch
@@ -17,21 +17,29 @@ from lightning_roulette.core.report import Scores
 
 @dataclass(frozen=True, eq=False)
 class PrunedWeights:
-    """A network that an evaluator is asked about: a mask over the dense weights.
+    """A network that an evaluator is asked about: a mask over the dense weights, or over refitted ones.
 
     Attributes:
         mask: Which weights are kept.
         dense: The weights of the dense network, not copied.
+        refitted: Name to tensor, what takes their place: weights, and biases and running statistics besides. It is not
+            zero wherever the mask prunes.
     """
 
     mask: Mask
     dense: Mapping[str, Tensor]
+    refitted: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """New tensors: the dense weights, zero where pruned."""
-        kept = {name: self.mask[name].to(weight.device) for name, weight in self.dense.items()}
-        return {name: weight.detach().masked_fill(~kept[name], 0) for name, weight in self.dense.items()}
+        """New tensors: the weights, zero where pruned; and all else that a refit changed, under its own names."""
+        values = {**self.dense, **self.refitted}
+        return {
+            name: value.detach().masked_fill(~self.mask[name].to(value.device), 0)
+            if name in self.mask
+            else value.detach().clone()
+            for name, value in values.items()
+        }
 
 
 class Evaluator(Protocol):
@@ -69,15 +77,12 @@ class Judge:
 
     Args:
         evaluate: An `Evaluator`, or a function from a mask to a score, larger is better: an evaluator of one fold.
-        weights: The dense weights.
         confirm: Share of the folds that is kept for confirmation.
     """
 
-    def __init__(
-        self, evaluate: Evaluator | Callable[[Mask], float], weights: Mapping[str, Tensor], confirm: float
-    ) -> None:
+    def __init__(self, evaluate: Evaluator | Callable[[Mask], float], confirm: float) -> None:
         self._evaluate = cast(Evaluator, evaluate) if hasattr(evaluate, "folds") else _OneFold(evaluate)
-        self._weights, self.folds = weights, self._evaluate.folds
+        self.folds = self._evaluate.folds
         self.ranking, self.confirming = divided(self.folds, confirm)
         self._seen = 0
 
@@ -106,21 +111,21 @@ class Judge:
         """Why the evaluator could not deal its data to folds, if it says so; else empty."""
         return getattr(self._evaluate, "whole", "")
 
-    def scores(self, mask: Mask, folds: Sequence[int]) -> Scores:
-        """The scores of a mask on the union of some folds."""
+    def scores(self, network: PrunedWeights, folds: Sequence[int]) -> Scores:
+        """The scores of a network on the union of some folds."""
         self._seen += len(folds)
-        return _finite(self._evaluate(PrunedWeights(mask, self._weights), folds))
+        return _finite(self._evaluate(network, folds))
 
-    def recorded(self, mask: Mask, folds: Sequence[int]) -> tuple[Scores, Outcomes | None]:
+    def recorded(self, network: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, Outcomes | None]:
         """The same with the outcomes behind the floor score: those the evaluator tells, else the score of each fold."""
         if self.records:
             self._seen += len(folds)
-            scores, outcomes = self._evaluate.recorded(PrunedWeights(mask, self._weights), folds)  # type: ignore[attr-defined]
+            scores, outcomes = self._evaluate.recorded(network, folds)  # type: ignore[attr-defined]
             return _finite(scores), outcomes
-        scores = self.scores(mask, folds)
+        scores = self.scores(network, folds)
         if len(folds) < 2:
             return scores, None
-        values = [self.scores(mask, [fold]).floor for fold in folds]
+        values = [self.scores(network, [fold]).floor for fold in folds]
         return scores, Batches(torch.tensor(values, dtype=torch.float64), torch.ones(len(values), dtype=torch.float64))
 
 

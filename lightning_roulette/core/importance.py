@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from lightning_roulette.core.settings import Importance
+from lightning_roulette.core.settings import CALIBRATED, Importance
 
 
-def importance_of(weights: Mapping[str, Tensor], kind: str | Importance) -> dict[str, Tensor]:
+def importance_of(
+    weights: Mapping[str, Tensor], kind: str | Importance, scales: Callable[[str], Mapping[str, Tensor]] | None = None
+) -> dict[str, Tensor]:
     """The importance of every weight, by a named kind or a user's function.
 
     Args:
         weights: Parameter name to tensor, zero where pruned.
-        kind: `"magnitude"`, `"lamp"`, or a function of all weights.
+        kind: See `Wheel`.
+        scales: For a kind that looks at inputs, what multiplies the magnitude: see `Calibration.scales`.
 
     Returns:
         The same names and shapes.
@@ -24,6 +27,10 @@ def importance_of(weights: Mapping[str, Tensor], kind: str | Importance) -> dict
         TypeError: If a user's function does not return tensors by name.
         ValueError: If it leaves a name out or changes a shape.
     """
+    if isinstance(kind, str) and kind in CALIBRATED:
+        assert scales is not None
+        found = scales(kind)
+        return {name: magnitude(weight.detach()) * found[name] for name, weight in weights.items()}
     if not callable(kind):
         measure = {"magnitude": magnitude, "lamp": lamp}[kind]
         return {name: measure(weight.detach()) for name, weight in weights.items()}

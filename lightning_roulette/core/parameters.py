@@ -82,7 +82,8 @@ def _reasons(module: nn.Module, include: Patterns | None, exclude: Patterns | No
     parameters, names = dict(module.named_parameters()), aliases(module)
     _check_patterns("include", include, names)
     _check_patterns("exclude", exclude, names)
-    owners, inside_metrics = _owners(module), _ids_inside_metrics(module)
+    owners = _owners(module)
+    inside_metrics = {id(one) for part in parts_of_metrics(module) for one in part.parameters(recurse=False)}
 
     def reason(name: str) -> str | None:
         parameter = parameters[name]
@@ -142,11 +143,12 @@ def _kind(owner: nn.Module, own: str) -> str | None:
     return None if weight or projection or recurrent else f"{own} of {type(owner).__name__}"
 
 
-def _ids_inside_metrics(module: nn.Module) -> set[int]:
+def parts_of_metrics(module: nn.Module) -> set[nn.Module]:
+    """All modules within the torchmetrics objects that a module holds."""
     # where torchmetrics was never imported there is no metric; the core does not import it
     metric = getattr(sys.modules.get("torchmetrics"), "Metric", None)
     metrics = [part for part in module.modules() if metric is not None and isinstance(part, metric)]
-    return {id(parameter) for part in metrics for parameter in part.parameters()}
+    return {part for one in metrics for part in one.modules()}
 
 
 def _matches(names: Sequence[str], patterns: Patterns) -> bool:

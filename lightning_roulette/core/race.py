@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
-from lightning_roulette.core.evaluator import Judge
+from lightning_roulette.core.evaluator import Judge, PrunedWeights
 from lightning_roulette.core.masks import Mask
 from lightning_roulette.core.report import Candidate, Scores
 from lightning_roulette.core.selection import best_of
@@ -29,8 +29,8 @@ class Rung:
     parts: tuple[range, ...]
 
 
-def rungs(branches: int, folds: int, at_once: int, at_least: int = 1) -> list[Rung]:
-    """Successive halving: half the candidates, at least two, go on each time the folds they have seen have doubled.
+def rungs(branches: int, folds: int, at_once: int, at_least: int = 1, finalists: int = 2) -> list[Rung]:
+    """Successive halving: half the candidates, at least the finalists, go on when the folds they saw have doubled.
 
     On branches of 20 and 8 folds (two LeNets on MNIST, a perceptron on digits) its winner's loss was within one paired
     standard error of the best candidate's in 96 to 98 % of branches, at 52 of 160 single folds. A slower taper at the
@@ -41,6 +41,7 @@ def rungs(branches: int, folds: int, at_once: int, at_least: int = 1) -> list[Ru
         folds: How many folds there are to see.
         at_once: How many of them a part has at most.
         at_least: How many all candidates see.
+        finalists: How many candidates see all folds at least.
 
     Example:
         >>> [(rung.entrants, rung.parts) for rung in rungs(20, 8, at_once=8)]
@@ -51,7 +52,7 @@ def rungs(branches: int, folds: int, at_once: int, at_least: int = 1) -> list[Ru
     while begin < folds:
         parts = tuple(range(fold, min(fold + at_once, end)) for fold in range(begin, end, at_once))
         stages.append(Rung(entrants, parts))
-        entrants = min(branches, max(2, math.ceil(branches / (2 * end))))
+        entrants = min(branches, max(finalists, math.ceil(branches / (2 * end))))
         begin, end = end, min(2 * end, folds)
     return stages
 
@@ -92,7 +93,8 @@ class Race:
     Args:
         candidates: Without scores.
         spin: The mask of a candidate, by its index.
-        judge: Scores masks.
+        network: What a mask makes of the parent.
+        judge: Scores networks.
         dense: The dense network's scores on each part, and on all ranking folds: a candidate's scores on a part are
             corrected by how much easier than all the part was for the dense network. None: not corrected.
         tell: Is told each time a candidate was judged: how often that was, and the best so far.
@@ -102,13 +104,15 @@ class Race:
         self,
         candidates: Sequence[Candidate],
         spin: Callable[[int], Mask],
+        network: Callable[[Mask], PrunedWeights],
         judge: Judge,
         dense: Reference | None,
         tell: Callable[[int, Candidate | None], None],
     ) -> None:
         self._known = {one.index: one for one in candidates}
         self._seen: dict[int, dict[range, Scores]] = {one.index: {} for one in candidates}
-        self._spin, self._judge, self._dense, self._tell = spin, judge, dense, tell
+        self._spin, self._network = spin, network
+        self._judge, self._dense, self._tell = judge, dense, tell
         self._originals: dict[bytes, int] = {}
         self._masks: dict[int, Mask] = {}
         self._done = 0
@@ -148,7 +152,7 @@ class Race:
 
     def _score(self, index: int, mask: Mask, part: range) -> None:
         seen = self._seen[index]
-        seen[part] = self._judge.scores(mask, part)
+        seen[part] = self._judge.scores(self._network(mask), part)
         mean = mean_of(seen) if self._dense is None else self._dense.corrected(seen)
         self._known[index] = self._known[index].scored(mean, sum(len(part) for part in seen))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from statistics import median
 from typing import Any
@@ -55,6 +55,7 @@ class Candidate:
         folds: How many of the ranking folds it was judged on: fewer than all if it dropped out of the race. Its scores
             are means over these; the winner's are those on their union.
         same_as: Index of an identical candidate whose scores it shares, None if it was validated itself.
+        refitted: Whether its scores are those after a refit.
     """
 
     index: int
@@ -64,6 +65,7 @@ class Candidate:
     tiebreak: float = 0.0
     folds: int = 1
     same_as: int | None = None
+    refitted: bool = False
 
     def twin(self, index: int) -> Candidate:
         """An identical candidate."""
@@ -92,6 +94,7 @@ class Level:
         gated_error: Paired standard error of `gated` less the dense score on the same folds; NaN if it cannot be told.
         p_value: Of the null hypothesis that the level's true decline exceeds the tolerance; None without `confidence`.
         held: Whether the level held on the confirmation folds; None if it was not judged there.
+        undone: The weights of which a refit was undone, by name, and why.
     """
 
     level: int
@@ -106,6 +109,7 @@ class Level:
     gated_error: float | None = None
     p_value: float | None = None
     held: bool | None = None
+    undone: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def score(self) -> float:
@@ -149,6 +153,8 @@ class SearchReport:
         samples: How many samples (or batches, if only those were known) the confirmation folds hold; None if unknown.
         score: The winner's score, measured once more after it was loaded; None if it was not.
         trained_score: The score at the end of the training that followed the search; None if none followed.
+        refit: What refitted the levels, in words; empty if nothing did.
+        left_alone: The prunable weights that it could not refit, by name, and why.
     """
 
     monitor: str
@@ -171,6 +177,8 @@ class SearchReport:
     samples: int | None = None
     score: float | None = None
     trained_score: float | None = None
+    refit: str = ""
+    left_alone: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def floor(self) -> float:
@@ -371,7 +379,7 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(member) for member in value]
-    return value
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _numbers(fields: Mapping[str, Any], names: Sequence[str]) -> dict[str, float | None]:

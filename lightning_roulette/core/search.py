@@ -18,11 +18,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_roulette.core.calibration import Calibration, Refitted, Survivors
 from lightning_roulette.core.certificate import (
     Outcomes,
     Singles,
@@ -33,13 +34,27 @@ from lightning_roulette.core.certificate import (
     size_of,
     too_few,
 )
+from lightning_roulette.core.chance import normal, stream
 from lightning_roulette.core.evaluator import Evaluator, Judge, PrunedWeights
 from lightning_roulette.core.importance import importance_of
-from lightning_roulette.core.masks import History, Mask
+from lightning_roulette.core.masks import History, Mask, apply_mask
 from lightning_roulette.core.race import Race, Reference, Rung, furthest, no_race, rungs
 from lightning_roulette.core.report import Candidate, Level, Scores, SearchReport, StopReason
 from lightning_roulette.core.selection import best_of, keeps_floor
-from lightning_roulette.core.settings import Tree, Validation, Wheel, check_count, check_group, check_number, check_seed
+from lightning_roulette.core.settings import (
+    CALIBRATED,
+    LeastSquares,
+    Refit,
+    Tree,
+    Validation,
+    Wheel,
+    check_count,
+    check_group,
+    check_number,
+    check_seed,
+    refit_of,
+)
+from lightning_roulette.core.steps import copy_into, named_tensors
 from lightning_roulette.core.wheel import Sectors
 
 
@@ -68,17 +83,20 @@ class Winner:
         report: What was done.
         dense: The weights that the search was given, not copied.
         history: The masks of all accepted levels.
+        refits: What refits changed, by the number of the level: the survivors of each weight, and all else; under 0,
+            all else as it was.
     """
 
     mask: Mask
     report: SearchReport
     dense: Mapping[str, Tensor]
     history: History
+    refits: Mapping[int, Survivors] = field(default_factory=dict)
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """New tensors: the dense weights, zero where the winner is pruned."""
-        return PrunedWeights(self.mask, self.dense).weights
+        """New tensors: the winner's weights, zero where it is pruned; and all else that a refit changed."""
+        return self.weights_at(self.history.level)
 
     def mask_at(self, level: int) -> Mask:
         """The mask of an accepted level; 0 is the dense network.
@@ -87,6 +105,40 @@ class Winner:
             ValueError: If there was no such level.
         """
         return self.history.mask_at(level)
+
+    def weights_at(self, level: int) -> dict[str, Tensor]:
+        """New tensors, on the devices of the dense weights: those of an accepted level; 0 is the dense network.
+
+        Biases and running statistics are among them if a refit changed them.
+
+        Raises:
+            ValueError: If there was no such level.
+        """
+        return self._network(level).weights
+
+    def cpu(self) -> Winner:
+        """The same on the CPU, with copies of the dense weights."""
+        dense = {name: weight.detach().to("cpu", copy=True) for name, weight in self.dense.items()}
+        mask = Mask({name: kept.cpu() for name, kept in self.mask.items()})
+        return replace(self, mask=mask, dense=dense, history=self.history.cpu())
+
+    def _network(self, level: int) -> PrunedWeights:
+        mask = self.mask_at(level)
+        known = self.refits.get(level, self.refits.get(0))
+        return PrunedWeights(mask, self.dense, {} if known is None else known.spread(mask, self.dense))
+
+
+def load(module: nn.Module, winner: Winner) -> None:
+    """Make a network the winner, in place: its mask, and what a refit changed. All else stays bit for bit.
+
+    Args:
+        module: Dense, with the names of the winner's weights.
+        winner: Of a search over this network.
+    """
+    level = winner.history.level
+    if level in winner.refits:
+        copy_into(named_tensors(module), winner.refits[level].spread(winner.mask, winner.dense))
+    apply_mask(module, winner.mask)
 
 
 def search(
@@ -97,6 +149,8 @@ def search(
     tolerance: float = 0.0,
     target_sparsity: float | None = None,
     confidence: float | None = None,
+    refit: str | Refit | None = None,
+    calibration: Calibration | None = None,
     wheel: Wheel = Wheel(),
     tree: Tree = Tree(),
     validation: Validation = Validation(),
@@ -119,6 +173,11 @@ def search(
             data are an i.i.d. sample of is at most `tolerance`. The levels were fixed without the confirmation folds
             and are tested in order up to the first failure, so that no correction is needed (fixed-sequence testing;
             Learn then Test, Angelopoulos et al. 2021, arXiv:2110.01052).
+        refit: What is done for accuracy after a level is drawn: None; `"batch_norm"`, running statistics are computed
+            anew; `"least_squares"`, or a `LeastSquares`, the survivors are refitted besides. It is part of the level:
+            the floor is held against the refitted network.
+        calibration: The network whose weights these are, with inputs: for a refit, and for an importance that looks at
+            inputs. Neither validation data nor labels belong there.
         wheel: How candidates are drawn.
         tree: How levels follow.
         validation: How candidates are judged: `confirm` and `race` are read here.
@@ -142,8 +201,13 @@ def search(
     check_search(branches, tolerance, target_sparsity, confidence, wheel, tree, validation, seed)
     if not weights or not any(weight.numel() for weight in weights.values()):
         raise ValueError("weights is empty, but must name at least one tensor with entries.")
-    judge = Judge(evaluate, weights, validation.confirm)
-    growing = _Growing(weights, judge, int(branches), wheel, int(seed), observer or Observer())
+    how = refit_of(refit)
+    if calibration is None and (how is not None or wheel.importance in CALIBRATED):
+        asked = f"refit is {refit!r}" if how is not None else f"importance is {wheel.importance!r}"
+        raise ValueError(f"{asked}, but there are no inputs for it. Pass calibration=Calibration(network, batches).")
+    judge = Judge(evaluate, validation.confirm)
+    refitting = _Refitting(weights, how, calibration)
+    growing = _Growing(weights, judge, int(branches), wheel, int(seed), observer or Observer(), refitting)
     growing.start(float(tolerance), confidence, validation.race)
     while (reason := growing.end(target_sparsity, tree)) is None:
         growing.level(tree, target_sparsity)
@@ -203,6 +267,65 @@ def level_draws(survivors: int, pruning_rate: float, spare: int) -> int:
     return min(max(1, math.floor(pruning_rate * survivors + 0.5)), spare)
 
 
+class _Refitting:
+    """What is done to a network after its mask was drawn: nothing, or a refit.
+
+    Attributes:
+        how: None: nothing.
+        kept: What was done to accepted levels.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], how: Refit | None, calibration: Calibration | None) -> None:
+        self._weights, self.how, self._calibration = weights, how, calibration
+        self.kept: dict[int, Survivors] = {}
+        self.now = Refitted()
+        if how is not None and calibration is not None:
+            dense = Mask.full(weights)
+            self.kept[0] = Survivors.of(dense, calibration.others(dense, how))
+
+    @property
+    def each_level(self) -> bool:
+        """Whether levels are refitted before they are judged."""
+        return self.how is not None and self.how.each_level
+
+    @property
+    def finalists(self) -> int:
+        """How many candidates of a level are refitted."""
+        return self.how.finalists if self.how is not None and self.how.each_level else 0
+
+    @property
+    def left_alone(self) -> dict[str, str]:
+        """The weights that no refit changes, and why."""
+        if self.how is None or self._calibration is None:
+            return {}
+        return self._calibration.left_alone(Mask.full(self._weights), self.how)
+
+    def refitted(self, mask: Mask) -> Refitted:
+        """The network of a mask, refitted."""
+        assert self._calibration is not None
+        assert self.how is not None
+        return self._calibration.refit(mask, self.how)
+
+    def network(self, mask: Mask, refitted: Refitted | None = None) -> PrunedWeights:
+        """The network of a mask over refitted values: over those of the parent if they are not given."""
+        return PrunedWeights(mask, self._weights, (refitted or self.now).values)
+
+    def keep(self, level: int, mask: Mask, refitted: Refitted) -> None:
+        """Keep what makes a level's weights."""
+        if refitted.values:
+            self.kept[level] = Survivors.of(mask, refitted.values)
+
+    def at(self, level: int, mask: Mask) -> PrunedWeights:
+        """The network of an accepted level."""
+        refitted = self.kept[level].spread(mask, self._weights) if level in self.kept else {}
+        return PrunedWeights(mask, self._weights, refitted)
+
+    def scales(self, kind: str, mask: Mask) -> Mapping[str, Tensor]:
+        """See `Calibration.scales`."""
+        assert self._calibration is not None
+        return self._calibration.scales(kind, mask, self.now.values)
+
+
 class _Growing:
     """A tree that grows: the parent of the next level, and the numbers of all levels so far."""
 
@@ -214,10 +337,13 @@ class _Growing:
         wheel: Wheel,
         seed: int,
         observer: Observer,
+        refitting: _Refitting,
     ) -> None:
         self.weights, self.judge, self.branches = weights, judge, branches
-        self.wheel, self.seed, self.observer = wheel, seed, observer
+        self.wheel, self.seed, self.observer, self.refitting = wheel, seed, observer, refitting
         self.parent, self.history = Mask.full(weights), History.of_dense(weights)
+        self.allocation = _allocation(wheel, refitting.how)
+        self.leaning = dict.fromkeys(weights, 0.0)
         self.levels: list[Level] = []
         self.halvings, self.failures = 0, 0
         self.began = time.monotonic()
@@ -226,12 +352,19 @@ class _Growing:
     def start(self, tolerance: float, confidence: float | None, race: bool) -> None:
         """Validate the dense network, on the ranking and on the confirmation folds."""
         judge = self.judge
-        scores, self.outcomes = judge.recorded(self.parent, judge.ranking)
+        dense = self.refitting.network(self.parent)
+        scores, self.outcomes = judge.recorded(dense, judge.ranking)
         _refuse_nan(scores.floor)
         self.report = SearchReport("score", "max", scores.floor, tolerance, self.branches, self.seed, self.parent.size)
-        self.report = replace(self.report, folds=(len(judge.ranking), len(judge.confirming)), shared=judge.whole)
+        self.report = replace(
+            self.report,
+            folds=(len(judge.ranking), len(judge.confirming)),
+            shared=judge.whole,
+            refit=_in_words(self.refitting.how),
+            left_alone=self.refitting.left_alone,
+        )
         if judge.confirming:
-            gated, self.gated_outcomes = judge.recorded(self.parent, judge.confirming)
+            gated, self.gated_outcomes = judge.recorded(dense, judge.confirming)
             _refuse_nan(gated.floor)
             samples = None if self.gated_outcomes is None else size_of(self.gated_outcomes)
             self.report = replace(self.report, gated_dense=gated.floor, samples=samples)
@@ -260,16 +393,23 @@ class _Growing:
         sparsity = 1 - survivors / self.parent.size
         race = self._race(draws, sparsity)
         branch = race.run(self.stages)
-        best, error = self._judged_in_full(best_of(furthest(branch)), race)
+        best, refitted = best_of(furthest(branch)), self.refitting.now
+        if self.refitting.each_level:
+            branch, best, refitted = self._refitted(branch, race)
+        best, error = self._judged_in_full(best, race, refitted)
         accepted = best is not None and not math.isnan(best.rank) and keeps_floor(best.score, self.report.floor)
         number, winner = self.history.level + 1, best.index if best else None
         if best is not None:
             twins = [one.index for one in branch if one.same_as == best.index]
             shared = {best.index: best} | {index: best.twin(index) for index in twins}
             branch = [shared.get(one.index, one) for one in branch]
-        self.levels.append(Level(number, rate, sparsity, survivors, tuple(branch), winner, accepted, error))
+        level = Level(number, rate, sparsity, survivors, tuple(branch), winner, accepted, error)
+        self.levels.append(replace(level, undone=refitted.undone))
         if accepted:
             self.parent = race.mask(cast(int, winner))
+            self.leaning = self._leaning(number, cast(int, winner))
+            self.refitting.now = refitted
+            self.refitting.keep(number, self.parent, refitted)
             self.history = self.history.pruned(self.parent)
             self.failures = 0
         else:
@@ -278,6 +418,8 @@ class _Growing:
 
     def confirm(self) -> None:
         """Judge the accepted levels on the confirmation folds, densest first, up to the first that does not hold."""
+        if self.refitting.how is not None and not self.refitting.each_level:
+            self._refit_accepted()
         if not self.judge.confirming:
             return
         self.history, held = self.history.won_by(0), True
@@ -290,7 +432,8 @@ class _Growing:
 
     def so_far(self, reason: StopReason | None) -> Winner:
         """What the search has found up to here."""
-        return Winner(self.history.mask, self._report(reason), self.weights, self.history)
+        refits = dict(self.refitting.kept)
+        return Winner(self.history.mask, self._report(reason), self.weights, self.history, refits)
 
     def _promise(self, confidence: float) -> None:
         """Refuse what cannot be certified; note what the certificate will rest on."""
@@ -307,8 +450,10 @@ class _Growing:
         """The rungs of every level: a race, if its parts give the dense network a score at all."""
         ranking = self.judge.ranking
         if race and len(ranking) > 1 and self.branches > 1:
-            stages = rungs(self.branches, len(ranking), self.judge.at_once, self.judge.at_least)
-            scores = {part: self.judge.scores(self.parent, part) for rung in stages for part in rung.parts}
+            finalists = max(2, self.refitting.finalists)
+            stages = rungs(self.branches, len(ranking), self.judge.at_once, self.judge.at_least, finalists)
+            dense = self.refitting.network(self.parent)
+            scores = {part: self.judge.scores(dense, part) for rung in stages for part in rung.parts}
             if not any(math.isnan(one.rank + one.floor) for one in (whole, *scores.values())):
                 return stages, Reference(scores, whole)
         return no_race(self.branches, ranking), None
@@ -325,34 +470,88 @@ class _Growing:
     def _race(self, draws: int, sparsity: float) -> Race:
         """The candidates of one level, ready to run."""
         if not self.failures:
-            parent = PrunedWeights(self.parent, self.weights).weights
-            importance = importance_of(parent, self.wheel.importance)
-            self._sectors = Sectors(importance, self.parent, sharpness=self.wheel.sharpness, scope=self.wheel.scope)
+            self._set_up_wheel()
         number = self.history.level + 1
-        planned = sum(rung.entrants * len(rung.parts) for rung in self.stages)
         first = self.failures * self.branches
         candidates = [
             Candidate(index, sparsity, math.nan, math.nan, folds=0) for index in range(first, first + self.branches)
         ]
 
+        def spin(index: int) -> Mask:
+            sectors = self._sectors
+            if self.allocation:
+                leaning = self._leaning(number, index)
+                weighed = {name: one * math.exp(leaning[name]) for name, one in self._importance.items()}
+                sectors = Sectors(weighed, self.parent, sharpness=self.wheel.sharpness)
+            return sectors.spin(draws, seed=self.seed, level=number, candidate=index)
+
+        return Race(candidates, spin, self.refitting.network, self.judge, self.reference, self._teller(sparsity))
+
+    def _teller(self, sparsity: float) -> Callable[[int, Candidate | None], None]:
+        """What tells the observer how far a level is."""
+        number, self.planned = self.history.level + 1, sum(rung.entrants * len(rung.parts) for rung in self.stages)
+        planned = self.planned + self.refitting.finalists
+
         def tell(done: int, best: Candidate | None) -> None:
             self.observer.on_candidate(number, done, planned, best, sparsity)
 
-        def spin(index: int) -> Mask:
-            return self._sectors.spin(draws, seed=self.seed, level=number, candidate=index)
+        return tell
 
-        return Race(candidates, spin, self.judge, self.reference, tell)
+    def _set_up_wheel(self) -> None:
+        """What the candidates of a level share."""
+        parent = self.refitting.network(self.parent).weights
+        kind, wheel = self.wheel.importance, self.wheel
+        of = {name: parent[name] for name in self.weights}
+        self._importance = importance_of(of, kind, lambda kind: self.refitting.scales(kind, self.parent))
+        self._sectors = Sectors(self._importance, self.parent, sharpness=wheel.sharpness, scope=wheel.scope)
 
-    def _judged_in_full(self, best: Candidate | None, race: Race) -> tuple[Candidate | None, float]:
+    def _leaning(self, level: int, candidate: int) -> dict[str, float]:
+        """The logarithm of what a candidate multiplies the importance of each layer by."""
+        if not self.allocation:
+            return self.leaning
+        return {
+            name: before + self.allocation * normal(stream(self.seed, level, candidate, name))
+            for name, before in self.leaning.items()
+        }
+
+    def _refitted(self, branch: list[Candidate], race: Race) -> tuple[list[Candidate], Candidate | None, Refitted]:
+        """The branch with its best few refitted and judged again, the best of these, and its values."""
+        best, values, known = cast("Candidate | None", None), Refitted(), {one.index: one for one in branch}
+        runners = [one for one in furthest(branch) if one.same_as is None and not math.isnan(one.rank)]
+        refitted, tell = 0, self._teller(branch[0].sparsity)
+        while runners and refitted < self.refitting.finalists:
+            if (one := best_of(runners)) is None:
+                break
+            runners.remove(one)
+            found = self.refitting.refitted(race.mask(one.index))
+            scores = self.judge.scores(self.refitting.network(race.mask(one.index), found), self.judge.ranking)
+            known[one.index] = one = replace(one.scored(scores, len(self.judge.ranking)), refitted=True)
+            if best is None or best_of([best, one]) is one:
+                best, values = one, found
+            refitted += 1
+            tell(self.planned + refitted, best)
+        return list(known.values()), best, values
+
+    def _refit_accepted(self) -> None:
+        """Refit accepted levels, all that will be judged once more: they are confirmed as they will be used."""
+        last = self.history.level
+        for level in range(1 if self.judge.confirming else last, last + 1):
+            if level:
+                mask = self.history.mask_at(level)
+                self.refitting.keep(level, mask, self.refitting.refitted(mask))
+
+    def _judged_in_full(self, best: Candidate | None, race: Race, refitted: Refitted) -> tuple[Candidate | None, float]:
         """The winner of a branch with its scores on all ranking folds, and their paired standard error."""
         if best is None or not self._rejudges():
             return best, math.nan
-        scores, outcomes = self.judge.recorded(race.mask(best.index), self.judge.ranking)
+        network = self.refitting.network(race.mask(best.index), refitted)
+        scores, outcomes = self.judge.recorded(network, self.judge.ranking)
         return best.scored(scores, len(self.judge.ranking)), _error(self.outcomes, outcomes)
 
     def _gated(self, level: Level) -> Level:
         """An accepted level as the confirmation folds judge it."""
-        scores, outcomes = self.judge.recorded(self.history.mask_at(level.level), self.judge.confirming)
+        network = self.refitting.at(level.level, self.history.mask_at(level.level))
+        scores, outcomes = self.judge.recorded(network, self.judge.confirming)
         error, p = _error(self.gated_outcomes, outcomes), cast("float | None", None)
         if self.report.confidence is not None:
             p, dense = 1.0, self.gated_outcomes
@@ -387,6 +586,21 @@ class _Growing:
             validations=self.judge.validations,
             seconds=time.monotonic() - self.began,
         )
+
+
+def _allocation(wheel: Wheel, how: Refit | None) -> float:
+    """How much candidates differ in their leaning to layers."""
+    if wheel.scope == "layer":
+        return 0.0
+    if wheel.allocation is None:
+        return 0.3 if isinstance(how, LeastSquares) and how.each_level else 0.0
+    return wheel.allocation
+
+
+def _in_words(how: Refit | None) -> str:
+    if how is None:
+        return ""
+    return "least_squares" if isinstance(how, LeastSquares) else "batch_norm"
 
 
 def _refuse_nan(dense_score: float) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 Importance = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
-IMPORTANCES = ("magnitude", "lamp")
+CALIBRATED = ("activation", "obs")  # what needs inputs
+IMPORTANCES = ("magnitude", "lamp", *CALIBRATED)
+REFITS = ("batch_norm", "least_squares")
 SCOPES = ("global", "layer")
 
 
@@ -23,20 +25,28 @@ class Wheel:
     Attributes:
         sharpness: Exponent of the pruning odds, `importance ** -sharpness`: 0 is random pruning, 1 the literal
             roulette, infinity magnitude pruning.
-        importance: `"magnitude"`, `"lamp"` (layer-adaptive magnitude), or a function from all weights `{name: tensor}`,
-            zero where the parent is pruned, to importances of the same names and shapes.
+        importance: `"magnitude"`; `"lamp"`, layer-adaptive magnitude; on calibration inputs `"activation"`, magnitude
+            times the root mean square of the weight's input, and `"obs"`, magnitude over the root of the diagonal of
+            the inverse Gram matrix of the layer's inputs; or a function from all weights `{name: tensor}`, zero where
+            the parent is pruned, to importances of the same names and shapes.
         scope: `"global"`: one wheel over all layers; `"layer"`: each layer its own wheel at the same pruning rate.
+        allocation: How much candidates differ in what they take from which layer: each multiplies the importance of
+            each layer by a log-normal factor of this width, on top of its parent's. None: 0.3 with a least-squares
+            refit, else 0. With `scope="layer"` it has no effect.
     """
 
     sharpness: float = 4.0
     importance: str | Importance = "magnitude"
     scope: str = "global"
+    allocation: float | None = None
 
     def __post_init__(self) -> None:
         check_number("sharpness", self.sharpness, at_least=0, remedy="Infinity (.inf) is magnitude pruning.")
         if not callable(self.importance):
             check_choice("importance", self.importance, IMPORTANCES, remedy="Or pass a function of all weights.")
         check_choice("scope", self.scope, SCOPES)
+        if self.allocation is not None:
+            check_number("allocation", self.allocation, at_least=0)
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,62 @@ class Validation:
         check_count("cache_bytes", self.cache_bytes, at_least=0)
         check_words("keep_callbacks", self.keep_callbacks, "names of callback classes")
         object.__setattr__(self, "keep_callbacks", tuple(self.keep_callbacks))  # a list, as read from YAML
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How a pruned network is brought closer to the dense one without training: here, running statistics alone.
+
+    Attributes:
+        batches: How many batches of the training data calibrate.
+        each_level: Whether each level is refitted before it is held against the floor; else only what was accepted is,
+            when the search is over.
+        finalists: Of each level so many of the best candidates are refitted and ranked again.
+    """
+
+    batches: int = 100
+    each_level: bool = True
+    finalists: int = 4
+
+    def __post_init__(self) -> None:
+        check_count("batches", self.batches)
+        if not isinstance(self.each_level, bool):
+            raise TypeError(f"each_level is {self.each_level!r}, but must be True or False.")
+        check_count("finalists", self.finalists)
+
+
+@dataclass(frozen=True)
+class LeastSquares(Refit):
+    """How the survivors are refitted: each layer's outputs as close as may be to the dense network's.
+
+    Attributes:
+        batches: How many batches of the training data calibrate.
+        each_level: Whether each level is refitted before it is held against the floor; else only what was accepted is,
+            when the search is over.
+        finalists: Of each level so many of the best candidates are refitted and ranked again.
+        damping: How strongly weights are drawn to their dense values, in units of the mean square of a layer's inputs.
+    """
+
+    damping: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("damping", self.damping, at_least=0)
+
+
+def refit_of(refit: str | Refit | None) -> Refit | None:
+    """The choices that a word stands for.
+
+    Raises:
+        TypeError: If it is neither a word nor a group of choices.
+        ValueError: If there is no such word.
+    """
+    if refit is None or isinstance(refit, Refit):
+        return refit
+    if not isinstance(refit, str):
+        raise TypeError(f"refit is {refit!r}, but must be None, one of {', '.join(REFITS)}, or a LeastSquares(...).")
+    check_choice("refit", refit, REFITS, remedy="Or pass a LeastSquares(...), or None.")
+    return LeastSquares() if refit == "least_squares" else Refit()
 
 
 def check_number(

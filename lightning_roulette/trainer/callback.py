@@ -13,18 +13,27 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_roulette.core.masks import History, Mask, apply_mask, breaks, fits
+from lightning_roulette.core.calibration import Calibration
+from lightning_roulette.core.masks import History, Mask, breaks, fits
 from lightning_roulette.core.report import SearchReport, StopReason
-from lightning_roulette.core.search import Winner, check_search, search
+from lightning_roulette.core.search import Winner, check_search, load, search
 from lightning_roulette.core.settings import (
+    CALIBRATED,
+    Refit,
     Tree,
     Validation,
     Wheel,
     check_choice,
     check_count,
     check_words,
+    refit_of,
+)
+from lightning_roulette.trainer.calibration import (
+    TrainerCalibration,
+    calibration_batches,
+    refuse_blind_to_training,
 )
 from lightning_roulette.trainer.checks import (
     find_prunable,
@@ -84,6 +93,12 @@ class RouletteWheelPruning(ZeroHolder):
             Single samples are then dealt to folds; where batches cannot be split, their order must be random.
         at_epoch: None: search when training ends. N: search when N epochs are trained, before the next begins;
             training then goes on with pruned weights held at zero. A run that stops earlier searches at its end.
+        refit: What is done for the accuracy of a level after it was drawn, on inputs of the training data, without
+            gradients or labels: `"least_squares"`, or a `LeastSquares`: the survivors of each layer, and its bias, are
+            refitted so that its outputs are as close as may be to the dense network's, and running statistics of batch
+            normalisations are computed anew; `"batch_norm"`: the latter alone; None: survivors stay as they are. The
+            module takes its `validation_step` on batches of the training data for it, or `calibration_step(batch)`
+            where it has one: a method that runs the network.
         include: Glob patterns over parameter names that replace the default choice (see `prunable_parameters`).
         exclude: Glob patterns over parameter names to leave out.
         wheel: How candidates are drawn.
@@ -113,6 +128,7 @@ class RouletteWheelPruning(ZeroHolder):
         target_sparsity: float | None = None,
         confidence: float | None = None,
         at_epoch: int | None = None,
+        refit: str | Refit | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         wheel: Wheel = Wheel(),
@@ -131,10 +147,11 @@ class RouletteWheelPruning(ZeroHolder):
         for name, patterns in (("include", include), ("exclude", exclude)):
             if patterns is not None:
                 check_words(name, patterns, "patterns over parameter names")
+        refit_of(refit)
         refuse_dirpath(dirpath)
         self.branches, self.tolerance = branches, tolerance
         self.target_sparsity, self.confidence = target_sparsity, confidence
-        self.monitor, self.mode, self.at_epoch = monitor, mode, at_epoch
+        self.monitor, self.mode, self.at_epoch, self.refit = monitor, mode, at_epoch, refit
         self.include, self.exclude = include, exclude
         self.wheel, self.tree, self.validation = wheel, tree, validation
         self.seed, self.dirpath = seed, dirpath
@@ -145,6 +162,7 @@ class RouletteWheelPruning(ZeroHolder):
         self.report: SearchReport | None = None
         self.best_model_path = ""
         self._history: History | None = None
+        self._levels: Winner | None = None
         self._metric: Metric | None = None
         self._module: weakref.ref[LightningModule] | None = None
         self._files: RunFiles | None = None
@@ -165,6 +183,23 @@ class RouletteWheelPruning(ZeroHolder):
         if self._history is None:
             raise RuntimeError("no search has ended, so there are no levels yet. Call fit first.")
         return self._history.mask_at(level)
+
+    def weights_at(self, level: int) -> dict[str, Tensor]:
+        """The prunable weights of any accepted level, and whatever else refits changed, on the CPU; 0 is dense.
+
+        `module.load_state_dict(pruning.weights_at(level), strict=False)` makes the network that level.
+
+        Raises:
+            ValueError: If there was no such level.
+            RuntimeError: If no search has ended in this process: checkpoints hold the weights of the winner alone.
+        """
+        self.mask_at(level)
+        if self._levels is None:
+            raise RuntimeError(
+                "the search ran in another process, and only its winner's weights were saved. Load an accepted level's "
+                "mask with apply_mask(module, pruning.mask_at(level)) into the dense network instead."
+            )
+        return self._levels.weights_at(level)
 
     def held(self) -> Mask | None:
         """The winner's mask."""
@@ -314,6 +349,8 @@ class RouletteWheelPruning(ZeroHolder):
         """Find the metric by a short validation, and refuse what cannot work with it."""
         with self._validating(trainer, module) as validation:
             logged, samples = validation.run(batches), validation.samples()
+            if self._looks_at_inputs and self._history is None:
+                refuse_blind_to_training(trainer, validation, self.seed)
         metric = self._found(trainer, module, logged)
         if self.confidence is not None and self._history is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             judged_by = logged.metrics.get(metric.monitor)
@@ -373,7 +410,8 @@ class RouletteWheelPruning(ZeroHolder):
             try:
                 with validation:
                     evaluate = TrainerEvaluator(trainer, module, validation, data, weights, metric)
-                    winner = self._find_winner(trainer, weights, evaluate, watcher)
+                    calibration = self._calibration(trainer, module, validation)
+                    winner = self._find_winner(trainer, weights, evaluate, calibration, watcher)
                 self._load(trainer, module, winner, metric, data)
             except BaseException as error:
                 if self._history is None:  # the network is the dense one
@@ -382,8 +420,27 @@ class RouletteWheelPruning(ZeroHolder):
         assert self.report is not None
         watcher.on_end(self.report)
 
+    @property
+    def _looks_at_inputs(self) -> bool:
+        return self.refit is not None or self.wheel.importance in CALIBRATED
+
+    def _calibration(
+        self, trainer: Trainer, module: LightningModule, validation: IsolatedValidation
+    ) -> Calibration | None:
+        if not self._looks_at_inputs:
+            return None
+        how = refit_of(self.refit) or Refit()
+        most = 1 if trainer.fast_dev_run else how.batches  # type: ignore[attr-defined]
+        batches = calibration_batches(trainer, validation, most, self.seed)
+        return TrainerCalibration(trainer, module, validation, batches, self.seed)
+
     def _find_winner(
-        self, trainer: Trainer, weights: dict[str, nn.Parameter], evaluate: TrainerEvaluator, watcher: Watcher
+        self,
+        trainer: Trainer,
+        weights: dict[str, nn.Parameter],
+        evaluate: TrainerEvaluator,
+        calibration: Calibration | None,
+        watcher: Watcher,
     ) -> Winner:
         limits: dict[str, Any] = {
             "branches": self.branches,
@@ -399,6 +456,8 @@ class RouletteWheelPruning(ZeroHolder):
             evaluate,
             **limits,
             target_sparsity=self.target_sparsity,
+            refit=self.refit,
+            calibration=calibration,
             wheel=self.wheel,
             validation=self.validation,
             seed=self.seed,
@@ -412,7 +471,8 @@ class RouletteWheelPruning(ZeroHolder):
         reason = StopReason.INTERRUPTED if interrupted else StopReason.FAILED
         self.report = replace(metric.units_of(so_far.report), stop_reason=reason)
         if self._files is not None and self.report.accepted and trainer.is_global_zero:
-            save_accepted_levels(self._files.interrupted, so_far.history, self.report.to_dict())
+            weights = so_far.weights if so_far.refits else {}
+            save_accepted_levels(self._files.interrupted, so_far.history, self.report.to_dict(), weights)
             warnings.warn(
                 f"RouletteWheelPruning: the search did not end. The {len(self.report.accepted)} levels accepted so far "
                 f"are in {self._files.interrupted!r}; apply_mask(module, path) applies level {so_far.history.level}.",
@@ -427,9 +487,10 @@ class RouletteWheelPruning(ZeroHolder):
         # while training goes on, a ModelCheckpoint may remove its file
         if pruned and self._files and (self._epoch_begins or not checkpoint_with_these_weights(trainer, module)):
             trainer.save_checkpoint(self._files.dense, weights_only=False)
-        apply_mask(module, winner.mask)
+        self._levels = winner.cpu()
+        load(module, winner)
         self.report = metric.units_of(winner.report)
-        self._history, self._module = winner.history.cpu(), weakref.ref(module)
+        self._history, self._module = self._levels.history, weakref.ref(module)
         try:
             self.report = replace(self.report, score=self._measure(trainer, module, metric.monitor, data))
         except BaseException:

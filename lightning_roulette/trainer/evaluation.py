@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from types import TracebackType
 from typing import Any, TypeGuard
 
+import numpy
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states  # isolate_rng restores no exception
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -238,26 +241,77 @@ class IsolatedValidation:
         Returns:
             What was logged.
         """
-        trainer, loop = self.trainer, self._loop
+        trainer, loop, steps = self.trainer, self._loop, self._prepared()
         self._snapshot.rewind()
         connector = trainer._logger_connector = _LoggerConnector(trainer)
         results = loop._results = _Recording() if recorded else self._results
-        if self._steps is None:
-            self._set_up()
-            loop._verify_dataloader_idx_requirement()
-            self._steps = _Steps(trainer, loop)
         self._running = True
         try:
             loop._on_evaluation_model_eval()
-            self._steps.run(batches)
+            steps.run(batches)
             values = {name: _own(value) for name, value in connector._callback_metrics.items()}
             logged = Logged(values, _directions(results), _metrics(results), getattr(results, "updates", {}))
-            self._steps.end()
+            steps.end()
             loop._on_evaluation_model_train()
             return logged
         finally:
             self._running, results.batch = False, None
             surely(self._snapshot.restore_module)
+
+    @torch.no_grad()
+    def see(self, batch: Any, spared: Collection[Tensor] = ()) -> None:
+        """Let the module take one step on a batch of any data, of which nothing is logged or kept.
+
+        The step is its `calibration_step(batch)` if it has one, else its `validation_step`, after the module hooks that
+        come before that.
+
+        Args:
+            batch: As `read_training` gives it.
+            spared: Buffers that are left as the caller or the step makes them.
+        """
+        trainer, loop, steps = self.trainer, self._loop, self._prepared()
+        self._snapshot.rewind()
+        trainer._logger_connector = _LoggerConnector(trainer)
+        results = loop._results = _Results()
+        self._running = True
+        try:
+            loop._on_evaluation_model_eval()
+            if (step := getattr(self._module, "calibration_step", None)) is None:
+                steps.alone(batch)
+            else:
+                with trainer.precision_plugin.val_step_context():
+                    step(batch)
+        finally:
+            self._running, results.batch = False, None
+            surely(lambda: self._snapshot.restore_module(spared))
+
+    @torch.no_grad()
+    def read_training(self, loader: Iterable[Any], most: int, seed: int) -> Iterator[Any]:
+        """Batches of training data, as `see` takes them; chance is that of `seed` while they are read.
+
+        Args:
+            loader: Which nobody else reads.
+            most: So many at most.
+            seed: Of the global random generators, which are given back.
+        """
+        trainer = self.trainer
+        self._prepared()
+        self._snapshot.rewind()
+        try:
+            _seed_chance(seed)
+            self._loop._on_evaluation_model_eval()
+            for batch in islice(loader, most):
+                ours = self._module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
+                yield call._call_strategy_hook(trainer, "batch_to_device", ours, dataloader_idx=0)
+        finally:
+            surely(self._snapshot.restore)
+
+    def _prepared(self) -> _Steps:
+        if self._steps is None:
+            self._set_up()
+            self._loop._verify_dataloader_idx_requirement()
+            self._steps = _Steps(self.trainer, self._loop)
+        return self._steps
 
     def _let_go_of_data(self, users_loop: _EvaluationLoop) -> None:
         # a loader that the user's loop shares is left alone: tearing it down would end its persistent workers
@@ -301,6 +355,14 @@ class _Steps:
             self._loop._on_evaluation_epoch_end()
         else:
             connector.on_epoch_end()
+
+    def alone(self, batch: Any) -> None:
+        """One step, on the first batch of the first loader as it were."""
+        if "on_validation_start" in self._hooks:
+            self._loop._on_evaluation_start()
+        if "on_validation_epoch_start" in self._hooks:
+            self._loop._on_evaluation_epoch_start()
+        self._step(batch, 0, 0)
 
     def end(self) -> None:
         """What follows when the results were read."""
@@ -430,14 +492,16 @@ class _Snapshot:
             holder.epoch = epoch
         self._restore_chance()
 
-    def restore_module(self) -> None:
-        """The module as at first; what else changed, each validation begins anew."""
+    def restore_module(self, but: Collection[Tensor] = ()) -> None:
+        """The module as at first, but for some buffers; what else changed, each validation begins anew."""
+        spared = {id(buffer) for buffer in but}
         for contents, members in self._made:
             contents.clear()
             contents.update(members)
         with torch.no_grad():
             for buffer, values in self._values:
-                buffer.copy_(values)
+                if id(buffer) not in spared:
+                    buffer.copy_(values)
         for metric, state in self._metrics:
             vars(metric).update({name: _shallow(value) for name, value in state.items()})
         for part, training in self._modes.items():
@@ -455,6 +519,12 @@ _MODULE_PARTS = frozenset(vars(nn.Module()))
 
 def _rng_states() -> dict[str, Any]:
     return _collect_rng_states(include_cuda=torch.cuda.is_available() and torch.cuda.is_initialized())
+
+
+def _seed_chance(seed: int) -> None:
+    torch.manual_seed(seed)
+    numpy.random.seed(seed % 2**32)  # noqa: NPY002  # what transforms draw from
+    random.seed(seed)
 
 
 def _shallow(value: Any) -> Any:

@@ -132,10 +132,19 @@ def _equal(stored: Any, value: Any) -> bool:
     return stored.dtype == value.dtype and torch.equal(stored, value.cpu())
 
 
-def save_accepted_levels(path: str, history: History, report: Mapping[str, Any]) -> None:
-    """Write a file that `Mask.load` and `apply_mask` read; it appears whole or not at all."""
+def save_accepted_levels(
+    path: str, history: History, report: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
+) -> None:
+    """Write a file that `Mask.load` and `apply_mask` read; it appears whole or not at all.
+
+    Args:
+        path: Of the file.
+        history: The masks.
+        report: Its plain form.
+        weights: Those of the last level, and what else a refit changed there; empty if there was no refit.
+    """
     files = get_filesystem(path)
     files.makedirs(os.path.dirname(path), exist_ok=True)
     with files.open(f"{path}.part", "wb") as file:
-        torch.save({**history.state(), "report": dict(report)}, file)
+        torch.save({**history.state(), "report": dict(report), "weights": dict(weights)}, file)
     files.mv(f"{path}.part", path)

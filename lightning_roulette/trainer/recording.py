@@ -91,7 +91,7 @@ def outcomes_of(metric: Metric, calls: Sequence[Call], sign: int, value: float) 
         whole = joined([call.arguments for call in calls]) if countable else None
         if whole is None:
             return None
-        kind = _singles if _is_mean(metric) else _resamples  # by what the metric is, whatever it came to
+        kind = _singles if is_mean(metric) else _resamples  # by what the metric is, whatever it came to
         return kind(metric, whole, sign, value)
 
 
@@ -169,7 +169,7 @@ def _singles(metric: Metric, whole: Any, sign: int, value: float) -> Singles | N
     return Singles(sign * scores.double().cpu(), low, high)
 
 
-def _is_mean(metric: Metric) -> bool:
+def is_mean(metric: Metric) -> bool:
     """Whether the metric is a mean over samples, each between 0 and 1, on all data there could be."""
     whole = getattr(metric, "multidim_average", None) == "global" and getattr(metric, "ignore_index", None) is None
     single = isinstance(metric, MulticlassAccuracy) or getattr(metric, "top_k", 1) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from torchmetrics import Metric as TorchMetric
 
 from lightning_roulette.core.certificate import Outcomes, too_few
 from lightning_roulette.core.evaluator import PrunedWeights, divided
-from lightning_roulette.core.masks import Mask, applied
+from lightning_roulette.core.masks import Mask, applied, fill_pruned
 from lightning_roulette.core.report import Scores
+from lightning_roulette.core.steps import copy_into, lent, named_tensors
 from lightning_roulette.trainer.evaluation import IsolatedValidation, Logged
 from lightning_roulette.trainer.folds import FOLDS, FoldedData, KeptData, StreamedData, dealt
 from lightning_roulette.trainer.monitor import LOADER, Metric
-from lightning_roulette.trainer.recording import Call, batches_of, calls_of, outcomes_of
+from lightning_roulette.trainer.recording import Call, batches_of, calls_of, is_mean, outcomes_of
 
 
 class OwnLoop:
@@ -146,22 +147,32 @@ class TrainerEvaluator:
         self._object: TorchMetric | None = None
 
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
-        """Lend the network to the validation with the candidate's mask applied."""
-        with applied(candidate.mask, self._weights):
+        """Lend the network to the validation with the candidate's weights."""
+        with self._as(candidate):
             return self._scores(validate(self._validation, self._data, folds))
 
     def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, Outcomes | None]:
         """The same, with what is known of single samples, or else of single batches."""
         if self._trainer.world_size > 1:  # a process sees its own samples alone
             return self(candidate, folds), None
-        with applied(candidate.mask, self._weights):
-            judged_by = self._judged_by()
-            with ExitStack() as stack:
-                heard = (
-                    [] if judged_by is None else stack.enter_context(calls_of(judged_by, self._module, self._loader))
-                )
-                logged = self._validate(folds, recorded=judged_by is None)
+        judged_by = self._judged_by()
+        with self._as(candidate), ExitStack() as stack:
+            heard = [] if judged_by is None else stack.enter_context(calls_of(judged_by, self._module, self._loader))
+            logged = self._validate(folds, recorded=judged_by is None)
         return self._scores(logged), self._outcomes(judged_by, heard, logged)
+
+    @contextmanager
+    def _as(self, candidate: PrunedWeights) -> Iterator[None]:
+        """Inside the block, which holds one validation, the network has the candidate's weights."""
+        if not candidate.refitted:
+            with applied(candidate.mask, self._weights):
+                yield
+            return
+        tensors = {name: one for name, one in named_tensors(self._module).items() if name in candidate.refitted}
+        with lent(tensors):
+            copy_into(tensors, candidate.refitted)
+            fill_pruned(self._weights, candidate.mask)
+            yield
 
     def _outcomes(self, judged_by: TorchMetric | None, heard: Sequence[Call], logged: Logged) -> Outcomes | None:
         name, sign = self._metric.monitor, self._metric.sign
@@ -273,11 +284,10 @@ def refuse_too_few_samples(
     Raises:
         RuntimeError: If there are too few samples.
     """
-    bounds = (getattr(judged_by, "plot_lower_bound", None), getattr(judged_by, "plot_upper_bound", None))
-    if samples is None or bounds[0] is None or bounds[1] is None:
+    if samples is None or judged_by is None or not is_mean(judged_by):  # a bootstrap has no such bound
         return
     share = len(divided(FOLDS, confirm)[1]) / FOLDS
-    if why := too_few(math.ceil(samples * share), float(bounds[1] - bounds[0]), confidence, tolerance, share):
+    if why := too_few(math.ceil(samples * share), 1.0, confidence, tolerance, share):
         raise RuntimeError(f"RouletteWheelPruning: {why}")
 
 

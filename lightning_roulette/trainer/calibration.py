@@ -1,0 +1,166 @@
+"""Calibration inputs from the training data, read by a loader of our own; the module is seen at work on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Sized
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from lightning_roulette.core.calibration import Calibration, Refitted
+from lightning_roulette.core.chance import random_bits, stream
+from lightning_roulette.core.layers import batch_norms_of
+from lightning_roulette.core.masks import Mask
+from lightning_roulette.core.settings import Refit
+from lightning_roulette.trainer.evaluation import IsolatedValidation
+from lightning_roulette.trainer.rows import bytes_of, joined, rows_of
+
+_MOST_BYTES = 2**28  # of all batches that are kept; at least one is
+_JOINED_BYTES = 2**25  # of several batches made one, which takes fewer runs
+
+
+class TrainerCalibration(Calibration):
+    """A module seen at work on batches of its training data, within an entered `IsolatedValidation`.
+
+    With several processes each looks at the same batches, and what the first finds counts.
+
+    Args:
+        trainer: The Trainer.
+        module: Its module.
+        validation: Lets the module take its steps.
+        batches: Which `calibration_batches` gave.
+        seed: See `Calibration`.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        validation: IsolatedValidation,
+        batches: Sequence[Any],
+        seed: int,
+    ) -> None:
+        self._trainer = trainer
+        statistics: list[Tensor] = []
+        for part in batch_norms_of(module).values():
+            statistics += [cast(Tensor, part.running_mean), cast(Tensor, part.running_var)]
+        super().__init__(
+            module, len(batches), run=lambda number: validation.see(batches[number], statistics), seed=seed
+        )
+
+    def refit(self, mask: Mask, how: Refit) -> Refitted:
+        """See `Calibration.refit`."""
+        found = super().refit(mask, how)
+        if self._trainer.world_size == 1:
+            return found
+        device = self._trainer.strategy.root_device
+        values, undone = self._trainer.strategy.broadcast((dict(found.values), dict(found.undone)))
+        return Refitted({name: value.to(device) for name, value in values.items()}, undone)
+
+
+def calibration_batches(trainer: Trainer, validation: IsolatedValidation, most: int, seed: int) -> list[Any]:
+    """Some batches of the training data, in a seeded order, as the module's steps take them.
+
+    The user's loaders, their workers and iterators are left alone. Batches are joined where they can be.
+
+    Args:
+        trainer: In a fit.
+        validation: Entered.
+        most: How many are read at most; fewer where they take more than 2**28 bytes.
+        seed: Of the order, and of what chance transforms draw.
+
+    Raises:
+        RuntimeError: If there is none.
+    """
+    found: list[Any] = []
+    size = 0
+    for batch in validation.read_training(own_loader(trainer, seed), most, seed):
+        size += bytes_of(batch)
+        if found and size > _MOST_BYTES:
+            break
+        found.append(batch)
+    if not found:
+        raise RuntimeError("RouletteWheelPruning: the training data gives no batch to refit on. Pass refit=None.")
+    return _fewer(found)
+
+
+def refuse_blind_to_training(trainer: Trainer, validation: IsolatedValidation, seed: int) -> None:
+    """Raise where the module cannot take a step on the training data, by which a refit sees its layers.
+
+    Raises:
+        RuntimeError: With what it raised.
+    """
+    batch = next(iter(validation.read_training(own_loader(trainer, seed), 1, seed)), None)
+    try:
+        if batch is not None:
+            validation.see(batch)
+    except Exception as error:
+        raise RuntimeError(
+            "RouletteWheelPruning: validation_step fails on a batch of the training data, on which a refit, or an "
+            f"importance of inputs, runs it ({type(error).__name__}: {error}). Define calibration_step(self, batch) in "
+            "the module, which runs the network on such a batch and need return nothing; or pass refit=None."
+        ) from error
+
+
+def own_loader(trainer: Trainer, seed: int) -> Iterable[Any]:
+    """Loaders over the training data that share nothing with the fit but the data set.
+
+    Raises:
+        RuntimeError: If the training data is an iterator, which can be read only once.
+    """
+    combined = trainer.fit_loop._combined_loader  # public only as what the user gave
+    assert combined is not None
+    loaders, structure = tree_flatten(combined.iterables, is_leaf=lambda one: not isinstance(one, dict | list | tuple))
+    ours = [_own(loader, seed) for loader in loaders]
+    if combined.iterables is combined.flattened[0] and len(ours) == 1:
+        return ours[0]
+    return (batch for batch, _, _ in CombinedLoader(tree_unflatten(ours, structure), mode=combined._mode))
+
+
+def _own(loader: Any, seed: int) -> Iterable[Any]:
+    if not isinstance(loader, DataLoader):
+        if iter(loader) is loader:
+            raise RuntimeError(
+                "RouletteWheelPruning: the training data is an iterator, of which a refit would take batches away. "
+                "Pass a DataLoader, or refit=None."
+            )
+        return cast(Iterable[Any], loader)
+    data = loader.dataset
+    if isinstance(data, IterableDataset) or not isinstance(data, Sized):
+        return DataLoader(data, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
+    order = random_bits(stream(seed, 0, 0, "calibration"), torch.arange(len(data))).argsort().tolist()
+    size = loader.batch_size or _batch_size(loader.batch_sampler)
+    if size is not None:
+        return DataLoader(data, batch_size=size, sampler=order, collate_fn=loader.collate_fn)
+    size = _batch_size(loader.sampler)  # of a data set that is asked for whole batches
+    sampler = order if size is None else BatchSampler(order, size, drop_last=False)
+    return DataLoader(data, batch_size=None, sampler=sampler, collate_fn=loader.collate_fn)
+
+
+def _batch_size(sampler: Any) -> int | None:
+    size = getattr(sampler, "batch_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _fewer(batches: Sequence[Any]) -> list[Any]:
+    """The same samples in fewer batches, where they can be joined."""
+    found: list[list[Any]] = []
+    size = 0
+    for batch in batches:
+        size += bytes_of(batch)
+        if found and size <= _JOINED_BYTES and rows_of(batch) is not None and rows_of(found[-1][-1]) is not None:
+            found[-1].append(batch)
+        else:
+            found.append([batch])
+            size = bytes_of(batch)
+    return [one for group in found for one in _whole(group)]
+
+
+def _whole(group: list[Any]) -> list[Any]:
+    whole = joined(group) if len(group) > 1 else None
+    return group if whole is None else [whole]
