@@ -292,6 +292,7 @@ class SearchReport:
             f"winner {self.chosen_by:.6g} (the score that chose it"
             + (")." if self.score is None else f"), {self.score:.6g} once loaded, on all the data."),
             *self._confirmation(),
+            *self._refits(),
         ]
         if self.trained_score is not None:
             sentences.append(f"{self.monitor} after the training that followed: {self.trained_score:.6g}.")
@@ -310,6 +311,17 @@ class SearchReport:
         off = f" (s.e. {error:.2g})" if error is not None and not math.isnan(error) else ""
         said = f"On the confirmation data, which ranked nothing: dense {self.gated_dense:.6g}, winner {gated:.6g}{off}"
         return [f"{said}, largest decline up to it {self.decline:.4g}.", *self._certificate()]
+
+    def _refits(self) -> list[str]:
+        """What refits did, and where they could not."""
+        if not self.refit:
+            return []
+        said = [f"Refitted: {self.refit}."]
+        undone = self.winner.undone if self.winner else {}
+        for what, names in (("Not refitted", self.left_alone), ("Refit undone in the winner", undone)):
+            if names:
+                said.append(f"{what}: {', '.join(f'{name} ({why})' for name, why in names.items())}.")
+        return [" ".join(said)]
 
     def _certificate(self) -> list[str]:
         if self.confidence is None or self.method is None:

@@ -600,7 +600,10 @@ def _allocation(wheel: Wheel, how: Refit | None) -> float:
 def _in_words(how: Refit | None) -> str:
     if how is None:
         return ""
-    return "least_squares" if isinstance(how, LeastSquares) else "batch_norm"
+    what = (
+        "survivors by least squares, and running statistics" if isinstance(how, LeastSquares) else "running statistics"
+    )
+    return f"{what}, {f'of the best {how.finalists} candidates of a level' if how.each_level else 'at the end'}"
 
 
 def _refuse_nan(dense_score: float) -> None:

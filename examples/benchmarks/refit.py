@@ -1,0 +1,206 @@
+"""What a refit of the survivors is worth: accuracy at a fixed sparsity, and weights left at half a point.
+
+Magnitude pruning (one shot, all layers together) and the wheel (20 candidates a level), each without a refit, with
+batch normalisation recalibrated, and with least squares. Training images train and calibrate (without their classes),
+validation images choose, test images judge. Runs are kept as lines of JSON, networks in a folder beside them; neither
+is computed again.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from on_tensors import NETWORKS, OnTensors, Split, dense_weights, mnist, small_resnet
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy, pad
+
+from lightning_roulette import Calibration, LeastSquares, Mask, Refit, Tree, Validation, search
+
+# Levels that leave 2 ** (-1 / 3) of the weights come close to 80, 90, 95 and 98 % after 7, 10, 13 and 17 of them.
+RATE, LEVELS = 1 - 2 ** (-1 / 3), {7: "80", 10: "90", 13: "95", 17: "98"}
+REFITS: dict[str, Refit | None] = {"none": None, "batch_norm": Refit(), "least_squares": LeastSquares()}
+NETS = ("lenet-300-100", "lenet-5", "resnet")
+# epochs, images in a batch, learning rate
+TRAINING = {
+    "lenet-300-100": (12, 100, 1e-3, 10_000),
+    "lenet-5": (8, 100, 1e-3, 10_000),
+    "resnet": (12, 128, 5e-3, 5000),
+}
+
+
+def network(name: str) -> nn.Module:
+    """One of three, untrained: 266,200, 430,500 and 77,808 prunable weights."""
+    return small_resnet() if name == "resnet" else NETWORKS[name][0]()
+
+
+def cifar10(path: Path) -> dict[str, Split]:
+    """45,000 images to train on, 5,000 to validate, 10,000 to test, normalised; from an .npz in the layout of Keras."""
+    with np.load(path) as arrays:
+        images = np.concatenate([arrays["x_train"], arrays["x_test"]])
+        classes = np.concatenate([arrays["y_train"], arrays["y_test"]]).reshape(-1)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255)
+    x = (x - x[:45_000].mean((0, 2, 3), keepdim=True)) / x[:45_000].std((0, 2, 3), keepdim=True)
+    y = torch.from_numpy(classes.astype(np.int64))
+    parts = {"train": slice(0, 45_000), "val": slice(45_000, 50_000), "test": slice(50_000, 60_000)}
+    return {part: (x[where].contiguous(memory_format=torch.channels_last), y[where]) for part, where in parts.items()}
+
+
+def trained(name: str, seed: int, split: Split, folder: Path) -> nn.Module:
+    """The network after Adam with weight decay (0.0005, as L2) under a cosine; CIFAR images are shifted and mirrored."""
+    path = folder / f"{name}-{seed}.pt"
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = network(name).to(memory_format=torch.channels_last)
+    if path.exists():
+        net.load_state_dict(torch.load(path, weights_only=True))
+        return net.eval()
+    epochs, batch, rate = TRAINING[name]
+    chance, count = torch.Generator().manual_seed(seed), len(split[1])
+    optimizer = torch.optim.Adam(net.parameters(), lr=rate, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(count / batch))
+    for _ in range(epochs):
+        for chosen in torch.randperm(count, generator=chance).split(batch):
+            images = split[0][chosen]
+            if name == "resnet":
+                images = _augmented(images, chance)
+            optimizer.zero_grad()
+            cross_entropy(net(images), split[1][chosen]).backward()
+            optimizer.step()
+            schedule.step()
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(net.state_dict(), path)
+    return net.eval()
+
+
+def _augmented(images: Tensor, chance: torch.Generator) -> Tensor:
+    """All shifted by the same up to four pixels, half of them mirrored."""
+    down, right = torch.randint(9, (2,), generator=chance).tolist()
+    shifted = pad(images, (4, 4, 4, 4))[..., down : down + 32, right : right + 32]
+    mirrored = torch.rand(len(images), generator=chance) < 0.5
+    return torch.where(mirrored.view(-1, 1, 1, 1), shifted.flip(3), shifted)
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, values: Mapping[str, Tensor], split: Split) -> float:
+    """Share of images classified rightly with other values in the network."""
+    parts = zip(split[0].split(1000), split[1].split(1000), strict=True)
+    return sum(int((functional_call(net, dict(values), (x,)).argmax(1) == y).sum()) for x, y in parts) / len(split[1])
+
+
+def magnitude_mask(weights: Mapping[str, Tensor], survivors: int) -> Mask:
+    """The largest weights of all layers together."""
+    ascending = torch.cat([weight.abs().flatten() for weight in weights.values()]).sort().values
+    threshold = ascending[len(ascending) - survivors]
+    return Mask({name: weight.abs() >= threshold for name, weight in weights.items()})
+
+
+class Runs:
+    """What was measured, in a file of JSON lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def has(self, **key: object) -> bool:
+        """Whether there is a row with these entries."""
+        return any(key.items() <= row.items() for row in self.rows)
+
+    def add(self, **row: object) -> None:
+        """Keep a row."""
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class Case:
+    """A trained network, its data, and its calibration inputs."""
+
+    def __init__(self, name: str, seed: int, data: dict[str, Split], folder: Path, inputs: int) -> None:
+        self.name, self.seed, self.data = name, seed, data
+        self.net = trained(name, seed, data["train"], folder)
+        self.weights, self.dense = dense_weights(self.net), accuracy(self.net, {}, data["test"])
+        chance = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(data["train"][1]), generator=chance)[:inputs]
+        pieces = 1 if name != "resnet" else math.ceil(inputs / 2500)
+        self.calibration = Calibration(self.net, list(data["train"][0][chosen].chunk(pieces)))
+
+    def searched(self, how: Refit | None, **choices: object) -> tuple[object, float]:
+        """A search, and its seconds."""
+        evaluate = OnTensors(self.net, self.data["val"], 1000, seed=self.seed)
+        began = time.monotonic()
+        winner = search(self.weights, evaluate, refit=how, calibration=self.calibration, seed=self.seed, **choices)
+        return winner, time.monotonic() - began
+
+    def lost(self, values: Mapping[str, Tensor]) -> float:
+        """By how much test accuracy is below the dense network's."""
+        return self.dense - accuracy(self.net, values, self.data["test"])
+
+    def at_fixed_sparsity(self, refit: str, runs: Runs) -> None:
+        """Accuracies of the wheel and of magnitude pruning at the same numbers of weights."""
+        how, key = REFITS[refit], {"network": self.name, "seed": self.seed, "refit": refit}
+        if not runs.has(**key, method="wheel"):
+            tree, confirm = Tree(RATE, max_levels=max(LEVELS)), Validation(confirm=0)
+            winner, seconds = self.searched(how, tolerance=math.inf, tree=tree, validation=confirm)
+            for level, sparsity in LEVELS.items():
+                row = {**key, "method": "wheel", "sparsity": sparsity, "seconds": seconds * level / max(LEVELS)}
+                runs.add(**row, accuracy=self.dense - self.lost(winner.weights_at(level)))
+        if not runs.has(**key, method="magnitude"):
+            size = sum(weight.numel() for weight in self.weights.values())
+            for level, sparsity in LEVELS.items():
+                began = time.monotonic()
+                mask = magnitude_mask(self.weights, round(size * (1 - RATE) ** level))
+                values = {name: weight * mask[name] for name, weight in self.weights.items()}
+                values |= {} if how is None else self.calibration.refit(mask, how).values
+                row = {**key, "method": "magnitude", "sparsity": sparsity, "seconds": time.monotonic() - began}
+                runs.add(**row, accuracy=self.dense - self.lost(values))
+
+    def at_half_a_point(self, refit: str, tolerance: float, runs: Runs) -> None:
+        """What a search at a tolerance leaves, and what it lost on the test images."""
+        key = {"network": self.name, "seed": self.seed, "refit": refit, "tolerance": tolerance}
+        if runs.has(**key, method="search"):
+            return
+        winner, seconds = self.searched(REFITS[refit], tolerance=tolerance)
+        report = winner.report
+        row = {**key, "method": "search", "left": 1 - report.sparsity, "reported": report.decline, "dense": self.dense}
+        runs.add(**row, lost=self.lost(winner.weights), seconds=seconds, levels=len(report.accepted))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="mnist.npz in the layout of Keras; fetched from OpenML if left out")
+    parser.add_argument("--cifar10", type=Path, help="cifar10.npz in the layout of Keras; left out without it")
+    parser.add_argument("--network", choices=NETS, action="append", help="all if left out")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--refits", choices=list(REFITS), nargs="+", default=list(REFITS))
+    parser.add_argument("--tolerance", type=float, default=0.005)
+    parser.add_argument("--inputs", type=int, default=10_000, help="calibration images")
+    parser.add_argument("--results", type=Path, default=Path("refit.jsonl"))
+    parser.add_argument("--networks", type=Path, default=Path("networks"), help="folder of trained networks")
+    parser.add_argument("--train-only", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    runs, asked = Runs(options.results), options.network or NETS
+    for name in asked:
+        if name == "resnet" and options.cifar10 is None:
+            continue
+        data = cifar10(options.cifar10) if name == "resnet" else mnist(options.data)
+        for seed in options.seeds:
+            case = Case(name, seed, data, options.networks, options.inputs)
+            print(name, seed, case.dense, flush=True)
+            if options.train_only:
+                continue
+            for refit in options.refits:
+                if refit == "batch_norm" and name != "resnet":
+                    continue
+                case.at_half_a_point(refit, options.tolerance, runs)
+                case.at_fixed_sparsity(refit, runs)
+
+
+if __name__ == "__main__":
+    main()
