@@ -30,7 +30,9 @@ ON_ALL = Validation(confirm=0, race=False)  # all candidates on all data
 
 
 def pruner(**options) -> RouletteWheelPruning:
-    return RouletteWheelPruning(**{"branches": 3, "tolerance": 0.1, "tree": Tree(max_levels=2)} | options)
+    return RouletteWheelPruning(
+        **{"branches": 3, "tolerance": 0.1, "refit": None, "tree": Tree(max_levels=2)} | options
+    )
 
 
 def fitted(make_trainer, *callbacks, module=None, **options):

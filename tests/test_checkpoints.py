@@ -31,7 +31,9 @@ WEIGHTS = ("net.0.weight", "net.2.weight")
 
 
 def pruner(**options) -> RouletteWheelPruning:
-    return RouletteWheelPruning(**{"branches": 2, "tolerance": 0.2, "tree": Tree(max_levels=1)} | options)
+    return RouletteWheelPruning(
+        **{"branches": 2, "tolerance": 0.2, "refit": None, "tree": Tree(max_levels=1)} | options
+    )
 
 
 def fitted(make_trainer, *callbacks, module=None, ckpt_path=None, **options):

@@ -18,7 +18,9 @@ BRANCH = ("roulette/branch/min", "roulette/branch/median", "roulette/branch/max"
 
 
 def pruner(**options) -> RouletteWheelPruning:
-    return RouletteWheelPruning(**{"branches": 3, "tolerance": 0.3, "tree": Tree(max_levels=3)} | options)
+    return RouletteWheelPruning(
+        **{"branches": 3, "tolerance": 0.3, "refit": None, "tree": Tree(max_levels=3)} | options
+    )
 
 
 def fitted(make_trainer, callbacks, **options):

@@ -27,7 +27,9 @@ from tests.modules import Blobs, blobs, tiny_net, train_loader, val_loader
 
 
 def pruner(**options) -> RouletteWheelPruning:
-    return RouletteWheelPruning(**{"branches": 2, "tolerance": 1.0, "tree": Tree(max_levels=2)} | options)
+    return RouletteWheelPruning(
+        **{"branches": 2, "tolerance": 1.0, "refit": None, "tree": Tree(max_levels=2)} | options
+    )
 
 
 def fitted(make_trainer, callback, module, *, val=None, callbacks=(), **options):

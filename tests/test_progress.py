@@ -31,7 +31,7 @@ JUDGED = [
 
 
 def pruning(validation=BY_DEFAULT, **options):
-    return RouletteWheelPruning(5, tolerance=1.0, tree=LEVELS, validation=validation, **options)
+    return RouletteWheelPruning(5, tolerance=1.0, tree=LEVELS, refit=None, validation=validation, **options)
 
 
 def fit(make_trainer, *callbacks, module=None, **options):

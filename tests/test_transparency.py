@@ -240,20 +240,23 @@ def test_training_is_the_same_with_searches_in_one_hook(hook, name, make_trainer
     assert not differences(make_trainer, tmp_path, CASES[name], [hook])
 
 
+@pytest.mark.parametrize("refit", [None, "least_squares"])
 @pytest.mark.parametrize("at_epoch", [None, 1])
-def test_a_search_that_accepts_nothing_leaves_no_trace(at_epoch, make_trainer, tmp_path):
+def test_a_search_that_accepts_nothing_leaves_no_trace(at_epoch, refit, make_trainer, tmp_path):
     hopeless = Tree(pruning_rate=0.99, patience=1)
-    pruning = RouletteWheelPruning(3, monitor="val_acc", at_epoch=at_epoch, tree=hopeless)
+    pruning = RouletteWheelPruning(3, monitor="val_acc", at_epoch=at_epoch, refit=refit, tree=hopeless)
     plain = trained(make_trainer, tmp_path / "plain", Case())
     assert not changed(plain, trained(make_trainer, tmp_path / "searched", Case(), [pruning]))
     assert pruning.report.winner is None
     # folds: each half and those of the race; the race, whose first four folds fill one batch; a half
     dense, branch, winner = 8 + 8 + 8, 3 * 4 + 2 * 4, 8
+    if refit is not None:  # all three see all folds, and once more when they are refitted
+        branch = 3 * 8 + 3 * 8
     assert pruning.report.validations == (dense + branch + winner) / 16
 
 
 def test_a_search_at_the_end_changes_pruned_weights_and_nothing_else(make_trainer, tmp_path):
-    pruning = RouletteWheelPruning(3, monitor="val_acc", tolerance=1.0, target_sparsity=0.5)
+    pruning = RouletteWheelPruning(3, monitor="val_acc", tolerance=1.0, refit=None, target_sparsity=0.5)
     plain = trained(make_trainer, tmp_path / "plain", Case())
     searched = trained(make_trainer, tmp_path / "searched", Case(), [pruning])
     assert changed(plain, searched) == {"weights", "files", "hooks"}

@@ -27,11 +27,7 @@ RATE, LEVELS = 1 - 2 ** (-1 / 3), {7: "80", 10: "90", 13: "95", 17: "98"}
 REFITS: dict[str, Refit | None] = {"none": None, "batch_norm": Refit(), "least_squares": LeastSquares()}
 NETS = ("lenet-300-100", "lenet-5", "resnet")
 # epochs, images in a batch, learning rate
-TRAINING = {
-    "lenet-300-100": (12, 100, 1e-3, 10_000),
-    "lenet-5": (8, 100, 1e-3, 10_000),
-    "resnet": (12, 128, 5e-3, 5000),
-}
+TRAINING = {"lenet-300-100": (12, 100, 1e-3), "lenet-5": (8, 100, 1e-3), "resnet": (8, 128, 5e-3)}
 
 
 def network(name: str) -> nn.Module:
@@ -52,7 +48,7 @@ def cifar10(path: Path) -> dict[str, Split]:
 
 
 def trained(name: str, seed: int, split: Split, folder: Path) -> nn.Module:
-    """The network after Adam with weight decay (0.0005, as L2) under a cosine; CIFAR images are shifted and mirrored."""
+    """The network after Adam with weight decay (0.0005, L2) under a cosine; CIFAR images are shifted and mirrored."""
     path = folder / f"{name}-{seed}.pt"
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -128,7 +128,7 @@ class RouletteWheelPruning(ZeroHolder):
         target_sparsity: float | None = None,
         confidence: float | None = None,
         at_epoch: int | None = None,
-        refit: str | Refit | None = None,
+        refit: str | Refit | None = "least_squares",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         wheel: Wheel = Wheel(),
