@@ -21,6 +21,8 @@ from lightning_roulette.core.masks import Mask, fill_pruned
 from lightning_roulette.core.settings import LeastSquares, Refit
 from lightning_roulette.core.steps import Enough, Given, Step, Steps, copy_into, lent
 
+_ROUNDING = 1e-9  # in the error of a layer that nothing was taken from, as a share of its outputs' mean square
+
 
 @dataclass(frozen=True, eq=False)
 class Refitted:
@@ -61,11 +63,12 @@ class Survivors:
 class Calibration:
     """A network and some batches of inputs, without labels: what refits it and tells the inputs of its layers.
 
-    The network is lent for each call and given back bit for bit. Of each layer at most `rows` rows of input are looked
-    at, a random choice where there are more; a row is one position of one sample. Beside the batches and two copies of
-    the weights it takes the memory of the rows of one layer in one batch, of the sums of products of one layer's inputs
-    and of the first layer's (`inputs ** 2` float64 for each group), and of the dense network's outputs of the rows, up
-    to 2**29 bytes: where they are more, the dense network is run again.
+    The network is lent for each call and given back bit for bit. Of what a layer is given in one call `rows / batches`
+    rows are looked at, eight at least, a random choice where there are more; a row is one position of one sample.
+
+    Beside the batches and two copies of the weights it takes the memory of the rows of one layer in one batch, of the
+    sums of products of one layer's inputs and of the first layer's (`inputs ** 2` float64 for each group), of 2**26
+    bytes, and of the dense network's outputs of the rows, up to 2**29 bytes: if they are more, it is run again.
 
     Args:
         module: The network, with its dense weights whenever it is asked.
@@ -114,7 +117,7 @@ class Calibration:
             how: A `LeastSquares`; a mere `Refit` leaves weights and biases alone.
         """
         steps = self._steps(mask, isinstance(how, LeastSquares))
-        with lent(steps.tensors) as dense:
+        with lent({**dict(self._module.named_buffers()), **steps.tensors}) as dense:
             fill_pruned(steps.tensors, mask)
             fitting = _Fitting(steps, mask, how.damping if isinstance(how, LeastSquares) else 0.0, dense)
             fitting.start(self._first.get(steps))
@@ -155,12 +158,17 @@ class Calibration:
                 f"importance is {kind!r}, but what {name!r} multiplies is not known ({why}). Leave it out with "
                 "exclude, or choose another importance."
             )
-        with lent(steps.tensors):
+        with lent({**dict(self._module.named_buffers()), **steps.tensors}):
             copy_into(steps.tensors, values)
             fill_pruned(steps.tensors, mask)
             sums = steps.sums()
         found = {name: torch.empty(kept.shape, dtype=torch.float64, device=kept.device) for name, kept in mask.items()}
         for layer, moments in sums.items():
+            if not moments.finite:
+                raise ValueError(
+                    f"importance is {kind!r}, but some of what {layer.name!r} multiplies is not finite. Does the "
+                    "network give finite outputs on the calibration inputs?"
+                )
             kept = steps.kept(layer, mask)
             if kind == "activation":
                 scales = (moments.gram.diagonal(dim1=1, dim2=2) / moments.rows).sqrt().unsqueeze(1).expand_as(kept)
@@ -175,7 +183,8 @@ class Calibration:
         key = (layers, *mask)
         if key not in self._known:
             most = self._rows // self.batches
-            self._known[key] = Steps(self._module, list(mask), layers, self._run, self.batches, most, self._seed)
+            with lent(dict(self._module.named_buffers())):
+                self._known[key] = Steps(self._module, list(mask), layers, self._run, self.batches, most, self._seed)
         return self._known[key]
 
 
@@ -191,8 +200,8 @@ class _Sums:
 class _Fitting:
     """One refit, while it goes on: a network whose first steps are refitted.
 
-    A run on a batch ends at the first step that is not, once its inputs are noted; the last batch to arrive there has
-    the step refitted on the spot, and goes on to the next.
+    A run on a batch ends at the first step that is not, once its inputs are noted; when the last batch arrives there
+    the step is refitted on the spot, and a batch that is the only one goes on to the next.
 
     Args:
         steps: Of the network, which is pruned.
@@ -236,7 +245,7 @@ class _Fitting:
         steps, kept = self._steps, self._steps.knows(step, batch)
         if not kept:
             with lent(steps.tensors):
-                copy_into(steps.tensors, self._dense)
+                copy_into(steps.tensors, {name: self._dense[name] for name in steps.tensors})
                 steps.fetch(step, batch)
         steps.watch(batch, partial(self._meet, batch))
         if not kept:
@@ -257,7 +266,8 @@ class _Fitting:
         if any(self._waits_for(step, other) for other in range(self._steps.batches)):
             raise Enough
         self._finish()
-        if calls > 1 or not self._pending:  # earlier calls were made with the weights as they were
+        # earlier calls were made with the weights as they were; and sums are summed in the order of the batches
+        if calls > 1 or self._steps.batches > 1 or not self._pending:
             raise Enough
 
     def _note(self, step: Step, batch: int, call: int, given: Given) -> str | None:
@@ -292,9 +302,9 @@ class _Fitting:
         steps.write(layer, fitted(one.fit, start, steps.kept(layer, self._mask), self._damping))
         refitted = steps.maps(layer)  # as rounded to the weight's own type
         why = None
-        if not bool(refitted.isfinite().all()):
-            why = "the fit is not finite"
-        elif one.held.rows and one.held.error(refitted) > one.held.error(start):
+        if not (one.fit.finite and one.held.finite and bool(refitted.isfinite().all())):
+            why = "what it is given is not finite, or the fit is not"
+        elif one.held.rows and one.held.error(refitted) > one.held.error(start) + _ROUNDING * one.held.size:
             why = "the fit is worse than none on rows held back from it"
         if why is not None:
             steps.write(layer, start)

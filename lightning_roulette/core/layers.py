@@ -71,11 +71,11 @@ def layers_of(module: nn.Module, names: Collection[str]) -> tuple[list[Layer], d
         module: The network.
         names: Of some of its parameters.
     """
-    shared = {name for name, known in aliases(module).items() if len(known) > 1}
+    shared = {name for known in aliases(module).values() if len(known) > 1 for name in known}
     found: list[Layer] = []
     for prefix, part in module.named_modules():
         path = f"{prefix}." if prefix else ""
-        found += [one for one in _layers(part, path) if one.name in names and one.name not in shared]
+        found += [one for one in _layers(part, path, shared) if one.name in names and one.name not in shared]
     covered = {one.name for one in found}
     owners = {f"{prefix}.": part for prefix, part in module.named_modules() if prefix} | {"": module}
     others = {
@@ -117,18 +117,19 @@ def _owner(owners: Mapping[str, nn.Module], name: str) -> str:
     return type(owners[head + dot]).__name__
 
 
-def _layers(part: nn.Module, path: str) -> list[Layer]:
+def _layers(part: nn.Module, path: str, shared: Collection[str]) -> list[Layer]:
     if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
         groups = 1 if isinstance(part, nn.Linear) else part.groups
-        return [Layer(f"{path}weight", part, _free(part, path, "bias"), _ALL, _ALL, groups, _argument(0, "input"))]
+        bias = _free(part, path, "bias", shared)
+        return [Layer(f"{path}weight", part, bias, _ALL, _ALL, groups, _argument(0, "input"))]
     if isinstance(part, nn.MultiheadAttention):
-        return _projections(part, path)
+        return _projections(part, path, shared)
     return []
 
 
-def _projections(part: nn.MultiheadAttention, path: str) -> list[Layer]:
+def _projections(part: nn.MultiheadAttention, path: str, shared: Collection[str]) -> list[Layer]:
     """Those of queries, keys and values. That of outputs is applied without a call of its module."""
-    found, bias = [], _free(part, path, "in_proj_bias")
+    found, bias = [], _free(part, path, "in_proj_bias", shared)
     for place, word in enumerate(("query", "key", "value")):
         offsets = slice(place * part.embed_dim, (place + 1) * part.embed_dim)
         joint = part.in_proj_weight is not None
@@ -137,10 +138,10 @@ def _projections(part: nn.MultiheadAttention, path: str) -> list[Layer]:
     return found
 
 
-def _free(part: nn.Module, path: str, own: str) -> str | None:
-    """The name of a bias, if there is one that is not frozen."""
-    bias = getattr(part, own)
-    return f"{path}{own}" if bias is not None and bias.requires_grad else None
+def _free(part: nn.Module, path: str, own: str, shared: Collection[str]) -> str | None:
+    """The name of a bias, if there is one that is neither frozen nor shared."""
+    bias, name = getattr(part, own), f"{path}{own}"
+    return name if bias is not None and bias.requires_grad and name not in shared else None
 
 
 def _argument(place: int, name: str) -> Inputs:

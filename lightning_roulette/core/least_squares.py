@@ -12,6 +12,7 @@ from torch import Tensor
 _BLOCK_BYTES = 2**26  # of the systems solved together
 _LIKE = 0.8  # in size, as a share of the largest: smaller systems are padded to it
 _FEW = 0.7  # pruned inputs, as a share of those kept
+_TRACE = 1e-12
 _SAFE_DAMPING = 1e-6  # from which on an inverse in float64 is exact enough to be corrected
 _BLOCK_ROWS = 2**12  # of samples whose products are summed together
 
@@ -31,6 +32,11 @@ class Moments:
     def __init__(self) -> None:
         self.gram = self.cross = self.power = torch.zeros(())
         self.rows = 0
+
+    @property
+    def finite(self) -> bool:
+        """Whether all sums are."""
+        return all(bool(sums.isfinite().all()) for sums in (self.gram, self.cross, self.power))
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Count rows in.
@@ -56,6 +62,11 @@ class Moments:
         """
         mean = self.cross[:, -1] / self.rows if centred else torch.zeros_like(self.power)
         return (self.power / self.rows - mean.square()).sum().clamp(min=torch.finfo(torch.float64).tiny)
+
+    @property
+    def size(self) -> float:
+        """Mean over rows of the summed square of the wanted outputs."""
+        return float(self.power.sum() / max(1, self.rows))
 
     def error(self, maps: Tensor) -> float:
         """Mean over rows of the summed squared error of `maps`, shape `(groups, outputs, inputs)`."""
@@ -108,15 +119,15 @@ def fitted(moments: Moments, start: Tensor, kept: Tensor, damping: float) -> Ten
         Float64, the same shape; zero where not kept.
     """
     damped, inverse = _damped(moments.gram, damping)
-    ridge = _ridge(moments.gram, damping).view(-1, 1, 1)
-    right = moments.cross.mT + ridge * torch.where(kept, start, 0.0)
+    begin = torch.where(kept, start, 0.0)
+    right = moments.cross.mT - begin @ moments.gram  # for the change, of which the ridge draws to nothing
     few = _few(kept) if inverse is not None else torch.zeros_like(kept[..., :1])
     found = _solved_on(damped, kept & ~few, right)
     if inverse is not None and bool(few.any()):
         free = right @ inverse
         pulls = _solved_on(inverse, ~kept & few, free)
         found = torch.where(kept & few, free - pulls @ inverse, found)
-    return torch.where(kept, found, 0.0)
+    return torch.where(kept, begin + found, 0.0)
 
 
 def inverse_diagonals(gram: Tensor, kept: Tensor, damping: float) -> Tensor:
@@ -155,7 +166,9 @@ def inverse_diagonals(gram: Tensor, kept: Tensor, damping: float) -> Tensor:
 
 
 def _ridge(gram: Tensor, damping: float) -> Tensor:
-    return damping * gram.diagonal(dim1=1, dim2=2).mean(1)
+    """What is added to the diagonal of each group; a trace of it where all inputs are zero."""
+    ridge = damping * gram.diagonal(dim1=1, dim2=2).mean(1)
+    return torch.where(ridge > 0, ridge, _TRACE if damping > 0 else 0.0)
 
 
 def _damped(gram: Tensor, damping: float) -> tuple[Tensor, Tensor | None]:
@@ -267,10 +280,12 @@ def _systems(matrix: Tensor, group: Tensor, where: Tensor) -> Tensor:
 
 
 def _solved(system: Tensor, right: Tensor) -> Tensor:
-    """The solution of positive semidefinite systems, that of least norm where there are many."""
+    """The solution of positive semidefinite systems, that of least norm where there are many; NaN if not finite."""
     factor, info = torch.linalg.cholesky_ex(system)
     solved = torch.cholesky_solve(right, factor)
-    poor = ((info > 0) | ~solved.isfinite().flatten(1).all(1)).nonzero().flatten()
+    fit = system.isfinite().flatten(1).all(1) & right.isfinite().flatten(1).all(1)
+    solved[~fit] = math.nan
+    poor = (fit & ((info > 0) | ~solved.isfinite().flatten(1).all(1))).nonzero().flatten()
     if len(poor):
         solved[poor] = torch.linalg.pinv(system[poor], hermitian=True) @ right[poor]
     return solved

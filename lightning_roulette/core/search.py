@@ -534,11 +534,20 @@ class _Growing:
 
     def _refit_accepted(self) -> None:
         """Refit accepted levels, all that will be judged once more: they are confirmed as they will be used."""
-        last = self.history.level
-        for level in range(1 if self.judge.confirming else last, last + 1):
-            if level:
-                mask = self.history.mask_at(level)
-                self.refitting.keep(level, mask, self.refitting.refitted(mask))
+        for place, level in enumerate(self.levels):
+            if not level.accepted or not (self.judge.confirming or level.level == self.history.level):
+                continue
+            mask = self.history.mask_at(level.level)
+            refitted = self.refitting.refitted(mask)
+            if self.judge.confirming or self._gains(level, mask, refitted):
+                self.levels[place] = replace(level, undone=refitted.undone)
+                self.refitting.keep(level.level, mask, refitted)
+
+    def _gains(self, level: Level, mask: Mask, refitted: Refitted) -> bool:
+        """Whether a level that nothing will confirm is better for a refit."""
+        before = next(one for one in level.candidates if one.index == level.winner)
+        after = before.scored(self.judge.scores(self.refitting.network(mask, refitted), self.judge.ranking), 0)
+        return best_of([before, after]) is after and keeps_floor(after.score, self.report.floor)
 
     def _judged_in_full(self, best: Candidate | None, race: Race, refitted: Refitted) -> tuple[Candidate | None, float]:
         """The winner of a branch with its scores on all ranking folds, and their paired standard error."""

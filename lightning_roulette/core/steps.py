@@ -197,8 +197,10 @@ class Steps:
 
     @property
     def first_is_known(self) -> bool:
-        """Whether no pruned weight can change what the first step is given."""
-        return not self.left_alone and all(self.calls[self.order[0], batch] <= 1 for batch in range(self.batches))
+        """Whether the first step has layers, and no pruned weight can change what they are given."""
+        first = self.order[0]
+        once = all(self.calls[first, batch] <= 1 for batch in range(self.batches))
+        return bool(first.layers) and once and not self.left_alone and self._leads == {first}
 
     def sums(self) -> dict[Layer, Moments]:
         """Sums of products of each layer's inputs and outputs, in the network as it is."""
@@ -215,10 +217,13 @@ class Steps:
 
     def _look(self) -> tuple[Step, ...]:
         order: dict[Step, None] = {}
+        self._leads: set[Step] = set()  # what a batch calls first
         for batch in range(self.batches):
 
             def meet(step: Step, call: int, given: Given, batch: int = batch) -> None:
                 order.setdefault(step)
+                if not any(self.calls[other, batch] for other in order):
+                    self._leads.add(step)
                 self.calls[step, batch] += 1
                 if self._bytes < _MOST_BYTES:
                     outputs = self._outputs(step, batch, call, given)
