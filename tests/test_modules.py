@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_roulette import (
+    LeastSquares,
     Mask,
     RouletteWheelPruning,
     StopReason,
@@ -390,6 +391,9 @@ trainer:
           sharpness: .inf
           importance: lamp
           scope: layer
+        refit:
+          batches: 3
+          damping: 0.01
         tree:
           pruning_rate: 0.25
           max_levels: 2
@@ -422,6 +426,7 @@ def test_a_yaml_file_builds_the_callback_with_its_groups(tmp_path):
     (pruning,) = [one for one in cli.trainer.callbacks if isinstance(one, RouletteWheelPruning)]
     assert pruning.wheel == Wheel(sharpness=float("inf"), importance="lamp", scope="layer")
     assert pruning.tree == Tree(pruning_rate=0.25, max_levels=2)
+    assert pruning.refit == LeastSquares(batches=3, damping=0.01)
     assert pruning.validation == Validation(keep_callbacks=("Says",))
     assert (pruning.branches, pruning.tolerance, pruning.target_sparsity) == (2, 1.0, 0.5)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)

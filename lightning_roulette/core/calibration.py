@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_roulette.core.layers import Layer, channels
 from lightning_roulette.core.least_squares import Moments, Spread, fitted, inverse_diagonals
 from lightning_roulette.core.masks import Mask, fill_pruned
-from lightning_roulette.core.settings import LeastSquares, Refit
+from lightning_roulette.core.settings import LeastSquares, Refit, refit_of
 from lightning_roulette.core.steps import Enough, Given, Step, Steps, copy_into, lent
 
 _ROUNDING = 1e-9  # in the error of a layer that nothing was taken from, as a share of its outputs' mean square
@@ -104,7 +104,7 @@ class Calibration:
         self._known: dict[tuple[Any, ...], Steps] = {}
         self._first: dict[Steps, list[_Sums]] = {}
 
-    def refit(self, mask: Mask, how: Refit) -> Refitted:
+    def refit(self, mask: Mask, how: str | Refit = "least_squares") -> Refitted:
         """The network pruned by a mask and refitted: a function of the dense network, the mask and the batches alone.
 
         In the order in which the network calls them, each layer of which `mask` names the weight gets the survivors,
@@ -114,12 +114,16 @@ class Calibration:
 
         Args:
             mask: Which weights are kept.
-            how: A `LeastSquares`; a mere `Refit` leaves weights and biases alone.
+            how: A `LeastSquares`, or a word for one; `"batch_norm"` leaves weights and biases alone.
+
+        Raises:
+            ValueError: If there is no such word.
         """
-        steps = self._steps(mask, isinstance(how, LeastSquares))
+        choices = refit_of(how)
+        steps = self._steps(mask, isinstance(choices, LeastSquares))
         with lent({**dict(self._module.named_buffers()), **steps.tensors}) as dense:
             fill_pruned(steps.tensors, mask)
-            fitting = _Fitting(steps, mask, how.damping if isinstance(how, LeastSquares) else 0.0, dense)
+            fitting = _Fitting(steps, mask, choices.damping if isinstance(choices, LeastSquares) else 0.0, dense)
             fitting.start(self._first.get(steps))
             fitting.run()
             if fitting.first is not None:

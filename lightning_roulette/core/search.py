@@ -149,7 +149,7 @@ def search(
     tolerance: float = 0.0,
     target_sparsity: float | None = None,
     confidence: float | None = None,
-    refit: str | Refit | None = None,
+    refit: str | LeastSquares | None = None,
     calibration: Calibration | None = None,
     wheel: Wheel = Wheel(),
     tree: Tree = Tree(),

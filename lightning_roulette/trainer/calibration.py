@@ -53,7 +53,7 @@ class TrainerCalibration(Calibration):
             module, len(batches), run=lambda number: validation.see(batches[number], statistics), seed=seed
         )
 
-    def refit(self, mask: Mask, how: Refit) -> Refitted:
+    def refit(self, mask: Mask, how: str | Refit = "least_squares") -> Refitted:
         """See `Calibration.refit`."""
         found = super().refit(mask, how)
         if self._trainer.world_size == 1:

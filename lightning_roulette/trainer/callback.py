@@ -21,6 +21,7 @@ from lightning_roulette.core.report import SearchReport, StopReason
 from lightning_roulette.core.search import Winner, check_search, load, search
 from lightning_roulette.core.settings import (
     CALIBRATED,
+    LeastSquares,
     Refit,
     Tree,
     Validation,
@@ -128,7 +129,7 @@ class RouletteWheelPruning(ZeroHolder):
         target_sparsity: float | None = None,
         confidence: float | None = None,
         at_epoch: int | None = None,
-        refit: str | Refit | None = "least_squares",
+        refit: str | LeastSquares | None = "least_squares",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         wheel: Wheel = Wheel(),
