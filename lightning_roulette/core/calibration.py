@@ -179,6 +179,7 @@ class Calibration:
             else:
                 left = inverse_diagonals(moments.gram / moments.rows, kept, damping)
                 scales = (left * moments.spread(layer.bias is not None)).rsqrt()
+                scales = torch.where(moments.gram.diagonal(dim1=1, dim2=2).unsqueeze(1) > 0, scales, 0.0)
             part = found[layer.name][layer.outputs]
             part.copy_(scales[..., : part[0].numel()].reshape(part.shape))
         return found

@@ -43,8 +43,9 @@ class Scores:
 class Candidate:
     """One proposed mask, one level below its parent: a recipe, no tensors.
 
-    Its chance comes from the report's seed, the level and `index` alone: with the dense weights, the parent's mask and
-    the settings of the wheel it can be drawn again.
+    Its chance comes from the report's seed, the level and `index` alone: with the parent's weights and mask, the
+    settings of the wheel, and the indices of the winners before it (to whose leanings to layers it adds its own) it can
+    be drawn again.
 
     Attributes:
         index: Its number among all candidates of its level, retries included.

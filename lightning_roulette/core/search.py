@@ -84,7 +84,7 @@ class Winner:
         dense: The weights that the search was given, not copied.
         history: The masks of all accepted levels.
         refits: What refits changed, by the number of the level: the survivors of each weight, and all else; under 0,
-            all else as it was.
+            all else as it was. On the CPU; all levels together have at most `1 / pruning_rate` numbers a weight.
     """
 
     mask: Mask

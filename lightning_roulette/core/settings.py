@@ -35,7 +35,7 @@ class Wheel:
             refit, else 0. With `scope="layer"` it has no effect.
     """
 
-    sharpness: float = 4.0
+    sharpness: float = 8.0
     importance: str | Importance = "magnitude"
     scope: str = "global"
     allocation: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence, Sized
 from typing import Any, cast
 
@@ -18,9 +19,14 @@ from lightning_roulette.core.layers import batch_norms_of
 from lightning_roulette.core.masks import Mask
 from lightning_roulette.core.settings import Refit
 from lightning_roulette.trainer.evaluation import IsolatedValidation
+from lightning_roulette.trainer.folds import rebuilt
 from lightning_roulette.trainer.rows import bytes_of, joined, rows_of
 
 _MOST_BYTES = 2**28  # of all batches that are kept; at least one is
+_DRAINED = (
+    "RouletteWheelPruning: the training data is {}, of which a refit would take batches away. Pass a DataLoader over a "
+    "data set that can be read again, or refit=None."
+)
 _JOINED_BYTES = 2**25  # of several batches made one, which takes fewer runs
 
 
@@ -50,7 +56,10 @@ class TrainerCalibration(Calibration):
         for part in batch_norms_of(module).values():
             statistics += [cast(Tensor, part.running_mean), cast(Tensor, part.running_var)]
         super().__init__(
-            module, len(batches), run=lambda number: validation.see(batches[number], statistics), seed=seed
+            module,
+            len(batches),
+            run=lambda number: validation.see(rebuilt(batches[number], copies=True), statistics),
+            seed=seed,
         )
 
     def refit(self, mask: Mask, how: str | Refit = "least_squares") -> Refitted:
@@ -125,18 +134,20 @@ def own_loader(trainer: Trainer, seed: int) -> Iterable[Any]:
 def _own(loader: Any, seed: int) -> Iterable[Any]:
     if not isinstance(loader, DataLoader):
         if iter(loader) is loader:
-            raise RuntimeError(
-                "RouletteWheelPruning: the training data is an iterator, of which a refit would take batches away. "
-                "Pass a DataLoader, or refit=None."
-            )
+            raise RuntimeError(_DRAINED.format("an iterator"))
         return cast(Iterable[Any], loader)
     data = loader.dataset
     if isinstance(data, IterableDataset) or not isinstance(data, Sized):
+        if (again := cast(Any, data)) is iter(again):
+            raise RuntimeError(_DRAINED.format("a data set that is its own iterator"))
         return DataLoader(data, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
     order = random_bits(stream(seed, 0, 0, "calibration"), torch.arange(len(data))).argsort().tolist()
-    size = loader.batch_size or _batch_size(loader.batch_sampler)
-    if size is not None:
-        return DataLoader(data, batch_size=size, sampler=order, collate_fn=loader.collate_fn)
+    if loader.batch_sampler is not None:
+        size = loader.batch_size or _batch_size(loader.batch_sampler)
+        if size is not None:
+            return DataLoader(data, batch_size=size, sampler=order, collate_fn=loader.collate_fn)
+        batches = copy.deepcopy(loader.batch_sampler)  # which has a reason for its batches: samples of like length
+        return DataLoader(data, batch_sampler=batches, collate_fn=loader.collate_fn)
     size = _batch_size(loader.sampler)  # of a data set that is asked for whole batches
     sampler = order if size is None else BatchSampler(order, size, drop_last=False)
     return DataLoader(data, batch_size=None, sampler=sampler, collate_fn=loader.collate_fn)

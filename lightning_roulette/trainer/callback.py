@@ -197,8 +197,8 @@ class RouletteWheelPruning(ZeroHolder):
         self.mask_at(level)
         if self._levels is None:
             raise RuntimeError(
-                "the search ran in another process, and only its winner's weights were saved. Load an accepted level's "
-                "mask with apply_mask(module, pruning.mask_at(level)) into the dense network instead."
+                "the search ran before this callback was loaded from a checkpoint, which holds the weights of the "
+                "winner alone. The masks of all levels are there: mask_at(level)."
             )
         return self._levels.weights_at(level)
 
@@ -303,7 +303,7 @@ class RouletteWheelPruning(ZeroHolder):
         """Take up the search that a checkpoint was saved after; to validate another does not replace this one's."""
         if not self._fitting and self._history is not None:
             return
-        self._history = History.from_state(state_dict)
+        self._history, self._levels = History.from_state(state_dict), None
         self.report = SearchReport.from_dict(state_dict["report"])
         self.best_model_path = state_dict["best_model_path"]
         self._restored = True

@@ -262,6 +262,8 @@ class IsolatedValidation:
     def see(self, batch: Any, spared: Collection[Tensor] = ()) -> None:
         """Let the module take one step on a batch of any data, of which nothing is logged or kept.
 
+        What it writes into plain attributes, such as a list of outputs, is put back.
+
         The step is its `calibration_step(batch)` if it has one, else its `validation_step`, after the module hooks that
         come before that.
 
@@ -273,16 +275,19 @@ class IsolatedValidation:
         self._snapshot.rewind()
         trainer._logger_connector = _LoggerConnector(trainer)
         results = loop._results = _Results()
-        self._running = True
+        self._running, gathered = True, _Attributes(self._module)
         try:
             loop._on_evaluation_model_eval()
             if (step := getattr(self._module, "calibration_step", None)) is None:
                 steps.alone(batch)
             else:
+                self._module._current_fx_name = "validation_step"  # it may log as that does
+                trainer._logger_connector.on_batch_start(batch)
                 with trainer.precision_plugin.val_step_context():
                     step(batch)
         finally:
             self._running, results.batch = False, None
+            surely(gathered.restore)
             surely(lambda: self._snapshot.restore_module(spared))
 
     @torch.no_grad()
@@ -517,14 +522,39 @@ class _Snapshot:
 _MODULE_PARTS = frozenset(vars(nn.Module()))
 
 
+class _Attributes:
+    """The plain attributes of a module's parts, with what is in their lists, dicts and sets."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._before = [
+            (vars(part), {name: (one, _contents(one)) for name, one in vars(part).items() if name not in _MODULE_PARTS})
+            for part in module.modules()
+        ]
+
+    def restore(self) -> None:
+        """Everything as it was, in the same containers."""
+        for attributes, before in self._before:
+            for name in attributes.keys() - before.keys() - _MODULE_PARTS:
+                del attributes[name]
+            for name, (one, contents) in before.items():
+                attributes[name] = one
+                if contents is not None:
+                    one.clear()
+                    one.extend(contents) if isinstance(one, list) else one.update(contents)
+
+
+def _contents(value: Any) -> Any:
+    return copy.copy(value) if type(value) in (list, dict, set) else None
+
+
 def _rng_states() -> dict[str, Any]:
     return _collect_rng_states(include_cuda=torch.cuda.is_available() and torch.cuda.is_initialized())
 
 
 def _seed_chance(seed: int) -> None:
-    torch.manual_seed(seed)
-    numpy.random.seed(seed % 2**32)  # noqa: NPY002  # what transforms draw from
-    random.seed(seed)
+    torch.manual_seed(int(seed))
+    numpy.random.seed(int(seed) % 2**32)  # noqa: NPY002  # what transforms draw from
+    random.seed(int(seed))
 
 
 def _shallow(value: Any) -> Any:

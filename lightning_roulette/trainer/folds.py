@@ -125,7 +125,7 @@ class KeptData:
     def of(self, folds: Sequence[int]) -> Iterator[tuple[Any, int]]:
         """See `FoldedData`."""
         found = ((batch, loader) for loader, portion in self._portions.items() for batch in portion.of(folds))
-        return ((_rebuilt(batch, self._copies), loader) for batch, loader in found)
+        return ((rebuilt(batch, self._copies), loader) for batch, loader in found)
 
     def altered(self) -> bool:
         """See `FoldedData`."""
@@ -188,7 +188,7 @@ class StreamedData:
                 return ((batch, loader) for loader, _, batch in self._batches(folds))
             self._keep(folds)
         found = sorted((one for fold in folds for one in self._kept[fold]), key=lambda one: one[:2])
-        return ((_rebuilt(batch, self._copies), loader) for loader, _, batch in found)
+        return ((rebuilt(batch, self._copies), loader) for loader, _, batch in found)
 
     def altered(self) -> bool:
         """See `FoldedData`."""
@@ -331,23 +331,23 @@ def _stretches(folds: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _rebuilt(batch: Any, copies: bool) -> Any:
+def rebuilt(batch: Any, copies: bool) -> Any:
     """The same tensors, or copies of them, in new containers: a validation_step may take from those it is given."""
     if isinstance(batch, Tensor):
         return batch.clone() if copies else batch
     if type(batch) in (dict, OrderedDict, UserDict, defaultdict):
         twin = copy.copy(batch)
-        twin.update({key: _rebuilt(value, copies) for key, value in batch.items()})
+        twin.update({key: rebuilt(value, copies) for key, value in batch.items()})
         return twin
     if type(batch) in (list, tuple):
-        return type(batch)(_rebuilt(value, copies) for value in batch)
+        return type(batch)(rebuilt(value, copies) for value in batch)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_rebuilt(value, copies) for value in batch))
+        return type(batch)(*(rebuilt(value, copies) for value in batch))
     if copies:
         return copy.deepcopy(batch)
     twin = copy.copy(batch)
     if is_dataclass(twin):
-        vars(twin).update({name: _rebuilt(value, copies) for name, value in vars(batch).items()})
+        vars(twin).update({name: rebuilt(value, copies) for name, value in vars(batch).items()})
     return twin
 
 
