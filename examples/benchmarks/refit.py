@@ -27,6 +27,7 @@ RATE, LEVELS = 1 - 2 ** (-1 / 3), {7: "80", 10: "90", 13: "95", 17: "98"}
 REFITS: dict[str, str | None] = {"none": None, "batch_norm": "batch_norm", "least_squares": "least_squares"}
 NETS = ("lenet-300-100", "lenet-5", "resnet")
 # epochs, images in a batch, learning rate
+INPUTS = {"lenet-300-100": 50_000, "lenet-5": 10_000, "resnet": 2_500}  # calibration images
 TRAINING = {"lenet-300-100": (12, 100, 1e-3), "lenet-5": (8, 100, 1e-3), "resnet": (8, 128, 5e-3)}
 
 
@@ -36,14 +37,14 @@ def network(name: str) -> nn.Module:
 
 
 def cifar10(path: Path) -> dict[str, Split]:
-    """45,000 images to train on, 5,000 to validate, 10,000 to test, normalised; from an .npz in the layout of Keras."""
+    """45,000 images to train on, 2,500 to validate, 10,000 to test, normalised; from an .npz in the layout of Keras."""
     with np.load(path) as arrays:
         images = np.concatenate([arrays["x_train"], arrays["x_test"]])
         classes = np.concatenate([arrays["y_train"], arrays["y_test"]]).reshape(-1)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255)
     x = (x - x[:45_000].mean((0, 2, 3), keepdim=True)) / x[:45_000].std((0, 2, 3), keepdim=True)
     y = torch.from_numpy(classes.astype(np.int64))
-    parts = {"train": slice(0, 45_000), "val": slice(45_000, 50_000), "test": slice(50_000, 60_000)}
+    parts = {"train": slice(0, 45_000), "val": slice(45_000, 47_500), "test": slice(50_000, 60_000)}
     return {part: (x[where].contiguous(memory_format=torch.channels_last), y[where]) for part, where in parts.items()}
 
 
@@ -117,14 +118,13 @@ class Runs:
 class Case:
     """A trained network, its data, and its calibration inputs."""
 
-    def __init__(self, name: str, seed: int, data: dict[str, Split], folder: Path, inputs: int) -> None:
+    def __init__(self, name: str, seed: int, data: dict[str, Split], folder: Path) -> None:
         self.name, self.seed, self.data = name, seed, data
         self.net = trained(name, seed, data["train"], folder)
         self.weights, self.dense = dense_weights(self.net), accuracy(self.net, {}, data["test"])
         chance = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(len(data["train"][1]), generator=chance)[:inputs]
-        pieces = 1 if name != "resnet" else math.ceil(inputs / 2500)
-        self.calibration = Calibration(self.net, list(data["train"][0][chosen].chunk(pieces)))
+        chosen = torch.randperm(len(data["train"][1]), generator=chance)[: INPUTS[name]]
+        self.calibration = Calibration(self.net, [data["train"][0][chosen]])
 
     def searched(self, how: str | None, **choices: object) -> tuple[object, float]:
         """A search, and its seconds."""
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--refits", choices=list(REFITS), nargs="+", default=list(REFITS))
     parser.add_argument("--tolerance", type=float, default=0.005)
-    parser.add_argument("--inputs", type=int, default=10_000, help="calibration images")
+    parser.add_argument("--half", action="store_true", help="weights left at half a point only")
     parser.add_argument("--results", type=Path, default=Path("refit.jsonl"))
     parser.add_argument("--networks", type=Path, default=Path("networks"), help="folder of trained networks")
     parser.add_argument("--train-only", action="store_true")
@@ -187,7 +187,7 @@ def main() -> None:
             continue
         data = cifar10(options.cifar10) if name == "resnet" else mnist(options.data)
         for seed in options.seeds:
-            case = Case(name, seed, data, options.networks, options.inputs)
+            case = Case(name, seed, data, options.networks)
             print(name, seed, case.dense, flush=True)
             if options.train_only:
                 continue
@@ -195,7 +195,8 @@ def main() -> None:
                 if refit == "batch_norm" and name != "resnet":
                     continue
                 case.at_half_a_point(refit, options.tolerance, runs)
-                case.at_fixed_sparsity(refit, runs)
+                if not options.half:
+                    case.at_fixed_sparsity(refit, runs)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,8 @@ def _own(loader: Any, seed: int) -> Iterable[Any]:
         size = loader.batch_size or _batch_size(loader.batch_sampler)
         if size is not None:
             return DataLoader(data, batch_size=size, sampler=order, collate_fn=loader.collate_fn)
-        batches = copy.deepcopy(loader.batch_sampler)  # which has a reason for its batches: samples of like length
+        # which has a reason for its batches, such as samples of like length; the copy draws chance of its own
+        batches = copy.deepcopy(loader.batch_sampler, {id(data): data})
         return DataLoader(data, batch_sampler=batches, collate_fn=loader.collate_fn)
     size = _batch_size(loader.sampler)  # of a data set that is asked for whole batches
     sampler = order if size is None else BatchSampler(order, size, drop_last=False)

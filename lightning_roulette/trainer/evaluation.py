@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -527,24 +528,37 @@ class _Attributes:
 
     def __init__(self, module: nn.Module) -> None:
         self._before = [
-            (vars(part), {name: (one, _contents(one)) for name, one in vars(part).items() if name not in _MODULE_PARTS})
+            (vars(part), {name: one for name, one in vars(part).items() if name not in _MODULE_PARTS})
             for part in module.modules()
         ]
+        self._contents: dict[int, tuple[Any, Any]] = {}  # of each container: itself, and a copy
+        for _, before in self._before:
+            self._note(list(before.values()))
 
     def restore(self) -> None:
         """Everything as it was, in the same containers."""
         for attributes, before in self._before:
             for name in attributes.keys() - before.keys() - _MODULE_PARTS:
                 del attributes[name]
-            for name, (one, contents) in before.items():
-                attributes[name] = one
-                if contents is not None:
-                    one.clear()
-                    one.extend(contents) if isinstance(one, list) else one.update(contents)
+            attributes.update(before)
+        for container, contents in self._contents.values():
+            container.clear()
+            if isinstance(container, list | deque):
+                container.extend(contents)
+            else:
+                container.update(contents)
+
+    def _note(self, waiting: list[Any]) -> None:
+        while waiting:
+            one = waiting.pop()
+            if isinstance(one, tuple):
+                waiting += one
+            elif type(one) in _CONTAINERS and id(one) not in self._contents:
+                self._contents[id(one)] = one, copy.copy(one)
+                waiting += one.values() if isinstance(one, dict) else one
 
 
-def _contents(value: Any) -> Any:
-    return copy.copy(value) if type(value) in (list, dict, set) else None
+_CONTAINERS = (list, dict, set, deque, defaultdict, OrderedDict)
 
 
 def _rng_states() -> dict[str, Any]:
