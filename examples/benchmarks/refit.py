@@ -10,8 +10,9 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import torch
@@ -106,7 +107,11 @@ class Runs:
 
     def has(self, **key: object) -> bool:
         """Whether there is a row with these entries."""
-        return any(key.items() <= row.items() for row in self.rows)
+        return bool(self.of(**key))
+
+    def of(self, **key: object) -> list[dict]:
+        """The rows with these entries."""
+        return [row for row in self.rows if key.items() <= row.items()]
 
     def add(self, **row: object) -> None:
         """Keep a row."""
@@ -167,6 +172,38 @@ class Case:
         runs.add(**row, lost=self.lost(winner.weights), seconds=seconds, levels=len(report.accepted))
 
 
+def tables(runs: Runs, names: Sequence[str], tolerance: float) -> None:
+    """Means over the seeds, with the range in brackets."""
+    print("\naccuracy on the test images, %, by sparsity; seconds to 98 %")
+    for name in names:
+        dense = [row["dense"] for row in runs.rows if row["method"] == "search" and row["network"] == name]
+        print(f"{name}: dense {100 * mean(dense):.2f}" if dense else name)
+        for method in ("magnitude", "wheel"):
+            for refit in REFITS:
+                rows = runs.of(network=name, method=method, refit=refit)
+                if not rows:
+                    continue
+                cells = [spread([row["accuracy"] for row in rows if row["sparsity"] == one]) for one in LEVELS.values()]
+                seconds = mean(row["seconds"] for row in rows if row["sparsity"] == "98")
+                print(f"  {method:9} {refit:13} {'  '.join(cells)}  {seconds:7.1f} s")
+    print(f"\nweights left by a search at a tolerance of {100 * tolerance:g} points, %; declines in points")
+    for name in names:
+        for refit in REFITS:
+            rows = runs.of(network=name, method="search", refit=refit, tolerance=tolerance)
+            if rows:
+                left, lost, reported = ([row[key] for row in rows] for key in ("left", "lost", "reported"))
+                seconds = mean(row["seconds"] for row in rows)
+                print(
+                    f"  {name:13} {refit:13} left {spread(left)}  reported {spread(reported)}  "
+                    f"on test {spread(lost)}  {seconds:7.1f} s  {len(rows)} seeds"
+                )
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and range in percent."""
+    return f"{100 * mean(values):6.2f} ({100 * min(values):.2f} to {100 * max(values):.2f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="mnist.npz in the layout of Keras; fetched from OpenML if left out")
@@ -197,6 +234,7 @@ def main() -> None:
                 case.at_half_a_point(refit, options.tolerance, runs)
                 if not options.half:
                     case.at_fixed_sparsity(refit, runs)
+    tables(runs, asked, options.tolerance)
 
 
 if __name__ == "__main__":

@@ -542,6 +542,8 @@ class _Growing:
             if self.judge.confirming or self._gains(level, mask, refitted):
                 self.levels[place] = replace(level, undone=refitted.undone)
                 self.refitting.keep(level.level, mask, refitted)
+            else:
+                self.report = replace(self.report, refit=f"{self.report.refit}, not kept as it gained nothing")
 
     def _gains(self, level: Level, mask: Mask, refitted: Refitted) -> bool:
         """Whether a level that nothing will confirm is better for a refit."""
