@@ -6,7 +6,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
-from lightning_roulette import HoldZeros, RouletteWheelPruning, Tree, Validation, Wheel, sparsity
+from lightning_roulette import HoldZeros, LeastSquares, RouletteWheelPruning, Tree, Validation, Wheel, sparsity
 from tests.modules import Blobs, tiny_net, train_loader, val_loader
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -20,7 +20,7 @@ def blocks(language):
 @pytest.mark.filterwarnings("ignore")
 def test_the_code_of_the_readme_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    first, fine_tune, plain = blocks("python")
+    first, fine_tune, choices, plain = blocks("python")
     x, y = val_loader().dataset.tensors
     names = {"model": Blobs(), "train": train_loader(), "val": val_loader(), "net": tiny_net()}
     names["accuracy"] = lambda net: float((net(x).argmax(1) == y).float().mean())
@@ -35,6 +35,7 @@ def test_the_code_of_the_readme_runs(monkeypatch, tmp_path, capsys):
     for name, kept in names["pruning"].mask.items():
         assert not names["slim"].get_parameter(name)[~kept].any()
 
+    exec(choices, names)
     exec(plain, names)
     assert sparsity({"0": names["net"][0].weight}) > 0
     assert {HoldZeros, RouletteWheelPruning, Trainer} <= {v for v in names.values() if isinstance(v, type)}
@@ -43,11 +44,11 @@ def test_the_code_of_the_readme_runs(monkeypatch, tmp_path, capsys):
 def test_the_yaml_of_the_readme_builds_the_callback():
     (entry,) = yaml.safe_load(blocks("yaml")[0])["trainer"]["callbacks"]
     arguments = entry["init_args"]
-    kinds = {"wheel": Wheel, "tree": Tree, "validation": Validation}
+    kinds = {"refit": LeastSquares, "wheel": Wheel, "tree": Tree, "validation": Validation}
     groups = {name: kind(**arguments.pop(name)) for name, kind in kinds.items()}
     callback = RouletteWheelPruning(**arguments, **groups)
     assert (callback.branches, callback.wheel.importance, callback.tree.patience) == (20, "lamp", 3)
-    assert callback.validation.rank_by == "val_loss"
+    assert (callback.refit.batches, callback.validation.rank_by) == (200, "val_loss")
 
 
 def test_every_link_into_the_project_leads_somewhere():
