@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "OnTensors",
     "Split",
     "accuracy",
+    "accuracy_with",
     "dense_weights",
     "digits",
     "magnitude_curve",
@@ -137,6 +138,13 @@ def pruned_accuracy(net: nn.Module, weights: dict[str, Tensor], mask: dict[str, 
         for name, parameter in prunable_parameters(net).items():
             parameter.copy_(weights[name])
     return score
+
+
+@torch.no_grad()
+def accuracy_with(net: nn.Module, values: Mapping[str, Tensor], split: Split) -> float:
+    """Share of images classified rightly with other values in the network."""
+    parts = zip(split[0].split(1000), split[1].split(1000), strict=True)
+    return sum(int((functional_call(net, dict(values), (x,)).argmax(1) == y).sum()) for x, y in parts) / len(split[1])
 
 
 def magnitude_curve(net: nn.Module, sparsities: Sequence[float], split: Split) -> list[float]:

@@ -16,9 +16,8 @@ from statistics import mean
 
 import numpy as np
 import torch
-from on_tensors import NETWORKS, OnTensors, Split, dense_weights, mnist, small_resnet
+from on_tensors import NETWORKS, OnTensors, Split, accuracy_with, dense_weights, mnist, small_resnet
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy, pad
 
 from lightning_roulette import Calibration, Mask, Tree, Validation, search
@@ -84,13 +83,6 @@ def _augmented(images: Tensor, chance: torch.Generator) -> Tensor:
     return torch.where(mirrored.view(-1, 1, 1, 1), shifted.flip(3), shifted)
 
 
-@torch.no_grad()
-def accuracy(net: nn.Module, values: Mapping[str, Tensor], split: Split) -> float:
-    """Share of images classified rightly with other values in the network."""
-    parts = zip(split[0].split(1000), split[1].split(1000), strict=True)
-    return sum(int((functional_call(net, dict(values), (x,)).argmax(1) == y).sum()) for x, y in parts) / len(split[1])
-
-
 def magnitude_mask(weights: Mapping[str, Tensor], survivors: int) -> Mask:
     """The largest weights of all layers together."""
     ascending = torch.cat([weight.abs().flatten() for weight in weights.values()]).sort().values
@@ -126,7 +118,7 @@ class Case:
     def __init__(self, name: str, seed: int, data: dict[str, Split], folder: Path) -> None:
         self.name, self.seed, self.data = name, seed, data
         self.net = trained(name, seed, data["train"], folder)
-        self.weights, self.dense = dense_weights(self.net), accuracy(self.net, {}, data["test"])
+        self.weights, self.dense = dense_weights(self.net), accuracy_with(self.net, {}, data["test"])
         chance = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(data["train"][1]), generator=chance)[: INPUTS[name]]
         self.calibration = Calibration(self.net, [data["train"][0][chosen]])
@@ -140,7 +132,7 @@ class Case:
 
     def lost(self, values: Mapping[str, Tensor]) -> float:
         """By how much test accuracy is below the dense network's."""
-        return self.dense - accuracy(self.net, values, self.data["test"])
+        return self.dense - accuracy_with(self.net, values, self.data["test"])
 
     def at_fixed_sparsity(self, refit: str, runs: Runs) -> None:
         """Accuracies of the wheel and of magnitude pruning at the same numbers of weights."""

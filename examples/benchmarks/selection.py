@@ -2,9 +2,10 @@
 
 Ways to select are compared on the same trained networks: naive (branch and floor by accuracy on all validation images,
 nothing confirmed), by loss (the same, but loss orders the branch), with a share of the images kept for confirmation
-(0.5 is the default), and with a certificate. The test images judge and choose nothing. One-shot magnitude pruning
-stands beside them: how many weights it keeps where it loses as much on the test images, in the mean. Finished runs are
-kept as lines of JSON and not run again.
+(0.5 is the default), with a certificate, and with the survivors refitted on training images (the default of the
+callback), alone and with a certificate. The test images judge and choose nothing. One-shot magnitude pruning stands
+beside them: how many weights it keeps where it loses as much on the test images, in the mean. Finished runs are kept as
+lines of JSON and not run again.
 """
 
 import argparse
@@ -19,16 +20,16 @@ from on_tensors import (
     OnTensors,
     Split,
     accuracy,
+    accuracy_with,
     dense_weights,
     digits,
     magnitude_curve,
     mnist,
-    pruned_accuracy,
     trained,
 )
 from torch import nn
 
-from lightning_roulette import Validation, search
+from lightning_roulette import Calibration, Validation, search
 
 SPARSITIES = [step / 100 for step in range(0, 100)]
 WAYS = {
@@ -38,6 +39,8 @@ WAYS = {
     "confirm 0.5": {"validation": Validation(confirm=0.5)},
     "confirm 0.75": {"validation": Validation(confirm=0.75)},
     "confidence 0.95": {"validation": Validation(confirm=0.5), "confidence": 0.95},
+    "refit": {"validation": Validation(confirm=0.5), "refit": "least_squares"},
+    "refit, 0.95": {"validation": Validation(confirm=0.5), "refit": "least_squares", "confidence": 0.95},
 }
 
 
@@ -46,6 +49,8 @@ def one_run(net: nn.Module, data: dict[str, Split], way: str, options: argparse.
     choices = dict(WAYS[way])
     evaluate = OnTensors(net, data["val"], 1000, by_accuracy=choices.pop("by_accuracy", False), seed=seed)
     weights, dense = dense_weights(net), accuracy(net, data["test"])
+    inputs = data["train"][0][torch.randperm(len(data["train"][1]), generator=torch.Generator().manual_seed(seed))]
+    choices["calibration"] = Calibration(net, [inputs[:10_000]])
     began = time.monotonic()
     try:
         winner = search(weights, evaluate, branches=20, tolerance=options.tolerance, seed=seed, **choices)
@@ -53,7 +58,7 @@ def one_run(net: nn.Module, data: dict[str, Split], way: str, options: argparse.
         if "confirmation samples" not in str(error):
             raise
         return {"impossible": str(error)}
-    test = pruned_accuracy(net, weights, winner.mask, data["test"])
+    test = accuracy_with(net, winner.weights, data["test"])
     report = winner.report
     return {
         "left": 1 - report.sparsity,
