@@ -84,21 +84,26 @@ def test_where_no_level_held_the_network_is_dense():
 
 
 def test_the_decline_is_that_on_data_that_ranked_nothing():
-    assert CONFIRMED.decline == pytest.approx(0.9523 - 0.9511)
+    assert replace(CONFIRMED, levels=(HELD,)).decline == pytest.approx(0.9523 - 0.9511)
+    assert CONFIRMED.decline == 0.005  # halfway to the level that did not hold would be more than is tolerated
     assert REPORT.decline == pytest.approx(0.965 - 0.962)
     assert DENSE.decline == 0.0
     better = replace(CONFIRMED, levels=(replace(HELD, gated=0.96),))
     assert better.decline == 0.0
 
 
+@pytest.mark.parametrize(
+    ("missed", "expected"),
+    [((), 0.9523 - 0.9495), ((0.947,), 0.9523 - (0.9495 + 0.947) / 2), ((0.93,), 0.005), ((0.9515,), 0.9523 - 0.9495)],
+)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_decline_is_the_largest_of_all_levels_up_to_the_winner(sign):
-    gated = [(0.951, True), (0.9495, True), (0.9520, True), (0.93, False)]
+def test_the_decline_is_halfway_from_the_largest_that_held_to_the_first_that_did_not(sign, missed, expected):
+    gated = [(0.951, True), (0.9495, True), (0.9520, True), *((one, False) for one in missed)]
     levels = tuple(replace(HELD, level=i + 1, gated=sign * one, held=held) for i, (one, held) in enumerate(gated))
     mode = "max" if sign == 1 else "min"
     report = replace(CONFIRMED, mode=mode, gated_dense=sign * 0.9523, levels=levels)
     assert report.winner == levels[2]
-    assert report.decline == pytest.approx(0.9523 - 0.9495)
+    assert report.decline == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("mode", "floor"), [("max", 0.9473), ("min", 0.9573)])
@@ -255,8 +260,8 @@ def test_a_confirmed_report_reads_as_a_table():
     assert lines[:4] == [
         "8,000 of 10,000 prunable weights kept (80.00%): sparsity 20.00%, level 1 of 2 accepted ones.",
         "val_acc: dense 0.965, floor 0.96, winner 0.97 (the score that chose it).",
-        "On the confirmation data, which ranked nothing: dense 0.9523, winner 0.9511 (s.e. 0.0021), largest decline up "
-        "to it 0.0012.",
+        "On the confirmation data, which ranked nothing: dense 0.9523, winner 0.9511 (s.e. 0.0021); estimated decline "
+        "0.005.",
         f"With confidence 0.95 the winner's true decline is at most 0.005. {Method.BETTING.value}",
     ]
     assert "7.125 validations' worth of work" in lines[4]

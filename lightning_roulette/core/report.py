@@ -227,17 +227,24 @@ class SearchReport:
     def decline(self) -> float:
         """How much worse than the dense network the winner is, in the metric's own units; negative if it is better.
 
-        With confirmation folds it is the largest decline that the levels up to the winner showed there, and at least 0:
-        data that ranked nothing, and a network of which more was pruned is not taken to be better by the luck of these
-        folds. NaN before they were asked. Without them, the decline on the data that chose the winner.
+        With confirmation folds the winner is the last level that held there, chosen for that, so that what it showed is
+        too little; the next, chosen for not holding, showed too much. It is halfway between the largest decline that the
+        levels up to the winner showed, at least 0, and the decline of the level that did not hold, but no more than the
+        tolerance. Where all levels held it is the former. NaN before they were asked. Without confirmation folds, the
+        decline on the data that chose the winner.
         """
         if self.gated_dense is None:
             return self._worse(self.dense_score, self.chosen_by)
         if self.winner is None:
             return 0.0 if any(level.held is not None for level in self.accepted) or not self.accepted else math.nan
+        dense = self.gated_dense
         gated = [level.gated for level in self.accepted if level.level <= self.winner.level]
-        known = [self._worse(self.gated_dense, score) for score in gated if score is not None]
-        return max(0.0, *known) if len(known) == len(gated) else math.nan
+        held = [self._worse(dense, score) for score in gated if score is not None]
+        if len(held) < len(gated):
+            return math.nan
+        most = max(0.0, *held)
+        missed = [self._worse(dense, one.gated) for one in self.accepted if one.held is False and one.gated is not None]
+        return most if not missed or math.isnan(missed[0]) else max(most, min(self.tolerance, (most + missed[0]) / 2))
 
     def _worse(self, dense: float, score: float) -> float:
         return dense - score if self.mode == "max" else score - dense
@@ -311,7 +318,7 @@ class SearchReport:
         error = self.winner.gated_error if self.winner else None
         off = f" (s.e. {error:.2g})" if error is not None and not math.isnan(error) else ""
         said = f"On the confirmation data, which ranked nothing: dense {self.gated_dense:.6g}, winner {gated:.6g}{off}"
-        return [f"{said}, largest decline up to it {self.decline:.4g}.", *self._certificate()]
+        return [f"{said}; estimated decline {self.decline:.4g}.", *self._certificate()]
 
     def _refits(self) -> list[str]:
         """What refits did, and where they could not."""
