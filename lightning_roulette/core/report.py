@@ -228,10 +228,10 @@ class SearchReport:
         """How much worse than the dense network the winner is, in the metric's own units; negative if it is better.
 
         With confirmation folds the winner is the last level that held there, chosen for that, so that what it showed is
-        too little; the next, chosen for not holding, showed too much. It is halfway between the largest decline that the
-        levels up to the winner showed, at least 0, and the decline of the level that did not hold, but no more than the
-        tolerance. Where all levels held it is the former. NaN before they were asked. Without confirmation folds, the
-        decline on the data that chose the winner.
+        too little; the next, chosen for not holding, showed too much. It is halfway between the largest decline that
+        the levels up to the winner showed, at least 0, and the decline of the level that did not hold, but no more than
+        the tolerance. Where all levels held it is the former. NaN before they were asked. Without confirmation folds,
+        the decline on the data that chose the winner.
         """
         if self.gated_dense is None:
             return self._worse(self.dense_score, self.chosen_by)
