@@ -10,27 +10,30 @@ from lightning_roulette import SearchReport
 
 
 def draw(report: SearchReport, path: Path) -> None:
-    """Score, floor and the spread of each branch over sparsity; failed levels are crosses."""
+    """Score, floor and the spread of each branch over the share of weights left; failed levels are crosses."""
     figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
     kept = report.accepted
-    sparsity = [0.0, *(level.sparsity for level in kept)]
+    left = [1.0, *(1 - level.sparsity for level in kept)]
     spreads = [(report.dense_score,) * 3, *(level.spread for level in kept)]
     low, middle, high = zip(*spreads, strict=True)
-    axes.fill_between(sparsity, low, high, alpha=0.2, label="branch: worst to best")
-    axes.plot(sparsity, middle, lw=1, ls="--", label="branch: median")
-    axes.plot(sparsity, [report.dense_score, *(level.score for level in kept)], marker=".", label="accepted winner")
+    axes.fill_between(left, low, high, alpha=0.2, label="branch: worst to best")
+    axes.plot(left, middle, lw=1, ls="--", label="branch: median")
+    axes.plot(left, [report.dense_score, *(level.score for level in kept)], marker=".", label="accepted winner")
     failed = [level for level in report.levels if not level.accepted]
     axes.plot(
-        [one.sparsity for one in failed], [one.score for one in failed], "x", color="tab:red", label="failed level"
+        [1 - one.sparsity for one in failed], [one.score for one in failed], "x", color="tab:red", label="failed level"
     )
     judged = [level for level in kept if level.gated is not None]
     gated = [report.gated_dense, *(level.gated for level in judged)]
-    axes.plot([0.0, *(level.sparsity for level in judged)], gated, marker="s", ms=3, label="on the confirmation data")
+    axes.plot(
+        [1.0, *(1 - level.sparsity for level in judged)], gated, marker="s", ms=3, label="on the confirmation data"
+    )
     axes.axhline(report.floor, color="gray", lw=1, label="floor")
     if report.gated_floor is not None:
         axes.axhline(report.gated_floor, color="gray", lw=1, ls=":", label="floor on the confirmation data")
-    axes.axvline(report.sparsity, color="black", lw=0.5, label="winner")
-    axes.set(xlabel="sparsity", ylabel=f"{report.monitor} (validation data)")
+    axes.axvline(1 - report.sparsity, color="black", lw=0.5, label="winner")
+    axes.set(xscale="log", xlabel="share of the weights left", ylabel=f"{report.monitor} (validation data)")
+    axes.invert_xaxis()
     axes.legend(loc="lower left", fontsize="small")
     figure.savefig(path, dpi=110)
 
