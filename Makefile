@@ -10,7 +10,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/quickstart.py
 
 test: check
-	$(VENV)/bin/python -m pytest --cov --cov-report=term
+	$(VENV)/bin/python -m pytest --numprocesses=2 --cov --cov-report=term
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -331,7 +331,9 @@ class Counted(TensorDataset):
 
 
 def searched(make_trainer, loader, module=None, callbacks=(), **options):
-    pruning = RouletteWheelPruning(**{"branches": 4, "tolerance": 0.1, "tree": Tree(max_levels=2)} | options)
+    pruning = RouletteWheelPruning(
+        **{"branches": 4, "tolerance": 0.1, "refit": None, "tree": Tree(max_levels=2)} | options
+    )
     module = module or Blobs()
     torch.manual_seed(0)
     make_trainer(callbacks=[*callbacks, pruning], max_epochs=1).fit(module, train_loader(), loader)
@@ -654,7 +656,7 @@ def test_nothing_listens_to_a_metric_after_a_candidate_that_failed(make_trainer)
 
 
 def certified(make_trainer, samples=400, callbacks=(), module=None, loader=None, **options):
-    settings = {"branches": 3, "tolerance": 0.2, "confidence": 0.9, "tree": Tree(max_levels=3)}
+    settings = {"branches": 3, "tolerance": 0.2, "confidence": 0.9, "refit": None, "tree": Tree(max_levels=3)}
     pruning = RouletteWheelPruning(**settings | options)
     module = module or Blobs()
     torch.manual_seed(0)
@@ -829,7 +831,7 @@ class TimeFirst(Blobs):
 def test_batches_that_tell_something_else_when_cut_are_not_cut(make_trainer):
     x, y = val_loader().dataset.tensors
     batches = [(x[part].expand(20, -1, -1), y[part].expand(20, -1)) for part in torch.arange(200).split(25)]
-    pruning = RouletteWheelPruning(2, monitor="val_acc", tolerance=1.0, tree=Tree(max_levels=1))
+    pruning = RouletteWheelPruning(2, monitor="val_acc", tolerance=1.0, refit=None, tree=Tree(max_levels=1))
     trainer = make_trainer(callbacks=[pruning], max_epochs=1)
     module = TimeFirst()
     trainer.fit(module, train_loader(), DataLoader(batches, batch_size=None))
@@ -858,7 +860,7 @@ def test_what_a_validation_step_binds_in_a_batch_object_is_forgotten(make_traine
         return Held(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
 
     x, y = val_loader().dataset.tensors
-    pruning = RouletteWheelPruning(3, monitor="val_acc", tolerance=1.0, tree=Tree(max_levels=2))
+    pruning = RouletteWheelPruning(3, monitor="val_acc", tolerance=1.0, refit=None, tree=Tree(max_levels=2))
     trainer, module = make_trainer(callbacks=[pruning], max_epochs=1), Binding()
     trainer.fit(module, train_loader(), val_loader(10, collate_fn=held))
     with torch.no_grad():

@@ -235,7 +235,7 @@ def test_training_is_the_same_with_searches_in_every_hook(name, make_trainer, tm
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("name", ["default", *(pytest.param(x, marks=pytest.mark.slow) for x in SUBTLE)])
+@pytest.mark.parametrize("name", ["default", *(pytest.param(x, marks=pytest.mark.slow) for x in sorted(SUBTLE))])
 def test_training_is_the_same_with_searches_in_one_hook(hook, name, make_trainer, tmp_path):
     assert not differences(make_trainer, tmp_path, CASES[name], [hook])
 
