@@ -121,7 +121,7 @@ class Calibration:
         """
         choices = refit_of(how)
         steps = self._steps(mask, isinstance(choices, LeastSquares))
-        with lent({**dict(self._module.named_buffers()), **steps.tensors}) as dense:
+        with lent(self._touched(steps)) as dense:
             fill_pruned(steps.tensors, mask)
             fitting = _Fitting(steps, mask, choices.damping if isinstance(choices, LeastSquares) else 0.0, dense)
             fitting.start(self._first.get(steps))
@@ -162,7 +162,7 @@ class Calibration:
                 f"importance is {kind!r}, but what {name!r} multiplies is not known ({why}). Leave it out with "
                 "exclude, or choose another importance."
             )
-        with lent({**dict(self._module.named_buffers()), **steps.tensors}):
+        with lent(self._touched(steps)):
             copy_into(steps.tensors, values)
             fill_pruned(steps.tensors, mask)
             sums = steps.sums()
@@ -183,6 +183,10 @@ class Calibration:
             part = found[layer.name][layer.outputs]
             part.copy_(scales[..., : part[0].numel()].reshape(part.shape))
         return found
+
+    def _touched(self, steps: Steps) -> dict[str, Tensor]:
+        """All that is written to: what a refit changes, and what the network writes itself."""
+        return {**dict(self._module.named_buffers()), **steps.tensors}
 
     def _steps(self, mask: Mask, layers: bool) -> Steps:
         key = (layers, *mask)
