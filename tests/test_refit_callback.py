@@ -18,7 +18,15 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+    get_worker_info,
+)
 
 from lightning_roulette import (
     LeastSquares,
@@ -656,6 +664,24 @@ class WithStep(Pictures):
 def dicts() -> DataLoader:
     x, y = blobs(400, 1).tensors
     return DataLoader([{"x": one, "y": label} for one, label in zip(x, y, strict=True)], 50)
+
+
+class OnlyInWorkers(Dataset):
+    """Opens its file when a worker begins, and so cannot be read here."""
+
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, index):
+        if get_worker_info() is None:
+            raise OSError("no file is open")
+        return torch.zeros(16), 0
+
+
+def test_training_data_that_only_workers_can_read_is_refused_with_advice(make_trainer):
+    trainer = make_trainer(callbacks=[RouletteWheelPruning()])
+    with pytest.raises(RuntimeError, match=r"cannot be read in this process.*OSError: no file is open.*refit=None"):
+        trainer.fit(Blobs(), DataLoader(OnlyInWorkers(), batch_size=20, num_workers=1), val_loader())
 
 
 @pytest.mark.parametrize("sanity", [0, 2])

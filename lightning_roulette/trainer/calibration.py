@@ -99,12 +99,19 @@ def calibration_batches(trainer: Trainer, validation: IsolatedValidation, most: 
 
 
 def refuse_blind_to_training(trainer: Trainer, validation: IsolatedValidation, seed: int) -> None:
-    """Raise where the module cannot take a step on the training data, by which a refit sees its layers.
+    """Raise where the training data cannot be read, or the module cannot take a step on it, by which it is seen.
 
     Raises:
-        RuntimeError: With what it raised.
+        RuntimeError: With what was raised.
     """
-    batch = next(iter(validation.read_training(own_loader(trainer, seed), 1, seed)), None)
+    loader = own_loader(trainer, seed)
+    try:
+        batch = next(iter(validation.read_training(loader, 1, seed)), None)
+    except Exception as error:
+        raise RuntimeError(
+            "RouletteWheelPruning: the training data, which a refit or an importance of inputs needs, cannot be read "
+            f"in this process, without workers ({type(error).__name__}: {error}). Make it readable, or pass refit=None."
+        ) from error
     try:
         if batch is not None:
             validation.see(batch)
