@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_roulette.core.importance import with_float64
-from lightning_roulette.core.parameters import aliases, parts_of_metrics
+from lightning_roulette.core.parameters import aliases, owners_of, parts_of_metrics
 
 # From the arguments of a module's forward to the input of one of its layers.
 Inputs = Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
@@ -77,11 +78,11 @@ def layers_of(module: nn.Module, names: Collection[str]) -> tuple[list[Layer], d
         path = f"{prefix}." if prefix else ""
         found += [one for one in _layers(part, path, shared) if one.name in names and one.name not in shared]
     covered = {one.name for one in found}
-    owners = {f"{prefix}.": part for prefix, part in module.named_modules() if prefix} | {"": module}
+    owners = owners_of(module)
     others = {
         name: "tied: several modules use it"
         if name in shared
-        else f"{name.rpartition('.')[2]} of {_owner(owners, name)}: its inputs cannot be seen"
+        else f"{owners[name][1]} of {type(owners[name][0]).__name__}: its inputs cannot be seen"
         for name in names
         if name not in covered
     }
@@ -112,13 +113,8 @@ _ALL = slice(0, None)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def _owner(owners: Mapping[str, nn.Module], name: str) -> str:
-    head, dot, _ = name.rpartition(".")
-    return type(owners[head + dot]).__name__
-
-
 def _layers(part: nn.Module, path: str, shared: Collection[str]) -> list[Layer]:
-    if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(part, (nn.Linear, *_CONVOLUTIONS)):
         groups = 1 if isinstance(part, nn.Linear) else part.groups
         bias = _free(part, path, "bias", shared)
         return [Layer(f"{path}weight", part, bias, _ALL, _ALL, groups, _argument(0, "input"))]
@@ -164,9 +160,6 @@ def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, chosen: 
         reach = (module.kernel_size[dim] - 1) * module.dilation[dim] + 1
         windows = windows.unfold(dim + 2, reach, module.stride[dim])[..., :: module.dilation[dim]]
     positions = (batch.shape[0], *windows.shape[2 : 2 + dims])  # (samples, channels, positions..., kernel...)
-    count = 1
-    for size in positions:
-        count *= size
-    where = torch.unravel_index(chosen(count).to(batch.device), positions)
+    where = torch.unravel_index(chosen(math.prod(positions)).to(batch.device), positions)
     rows = windows.movedim(1, 1 + dims)[where]  # (rows, channels, kernel...)
     return rows.reshape(len(rows), module.groups, -1).movedim(1, 0)

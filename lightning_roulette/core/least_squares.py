@@ -121,7 +121,7 @@ def fitted(moments: Moments, start: Tensor, kept: Tensor, damping: float) -> Ten
     damped, inverse = _damped(moments.gram, damping)
     begin = torch.where(kept, start, 0.0)
     right = moments.cross.mT - begin @ moments.gram  # for the change, of which the ridge draws to nothing
-    few = _few(kept) if inverse is not None else torch.zeros_like(kept[..., :1])
+    few = _few(kept, inverse)
     found = _solved_on(damped, kept & ~few, right)
     if inverse is not None and bool(few.any()):
         free = right @ inverse
@@ -146,7 +146,7 @@ def inverse_diagonals(gram: Tensor, kept: Tensor, damping: float) -> Tensor:
         Float64, shape of `kept`; infinite where not kept.
     """
     damped, inverse = _damped(gram, damping)
-    few = _few(kept) if inverse is not None else torch.zeros_like(kept[..., :1])
+    few = _few(kept, inverse)
     found = torch.full(kept.shape, math.inf, dtype=gram.dtype, device=gram.device).view(-1, gram.shape[-1])
     for block in _blocks_of(damped, kept & ~few):
         values = _solved(block.system, torch.eye(block.system.shape[-1]).to(block.system).expand_as(block.system))
@@ -181,8 +181,13 @@ def _damped(gram: Tensor, damping: float) -> tuple[Tensor, Tensor | None]:
     return damped, None if bool((info > 0).any()) else torch.cholesky_inverse(factor)
 
 
-def _few(kept: Tensor) -> Tensor:
-    """Of which outputs so few inputs are pruned that it is quicker to look at those; shape `(groups, outputs, 1)`."""
+def _few(kept: Tensor, inverse: Tensor | None) -> Tensor:
+    """Of which outputs so few inputs are pruned that it is quicker to look at those; shape `(groups, outputs, 1)`.
+
+    Without an inverse to correct, of none.
+    """
+    if inverse is None:
+        return torch.zeros_like(kept[..., :1])
     return (~kept).sum(-1, keepdim=True) < _FEW * kept.sum(-1, keepdim=True)
 
 

@@ -82,7 +82,7 @@ def _reasons(module: nn.Module, include: Patterns | None, exclude: Patterns | No
     parameters, names = dict(module.named_parameters()), aliases(module)
     _check_patterns("include", include, names)
     _check_patterns("exclude", exclude, names)
-    owners = _owners(module)
+    owners = owners_of(module)
     inside_metrics = {id(one) for part in parts_of_metrics(module) for one in part.parameters(recurse=False)}
 
     def reason(name: str) -> str | None:
@@ -125,7 +125,7 @@ def _is_source(owner: nn.Module, own: str) -> bool:
     return any(stem not in owner._parameters and hasattr(owner, stem) for stem in stems)
 
 
-def _owners(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+def owners_of(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Every name of every parameter to the module that holds it and its name there."""
     return {
         f"{prefix}.{own}" if prefix else own: (owner, own)

@@ -114,7 +114,7 @@ class Winner:
         Raises:
             ValueError: If there was no such level.
         """
-        return self._network(level).weights
+        return _network_at(level, self.mask_at(level), self.dense, self.refits).weights
 
     def cpu(self) -> Winner:
         """The same on the CPU, with copies of the dense weights."""
@@ -122,10 +122,11 @@ class Winner:
         mask = Mask({name: kept.cpu() for name, kept in self.mask.items()})
         return replace(self, mask=mask, dense=dense, history=self.history.cpu())
 
-    def _network(self, level: int) -> PrunedWeights:
-        mask = self.mask_at(level)
-        known = self.refits.get(level, self.refits.get(0))
-        return PrunedWeights(mask, self.dense, {} if known is None else known.spread(mask, self.dense))
+
+def _network_at(level: int, mask: Mask, dense: Mapping[str, Tensor], refits: Mapping[int, Survivors]) -> PrunedWeights:
+    """The network of an accepted level: what a refit made of it, or else the dense values, biases included."""
+    known = refits.get(level, refits.get(0))
+    return PrunedWeights(mask, dense, {} if known is None else known.spread(mask, dense))
 
 
 def load(module: nn.Module, winner: Winner) -> None:
@@ -317,8 +318,7 @@ class _Refitting:
 
     def at(self, level: int, mask: Mask) -> PrunedWeights:
         """The network of an accepted level."""
-        refitted = self.kept[level].spread(mask, self._weights) if level in self.kept else {}
-        return PrunedWeights(mask, self._weights, refitted)
+        return _network_at(level, mask, self._weights, self.kept)
 
     def scales(self, kind: str, mask: Mask) -> Mapping[str, Tensor]:
         """See `Calibration.scales`."""
@@ -487,10 +487,14 @@ class _Growing:
 
         return Race(candidates, spin, self.refitting.network, self.judge, self.reference, self._teller(sparsity))
 
+    @property
+    def _in_race(self) -> int:
+        """How often candidates of a level are judged before any is refitted."""
+        return sum(rung.entrants * len(rung.parts) for rung in self.stages)
+
     def _teller(self, sparsity: float) -> Callable[[int, Candidate | None], None]:
         """What tells the observer how far a level is."""
-        number, self.planned = self.history.level + 1, sum(rung.entrants * len(rung.parts) for rung in self.stages)
-        planned = self.planned + self.refitting.finalists
+        number, planned = self.history.level + 1, self._in_race + self.refitting.finalists
 
         def tell(done: int, best: Candidate | None) -> None:
             self.observer.on_candidate(number, done, planned, best, sparsity)
@@ -529,7 +533,7 @@ class _Growing:
             if best is None or best_of([best, one]) is one:
                 best, values = one, found
             refitted += 1
-            tell(self.planned + refitted, best)
+            tell(self._in_race + refitted, best)
         return list(known.values()), best, values
 
     def _refit_accepted(self) -> None:
