@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_roulette.trainer.rows import joined, rows_of, taken
+from lightning_roulette.core.rows import joined, rows_of, taken
 
 Pair = namedtuple("Pair", ["image", "label"])
 

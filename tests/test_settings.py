@@ -16,7 +16,7 @@ NUMBER, WHOLE = "but must be a number", "but must be a whole number"
 
 
 def test_the_defaults_are_those_documented():
-    assert Wheel() == Wheel(sharpness=8.0, importance="magnitude", scope="global")
+    assert Wheel() == Wheel(sharpness=8.0, importance=None, scope="global")
     assert Tree() == Tree(pruning_rate=0.2, max_levels=None, patience=3, smallest_rate=0.01)
     assert Validation() == Validation(rank_by=None, confirm=0.5, race=True, cache_bytes=2**31, keep_callbacks=())
 
@@ -62,9 +62,9 @@ def test_what_is_in_range_is_taken(group, fields):
             "importance",
             "magnitud",
             ValueError,
-            "must be one of 'magnitude', 'lamp', 'activation', 'obs'. Or pass a function",
+            "must be one of 'magnitude', 'lamp', 'sensitivity', 'activation', 'obs'. Or pass a function",
         ),
-        (Wheel, "importance", None, ValueError, "must be one of 'magnitude', 'lamp'"),
+        (Wheel, "importance", 1, ValueError, "must be one of 'magnitude', 'lamp'"),
         (Wheel, "scope", "local", ValueError, "must be one of 'global', 'layer'"),
         (Wheel, "scope", None, ValueError, "must be one of 'global', 'layer'"),
         (Tree, "pruning_rate", 0.0, ValueError, "must be more than 0 and less than 1. It is the share"),

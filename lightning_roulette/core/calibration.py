@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from lightning_roulette.core.layers import Layer, channels
 from lightning_roulette.core.least_squares import Moments, Spread, fitted, inverse_diagonals
 from lightning_roulette.core.masks import Mask, fill_pruned
+from lightning_roulette.core.rows import pieces_of
+from lightning_roulette.core.sensitivity import Sensitivity
 from lightning_roulette.core.settings import LeastSquares, Refit, refit_of
-from lightning_roulette.core.steps import Enough, Given, Step, Steps, copy_into, lent
+from lightning_roulette.core.steps import Enough, Given, Step, Steps, copy_into, lent, named_tensors
 
 _ROUNDING = 1e-9  # in the error of a layer that nothing was taken from, as a share of its outputs' mean square
 
@@ -74,8 +76,10 @@ class Calibration:
         module: The network, with its dense weights whenever it is asked.
         batches: What its forward takes, each a tensor or a tuple of arguments; or how many batches `run` knows.
         run: Runs the network on the batch of a number, in evaluation mode. None: its forward on `batches`.
+        pieces: Each runs the network on a few samples, for what takes the memory of a training step. None: the first
+            2,048 of `batches`, 256 at a time where the first dimension is that of samples; with `run`, whole batches.
         rows: See above.
-        seed: Of the choice of rows.
+        seed: Of all chance: of the choice of rows, and of directions.
 
     Attributes:
         batches: How many there are.
@@ -91,6 +95,7 @@ class Calibration:
         batches: Sequence[Any] | int,
         *,
         run: Callable[[int], object] | None = None,
+        pieces: Sequence[Callable[[], object]] | None = None,
         rows: int = 2**16,
         seed: int = 0,
     ) -> None:
@@ -100,9 +105,16 @@ class Calibration:
             raise ValueError("batches is empty, but there must be at least one batch of inputs.")
         if run is None and isinstance(batches, int):
             raise TypeError(f"batches is {batches}, but must be the inputs themselves where there is no run.")
-        self._run = run if run is not None else _forward(module, batches)  # type: ignore[arg-type]
+        if run is None:
+            few = pieces_of(cast("Sequence[Any]", batches))
+            run, small = _forward(module, cast("Sequence[Any]", batches)), _forward(module, few)
+            whole = [partial(small, number) for number in range(len(few))]
+        else:
+            whole = [partial(run, number) for number in range(self.batches)]
+        self._run, self._pieces = run, whole if pieces is None else pieces
         self._known: dict[tuple[Any, ...], Steps] = {}
         self._first: dict[Steps, list[_Sums]] = {}
+        self._sensitivities: dict[tuple[str, ...], Sensitivity] = {}
 
     def refit(self, mask: Mask, how: str | Refit = "least_squares") -> Refitted:
         """The network pruned by a mask and refitted: a function of the dense network, the mask and the batches alone.
@@ -139,11 +151,14 @@ class Calibration:
         """The weights of `mask` that `refit` does not touch, by name, and why."""
         return dict(self._steps(mask, True).left_alone) if isinstance(how, LeastSquares) else {}
 
-    def scales(self, kind: str, mask: Mask, values: Mapping[str, Tensor], damping: float = 1e-3) -> dict[str, Tensor]:
-        """What a weight's magnitude is multiplied by to say how much its layer's output would change without it.
+    def scales(
+        self, kind: str, mask: Mask, values: Mapping[str, Tensor], damping: float = 1e-3
+    ) -> Mapping[str, Tensor]:
+        """What a weight's magnitude is multiplied by to say how much would change without it.
 
         Args:
-            kind: `"activation"`: the root of the mean square of the input that the weight multiplies. `"obs"`: so that
+            kind: `"sensitivity"`: see `Sensitivity.scales`. Two look at the outputs of the layer itself.
+                `"activation"`: the root of the mean square of the input that the weight multiplies. `"obs"`: so that
                 the square of the product is by how much the mean squared change of the layer's outputs grows if the
                 weight goes and the output's other survivors are chosen anew, as a share of the outputs' variance.
             mask: Of the pruned network that is looked at.
@@ -151,11 +166,14 @@ class Calibration:
             damping: Of the Gram matrix of inputs, as in `fitted`.
 
         Returns:
-            For each weight of `mask` float64 of its shape.
+            For each weight of `mask` float64 that broadcasts to its shape.
 
         Raises:
+            NoGradients: If the kind is sensitivity, and the network cannot be derived.
             ValueError: If the inputs of a weight cannot be seen.
         """
+        if kind == "sensitivity":
+            return self._sensitivity(mask, values)
         steps = self._steps(mask, True)
         for name, why in steps.left_alone.items():
             raise ValueError(
@@ -183,6 +201,17 @@ class Calibration:
             part = found[layer.name][layer.outputs]
             part.copy_(scales[..., : part[0].numel()].reshape(part.shape))
         return found
+
+    def _sensitivity(self, mask: Mask, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        names = {*mask, *values, *dict(self._module.named_buffers())}
+        tensors = {name: one for name, one in named_tensors(self._module).items() if name in names}
+        with lent(tensors):
+            if (key := tuple(mask)) not in self._sensitivities:
+                self._sensitivities[key] = Sensitivity(self._module, key, self._pieces, self._seed)
+            copy_into(tensors, values)
+            fill_pruned(tensors, mask)
+            found = self._sensitivities[key].scales()
+        return {name: found[name].to(kept.device) for name, kept in mask.items()}
 
     def _touched(self, steps: Steps) -> dict[str, Tensor]:
         """All that is written to: what a refit changes, and what the network writes itself."""

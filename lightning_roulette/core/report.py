@@ -154,6 +154,7 @@ class SearchReport:
         samples: How many samples (or batches, if only those were known) the confirmation folds hold; None if unknown.
         score: The winner's score, measured once more after it was loaded; None if it was not.
         trained_score: The score at the end of the training that followed the search; None if none followed.
+        importance: What the wheel drew by, in words.
         refit: What refitted the levels, in words; empty if nothing did.
         left_alone: The prunable weights that it could not refit, by name, and why.
     """
@@ -178,6 +179,7 @@ class SearchReport:
     samples: int | None = None
     score: float | None = None
     trained_score: float | None = None
+    importance: str = ""
     refit: str = ""
     left_alone: Mapping[str, str] = field(default_factory=dict, hash=False)
 
@@ -324,7 +326,8 @@ class SearchReport:
         """What refits did, and where they could not."""
         if not self.refit:
             return []
-        said = [f"Refitted: {self.refit}."]
+        said = [f"Drawn by {self.importance}."] if self.importance else []
+        said.append(f"Refitted: {self.refit}.")
         undone = self.winner.undone if self.winner else {}
         for what, names in (("Not refitted", self.left_alone), ("Refit undone in the winner", undone)):
             if names:

@@ -41,8 +41,10 @@ from lightning_roulette.core.masks import History, Mask, apply_mask
 from lightning_roulette.core.race import Race, Reference, Rung, furthest, no_race, rungs
 from lightning_roulette.core.report import Candidate, Level, Scores, SearchReport, StopReason
 from lightning_roulette.core.selection import best_of, keeps_floor
+from lightning_roulette.core.sensitivity import NoGradients
 from lightning_roulette.core.settings import (
     CALIBRATED,
+    Importance,
     LeastSquares,
     Refit,
     Tree,
@@ -342,7 +344,7 @@ class _Growing:
         self.weights, self.judge, self.branches = weights, judge, branches
         self.wheel, self.seed, self.observer, self.refitting = wheel, seed, observer, refitting
         self.parent, self.history = Mask.full(weights), History.of_dense(weights)
-        self.allocation = _allocation(wheel, refitting.how)
+        self.allocation, self.importance = _allocation(wheel, refitting.how), _importance(wheel, refitting.how)
         self.leaning = dict.fromkeys(weights, 0.0)
         self.levels: list[Level] = []
         self.halvings, self.failures = 0, 0
@@ -362,6 +364,7 @@ class _Growing:
             shared=judge.whole,
             refit=_in_words(self.refitting.how),
             left_alone=self.refitting.left_alone,
+            importance=self.importance if isinstance(self.importance, str) else "a function",
         )
         if judge.confirming:
             gated, self.gated_outcomes = judge.recorded(dense, judge.confirming)
@@ -504,10 +507,16 @@ class _Growing:
     def _set_up_wheel(self) -> None:
         """What the candidates of a level share."""
         parent = self.refitting.network(self.parent).weights
-        kind, wheel = self.wheel.importance, self.wheel
         of = {name: parent[name] for name in self.weights}
-        self._importance = importance_of(of, kind, lambda kind: self.refitting.scales(kind, self.parent))
-        self._sectors = Sectors(self._importance, self.parent, sharpness=wheel.sharpness, scope=wheel.scope)
+        try:
+            self._importance = importance_of(of, self.importance, lambda kind: self.refitting.scales(kind, self.parent))
+        except NoGradients as error:
+            if self.wheel.importance is not None:
+                raise ValueError(f"importance is {self.importance!r}, but {error}. Choose another.") from error
+            self.importance = "magnitude"
+            self.report = replace(self.report, importance=f"magnitude, as {error}")
+            self._importance = importance_of(of, self.importance)
+        self._sectors = Sectors(self._importance, self.parent, sharpness=self.wheel.sharpness, scope=self.wheel.scope)
 
     def _leaning(self, level: int, candidate: int) -> dict[str, float]:
         """The logarithm of what a candidate multiplies the importance of each layer by."""
@@ -601,6 +610,13 @@ class _Growing:
             validations=self.judge.validations,
             seconds=time.monotonic() - self.began,
         )
+
+
+def _importance(wheel: Wheel, how: Refit | None) -> str | Importance:
+    """What candidates are drawn by."""
+    if wheel.importance is None:
+        return "sensitivity" if isinstance(how, LeastSquares) and how.each_level else "magnitude"
+    return wheel.importance
 
 
 def _allocation(wheel: Wheel, how: Refit | None) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 Importance = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
-CALIBRATED = ("activation", "obs")  # what needs inputs
+CALIBRATED = ("sensitivity", "activation", "obs")  # what needs inputs
 IMPORTANCES = ("magnitude", "lamp", *CALIBRATED)
 REFITS = ("batch_norm", "least_squares")
 SCOPES = ("global", "layer")
@@ -25,10 +25,13 @@ class Wheel:
     Attributes:
         sharpness: Exponent of the pruning odds, `importance ** -sharpness`: 0 is random pruning, 1 the literal
             roulette, infinity magnitude pruning.
-        importance: `"magnitude"`; `"lamp"`, layer-adaptive magnitude; on calibration inputs `"activation"`, magnitude
-            times the root mean square of the weight's input, and `"obs"`, magnitude over the root of the diagonal of
-            the inverse Gram matrix of the layer's inputs; or a function from all weights `{name: tensor}`, zero where
-            the parent is pruned, to importances of the same names and shapes.
+        importance: `"magnitude"`; `"lamp"`, layer-adaptive magnitude; on calibration inputs `"sensitivity"`, magnitude
+            times the root of the root mean square of the weight's input times how much the network's outputs depend on
+            the output it leads to (see `Calibration.scales`), `"activation"`, magnitude times the root mean square of
+            the weight's input, and `"obs"`, magnitude over the root of the diagonal of the inverse Gram matrix of the
+            layer's inputs; or a function from all weights `{name: tensor}`, zero where the parent is pruned, to
+            importances of the same names and shapes. None: `"sensitivity"` with a least-squares refit of each level,
+            if the network's outputs can be derived, else `"magnitude"`.
         scope: `"global"`: one wheel over all layers; `"layer"`: each layer its own wheel at the same pruning rate.
         allocation: How much candidates differ in what they take from which layer: each multiplies the importance of
             each layer by a log-normal factor of this width, on top of its parent's. None: 0.3 with a least-squares
@@ -36,13 +39,13 @@ class Wheel:
     """
 
     sharpness: float = 8.0
-    importance: str | Importance = "magnitude"
+    importance: str | Importance | None = None
     scope: str = "global"
     allocation: float | None = None
 
     def __post_init__(self) -> None:
         check_number("sharpness", self.sharpness, at_least=0, remedy="Infinity (.inf) is magnitude pruning.")
-        if not callable(self.importance):
+        if self.importance is not None and not callable(self.importance):
             check_choice("importance", self.importance, IMPORTANCES, remedy="Or pass a function of all weights.")
         check_choice("scope", self.scope, SCOPES)
         if self.allocation is not None:

@@ -123,7 +123,7 @@ class Steps:
         try:
             for step in self._steps:
                 hooks.append(step.module.register_forward_pre_hook(hook_of(step), with_kwargs=True))
-            with _every_call_seen(), torch.no_grad():
+            with every_call_seen(), torch.no_grad():
                 self._run(batch)
         except Enough:
             pass
@@ -268,7 +268,7 @@ def copy_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> No
 
 
 @contextmanager
-def _every_call_seen() -> Iterator[None]:
+def every_call_seen() -> Iterator[None]:
     """Inside the block no network is run by fused or compiled code that calls no hook."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

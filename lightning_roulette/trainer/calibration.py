@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,10 +18,10 @@ from lightning_roulette.core.calibration import Calibration, Refitted
 from lightning_roulette.core.chance import random_bits, stream
 from lightning_roulette.core.layers import batch_norms_of
 from lightning_roulette.core.masks import Mask
+from lightning_roulette.core.rows import bytes_of, joined, pieces_of, rows_of
 from lightning_roulette.core.settings import Refit
 from lightning_roulette.trainer.evaluation import IsolatedValidation
 from lightning_roulette.trainer.folds import rebuilt
-from lightning_roulette.trainer.rows import bytes_of, joined, rows_of
 
 _MOST_BYTES = 2**28  # of all batches that are kept; at least one is
 _DRAINED = (
@@ -58,7 +59,8 @@ class TrainerCalibration(Calibration):
         super().__init__(
             module,
             len(batches),
-            run=lambda number: validation.see(rebuilt(batches[number], copies=True), statistics),
+            run=lambda number: _see(validation, batches[number], statistics),
+            pieces=[partial(_see, validation, piece, statistics) for piece in pieces_of(batches)],
             seed=seed,
         )
 
@@ -70,6 +72,17 @@ class TrainerCalibration(Calibration):
         device = self._trainer.strategy.root_device
         values, undone = self._trainer.strategy.broadcast((dict(found.values), dict(found.undone)))
         return Refitted({name: value.to(device) for name, value in values.items()}, undone)
+
+    def scales(
+        self, kind: str, mask: Mask, values: Mapping[str, Tensor], damping: float = 1e-3
+    ) -> Mapping[str, Tensor]:
+        """See `Calibration.scales`."""
+        found = super().scales(kind, mask, values, damping)
+        return found if self._trainer.world_size == 1 else self._trainer.strategy.broadcast(found)
+
+
+def _see(validation: IsolatedValidation, batch: Any, spared: Sequence[Tensor]) -> None:
+    validation.see(rebuilt(batch, copies=True), spared)
 
 
 def calibration_batches(trainer: Trainer, validation: IsolatedValidation, most: int, seed: int) -> list[Any]:

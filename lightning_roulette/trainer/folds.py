@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.core.chance import random_bits, stream
-from lightning_roulette.trainer.rows import bytes_of, joined, rows_of, taken, tensors_of
+from lightning_roulette.core.rows import bytes_of, joined, rows_of, taken, tensors_of
 
 FOLDS = 16
 

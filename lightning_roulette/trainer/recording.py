@@ -22,7 +22,7 @@ from torchmetrics.classification import (
 )
 
 from lightning_roulette.core.certificate import Batches, Outcomes, Resamples, Singles
-from lightning_roulette.trainer.rows import bytes_of, joined, rows_of, taken
+from lightning_roulette.core.rows import bytes_of, joined, rows_of, taken
 
 _CLOSE = 1e-5  # relative, between a score logged in float32 and the same computed in another way
 _MOST_BYTES = 2**30  # of recorded arguments; if there are more, nothing is recorded

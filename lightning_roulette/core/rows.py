@@ -39,6 +39,28 @@ def taken(batch: Any, rows: slice | Tensor) -> Any:
     return batch[rows] if isinstance(rows, slice) else type(batch)(batch[row] for row in rows.tolist())
 
 
+def pieces_of(batches: Sequence[Any], samples: int = 2**11, at_a_time: int = 2**8) -> list[Any]:
+    """Small batches of the first samples of these, as views; whole batches where it is not known what a sample is.
+
+    Args:
+        batches: As many as there are.
+        samples: How many in all; a batch of unknown size counts as `at_a_time`.
+        at_a_time: How many in one at most.
+    """
+    found: list[Any] = []
+    for batch in batches:
+        rows = rows_of(batch)
+        if samples <= 0:
+            break
+        if rows is None:
+            found.append(batch)
+        else:
+            ends = min(rows, samples)
+            found += [taken(batch, slice(at, min(at + at_a_time, ends))) for at in range(0, ends, at_a_time)]
+        samples -= at_a_time if rows is None else rows
+    return found
+
+
 def joined(batches: Sequence[Any]) -> Any | None:
     """One batch of the samples of all, in order; None if batches differ in more than their samples.
 
