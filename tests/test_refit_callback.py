@@ -231,7 +231,9 @@ def test_a_network_of_less_precision_is_refitted(make_trainer, precision):
     assert pruning.report.levels[0].undone == {}
 
 
-@pytest.mark.parametrize(("importance", "refit"), [("activation", None), ("obs", None), ("obs", "least_squares")])
+@pytest.mark.parametrize(
+    ("importance", "refit"), [("sensitivity", None), ("activation", None), ("obs", None), ("obs", "least_squares")]
+)
 def test_an_importance_of_inputs_works_in_a_fit(make_trainer, importance, refit):
     pruning, plain = (pruner(refit, wheel=Wheel(importance=kind)) for kind in (importance, "magnitude"))
     for one in (pruning, plain):
@@ -239,6 +241,48 @@ def test_an_importance_of_inputs_works_in_a_fit(make_trainer, importance, refit)
     assert pruning.mask != plain.mask
     assert pruning.weights_at(1).keys() == (HOWS["least_squares"] if refit else WEIGHTS)
     assert plain.mask == Mask.of_nonzeros(prunable_parameters(module, exclude=["aside*"]))
+
+
+class WithoutDerivatives(Normed):
+    """Leaves torch half way."""
+
+    def forward(self, x):
+        x = torch.from_numpy(self.net[:3](x).numpy()) if not self.training else self.net[:3](x)
+        return self.net[3](x)
+
+
+def test_a_refit_is_drawn_by_sensitivity(make_trainer):
+    default, named, plain = (pruner(wheel=Wheel(importance=kind)) for kind in (None, "sensitivity", "magnitude"))
+    for one in (default, named, plain):
+        fitted(make_trainer, one, enable_checkpointing=False)
+    assert default.report.importance == named.report.importance == "sensitivity"
+    assert "Drawn by sensitivity. Refitted" in str(default.report)
+    assert same(default, named)
+    assert plain.mask != default.mask
+
+
+def test_a_module_without_derivatives_is_drawn_by_magnitude(make_trainer):
+    default, plain = (pruner(wheel=Wheel(importance=kind)) for kind in (None, "magnitude"))
+    for one in (default, plain):
+        fitted(make_trainer, one, module=WithoutDerivatives(), enable_checkpointing=False)
+    assert default.report.importance.startswith("magnitude, as the network fails where derivatives are asked for: ")
+    assert found_by(default)[2].keys() == HOWS["least_squares"]
+    assert same(default, plain)
+
+
+def test_derivatives_take_a_few_samples_at_a_time(make_trainer):
+    sizes = []
+
+    class Counting(Normed):
+        def forward(self, x):
+            hidden = self.net[:3](x)
+            if hidden.requires_grad and not self.training:
+                sizes.append(len(x))
+            return self.net[3](hidden)
+
+    many = DataLoader(blobs(700, 1), batch_size=700)
+    fitted(make_trainer, pruner(), module=Counting(), train=many, enable_checkpointing=False)
+    assert sizes == [256, 256, 188] * 2
 
 
 # ------------------------------------------------------------------------------------------------ buffers
