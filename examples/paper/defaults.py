@@ -1,0 +1,114 @@
+"""How the defaults were settled: each choice varied alone, judged by held-out training data, the test data unread.
+
+A search without a floor goes down to 3 % of the weights; what it lost by then, and on the way, is the mean over some
+shares of weights left of the change on the held-out data. Finished runs are lines of JSON and are not done again.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import torch
+from data import load
+from methods import Case, OnPart, Size
+from networks import trained
+from run import Results
+from table import Row
+from tqdm import tqdm
+
+from lightning_roulette import LeastSquares, PrunedWeights, Scores, Tree, Validation, Wheel, search
+
+TASKS = ("mnist", "tid2013", "kadid10k")
+LEFT = (0.2, 0.1, 0.05, 0.03)  # where a search is judged
+INPUTS = 10_000
+VARIANTS: dict[str, dict[str, object]] = {
+    "defaults": {},
+    **{f"sharpness {one:g}": {"wheel": Wheel(sharpness=one)} for one in (2, 4, 16, math.inf)},
+    **{f"importance {one}": {"wheel": Wheel(importance=one)} for one in ("magnitude", "lamp", "activation", "obs")},
+    "scope layer": {"wheel": Wheel(scope="layer")},
+    **{f"allocation {one:g}": {"wheel": Wheel(allocation=one)} for one in (0, 0.1, 0.6)},
+    **{f"pruning_rate {one:g}": {"tree": Tree(pruning_rate=one)} for one in (0.1, 0.35)},
+    "rank_by the score": {"by_score": True},
+    **{f"confirm {one:g}": {"validation": Validation(confirm=one)} for one in (0, 0.25, 0.75)},
+    **{f"finalists {one}": {"refit": LeastSquares(finalists=one)} for one in (1, 10)},
+    "refit at the end": {"refit": LeastSquares(each_level=False)},
+    "no refit": {"refit": None},
+    "no refit, sensitivity": {"refit": None, "wheel": Wheel(importance="sensitivity")},
+    "no refit, lamp": {"refit": None, "wheel": Wheel(importance="lamp")},
+}
+
+
+class ByScore(OnPart):
+    """Ranked by the score that judges, not by the loss."""
+
+    def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
+        scores = super().__call__(candidate, folds)
+        return replace(scores, rank=scores.floor)
+
+    def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, object]:
+        scores, outcomes = super().recorded(candidate, folds)
+        return replace(scores, rank=scores.floor), outcomes
+
+
+def measured(case: Case, variant: str) -> Row:
+    """The held-out score on the way down, and its change where `LEFT` says."""
+    options = {"refit": LeastSquares(), "tree": Tree(), **VARIANTS[variant]}
+    evaluate = (ByScore if options.pop("by_score", False) else OnPart)(case, case.val)
+    levels = math.ceil(math.log(LEFT[-1]) / math.log(1 - options["tree"].pruning_rate))
+    options["tree"] = replace(options["tree"], max_levels=levels)
+    began = time.monotonic()
+    winner = search(case.weights, evaluate, tolerance=math.inf, calibration=case.calibration, seed=case.seed, **options)
+    seconds = time.monotonic() - began
+    levels = range(len(winner.report.accepted) + 1)
+    curve = [(winner.mask_at(n).survivors / case.total, case.judged(winner.weights_at(n))["judge"]) for n in levels]
+    left, scores = np.array(curve[::-1]).T
+    changes = np.interp(np.log(LEFT), np.log(left), scores) - case.dense["judge"]
+    return {"curve": curve, "changes": changes.tolist(), "seconds": seconds}
+
+
+def show(rows: Sequence[Row]) -> None:
+    """For each variant the mean change, and its difference from that of the defaults with its standard error."""
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of = {(row["variant"], row["seed"]): row for row in rows if row["task"] == task}
+        seeds = sorted({seed for _, seed in of})
+        print(f"\n{task}: change at {', '.join(f'{100 * one:g}' for one in LEFT)} % of the weights, x 100; mean")
+        for variant in VARIANTS:
+            if not all((variant, seed) in of for seed in seeds):
+                continue
+            changes = 100 * np.array([of[variant, seed]["changes"] for seed in seeds])
+            base = 100 * np.array([of["defaults", seed]["changes"] for seed in seeds])
+            apart = (changes - base).mean(1)
+            error = f" (s.e. {stdev(apart) / math.sqrt(len(apart)):.2f})" if len(apart) > 1 else ""
+            cells = "  ".join(f"{one:7.2f}" for one in changes.mean(0))
+            seconds = mean(of[variant, seed]["seconds"] for seed in seeds)
+            print(f"  {variant:24} {cells}  {changes.mean():7.2f}  {apart.mean():+6.2f}{error}  {seconds:5.0f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder of NAME.npz in the layout of Keras' mnist.npz")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--results", type=Path, default=Path("defaults.jsonl"))
+    parser.add_argument("--networks", type=Path, default=Path("networks"), help="folder of trained networks")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = Results(options.results)
+    asked = [(task, seed, variant) for task in options.tasks for seed in options.seeds for variant in options.variants]
+    for name, seed, variant in tqdm(asked, unit="run"):
+        key: Row = {"task": name, "seed": seed, "variant": variant}
+        if not results.has(key):
+            task = load(name, options.data, held_out=True)
+            case = Case(task, trained(task, seed, options.networks), seed, Size(inputs=INPUTS))
+            results.add({**key, **measured(case, variant)})
+    show(results.rows)
+
+
+if __name__ == "__main__":
+    main()

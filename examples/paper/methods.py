@@ -1,0 +1,489 @@
+"""Ours and its peers: what makes a trained network slim, all from the same weights and with the same rights to data.
+
+Training data may be used for gradients and calibration inputs, validation data for choosing, and what judges does
+nothing else. A peer orders the weights in its own way; how many may go is then chosen for it on the validation data:
+of all numbers of survivors on a fine grid the smallest that keeps the floor, even if a larger one does not. No method
+trains the pruned network.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from data import Part, Task
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelPruning
+from networks import losses, predict, rmse, score, within_spread
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from lightning_roulette import (
+    Calibration,
+    LeastSquares,
+    Mask,
+    PrunedWeights,
+    Scores,
+    Singles,
+    Tree,
+    Validation,
+    Wheel,
+    Winner,
+    prunable_parameters,
+    search,
+)
+from lightning_roulette.core.importance import lamp
+from lightning_roulette.core.selection import keeps_floor
+
+TOLERANCE = 0.005
+INPUTS = {"lenet-5": 10_000, "photo-cnn": 10_000, "resnet-8": 2_500, "resnet-20": 2_500}  # that calibrate, at most
+GRADIENT_BATCH = 100
+NOISE = 0.1  # in units of a layer's root mean square weight
+# of simulated annealing: the magnitudes that may be exchanged, as a share of the survivors on either side of the
+# threshold; what share of these a step exchanges; and the first temperature, in units of the first loss
+NEAR, EXCHANGED, HEAT = 0.2, 0.1, 0.02
+STRIDE = 4  # a curve shows every fourth point of the grid
+
+Values = Mapping[str, Tensor]
+Pruner = Callable[[int], Mask]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is tried.
+
+    Attributes:
+        branches: Candidates of a level, and draws of noise.
+        tree: How levels follow one another.
+        refit: How survivors are refitted.
+        inputs: How many inputs calibrate at most, whatever the network.
+        step: The grid of survivors falls by this factor.
+        least: Share of the weights at which the grid ends.
+    """
+
+    branches: int = 20
+    tree: Tree = field(default_factory=Tree)
+    refit: LeastSquares = field(default_factory=LeastSquares)
+    inputs: int = 50_000
+    step: float = 0.95
+    least: float = 0.005
+
+
+QUICK = Size(2, Tree(pruning_rate=0.5, max_levels=2, patience=1), LeastSquares(finalists=1), 50, step=0.5, least=0.25)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a method ends with.
+
+    Attributes:
+        left: Share of the prunable weights that is kept.
+        values: The weights, zero where pruned, and all else that differs from the dense network.
+        path: The same two for other networks that the method came by, made when they are asked for.
+        validations: The work in validations of one network on all validation data.
+    """
+
+    left: float
+    values: Values
+    path: Iterable[tuple[float, Values]]
+    validations: float
+
+
+class Case:
+    """A trained network of a task, and how good it is with other values in it.
+
+    Args:
+        task: Its data.
+        net: Dense, in evaluation mode; never changed.
+        seed: All chance of a method.
+        size: How much is tried.
+        device: Where the work is done.
+    """
+
+    def __init__(self, task: Task, net: nn.Module, seed: int, size: Size = Size(), device: str = "cpu") -> None:
+        self.task, self.seed, self.size, self.net = task, seed, size, net.to(device)
+        self.train, self.val, self.judge = (_moved(part, device) for part in (task.train, task.val, task.judge))
+        self.weights = {name: weight.detach().clone() for name, weight in prunable_parameters(self.net).items()}
+        self.total = sum(weight.numel() for weight in self.weights.values())
+        self.validations = 0.0
+        self._dense = {name: tensor.detach().clone() for name, tensor in self.net.state_dict().items()}
+        self._lent = copy.deepcopy(self.net)
+
+    @cached_property
+    def grid(self) -> list[int]:
+        """How many survivors are tried for a peer, from all weights downwards."""
+        steps = math.ceil(math.log(self.size.least) / math.log(self.size.step))
+        return sorted({max(1, round(self.total * self.size.step**step)) for step in range(steps + 1)}, reverse=True)
+
+    @cached_property
+    def dense(self) -> dict[str, float | None]:
+        """The dense network's validation score, under `val`, and what judges it."""
+        return {"val": self.score({}, self.val), **self.judged({})}
+
+    @property
+    def calibration(self) -> Calibration:
+        """Training inputs, without their targets."""
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.seed))
+        inputs = min(self.size.inputs, INPUTS.get(self.task.network, self.size.inputs))
+        chosen = order[:inputs].to(self.train.x.device)
+        return Calibration(self.net, [self.train.x[chosen]], seed=self.seed)
+
+    def outputs(self, values: Values, part: Part) -> Tensor:
+        """Of the network with some of its values replaced."""
+        if part is self.val:
+            self.validations += 1
+        self._lent.load_state_dict({**self._dense, **values})
+        return predict(self._lent, part.x)
+
+    def score(self, values: Values, part: Part) -> float:
+        """Accuracy, or correlation of ranks; larger is better."""
+        return score(self.outputs(values, part), part.y, self.task.opinion)
+
+    def loss(self, values: Values, part: Part) -> float:
+        """The mean over a part."""
+        return float(losses(self.outputs(values, part), self.task, part.y).double().mean())
+
+    def judged(self, values: Values) -> dict[str, float | None]:
+        """All that is reported of a network, by the data that judges; None where it does not apply."""
+        outputs, task = self.outputs(values, self.judge), self.task
+        return {
+            "judge": score(outputs, self.judge.y, task.opinion),
+            "rmse": rmse(outputs, task, self.judge.y) if task.opinion else None,
+            "within": within_spread(outputs, task, self.judge) if task.opinion else None,
+        }
+
+    def masked(self, mask: Mask) -> Values:
+        """The dense weights, zero where pruned."""
+        return PrunedWeights(mask, self.weights).weights
+
+
+class OnPart:
+    """An evaluator on data in memory: single samples are dealt to folds, ranked by loss, judged by the task's score.
+
+    Args:
+        case: The network and its task.
+        part: What validates.
+        folds: How many folds.
+    """
+
+    def __init__(self, case: Case, part: Part, folds: int = 16) -> None:
+        order = torch.randperm(len(part), generator=torch.Generator().manual_seed(case.seed))
+        self.case, self.folds, self._part = case, folds, part.rows(order.to(part.y.device))
+
+    def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
+        """Scores of the network with the candidate's weights on adjacent folds."""
+        return self._judged(candidate, folds)[0]
+
+    def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, Singles | None]:
+        """The same, and which samples were classified rightly; a correlation is no mean over samples."""
+        scores, outputs, part = self._judged(candidate, folds)
+        hits = None if self.case.task.opinion else (outputs.argmax(1) == part.y).double()
+        return scores, None if hits is None else Singles(hits, 0.0, 1.0)
+
+    def _judged(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, Tensor, Part]:
+        size, task = len(self._part), self.case.task
+        part = self._part.rows(slice(size * min(folds) // self.folds, size * (max(folds) + 1) // self.folds))
+        outputs = self.case.outputs(candidate.weights, part)
+        loss, floor = float(losses(outputs, task, part.y).double().mean()), score(outputs, part.y, task.opinion)
+        return Scores(rank=-loss, floor=floor, tiebreak=floor), outputs, part
+
+
+def paper(case: Case) -> Found:
+    """The literal paper: the roulette of sharpness 1, branches ranked and levels accepted by the validation score."""
+    return _of(
+        case,
+        search(
+            case.weights,
+            lambda mask: case.score(case.masked(mask), case.val),
+            branches=case.size.branches,
+            tolerance=TOLERANCE,
+            wheel=Wheel(sharpness=1.0, importance="magnitude"),
+            tree=case.size.tree,
+            validation=Validation(confirm=0, race=False),
+            seed=case.seed,
+        ),
+    )
+
+
+def ours(case: Case, refit: bool = True) -> Found:
+    """The defaults of `search`, with a refit or without."""
+    return _of(
+        case,
+        search(
+            case.weights,
+            OnPart(case, case.val),
+            branches=case.size.branches,
+            tolerance=TOLERANCE,
+            refit=case.size.refit if refit else None,
+            calibration=case.calibration if refit else None,
+            tree=case.size.tree,
+            seed=case.seed,
+        ),
+    )
+
+
+def _of(case: Case, winner: Winner) -> Found:
+    levels = range(len(winner.report.accepted) + 1)
+    path = ((winner.mask_at(level).survivors / case.total, winner.weights_at(level)) for level in levels)
+    return Found(winner.mask.survivors / case.total, winner.weights, path, winner.report.validations)
+
+
+def slimmest(case: Case, pruner: Pruner, stride: int = 1) -> Found:
+    """Of all networks on the grid that keep the floor the slimmest.
+
+    Args:
+        case: The network.
+        pruner: From a number of survivors to a mask.
+        stride: One of so many points of the grid is tried; then those between the slimmest that holds and the next.
+    """
+    floor, before = case.dense["val"] - TOLERANCE, case.validations
+
+    def holding(grid: Sequence[int]) -> list[int]:
+        scores = {survivors: case.score(case.masked(pruner(survivors)), case.val) for survivors in grid}
+        return [survivors for survivors, found in scores.items() if keeps_floor(found, floor)]
+
+    least = min([case.total, *holding(case.grid[::stride])])
+    place = case.grid.index(least)
+    least = min([least, *holding(case.grid[place + 1 : place + stride])])
+    work = case.validations - before + 1  # the dense network's
+    shown = sorted({*case.grid[::STRIDE], least}, reverse=True)
+    path = ((survivors / case.total, case.masked(pruner(survivors))) for survivors in shown)
+    return Found(least / case.total, case.masked(pruner(least)), path, work)
+
+
+class Falling:
+    """A pruner that keeps the weights of the highest scores, all layers together; ties go to the first.
+
+    Args:
+        scores: Parameter name to tensor.
+    """
+
+    def __init__(self, scores: Mapping[str, Tensor]) -> None:
+        self._shapes = {name: one.shape for name, one in scores.items()}
+        self._order = torch.cat([one.flatten() for one in scores.values()]).argsort(descending=True, stable=True)
+
+    def __call__(self, survivors: int) -> Mask:
+        """The mask that keeps so many."""
+        return self.mask(torch.arange(len(self._order)) < survivors)
+
+    def mask(self, kept_in_order: Tensor) -> Mask:
+        """The mask that keeps the weights of these places in the order; shape `(weights,)`, bool."""
+        kept = torch.zeros(len(self._order), dtype=torch.bool, device=self._order.device)
+        kept[self._order[kept_in_order.to(kept.device)]] = True
+        parts = kept.split([shape.numel() for shape in self._shapes.values()])
+        return Mask({name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)})
+
+
+def lightning_pruning(case: Case, how: str) -> Pruner:
+    """Lightning's own callback, all layers together, applied once to a copy of the network."""
+
+    def pruner(survivors: int) -> Mask:
+        module = _Holder(_copied(case.net))
+        where = {name: _owner(module.net, name) for name in case.weights}
+        callback = ModelPruning(how, parameters_to_prune=list(where.values()), use_lottery_ticket_hypothesis=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(_seed(case.seed, survivors))
+            callback.apply_pruning(case.total - survivors)
+        return _mask_of(where)
+
+    return pruner
+
+
+def layer_wise(case: Case) -> Pruner:
+    """The largest weights of each layer, the same share of every layer, by torch's own function."""
+    sizes = [weight.numel() for weight in case.weights.values()]
+    ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
+
+    def pruner(survivors: int) -> Mask:
+        net = _copied(case.net)
+        where = {name: _owner(net, name) for name in case.weights}
+        kept = [
+            round(survivors * end / case.total) for end in ends
+        ]  # of the layers up to here, so that the sum is exact
+        for (layer, name), size, now, so_far in zip(where.values(), sizes, kept, [0, *kept[:-1]], strict=True):
+            prune.l1_unstructured(layer, name, amount=size - (now - so_far))
+        return _mask_of(where)
+
+    return pruner
+
+
+def by_gradient(case: Case) -> Pruner:
+    """`|g|`, the gradient of the training loss."""
+    return Falling({name: mean.abs() for name, (mean, _) in gradients(case).items()})
+
+
+def by_sensitivity(case: Case) -> Pruner:
+    """`|w g|`: by how much the training loss changes to first order (SNIP, Lee et al. 2019, of a trained network)."""
+    return Falling({name: (case.weights[name] * mean).abs() for name, (mean, _) in gradients(case).items()})
+
+
+def by_fisher(case: Case) -> Pruner:
+    """`w ** 2` times the mean squared gradient of a batch: optimal brain damage with Fisher's diagonal as curvature."""
+    return Falling({name: case.weights[name].square() * square for name, (_, square) in gradients(case).items()})
+
+
+def by_lamp(case: Case) -> Pruner:
+    """Layer-adaptive magnitude (Lee et al. 2021)."""
+    return Falling({name: lamp(weight) for name, weight in case.weights.items()})
+
+
+def wanda(case: Case) -> Pruner:
+    """`|w|` times the root mean square of its input, compared within each output (Sun et al. 2024).
+
+    As there, every output keeps the same share of its weights, up to one. There embeddings and head stay dense; here
+    all layers are pruned, as by every other method.
+    """
+    scales = case.calibration.scales("activation", Mask.full(case.weights), {})
+    shares = {}
+    for name, weight in case.weights.items():
+        rows = (weight.abs() * scales[name]).flatten(1)
+        place = rows.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        shares[name] = (-(place + 0.5) / rows.shape[1]).view(weight.shape)
+    return Falling(shares)
+
+
+def noisy(case: Case) -> Pruner:
+    """Magnitude after Gaussian noise, the best of some draws by validation loss at each number of survivors.
+
+    The first step of Avendano Munoz, Cohen and Omidvar, "Stochastic Pruning" (IJCNN 2025), without their evolution.
+    """
+    best: dict[int, int] = {}
+
+    def drawn(survivors: int, draw: int) -> Mask:
+        chance = torch.Generator().manual_seed(_seed(case.seed, survivors, draw))
+        noise = {name: torch.randn(one.shape, generator=chance).to(one) for name, one in case.weights.items()}
+        return _largest(
+            {name: one + NOISE * one.square().mean().sqrt() * noise[name] for name, one in case.weights.items()},
+            survivors,
+        )
+
+    def pruner(survivors: int) -> Mask:
+        if survivors not in best:
+            draws = range(case.size.branches)
+            tried = {draw: case.loss(case.masked(drawn(survivors, draw)), case.val) for draw in draws}
+            best[survivors] = min(tried, key=lambda draw: math.inf if math.isnan(tried[draw]) else tried[draw])
+        return drawn(survivors, best[survivors])
+
+    return pruner
+
+
+def annealed(case: Case) -> Pruner:
+    """Simulated annealing from magnitude pruning: the best mask seen by validation loss at each number of survivors.
+
+    A step exchanges some survivors for as many pruned weights, drawn among those of about the threshold's magnitude.
+    There are as many steps as a branch has candidates, so that as much is validated as a search without a race would.
+    """
+    known: dict[int, Mask] = {}
+    ordered = Falling({name: one.abs() for name, one in case.weights.items()})
+
+    def pruner(survivors: int) -> Mask:
+        if survivors not in known:
+            known[survivors] = _anneal(case, ordered, survivors)
+        return known[survivors]
+
+    return pruner
+
+
+def _anneal(case: Case, ordered: Falling, survivors: int) -> Mask:
+    kept = torch.arange(case.total) < survivors  # in the order of falling magnitude
+    near = min(round(NEAR * survivors), case.total - survivors)
+    if not near:
+        return ordered.mask(kept)
+    chance = torch.Generator().manual_seed(_seed(case.seed, survivors))
+    best = now = case.loss(case.masked(ordered.mask(kept)), case.val)
+    found, hottest = kept, HEAT * max(now, 1e-12)
+    for step in range(case.size.branches):
+        proposed, middle = kept.clone(), slice(survivors - near, survivors + near)
+        for side in (True, False):
+            there = (kept[middle] == side).nonzero().flatten() + middle.start
+            drawn = torch.randperm(len(there), generator=chance)[: math.ceil(EXCHANGED * near)]
+            proposed[there[drawn]] = not side
+        loss = case.loss(case.masked(ordered.mask(proposed)), case.val)
+        heat = hottest * (1 - step / case.size.branches)
+        if loss <= now or float(torch.rand((), generator=chance)) < math.exp((now - loss) / heat):
+            kept, now = proposed, loss
+        if loss < best:
+            found, best = proposed, loss
+    return ordered.mask(found)
+
+
+def gradients(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each weight the mean over batches of training data of the loss's gradient, and of its square."""
+    net, count = copy.deepcopy(case.net), len(case.train)
+    weights = prunable_parameters(net)
+    sums = {name: (torch.zeros_like(one), torch.zeros_like(one)) for name, one in weights.items()}
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(case.seed)).to(case.train.y.device)
+    batches = order.split(GRADIENT_BATCH)
+    for batch in batches:
+        loss = losses(net(case.train.x[batch]), case.task, case.train.y[batch]).mean()
+        for name, found in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+            sums[name][0].add_(found, alpha=len(batch) / count)
+            sums[name][1].addcmul_(found, found, value=1 / len(batches))
+    return sums
+
+
+PEERS: dict[str, Callable[[Case], Pruner]] = {
+    "Lightning ModelPruning l1": lambda case: lightning_pruning(case, "l1_unstructured"),
+    "Lightning ModelPruning random": lambda case: lightning_pruning(case, "random_unstructured"),
+    "torch layer-wise l1": layer_wise,
+    "gradient |w g|": by_sensitivity,
+    "gradient |g|": by_gradient,
+    "LAMP": by_lamp,
+    "OBS diagonal Fisher": by_fisher,
+    "Wanda": wanda,
+    "Gaussian noise": noisy,
+    "simulated annealing": annealed,
+}
+DEAR = ("Gaussian noise", "simulated annealing")  # each number of survivors takes them many validations
+OURS: dict[str, Callable[[Case], Found]] = {
+    "ours, paper": paper,
+    "ours, no refit": lambda case: ours(case, refit=False),
+    "ours": ours,
+}
+METHODS = (*OURS, *PEERS)
+
+
+def applied(case: Case, method: str) -> Found:
+    """What a method makes of a network."""
+    if method in OURS:
+        return OURS[method](case)
+    return slimmest(case, PEERS[method](case), STRIDE if method in DEAR else 1)
+
+
+def _seed(*numbers: int) -> int:
+    """Of 32 bits, as torch's generator on the CPU looks at no more."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class _Holder(LightningModule):
+    """What Lightning's callback looks at."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+
+def _copied(net: nn.Module) -> nn.Module:
+    """As torch's pruning needs it: it takes no weights with channels last in memory."""
+    return copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+
+
+def _owner(net: nn.Module, name: str) -> tuple[nn.Module, str]:
+    layer, _, attribute = name.rpartition(".")
+    return net.get_submodule(layer), attribute
+
+
+def _mask_of(where: Mapping[str, tuple[nn.Module, str]]) -> Mask:
+    """What torch's pruning keeps."""
+    return Mask({name: getattr(layer, f"{attribute}_mask").bool() for name, (layer, attribute) in where.items()})
+
+
+def _largest(weights: Mapping[str, Tensor], survivors: int) -> Mask:
+    return Falling({name: weight.abs() for name, weight in weights.items()})(survivors)
+
+
+def _moved(part: Part, device: str) -> Part:
+    return Part(part.x.to(device), part.y.to(device), None if part.spread is None else part.spread.to(device))

@@ -1,0 +1,138 @@
+"""The paper's evaluation: every method on every task, from the same trained networks, by the same rules.
+
+Finished runs are lines of JSON in the file of results and are not done again; a run that was killed starts anew. Ends
+with the table. `--held-out` judges by training data that neither trained nor chose, as defaults are to be settled
+without the test data.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from data import SOURCES, TASKS, load
+from methods import METHODS, QUICK, Case, Size, applied
+from networks import trained
+from table import Row, read, show
+from tqdm import tqdm
+
+SEEDS = {"cifar10": range(3)}
+SEEDS_ELSE = range(5)
+
+
+class Results:
+    """Finished runs in a file of JSON lines; a line that a kill cut short is dropped.
+
+    Args:
+        path: The file; it need not be there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = read(path) if path.exists() else []
+        if path.exists() and len(self.rows) < len(path.read_text().splitlines()):
+            whole = path.with_name(f"{path.name}.new")
+            whole.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            whole.replace(path)
+
+    def has(self, key: Row) -> bool:
+        """Whether there is a row with these entries."""
+        return any(key.items() <= row.items() for row in self.rows)
+
+    def add(self, row: Row) -> None:
+        """Keep a row."""
+        self.rows.append(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def measured(case: Case, method: str) -> Row:
+    """What a method leaves of a network, what that costs, and its curve."""
+    dense, began = case.dense, time.monotonic()
+    slim = applied(case, method)
+    seconds = time.monotonic() - began
+    now = {"val": case.score(slim.values, case.val), **case.judged(slim.values)}
+    return {
+        "opinion": case.task.opinion,
+        "weights": case.total,
+        "left": slim.left,
+        "val_change": now["val"] - dense["val"],
+        "judge_change": now["judge"] - dense["judge"],
+        **now,
+        **{f"dense_{name}": value for name, value in dense.items()},
+        "validations": slim.validations,
+        "seconds": seconds,
+        "device": case.train.x.device.type,
+        "curve": [(left, case.score(values, case.judge)) for left, values in slim.path],
+    }
+
+
+def run(
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    seeds: Sequence[int] | None,
+    results: Results,
+    data: Path,
+    networks: Path,
+    held_out: bool = False,
+    quick: bool = False,
+    device: str = "cpu",
+) -> None:
+    """Do what is not yet among the results."""
+    asked = [(name, seed) for name in tasks for seed in (SEEDS.get(name, SEEDS_ELSE) if seeds is None else seeds)]
+    missing: dict[str, dict[int, list[Row]]] = {}
+    for name, seed in asked:
+        keys = [
+            {"task": name, "method": method, "seed": seed, "held_out": held_out, "quick": quick} for method in methods
+        ]
+        if keys := [key for key in keys if not results.has(key)]:
+            missing.setdefault(name, {})[seed] = keys
+    with tqdm(total=sum(len(keys) for one in missing.values() for keys in one.values()), unit="run") as bar:
+        for name, by_seed in missing.items():
+            bar.set_description(f"{name}: data")
+            task = load(name, data, held_out=held_out, quick=quick)
+            for seed, keys in by_seed.items():
+                bar.set_description(f"{name} {seed}: network")
+                case = Case(task, trained(task, seed, networks, quick=quick), seed, QUICK if quick else Size(), device)
+                for key in keys:
+                    bar.set_description(f"{name} {seed}: {key['method']}")
+                    results.add({**key, **measured(case, str(key["method"]))})
+                    bar.update()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder of NAME.npz in the layout of Keras' mnist.npz")
+    parser.add_argument("--tasks", nargs="+", choices=SOURCES, default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 4, of cifar10 0 to 2")
+    parser.add_argument("--results", type=Path, default=Path("results.jsonl"))
+    parser.add_argument("--networks", type=Path, default=Path("networks"), help="folder of trained networks")
+    parser.add_argument("--held-out", action="store_true", help="judge by held-out training data, not by test data")
+    parser.add_argument("--quick", action="store_true", help="everything in miniature")
+    parser.add_argument("--device", default="cpu", help="where the pruning is done")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    results = Results(options.results)
+    run(
+        options.tasks,
+        options.methods,
+        options.seeds,
+        results,
+        options.data,
+        options.networks,
+        options.held_out,
+        options.quick,
+        options.device,
+    )
+    show(results.rows, options.held_out, options.quick)
+
+
+if __name__ == "__main__":
+    main()
