@@ -8,7 +8,7 @@ import argparse
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -26,21 +26,42 @@ from lightning_roulette import LeastSquares, PrunedWeights, Scores, Tree, Valida
 TASKS = ("mnist", "tid2013", "kadid10k")
 LEFT = (0.2, 0.1, 0.05, 0.03)  # where a search is judged
 INPUTS = 10_000
-VARIANTS: dict[str, dict[str, object]] = {
-    "defaults": {},
-    **{f"sharpness {one:g}": {"wheel": Wheel(sharpness=one)} for one in (2, 4, 16, math.inf)},
-    **{f"importance {one}": {"wheel": Wheel(importance=one)} for one in ("magnitude", "lamp", "activation", "obs")},
-    "scope layer": {"wheel": Wheel(scope="layer")},
-    **{f"allocation {one:g}": {"wheel": Wheel(allocation=one)} for one in (0, 0.1, 0.6)},
-    **{f"pruning_rate {one:g}": {"tree": Tree(pruning_rate=one)} for one in (0.1, 0.35)},
-    "rank_by the score": {"by_score": True},
-    **{f"confirm {one:g}": {"validation": Validation(confirm=one)} for one in (0, 0.25, 0.75)},
-    **{f"finalists {one}": {"refit": LeastSquares(finalists=one)} for one in (1, 10)},
-    "refit at the end": {"refit": LeastSquares(each_level=False)},
-    "no refit": {"refit": None},
-    "no refit, sensitivity": {"refit": None, "wheel": Wheel(importance="sensitivity")},
-    "no refit, lamp": {"refit": None, "wheel": Wheel(importance="lamp")},
+# Where it began. What is settled since is the last but five.
+START: dict[str, object] = {
+    "wheel": Wheel(sharpness=8, allocation=0.3, importance="sensitivity"),
+    "tree": Tree(pruning_rate=0.2),
+    "validation": Validation(confirm=0.5),
+    "refit": LeastSquares(finalists=4),
 }
+FINE = {"pruning_rate": 0.1, "finalists": 1}
+VARIANTS: dict[str, dict[str, object]] = {
+    "start": {},
+    **{f"sharpness {one:g}": {"sharpness": one} for one in (2, 4, 16, math.inf)},
+    **{f"importance {one}": {"importance": one} for one in ("magnitude", "lamp", "activation", "obs")},
+    "scope layer": {"scope": "layer"},
+    **{f"allocation {one:g}": {"allocation": one} for one in (0, 0.1, 0.6)},
+    **{f"pruning_rate {one:g}": {"pruning_rate": one} for one in (0.1, 0.35)},
+    "rank_by the score": {"by_score": True},
+    **{f"confirm {one:g}": {"confirm": one} for one in (0, 0.25, 0.75)},
+    **{f"finalists {one}": {"finalists": one} for one in (1, 10)},
+    **{f"pruning_rate 0.1, finalists 1, sharpness {one:g}": {**FINE, "sharpness": one} for one in (8, 16, math.inf)},
+    "refit at the end": {"each_level": False, "importance": "magnitude", "allocation": 0},
+    "no refit": {"refit": None, "importance": "magnitude", "allocation": 0},
+    "no refit, sensitivity": {"refit": None, "allocation": 0},
+    "no refit, pruning_rate 0.1": {"refit": None, "importance": "magnitude", "allocation": 0, "pruning_rate": 0.1},
+    "no refit, lamp": {"refit": None, "importance": "lamp", "allocation": 0},
+}
+
+
+def choices(variant: str) -> dict[str, object]:
+    """The groups of choices that a variant makes of where it began."""
+    varied = {name: value for name, value in VARIANTS[variant].items() if name not in ("refit", "by_score")}
+    found = {}
+    for name, group in START.items():
+        ours = {field.name: varied.pop(field.name) for field in fields(group) if field.name in varied}
+        found[name] = replace(group, **ours)
+    assert not varied
+    return found | {name: VARIANTS[variant][name] for name in ("refit",) if name in VARIANTS[variant]}
 
 
 class ByScore(OnPart):
@@ -57,8 +78,8 @@ class ByScore(OnPart):
 
 def measured(case: Case, variant: str) -> Row:
     """The held-out score on the way down, and its change where `LEFT` says."""
-    options = {"refit": LeastSquares(), "tree": Tree(), **VARIANTS[variant]}
-    evaluate = (ByScore if options.pop("by_score", False) else OnPart)(case, case.val)
+    options = choices(variant)
+    evaluate = (ByScore if "by_score" in VARIANTS[variant] else OnPart)(case, case.val)
     levels = math.ceil(math.log(LEFT[-1]) / math.log(1 - options["tree"].pruning_rate))
     options["tree"] = replace(options["tree"], max_levels=levels)
     began = time.monotonic()
@@ -72,7 +93,7 @@ def measured(case: Case, variant: str) -> Row:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """For each variant the mean change, and its difference from that of the defaults with its standard error."""
+    """For each variant the mean change, and its difference from where it began with its standard error."""
     for task in dict.fromkeys(row["task"] for row in rows):
         of = {(row["variant"], row["seed"]): row for row in rows if row["task"] == task}
         seeds = sorted({seed for _, seed in of})
@@ -81,12 +102,12 @@ def show(rows: Sequence[Row]) -> None:
             if not all((variant, seed) in of for seed in seeds):
                 continue
             changes = 100 * np.array([of[variant, seed]["changes"] for seed in seeds])
-            base = 100 * np.array([of["defaults", seed]["changes"] for seed in seeds])
+            base = 100 * np.array([of["start", seed]["changes"] for seed in seeds])
             apart = (changes - base).mean(1)
             error = f" (s.e. {stdev(apart) / math.sqrt(len(apart)):.2f})" if len(apart) > 1 else ""
             cells = "  ".join(f"{one:7.2f}" for one in changes.mean(0))
             seconds = mean(of[variant, seed]["seconds"] for seed in seeds)
-            print(f"  {variant:24} {cells}  {changes.mean():7.2f}  {apart.mean():+6.2f}{error}  {seconds:5.0f} s")
+            print(f"  {variant:44} {cells}  {changes.mean():7.2f}  {apart.mean():+6.2f}{error}  {seconds:5.0f} s")
 
 
 def main() -> None:
@@ -95,7 +116,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, default=Path("defaults.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("defaults.jsonl"))
     parser.add_argument("--networks", type=Path, default=Path("networks"), help="folder of trained networks")
     options = parser.parse_args()
     torch.set_num_threads(1)

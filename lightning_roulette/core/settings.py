@@ -38,7 +38,7 @@ class Wheel:
             refit, else 0. With `scope="layer"` it has no effect.
     """
 
-    sharpness: float = 8.0
+    sharpness: float = 16.0
     importance: str | Importance | None = None
     scope: str = "global"
     allocation: float | None = None
@@ -65,7 +65,7 @@ class Tree:
             noisy score ever smaller steps would pass, one weight at a time.
     """
 
-    pruning_rate: float = 0.2
+    pruning_rate: float = 0.1
     max_levels: int | None = None
     patience: int = 3
     smallest_rate: float = 0.01
@@ -134,7 +134,7 @@ class Refit:
 
     batches: int = 100
     each_level: bool = True
-    finalists: int = 4
+    finalists: int = 1
 
     def __post_init__(self) -> None:
         check_count("batches", self.batches)
