@@ -31,7 +31,7 @@ ON_ALL = Validation(confirm=0, race=False)  # all candidates on all data
 
 def pruner(**options) -> RouletteWheelPruning:
     return RouletteWheelPruning(
-        **{"branches": 3, "tolerance": 0.1, "refit": None, "tree": Tree(max_levels=2)} | options
+        **{"branches": 3, "tolerance": 0.1, "refit": None, "tree": Tree(0.2, max_levels=2)} | options
     )
 
 
@@ -188,7 +188,7 @@ def test_levels_beyond_the_winner_keep_their_masks(make_trainer):
             self.log("val_acc", (~wrong).float().mean())
             self.log("val_loss", torch.nn.functional.cross_entropy(scores, batch[1]))
 
-    pruning, others = pruner(tree=Tree(max_levels=3)), confirming_inputs()
+    pruning, others = pruner(tree=Tree(0.2, max_levels=3)), confirming_inputs()
     module = fitted(make_trainer, pruning, module=SlimIsBadOnTheOtherHalf())
     report = pruning.report
     assert [level.accepted for level in report.levels] == [True, True, True]
@@ -364,7 +364,7 @@ class LogsOnly(Blobs):
     ],
 )
 def test_without_a_monitor_the_module_and_its_callbacks_tell(make_trainer, caplog, names, callback, expected):
-    pruning = pruner(tolerance=0.0, tree=Tree(max_levels=1, patience=1))
+    pruning = pruner(tolerance=0.0, tree=Tree(0.2, max_levels=1, patience=1))
     with caplog.at_level(logging.INFO, "lightning_roulette"):
         fitted(
             make_trainer,
@@ -386,7 +386,7 @@ def test_without_a_monitor_a_plateau_scheduler_may_tell(make_trainer):
             scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="min")
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "b"}}
 
-    pruning = pruner(tolerance=0.0, tree=Tree(max_levels=1, patience=1))
+    pruning = pruner(tolerance=0.0, tree=Tree(0.2, max_levels=1, patience=1))
     fitted(make_trainer, pruning, module=Plateau("a", "b"))
     assert (pruning.report.monitor, pruning.report.mode) == ("b", "min")
 

@@ -32,7 +32,7 @@ WEIGHTS = ("net.0.weight", "net.2.weight")
 
 def pruner(**options) -> RouletteWheelPruning:
     return RouletteWheelPruning(
-        **{"branches": 2, "tolerance": 0.2, "refit": None, "tree": Tree(max_levels=1)} | options
+        **{"branches": 2, "tolerance": 0.2, "refit": None, "tree": Tree(0.2, max_levels=1)} | options
     )
 
 
@@ -462,7 +462,7 @@ def test_an_interrupted_search_gives_the_dense_network_back_and_keeps_the_accept
     make_trainer, tmp_path, raised, met, reason, at_epoch
 ):
     dense = dense_state(make_trainer)
-    pruning = pruner(at_epoch=at_epoch, tree=Tree(max_levels=4), validation=ON_ALL)
+    pruning = pruner(at_epoch=at_epoch, tree=Tree(0.2, max_levels=4), validation=ON_ALL)
     module = Interrupted(8, raised())
     with pytest.raises(met), pytest.warns(UserWarning, match=r"The 2 levels accepted so far are in .*interrupted\.pt"):
         fitted(make_trainer, pruning, module=module, max_epochs=2 if at_epoch is None else 3)
@@ -478,10 +478,10 @@ def test_an_interrupted_search_gives_the_dense_network_back_and_keeps_the_accept
 
 
 def test_the_masks_of_an_interrupted_search_are_those_of_the_whole_one(make_trainer, tmp_path):
-    whole = pruner(tree=Tree(max_levels=2), validation=ON_ALL)
+    whole = pruner(tree=Tree(0.2, max_levels=2), validation=ON_ALL)
     fitted(make_trainer, whole, enable_checkpointing=False)
     with pytest.raises(SystemExit), pytest.warns(UserWarning, match="The 2 levels accepted"):
-        fitted(make_trainer, pruner(tree=Tree(max_levels=4), validation=ON_ALL), module=Interrupted(8))
+        fitted(make_trainer, pruner(tree=Tree(0.2, max_levels=4), validation=ON_ALL), module=Interrupted(8))
     assert Mask.load(tmp_path / "checkpoints" / "interrupted.pt") == whole.mask
 
 
@@ -489,7 +489,7 @@ def test_the_masks_of_an_interrupted_search_are_those_of_the_whole_one(make_trai
 def test_a_search_interrupted_while_its_levels_are_confirmed_keeps_what_held(make_trainer, tmp_path, at, levels, held):
     """Until one is confirmed all accepted levels count."""
     dense = dense_state(make_trainer)
-    pruning = pruner(tree=Tree(max_levels=2), validation=Validation(race=False))
+    pruning = pruner(tree=Tree(0.2, max_levels=2), validation=Validation(race=False))
     module = Interrupted(at)  # the dense network is judged twice, on each half of the data
     with pytest.raises(SystemExit), pytest.warns(UserWarning, match=r"accepted so far are in .*interrupted\.pt"):
         fitted(make_trainer, pruning, module=module)
@@ -520,7 +520,7 @@ def test_the_report_of_a_search_interrupted_in_its_first_level_says_so(make_trai
 
 
 def test_ctrl_c_while_the_loaded_winner_is_measured_loses_nothing(make_trainer):
-    pruning, module = pruner(tree=Tree(max_levels=2), validation=ON_ALL), Interrupted(8)
+    pruning, module = pruner(tree=Tree(0.2, max_levels=2), validation=ON_ALL), Interrupted(8)
     with pytest.raises(SystemExit):
         fitted(make_trainer, pruning, module=module)
     assert pruning.report.score is None
@@ -530,7 +530,7 @@ def test_ctrl_c_while_the_loaded_winner_is_measured_loses_nothing(make_trainer):
 
 @pytest.mark.filterwarnings("ignore:RouletteWheelPruning. the search did not end")
 def test_an_interrupted_fit_can_be_fitted_again_and_searches(make_trainer):
-    pruning, module = pruner(tree=Tree(max_levels=2), validation=ON_ALL), Interrupted(5)
+    pruning, module = pruner(tree=Tree(0.2, max_levels=2), validation=ON_ALL), Interrupted(5)
     with pytest.raises(SystemExit):
         fitted(make_trainer, pruning, module=module, enable_checkpointing=False)
     module.at = 0

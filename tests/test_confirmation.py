@@ -70,7 +70,7 @@ class Steps(Observer):
 
 
 def grown(evaluate, levels: int = 4, **options) -> Winner:
-    return search(network(), evaluate, **{"branches": 3, "tree": Tree(max_levels=levels), **options})
+    return search(network(), evaluate, **{"branches": 3, "tree": Tree(0.2, max_levels=levels), **options})
 
 
 # ------------------------------------------------------------------------------------------------ which folds
@@ -110,7 +110,7 @@ def test_confirmation_folds_are_asked_about_the_dense_network_and_then_once_abou
         evaluate,
         branches=branches,
         tolerance=tolerance,
-        tree=Tree(max_levels=4),
+        tree=Tree(0.2, max_levels=4),
         validation=Validation(confirm=confirm, race=race),
         seed=seed,
         observer=steps,

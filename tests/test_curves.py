@@ -19,7 +19,7 @@ BRANCH = ("roulette/branch/min", "roulette/branch/median", "roulette/branch/max"
 
 def pruner(**options) -> RouletteWheelPruning:
     return RouletteWheelPruning(
-        **{"branches": 3, "tolerance": 0.3, "refit": None, "tree": Tree(max_levels=3)} | options
+        **{"branches": 3, "tolerance": 0.3, "refit": None, "tree": Tree(0.2, max_levels=3)} | options
     )
 
 

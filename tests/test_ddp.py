@@ -52,7 +52,7 @@ def fit(name: str, folder: Path, weights, **devices) -> dict:
     module_options, pruning_options = RUNS[name]
     module = Judged(**module_options)
     module.load_state_dict(weights)
-    pruning = RouletteWheelPruning(3, tolerance=0.1, tree=Tree(max_levels=3), dirpath=folder, **pruning_options)
+    pruning = RouletteWheelPruning(3, tolerance=0.1, tree=Tree(0.2, max_levels=3), dirpath=folder, **pruning_options)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(accelerator="cpu", max_epochs=2, default_root_dir=folder, callbacks=[pruning], **devices, **quiet)
     with warnings.catch_warnings(record=True) as caught:

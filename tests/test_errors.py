@@ -72,7 +72,7 @@ WRONG_GROUPS = [
         Wheel,
         {"importance": "size"},
         ValueError,
-        "importance is 'size', but must be one of 'magnitude', 'lamp', 'activation', 'obs'. Or pass",
+        "importance is 'size', but must be one of 'magnitude', 'lamp', 'sensitivity', 'activation', 'obs'. Or pass",
     ),
     (Wheel, {"scope": "all"}, ValueError, "scope is 'all', but must be one of 'global', 'layer'"),
     (Tree, {"pruning_rate": 0.0}, ValueError, "pruning_rate is 0.0, but must be more than 0 and less than 1"),
@@ -380,7 +380,7 @@ def test_a_kept_callback_may_log_the_metric(make_trainer):
         monitor="outside",
         mode="max",
         tolerance=1.0,
-        tree=Tree(max_levels=1),
+        tree=Tree(0.2, max_levels=1),
         validation=Validation(keep_callbacks=["LogsFromOutside"]),
     )
     fit(make_trainer, pruning, callbacks=[LogsFromOutside()])
@@ -492,6 +492,6 @@ def test_an_untrained_network_that_is_as_good_as_none_is_not_refused(make_traine
             self.val_acc(torch.zeros(len(y), 10) if untrained else self(x), y)
             self.log("val_acc", self.val_acc)
 
-    pruning = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(max_levels=1))
+    pruning = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=1))
     fit(make_trainer, pruning, Constant())
     assert pruning.report.sparsity > 0

@@ -1071,7 +1071,7 @@ def test_a_kept_callback_is_the_users_own_object_and_sees_the_candidate(make_tra
 def test_a_search_by_a_metric_of_a_callback_needs_the_callback_kept(make_trainer):
     def fit(validation):
         pruning = RouletteWheelPruning(
-            2, monitor="margin", mode="max", tolerance=1e6, tree=Tree(max_levels=1), validation=validation
+            2, monitor="margin", mode="max", tolerance=1e6, tree=Tree(0.2, max_levels=1), validation=validation
         )
         make_trainer(callbacks=[LogsMargin(), pruning]).fit(Blobs(), train_loader(), val_loader())
         return pruning.report

@@ -204,7 +204,7 @@ def test_averaged_weights_have_the_zeros_in_validation_in_the_files_and_in_the_e
 
 
 def test_the_average_left_in_the_model_is_the_one_of_the_pruned_network(make_trainer):
-    callback, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(max_levels=2)), Blobs()
+    callback, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=2)), Blobs()
     make_trainer(callbacks=[callback, EMAWeightAveraging(decay=0.5)]).fit(module, train_loader(), val_loader())
     (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
     assert leak(module, callback.mask) == 0.0
@@ -259,7 +259,7 @@ def test_hold_zeros_that_finds_no_zeros_says_so(make_trainer):
 
 
 def test_hold_zeros_holds_those_of_a_checkpoint_that_is_resumed(make_trainer, tmp_path):
-    pruning, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(max_levels=2), dirpath=tmp_path), Blobs()
+    pruning, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=2), dirpath=tmp_path), Blobs()
     make_trainer(callbacks=[pruning]).fit(Blobs(), train_loader(), val_loader())
     trainer = make_trainer(callbacks=[HoldZeros()], max_epochs=4)
     with warnings.catch_warnings():
@@ -282,7 +282,7 @@ def test_a_resumed_average_has_the_zeros(make_trainer, tmp_path):
 
 
 def test_hold_zeros_reads_the_mask_of_a_file(make_trainer, tmp_path):
-    pruning, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(max_levels=2), dirpath=tmp_path), Blobs()
+    pruning, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=2), dirpath=tmp_path), Blobs()
     make_trainer(callbacks=[pruning]).fit(module, train_loader(), val_loader())
     dense = Blobs()
     make_trainer(callbacks=[HoldZeros(pruning.best_model_path)]).fit(dense, train_loader(), val_loader())
@@ -362,7 +362,7 @@ torch.save(model.state_dict(), f"{folder}/tuned.pt")
 
 @pytest.mark.slow
 def test_pruned_ckpt_can_be_fine_tuned_in_a_new_process(make_trainer, tmp_path):
-    pruning, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(max_levels=3), dirpath=tmp_path), Blobs()
+    pruning, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=3), dirpath=tmp_path), Blobs()
     make_trainer(callbacks=[pruning]).fit(module, train_loader(), val_loader())
     command = [sys.executable, "-c", FINE_TUNE, pruning.best_model_path, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -29,7 +29,7 @@ from tests.modules import Blobs, blobs, tiny_net, train_loader, val_loader
 
 def pruner(**options) -> RouletteWheelPruning:
     return RouletteWheelPruning(
-        **{"branches": 2, "tolerance": 1.0, "refit": None, "tree": Tree(max_levels=2)} | options
+        **{"branches": 2, "tolerance": 1.0, "refit": None, "tree": Tree(0.2, max_levels=2)} | options
     )
 
 
@@ -345,7 +345,7 @@ def test_data_that_the_module_brings_itself(make_trainer):
 def test_loader_workers_give_the_same_mask(make_trainer):
     masks = []
     for options in ({}, {"num_workers": 1, "persistent_workers": True}):
-        pruning = pruner(branches=2, tree=Tree(max_levels=1))
+        pruning = pruner(branches=2, tree=Tree(0.2, max_levels=1))
         fitted(make_trainer, pruning, Blobs(lr=0.0), val=val_loader(**options))
         masks.append(pruning.mask)
     assert masks[0] == masks[1]
@@ -450,6 +450,7 @@ def test_a_mistake_in_a_yaml_file_is_named(tmp_path, capsys, line, message):
 @pytest.mark.usefixtures("bare_command_line")
 def test_a_callback_given_on_the_command_line(tmp_path):
     arguments = [
+        "--seed_everything=false",
         "--trainer.callbacks+=lightning_roulette.RouletteWheelPruning",
         "--trainer.callbacks.wheel.sharpness=2.0",
         "--trainer.callbacks.at_epoch=1",
@@ -464,13 +465,13 @@ def test_a_callback_given_on_the_command_line(tmp_path):
     assert pruning.at_epoch == 1
     written = cli.parser.dump(cli.config)  # what Lightning saves beside a run
     assert "sharpness: 2.0" in written
-    assert "pruning_rate: 0.2" in written
+    assert "pruning_rate: 0.1" in written
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 def test_lazy_layers_that_no_sanity_check_has_shaped_are_pruned(make_trainer):
     module = Blobs()
     module.net = nn.Sequential(nn.LazyLinear(24), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(10))
-    pruning = RouletteWheelPruning(2, tolerance=1.0, at_epoch=0, tree=Tree(max_levels=1))
+    pruning = RouletteWheelPruning(2, tolerance=1.0, at_epoch=0, tree=Tree(0.2, max_levels=1))
     make_trainer(callbacks=[pruning], num_sanity_val_steps=0, max_epochs=1).fit(module, train_loader(), val_loader())
     assert pruning.report.sparsity > 0

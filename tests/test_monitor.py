@@ -309,7 +309,7 @@ class Logging(Blobs):
 
 def searched(make_trainer, module, loaders=None, callbacks=(), **pruning):
     """The report of a short search."""
-    pruning = RouletteWheelPruning(2, tree=Tree(max_levels=1, patience=1), **pruning)
+    pruning = RouletteWheelPruning(2, tree=Tree(0.2, max_levels=1, patience=1), **pruning)
     trainer = make_trainer(callbacks=[pruning, *callbacks], max_epochs=1)
     trainer.fit(module, train_loader(), loaders or val_loader())
     return pruning.report
@@ -343,7 +343,7 @@ def test_a_forked_metric_is_found_under_its_plain_name(forked, make_trainer):
 def test_a_loader_is_chosen_by_the_name_of_its_metric(index, make_trainer):
     name = f"val_loss/dataloader_idx_{index}"
     on_all = Validation(confirm=0, race=False)
-    pruning = RouletteWheelPruning(2, monitor=name, tree=Tree(max_levels=1, patience=1), validation=on_all)
+    pruning = RouletteWheelPruning(2, monitor=name, tree=Tree(0.2, max_levels=1, patience=1), validation=on_all)
     trainer = make_trainer(callbacks=[pruning], max_epochs=1)
     trainer.fit(Blobs(), train_loader(), [val_loader(), DataLoader(blobs(100, 3), 50)])
     assert (pruning.report.monitor, pruning.report.mode) == (name, "min")

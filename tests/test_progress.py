@@ -22,7 +22,7 @@ from lightning_roulette.trainer.watching import Watcher, log, speak_up
 from tests.modules import Blobs, train_loader, val_loader
 from tests.test_evaluation import BY_DEFAULT, ON_ALL, judged_by, one_level, within
 
-LEVELS = Tree(max_levels=2)
+LEVELS = Tree(0.2, max_levels=2)
 # How often a candidate of five is judged: once on all data, or in a race on half of the folds
 JUDGED = [
     (ON_ALL, 5),

@@ -290,7 +290,7 @@ def test_validations_are_the_folds_that_were_asked(kind, branches, folds, at_onc
         branches=branches,
         tolerance=1,
         wheel=Wheel(sharpness),
-        tree=Tree(max_levels=2),
+        tree=Tree(0.2, max_levels=2),
         validation=Validation(confirm=confirm, race=race),
     ).report
     assert report.validations == pytest.approx(evaluate.validations)
@@ -306,7 +306,7 @@ def test_validations_are_the_folds_that_were_asked(kind, branches, folds, at_onc
 def test_each_candidate_is_asked_about_as_many_folds_as_the_report_says(kind):
     evaluate = kind(noise, 16)
     steps = Steps(evaluate)
-    winner = search(network(), evaluate, branches=20, tolerance=1, tree=Tree(max_levels=1), observer=steps)
+    winner = search(network(), evaluate, branches=20, tolerance=1, tree=Tree(0.2, max_levels=1), observer=steps)
     (level,) = winner.report.levels
     log = evaluate.log[steps.dense : steps.levels[0][1]]
     asked: dict[bytes, list[int]] = {}
@@ -338,7 +338,7 @@ class Uneven(Telling):
 
 def test_the_winner_of_a_branch_has_its_scores_on_the_union_of_the_ranking_folds():
     evaluate = Uneven(noise, 16)
-    winner = search(network(), evaluate, branches=20, tolerance=9, tree=Tree(max_levels=1))
+    winner = search(network(), evaluate, branches=20, tolerance=9, tree=Tree(0.2, max_levels=1))
     (level,) = winner.report.levels
 
     def on_union(mask: Mask) -> float:
@@ -351,7 +351,9 @@ def test_the_winner_of_a_branch_has_its_scores_on_the_union_of_the_ranking_folds
 
 def test_twins_of_a_winner_share_the_scores_it_has_on_the_union():
     sharp = Wheel(math.inf)
-    report = search(network(), Uneven(noise, 16), branches=5, tolerance=9, wheel=sharp, tree=Tree(max_levels=1)).report
+    report = search(
+        network(), Uneven(noise, 16), branches=5, tolerance=9, wheel=sharp, tree=Tree(0.2, max_levels=1)
+    ).report
     first, *twins = report.levels[0].candidates
     assert [one.same_as for one in twins] == [0] * 4
     assert {(one.score, one.rank, one.folds) for one in twins} == {(first.score, first.rank, first.folds)}
@@ -361,7 +363,15 @@ def test_twins_of_a_winner_share_the_scores_it_has_on_the_union():
 def test_infinite_sharpness_validates_one_candidate_a_level():
     evaluate = Telling(noise, 16)
     steps = Steps(evaluate)
-    search(network(), evaluate, branches=5, tolerance=1, wheel=Wheel(math.inf), tree=Tree(max_levels=3), observer=steps)
+    search(
+        network(),
+        evaluate,
+        branches=5,
+        tolerance=1,
+        wheel=Wheel(math.inf),
+        tree=Tree(0.2, max_levels=3),
+        observer=steps,
+    )
     starts = [steps.dense, *(end for _, end, _ in steps.levels)]
     for begin, end in pairwise(starts):
         masks = {key_of(mask) for mask, _ in evaluate.log[begin:end]}
@@ -377,7 +387,7 @@ def test_without_a_race_every_candidate_is_judged_once_on_the_union():
     steps = Steps(evaluate)
     off = Validation(race=False)
     winner = search(
-        network(), evaluate, branches=6, tolerance=1, tree=Tree(max_levels=2), validation=off, observer=steps
+        network(), evaluate, branches=6, tolerance=1, tree=Tree(0.2, max_levels=2), validation=off, observer=steps
     )
     assert steps.dense == 2
     begin = steps.dense
@@ -393,7 +403,7 @@ def test_without_a_race_every_candidate_is_judged_once_on_the_union():
 def test_a_lone_candidate_does_not_race():
     evaluate = Telling(noise, 16)
     steps = Steps(evaluate)
-    search(network(), evaluate, branches=1, tolerance=1, tree=Tree(max_levels=1), observer=steps)
+    search(network(), evaluate, branches=1, tolerance=1, tree=Tree(0.2, max_levels=1), observer=steps)
     assert {folds for _, folds in evaluate.log[: steps.levels[0][1]]} == {tuple(range(8)), tuple(range(8, 16))}
 
 
@@ -408,7 +418,7 @@ def test_there_is_no_race_where_a_part_gives_the_dense_network_no_number(field):
 
     evaluate = Blind(noise, 16)
     steps = Steps(evaluate)
-    winner = search(network(), evaluate, branches=6, tolerance=1, tree=Tree(max_levels=1), observer=steps)
+    winner = search(network(), evaluate, branches=6, tolerance=1, tree=Tree(0.2, max_levels=1), observer=steps)
     (level,) = winner.report.levels
     assert level.accepted
     assert [folds for _, folds in evaluate.log[steps.dense : steps.levels[0][1]]] == [tuple(range(8))] * 7
@@ -422,7 +432,7 @@ def test_there_is_no_race_where_the_dense_network_has_no_number_on_the_union():
             blind = candidate.mask.sparsity == 0 and len(folds) == 8
             return Scores(nan if blind else scores.rank, scores.floor)
 
-    report = search(network(), Blind(noise, 16), branches=6, tolerance=1, tree=Tree(max_levels=1)).report
+    report = search(network(), Blind(noise, 16), branches=6, tolerance=1, tree=Tree(0.2, max_levels=1)).report
     assert report.levels[0].accepted
     assert [one.folds for one in report.levels[0].candidates] == [8] * 6
 
@@ -434,7 +444,7 @@ def test_a_winner_without_a_rank_on_the_union_does_not_become_a_parent():
             blind = candidate.mask.sparsity > 0 and len(folds) == 8
             return Scores(nan if blind else scores.rank, scores.floor)
 
-    tree = Tree(max_levels=1, patience=1)
+    tree = Tree(0.2, max_levels=1, patience=1)
     report = search(network(), Blind(noise, 16), branches=6, tolerance=1, tree=tree).report
     assert not report.levels[0].accepted
 
@@ -445,7 +455,7 @@ def test_a_branch_that_fails_on_a_late_fold_has_no_winner_and_is_tried_again():
     def blind_late(mask: Mask, fold: int) -> float:
         return nan if fold in parts[-1] and mask.sparsity > 0 else 0.5
 
-    winner = search(network(), Telling(blind_late, 16), branches=6, tolerance=1, tree=Tree(patience=2))
+    winner = search(network(), Telling(blind_late, 16), branches=6, tolerance=1, tree=Tree(0.2, patience=2))
     assert [(level.winner, level.accepted) for level in winner.report.levels] == [(None, False)] * 2
     assert all(math.isnan(level.score) for level in winner.report.levels)
     assert winner.mask == Mask.full(network())
@@ -461,7 +471,7 @@ def test_the_work_announced_is_the_work_of_a_level(race, kind):
         evaluate,
         branches=20,
         tolerance=1,
-        tree=Tree(max_levels=2),
+        tree=Tree(0.2, max_levels=2),
         validation=Validation(race=race),
         observer=steps,
     )
@@ -478,7 +488,15 @@ def test_the_last_candidate_told_of_is_the_winner(race):
     evaluate = Telling(noise, 16)
     steps = Steps(evaluate)
     validation = Validation(race=race)
-    search(network(), evaluate, branches=9, tolerance=1, tree=Tree(max_levels=3), validation=validation, observer=steps)
+    search(
+        network(),
+        evaluate,
+        branches=9,
+        tolerance=1,
+        tree=Tree(0.2, max_levels=3),
+        validation=validation,
+        observer=steps,
+    )
     for level, _, _ in steps.levels:
         assert [best for number, _, _, best in steps.candidates if number == level.level][-1] == level.winner
 
@@ -486,7 +504,7 @@ def test_the_last_candidate_told_of_is_the_winner(race):
 def test_a_fold_that_is_harder_for_all_does_not_decide_the_floor():
     # uncorrected, every candidate that saw the first fold alone would seem to decline
     evaluate = Telling(lambda mask, fold: (0.2 if fold == 0 else 0.9) - 0.1 * mask.sparsity, 16)
-    report = search(network(), evaluate, branches=20, tolerance=0.05, tree=Tree(max_levels=1)).report
+    report = search(network(), evaluate, branches=20, tolerance=0.05, tree=Tree(0.2, max_levels=1)).report
     (level,) = report.levels
     assert level.accepted
     assert level.spread == pytest.approx((report.dense_score - 0.1 * level.sparsity,) * 3)
@@ -497,7 +515,12 @@ def test_a_race_finds_a_candidate_that_is_better_on_every_fold():
     for race in (True, False):
         evaluate = Telling(lambda mask, fold: noise(mask, 0) + fold, 16)
         report = search(
-            network(), evaluate, branches=20, tolerance=1, tree=Tree(max_levels=3), validation=Validation(race=race)
+            network(),
+            evaluate,
+            branches=20,
+            tolerance=1,
+            tree=Tree(0.2, max_levels=3),
+            validation=Validation(race=race),
         ).report
         found.append([level.winner for level in report.levels])
     assert found[0] == found[1]

@@ -37,7 +37,7 @@ WEIGHTS = ("0.weight", "3.weight", "5.weight")
 BIASES = ("0.bias", "3.bias", "5.bias")
 STATISTICS = ("1.running_mean", "1.running_var")
 LEAST_SQUARES = {*WEIGHTS, *BIASES, *STATISTICS}
-LEVELS = Tree(max_levels=3)
+LEVELS = Tree(0.2, max_levels=3)
 MAGNITUDE = Wheel(math.inf)
 
 
@@ -204,7 +204,7 @@ def test_what_the_evaluator_is_given_of_a_candidate_is_its_own_refit():
 def test_candidates_of_the_first_level_are_the_dense_network_pruned_until_they_are_refitted():
     net = network()
     evaluate = faithful(net)
-    ranked(net, LeastSquares(finalists=1), evaluate, tree=Tree(max_levels=1))
+    ranked(net, LeastSquares(finalists=1), evaluate, tree=Tree(0.2, max_levels=1))
     before = [one for one, _ in evaluate.log if one.mask.sparsity and not one.refitted]
     assert len(before) == 6
     for candidate in before:
@@ -217,7 +217,7 @@ def test_candidates_of_the_first_level_are_the_dense_network_pruned_until_they_a
 def test_candidates_of_the_next_level_have_their_parents_refitted_values():
     net = network()
     evaluate = faithful(net)
-    winner = ranked(net, LeastSquares(finalists=1), evaluate, tree=Tree(max_levels=2))
+    winner = ranked(net, LeastSquares(finalists=1), evaluate, tree=Tree(0.2, max_levels=2))
     parent, keys = winner.weights_at(1), {key_of(winner.mask_at(1)), key_of(winner.mask_at(2))}
     children = [one for one, _ in evaluate.log if one.mask <= winner.mask_at(1) and key_of(one.mask) not in keys]
     assert len(children) >= 4
@@ -255,7 +255,7 @@ def test_the_wheel_of_the_next_level_looks_at_the_refitted_weights():
     ],
 )
 def test_so_many_finalists_of_each_level_are_refitted(kind, finalists, race):
-    winner = ranked(network(), kind(finalists=finalists), validation=Validation(race=race))
+    winner = ranked(network(), kind(finalists=finalists), validation=Validation(race=race), wheel=Wheel(8.0))
     for level in winner.report.levels:
         assert len({one.index for one in level.candidates}) == 6
         refitted = [one for one in level.candidates if one.refitted]
@@ -272,7 +272,9 @@ def by_turns(before: Callable[[Mask], float], after: Callable[[Mask], float]) ->
 @pytest.mark.parametrize("finalists", [1, 3, 6])
 def test_the_best_before_the_refit_are_refitted_and_the_best_after_it_wins(finalists):
     evaluate = by_turns(lambda mask: noise(mask, 0), lambda mask: noise(mask, 1))
-    (level,) = ranked(network(), LeastSquares(finalists=finalists), evaluate, tree=Tree(max_levels=1)).report.levels
+    (level,) = ranked(
+        network(), LeastSquares(finalists=finalists), evaluate, tree=Tree(0.2, max_levels=1)
+    ).report.levels
     before, after = {}, {}
     for candidate, _ in evaluate.log:
         if candidate.mask.sparsity:
@@ -291,7 +293,7 @@ def test_the_best_before_the_refit_are_refitted_and_the_best_after_it_wins(final
 def test_a_candidate_that_was_not_refitted_does_not_win_by_its_better_score():
     # all that were refitted are far worse than those that were not
     evaluate = by_turns(lambda mask: 1 + noise(mask, 0), lambda mask: noise(mask, 0))
-    winner = ranked(network(), LeastSquares(finalists=2), evaluate, tree=Tree(max_levels=1))
+    winner = ranked(network(), LeastSquares(finalists=2), evaluate, tree=Tree(0.2, max_levels=1))
     (level,) = winner.report.levels
     chosen = next(one for one in level.candidates if one.index == level.winner)
     assert chosen.refitted
@@ -302,7 +304,7 @@ def test_a_candidate_that_was_not_refitted_does_not_win_by_its_better_score():
 def test_twins_are_refitted_once():
     net, evaluate = network(), by_turns(lambda mask: noise(mask, 0), lambda mask: noise(mask, 1))
     # magnitude pruning without allocation draws the same six times
-    winner = ranked(net, evaluate=evaluate, wheel=Wheel(math.inf, allocation=0.0), tree=Tree(max_levels=1))
+    winner = ranked(net, evaluate=evaluate, wheel=Wheel(math.inf, allocation=0.0), tree=Tree(0.2, max_levels=1))
     (level,) = winner.report.levels
     assert [one.same_as for one in level.candidates] == [None, 0, 0, 0, 0, 0]
     # on the ranking folds, again as the winner, and fold by fold; the same on the confirmation folds
@@ -319,7 +321,7 @@ def test_a_refit_whose_score_is_no_number_does_not_win():
         return math.nan if [key_of(mask)] == first else 0.5
 
     evaluate = by_turns(lambda mask: 0.5, after)
-    (level,) = ranked(network(), LeastSquares(finalists=2), evaluate, tree=Tree(max_levels=1)).report.levels
+    (level,) = ranked(network(), LeastSquares(finalists=2), evaluate, tree=Tree(0.2, max_levels=1)).report.levels
     bad, good = (one for one in level.candidates if one.refitted)
     assert math.isnan(bad.score)
     assert (level.winner, level.accepted, level.score) == (good.index, True, 0.5)
@@ -342,7 +344,7 @@ def test_the_floor_is_held_against_the_refitted_network():
         evaluate = Asked(
             lambda one, _, refitted=refitted: (refitted if one.refitted else 1 - refitted) if one.mask.sparsity else 1.0
         )
-        winner = ranked(network(), evaluate=evaluate, tolerance=0.5, tree=Tree(max_levels=1, patience=1))
+        winner = ranked(network(), evaluate=evaluate, tolerance=0.5, tree=Tree(0.2, max_levels=1, patience=1))
         (level,) = winner.report.levels
         assert (level.accepted, level.score) == (accepted, refitted)
         assert (winner.report.winner is not None) == accepted
@@ -361,7 +363,7 @@ def test_a_level_that_failed_leaves_its_parents_refit_in_place():
     net, evaluate = network(), None
     score = faithful(net).score
     evaluate = Asked(lambda one, folds: -math.inf if one.mask.survivors == 164 else score(one, folds))
-    winner = ranked(net, evaluate=evaluate, tree=Tree(max_levels=3))
+    winner = ranked(net, evaluate=evaluate, tree=Tree(0.2, max_levels=3))
     levels = winner.report.levels
     assert [(one.level, one.accepted) for one in levels] == [(1, True), (2, False), (2, True), (3, True)]
     assert sorted(winner.refits) == [0, 1, 2, 3]
@@ -830,7 +832,7 @@ def test_a_level_that_failed_leaves_no_leaning_behind():
         branches=5,
         tolerance=0.5,
         wheel=wheel,
-        tree=Tree(max_levels=1),
+        tree=Tree(0.2, max_levels=1),
     )
     failed, accepted = winner.report.levels
     assert (failed.accepted, accepted.accepted) == (False, True)
@@ -861,7 +863,7 @@ def densities(winner: Winner, evaluate: Asked) -> set[tuple[float, ...]]:
 def test_candidates_differ_in_allocation_where_levels_are_refitted_by_least_squares(refit, wheel, differ):
     net = network()
     evaluate = faithful(net)
-    winner = ranked(net, refit, evaluate, wheel=wheel, tree=Tree(max_levels=1))
+    winner = ranked(net, refit, evaluate, wheel=wheel, tree=Tree(0.2, max_levels=1))
     assert (len(densities(winner, evaluate)) > 1) == differ
 
 
@@ -912,8 +914,8 @@ def test_normal_numbers_are_those_of_box_and_muller_from_counters_that_no_weight
 @pytest.mark.parametrize(
     ("refit", "words"),
     [
-        ("least_squares", "survivors by least squares, and running statistics, of the best 4 candidates of a level"),
-        ("batch_norm", "running statistics, of the best 4 candidates of a level"),
+        ("least_squares", "survivors by least squares, and running statistics, of the best candidate of a level"),
+        ("batch_norm", "running statistics, of the best candidate of a level"),
         (LeastSquares(each_level=False), "survivors by least squares, and running statistics, at the end"),
         (Refit(each_level=False), "running statistics, at the end"),
         (LeastSquares(finalists=2), "survivors by least squares, and running statistics, of the best 2 candidates of"),

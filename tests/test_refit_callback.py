@@ -77,7 +77,7 @@ class Record(list):
 
 
 def pruner(refit="least_squares", **options) -> RouletteWheelPruning:
-    defaults = {"branches": 2, "tolerance": 0.5, "tree": Tree(max_levels=2)}
+    defaults = {"branches": 2, "tolerance": 0.5, "tree": Tree(0.2, max_levels=2)}
     return RouletteWheelPruning(refit=refit, **defaults | options)
 
 
@@ -173,7 +173,7 @@ def test_the_winners_file_loads_into_the_plain_class_and_gives_the_logged_score(
 
 
 def test_every_level_can_be_loaded_and_gives_the_score_of_its_level(make_trainer):
-    pruning = pruner(validation=ON_ALL, tree=Tree(max_levels=3))
+    pruning = pruner(validation=ON_ALL, tree=Tree(0.2, max_levels=3))
     fitted(make_trainer, pruning)
     for level in (0, 1, 2, 3):
         fresh = Normed()
@@ -301,7 +301,7 @@ class Sees(Normed):
 
 @pytest.mark.parametrize("how", ["least_squares", "batch_norm", LeastSquares(each_level=False)], ids=str)
 def test_networks_are_validated_with_their_own_statistics(make_trainer, how):
-    pruning, module = pruner(how, tree=Tree(max_levels=1), validation=ON_ALL), Sees()
+    pruning, module = pruner(how, tree=Tree(0.2, max_levels=1), validation=ON_ALL), Sees()
     fitted(make_trainer, pruning, module=module)
     dense, winner, kinds = pruning.weights_at(0), pruning.weights_at(1), Counter()
     for seen in module.seen:
@@ -1000,7 +1000,7 @@ class InterruptedWithin(Interrupted):
         self(batch[0])
 
 
-SHORT = {"branches": 2, "tree": Tree(max_levels=2), "validation": ON_ALL}
+SHORT = {"branches": 2, "tree": Tree(0.2, max_levels=2), "validation": ON_ALL}
 
 
 @pytest.mark.slow
@@ -1060,7 +1060,7 @@ def test_a_search_interrupted_in_a_calibration_keeps_the_refitted_level(make_tra
 
 
 def test_a_search_that_ended_early_without_a_refit_saves_no_weights(make_trainer, tmp_path):
-    options = {"branches": 3, "tree": Tree(max_levels=4), "validation": ON_ALL}
+    options = {"branches": 3, "tree": Tree(0.2, max_levels=4), "validation": ON_ALL}
     with pytest.raises(MemoryError), pytest.warns(UserWarning, match="levels accepted so far"):
         fitted(make_trainer, pruner(None, **options), module=Interrupted(50))
     assert load(tmp_path / "checkpoints" / "interrupted.pt")["weights"] == {}

@@ -333,7 +333,7 @@ class Counted(TensorDataset):
 
 def searched(make_trainer, loader, module=None, callbacks=(), **options):
     pruning = RouletteWheelPruning(
-        **{"branches": 4, "tolerance": 0.1, "refit": None, "tree": Tree(max_levels=2)} | options
+        **{"branches": 4, "tolerance": 0.1, "refit": None, "tree": Tree(0.2, max_levels=2)} | options
     )
     module = module or Blobs()
     torch.manual_seed(0)
@@ -394,7 +394,7 @@ def test_with_little_room_the_loader_is_read_once_for_each_part_of_a_race(make_t
     size = 192 * (16 * 4 + 8)
     mark = within("on_train_end", lambda *_: before.append(data.taken))
     three_folds = Validation(cache_bytes=3 * size // 16, confirm=0.25)
-    options = {"branches": 12, "tree": Tree(max_levels=1), "callbacks": [mark], "validation": three_folds}
+    options = {"branches": 12, "tree": Tree(0.2, max_levels=1), "callbacks": [mark], "validation": three_folds}
     pruning = searched(make_trainer, DataLoader(data, 6), **options)
     stages = rungs(12, 12, at_once=3)
     parts = sum(len(rung.parts) for rung in stages)
@@ -657,7 +657,7 @@ def test_nothing_listens_to_a_metric_after_a_candidate_that_failed(make_trainer)
 
 
 def certified(make_trainer, samples=400, callbacks=(), module=None, loader=None, **options):
-    settings = {"branches": 3, "tolerance": 0.2, "confidence": 0.9, "refit": None, "tree": Tree(max_levels=3)}
+    settings = {"branches": 3, "tolerance": 0.2, "confidence": 0.9, "refit": None, "tree": Tree(0.2, max_levels=3)}
     pruning = RouletteWheelPruning(**settings | options)
     module = module or Blobs()
     torch.manual_seed(0)
@@ -700,7 +700,7 @@ def test_other_metrics_have_other_methods(make_trainer, monitor, method):
             super().validation_step(batch, batch_idx)
 
     module = Both(MulticlassF1Score(10, average="macro"))
-    pruning, _ = certified(make_trainer, module=module, monitor=monitor, tolerance=1.0, tree=Tree(max_levels=1))
+    pruning, _ = certified(make_trainer, module=module, monitor=monitor, tolerance=1.0, tree=Tree(0.2, max_levels=1))
     assert pruning.report.method is method
     assert pruning.report.samples == (200 if method is Method.BOOTSTRAP else 8)
     assert pruning.report.levels[0].p_value is not None
@@ -745,7 +745,7 @@ def test_too_few_samples_are_refused_before_training_with_the_number_needed(make
 
 def test_as_many_samples_as_are_needed_are_let_train(make_trainer):
     steps, needed = CountsSteps(), samples_needed(0.95, 0.1)
-    options = {"callbacks": [steps], "tolerance": 0.1, "confidence": 0.95, "tree": Tree(max_levels=1)}
+    options = {"callbacks": [steps], "tolerance": 0.1, "confidence": 0.95, "tree": Tree(0.2, max_levels=1)}
     pruning, _ = certified(make_trainer, 2 * needed, **options)
     assert steps.steps == 16
     assert pruning.report.samples == needed
@@ -835,7 +835,7 @@ class TimeFirst(Blobs):
 def test_batches_that_tell_something_else_when_cut_are_not_cut(make_trainer):
     x, y = val_loader().dataset.tensors
     batches = [(x[part].expand(20, -1, -1), y[part].expand(20, -1)) for part in torch.arange(200).split(25)]
-    pruning = RouletteWheelPruning(2, monitor="val_acc", tolerance=1.0, refit=None, tree=Tree(max_levels=1))
+    pruning = RouletteWheelPruning(2, monitor="val_acc", tolerance=1.0, refit=None, tree=Tree(0.2, max_levels=1))
     trainer = make_trainer(callbacks=[pruning], max_epochs=1)
     module = TimeFirst()
     trainer.fit(module, train_loader(), DataLoader(batches, batch_size=None))
@@ -864,7 +864,7 @@ def test_what_a_validation_step_binds_in_a_batch_object_is_forgotten(make_traine
         return Held(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
 
     x, y = val_loader().dataset.tensors
-    pruning = RouletteWheelPruning(3, monitor="val_acc", tolerance=1.0, refit=None, tree=Tree(max_levels=2))
+    pruning = RouletteWheelPruning(3, monitor="val_acc", tolerance=1.0, refit=None, tree=Tree(0.2, max_levels=2))
     trainer, module = make_trainer(callbacks=[pruning], max_epochs=1), Binding()
     trainer.fit(module, train_loader(), val_loader(10, collate_fn=held))
     with torch.no_grad():
@@ -878,7 +878,7 @@ def test_a_network_that_cannot_be_compared_with_the_dense_one_is_not_an_error(ma
             super().__init__()
             self.val_acc = MulticlassAccuracy(10)
 
-    pruning = RouletteWheelPruning(3, monitor="val_acc", tolerance=1.0, tree=Tree(max_levels=3, pruning_rate=0.5))
+    pruning = RouletteWheelPruning(3, monitor="val_acc", tolerance=1.0, tree=Tree(0.2, max_levels=3, pruning_rate=0.5))
     make_trainer(callbacks=[pruning], max_epochs=3).fit(Macro(), train_loader(), val_loader())
     assert len(pruning.report.accepted) == 3
     assert all(level.error >= 0 for level in pruning.report.accepted)

@@ -76,7 +76,9 @@ def assert_same(one: SearchReport, other: SearchReport) -> None:
 def test_a_scripted_search_gives_this_report():
     evaluate = Scripted(0.9, 0.5, 0.95, 0.86, 0.1, nan, 0.2, 0.84, 0.85, 0.8, nan, nan, nan, 0.88, 0.87, 0.86)
     tree = Tree(pruning_rate=0.3, max_levels=3)
-    winner = search(network(a=(6, 10), b=(40,)), evaluate, branches=3, tolerance=0.05, tree=tree, seed=5)
+    winner = search(
+        network(a=(6, 10), b=(40,)), evaluate, branches=3, tolerance=0.05, tree=tree, wheel=Wheel(8.0), seed=5
+    )
     slim = {survivors: 1 - survivors / 100 for survivors in (70, 49, 59, 50, 55)}
     expected = SearchReport(
         monitor="score",
@@ -96,6 +98,7 @@ def test_a_scripted_search_gives_this_report():
             Level(3, 0.075, slim[55], 55, candidates(3, slim[55], 0.88, 0.87, 0.86), winner=3, accepted=True),
         ),
         stop_reason=StopReason.MAX_LEVELS,
+        importance="magnitude",
         validations=16.0,
         seconds=0.0,
         score=None,
@@ -113,7 +116,7 @@ def test_a_branch_without_a_number_keeps_the_dense_network():
     assert winner.report.stop_reason is StopReason.DECLINED
     assert winner.report.winner is None
     assert [level.winner for level in winner.report.levels] == [None] * 3
-    assert [level.pruning_rate for level in winner.report.levels] == [0.2, 0.1, 0.05]
+    assert [level.pruning_rate for level in winner.report.levels] == [0.1, 0.05, 0.025]
     assert all(math.isnan(one.score) for level in winner.report.levels for one in level.candidates)
     assert winner.mask == winner.mask_at(0) == Mask.full(network())
     assert winner.report.sparsity == 0.0
@@ -140,7 +143,7 @@ def test_a_dense_network_without_a_score_is_an_error(dense):
 
 def test_the_dense_network_is_validated_first_and_counted():
     evaluate = Scripted(0.5)
-    winner = search(network(), evaluate, branches=4, wheel=Wheel(0.0), tree=Tree(max_levels=1))
+    winner = search(network(), evaluate, branches=4, wheel=Wheel(0.0), tree=Tree(0.2, max_levels=1))
     assert evaluate.masks[0] == Mask.full(network())
     assert winner.report.validations == len(evaluate.masks) == 5
 
@@ -154,12 +157,14 @@ def test_the_target_is_reached_exactly(goal, scope):
     assert winner.mask.size - winner.mask.survivors == math.floor(goal * 500 + 0.5)
     assert winner.report.sparsity == winner.mask.sparsity == sparsity(winner.weights)
     *before, last = winner.report.levels
-    assert all(level.pruning_rate == 0.2 for level in before)
+    assert all(level.pruning_rate == 0.1 for level in before)
     assert last.sparsity == pytest.approx(goal)
 
 
 def test_a_target_that_declines_first_is_not_reached():
-    winner = search(network(a=(100,)), lambda mask: float(mask.sparsity < 0.5), target_sparsity=0.9, branches=2)
+    winner = search(
+        network(a=(100,)), lambda mask: float(mask.sparsity < 0.5), target_sparsity=0.9, branches=2, tree=Tree(0.2)
+    )
     assert winner.report.stop_reason is StopReason.DECLINED
     assert 0.4 < winner.report.sparsity < 0.5
 
@@ -201,7 +206,7 @@ def test_a_single_weight_is_never_pruned():
 
 
 def test_an_empty_tensor_among_others_does_no_harm():
-    winner = search(network(a=(0, 3), b=(10,)), always, branches=2, tree=Tree(max_levels=1))
+    winner = search(network(a=(0, 3), b=(10,)), always, branches=2, tree=Tree(0.2, max_levels=1))
     assert winner.mask.densities == {"a": 0.0, "b": 0.8}
 
 
@@ -236,7 +241,7 @@ def test_a_rate_below_the_smallest_is_tried_before_any_halving():
 
 def test_identical_candidates_are_validated_once():
     evaluate = Scripted(0.9, 0.8)
-    winner = search(network(), evaluate, branches=5, tolerance=1, wheel=Wheel(math.inf), tree=Tree(max_levels=2))
+    winner = search(network(), evaluate, branches=5, tolerance=1, wheel=Wheel(math.inf), tree=Tree(0.2, max_levels=2))
     assert winner.report.validations == len(evaluate.masks) == 3
     for level, slim in zip(winner.report.levels, (0.2, 0.4), strict=True):
         assert level.candidates == candidates(0, pytest.approx(slim), *[0.8] * 5, same=[None, 0, 0, 0, 0])
@@ -244,7 +249,7 @@ def test_identical_candidates_are_validated_once():
 
 def test_different_candidates_are_all_validated():
     evaluate = Scripted(0.9)
-    winner = search(network(a=(300,)), evaluate, branches=20, tree=Tree(max_levels=1))
+    winner = search(network(a=(300,)), evaluate, branches=20, tree=Tree(0.2, max_levels=1))
     assert len({tuple(mask["a"].tolist()) for mask in evaluate.masks[1:]}) == 20
     assert all(one.same_as is None for one in winner.report.levels[0].candidates)
 
@@ -252,7 +257,7 @@ def test_different_candidates_are_all_validated():
 def test_a_twin_names_the_first_of_its_kind_and_shares_its_scores():
     # with three weights and one to go, six candidates repeat themselves
     evaluate = Scripted(0.9, 0.1, 0.2, 0.3)
-    winner = search(network(a=(3,)), evaluate, branches=6, tolerance=1, wheel=Wheel(0.0), tree=Tree(max_levels=1))
+    winner = search(network(a=(3,)), evaluate, branches=6, tolerance=1, wheel=Wheel(0.0), tree=Tree(0.2, max_levels=1))
     (level,) = winner.report.levels
     first = [one for one in level.candidates if one.same_as is None]
     assert [one.score for one in first] == [0.1, 0.2, 0.3][: len(first)]
@@ -285,7 +290,7 @@ def test_retries_draw_candidates_that_were_not_drawn_before():
 def test_equal_seeds_give_equal_searches_and_others_do_not(scope):
     def run(seed: int) -> tuple[Winner, list[Mask]]:
         evaluate = Scripted(0.9)
-        tree = Tree(max_levels=3)
+        tree = Tree(0.2, max_levels=3)
         return search(
             network(a=(20, 10), b=(50,)), evaluate, branches=3, seed=seed, tree=tree, wheel=Wheel(1.0, scope=scope)
         ), evaluate.masks
@@ -364,7 +369,7 @@ def test_masks_nest_and_lose_exactly_the_stated_count(sizes, rate, sharpness, sc
 
 def test_the_mask_of_a_level_is_the_one_that_was_validated():
     evaluate = Scripted(0.9, 0.1, 0.9, 0.1)  # the second, and then the first of a branch of two
-    winner = search(network(a=(200,)), evaluate, branches=2, tolerance=1.0, tree=Tree(max_levels=3))
+    winner = search(network(a=(200,)), evaluate, branches=2, tolerance=1.0, tree=Tree(0.2, max_levels=3))
     winners = [level.winner for level in winner.report.levels]
     assert winners == [1, 0, 0]
     assert [winner.mask_at(level) for level in (1, 2, 3)] == [evaluate.masks[n] for n in (2, 3, 5)]
@@ -411,7 +416,7 @@ every_way = pytest.mark.parametrize(("folds", "validation"), EVERY_WAY)
 def test_an_evaluator_is_asked_about_masked_weights_on_all_folds():
     weights, evaluate = network(a=(8, 10), b=(20,)), Folded(Scores(0.0, 0.0))
     shared = Validation(confirm=0, race=False)
-    winner = search(weights, evaluate, branches=2, tree=Tree(max_levels=1), validation=shared)
+    winner = search(weights, evaluate, branches=2, tree=Tree(0.2, max_levels=1), validation=shared)
     for candidate, _ in evaluate.asked:
         assert candidate.dense is weights
         expected = {name: torch.where(candidate.mask[name], weights[name], 0) for name in weights}
@@ -431,8 +436,8 @@ def test_an_evaluator_is_asked_about_masked_weights_on_all_folds():
 def test_rank_orders_the_branch_and_floor_is_held_against_the_floor(folds, validation):
     dense, others = Scores(-0.2, 0.9), (Scores(-0.3, 0.95), Scores(-0.4, 0.99))
     for best, kept in ((Scores(rank=-0.1, floor=0.7), False), (Scores(rank=-0.1, floor=0.91), True)):
-        evaluate, tree = Folded(dense, others[0], best, others[1], folds=folds), Tree(max_levels=1, patience=1)
-        winner = search(network(a=(100,)), evaluate, branches=3, tree=tree, validation=validation)
+        evaluate, tree = Folded(dense, others[0], best, others[1], folds=folds), Tree(0.2, max_levels=1, patience=1)
+        winner = search(network(a=(100,)), evaluate, branches=3, tree=tree, validation=validation, wheel=Wheel(8.0))
         (level,) = winner.report.levels
         assert (level.winner, level.score) == (1, best.floor)
         assert level.accepted is kept
@@ -444,7 +449,9 @@ def test_rank_orders_the_branch_and_floor_is_held_against_the_floor(folds, valid
 def test_equal_ranks_are_ordered_by_the_tiebreak(folds, validation):
     tiebreaks = (0, -3, -1, -2)
     evaluate = Folded(*(Scores(1, 1, tiebreak=tiebreak) for tiebreak in tiebreaks), folds=folds)
-    winner = search(network(a=(100,)), evaluate, branches=3, tree=Tree(max_levels=1), validation=validation)
+    winner = search(
+        network(a=(100,)), evaluate, branches=3, tree=Tree(0.2, max_levels=1), validation=validation, wheel=Wheel(8.0)
+    )
     assert winner.report.levels[0].winner == 1
     assert [one.tiebreak for one in winner.report.levels[0].candidates] == pytest.approx([-3, -1, -2])
 
@@ -453,7 +460,9 @@ def test_equal_ranks_are_ordered_by_the_tiebreak(folds, validation):
 def test_a_rank_or_floor_that_is_no_number_never_wins(folds, validation):
     scores = Scores(1, 1), Scores(nan, 1), Scores(math.inf, 1), Scores(9, nan), Scores(0, 1)
     evaluate = Folded(*scores, folds=folds)
-    winner = search(network(a=(100,)), evaluate, branches=4, tree=Tree(max_levels=1), validation=validation)
+    winner = search(
+        network(a=(100,)), evaluate, branches=4, tree=Tree(0.2, max_levels=1), validation=validation, wheel=Wheel(8.0)
+    )
     assert winner.report.levels[0].winner == 3
 
 
@@ -464,13 +473,13 @@ def test_infinite_tolerance_leaves_the_score_out_of_it():
 
 
 def test_a_plain_function_may_return_a_tensor():
-    report = search(network(), lambda mask: torch.tensor(0.5), branches=2, tree=Tree(max_levels=1)).report
+    report = search(network(), lambda mask: torch.tensor(0.5), branches=2, tree=Tree(0.2, max_levels=1)).report
     assert json.loads(json.dumps(report.to_dict()))["dense_score"] == 0.5
 
 
 @pytest.mark.parametrize("score", [np.float32(0.5), torch.tensor(0.5)])
 def test_an_evaluator_may_return_numbers_of_other_libraries(score):
-    report = search(network(), Folded(Scores(score, score)), branches=np.int64(2), tree=Tree(max_levels=1)).report
+    report = search(network(), Folded(Scores(score, score)), branches=np.int64(2), tree=Tree(0.2, max_levels=1)).report
     assert json.loads(json.dumps(report.to_dict()))["levels"][0]["candidates"][0]["score"] == 0.5
 
 
@@ -478,7 +487,7 @@ def test_an_evaluator_may_return_numbers_of_other_libraries(score):
 def test_the_weights_are_not_touched(outcome):
     weights = {name: torch.nn.Parameter(weight) for name, weight in network(a=(20, 10), b=(50,)).items()}
     before = {name: (weight, weight.detach().clone(), weight._version) for name, weight in weights.items()}
-    winner = search(weights, outcome, branches=2, wheel=Wheel(importance="lamp"), tree=Tree(max_levels=4))
+    winner = search(weights, outcome, branches=2, wheel=Wheel(importance="lamp"), tree=Tree(0.2, max_levels=4))
     for name, (parameter, values, version) in before.items():
         assert weights[name] is parameter
         assert torch.equal(parameter, values)
@@ -520,7 +529,7 @@ def test_importance_is_measured_once_a_level_on_the_pruned_parent():
         return {name: weight.abs() for name, weight in given.items()}
 
     evaluate = Scripted(0.9, 0.9, 0.9, 0.1, 0.1, 0.9)  # the second level fails once
-    winner = search(weights, evaluate, branches=2, wheel=Wheel(importance=measured), tree=Tree(max_levels=3))
+    winner = search(weights, evaluate, branches=2, wheel=Wheel(importance=measured), tree=Tree(0.2, max_levels=3))
     assert len(winner.report.levels) == 4
     assert seen == [winner.mask_at(level) for level in range(3)]
 
@@ -547,7 +556,7 @@ class Recorder(Observer):
 def test_an_observer_is_told_of_every_step_in_order():
     recorder = Recorder()
     evaluate = Scripted(0.9, nan, 0.95, 0.1, 0.2, 0.9, 0.9)
-    search(network(a=(100,)), evaluate, branches=2, observer=recorder, tree=Tree(max_levels=2))
+    search(network(a=(100,)), evaluate, branches=2, observer=recorder, tree=Tree(0.2, max_levels=2))
     assert recorder.calls == [
         ("dense", 0.9, (), None, 1, 2),
         ("candidate", 1, 1, 2, None, 0.2),
@@ -569,7 +578,7 @@ def test_what_an_observer_was_told_stays_as_it_was():
         def on_level(self, level, so_far):
             told.append(so_far)
 
-    search(network(), always, branches=2, observer=Keeper(), tree=Tree(max_levels=3))
+    search(network(), always, branches=2, observer=Keeper(), tree=Tree(0.2, max_levels=3))
     assert [winner.history.level for winner in told] == [1, 2, 3]
 
 
@@ -578,7 +587,7 @@ def test_time_and_validations_add_up():
         time.sleep(0.01)
         return 1.0
 
-    report = search(network(), slow, branches=2, wheel=Wheel(0.0), tree=Tree(max_levels=2)).report
+    report = search(network(), slow, branches=2, wheel=Wheel(0.0), tree=Tree(0.2, max_levels=2)).report
     assert report.seconds >= 0.01 * report.validations
     assert report.validations == 1 + sum(one.same_as is None for level in report.levels for one in level.candidates)
 

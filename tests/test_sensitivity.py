@@ -304,7 +304,7 @@ def searched(net, x, **options):
 
     fidelity.folds = 1
     options = {"refit": "least_squares", "branches": 2, "tolerance": math.inf, **options}
-    return search(weights, fidelity, calibration=Calibration(net, [x]), tree=Tree(max_levels=2), **options)
+    return search(weights, fidelity, calibration=Calibration(net, [x]), tree=Tree(0.2, max_levels=2), **options)
 
 
 @pytest.mark.parametrize(

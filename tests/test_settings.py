@@ -16,8 +16,8 @@ NUMBER, WHOLE = "but must be a number", "but must be a whole number"
 
 
 def test_the_defaults_are_those_documented():
-    assert Wheel() == Wheel(sharpness=8.0, importance=None, scope="global")
-    assert Tree() == Tree(pruning_rate=0.2, max_levels=None, patience=3, smallest_rate=0.01)
+    assert Wheel() == Wheel(sharpness=16.0, importance=None, scope="global")
+    assert Tree() == Tree(pruning_rate=0.1, max_levels=None, patience=3, smallest_rate=0.01)
     assert Validation() == Validation(rank_by=None, confirm=0.5, race=True, cache_bytes=2**31, keep_callbacks=())
 
 

@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_roulette import RouletteWheelPruning, Tree
+from lightning_roulette import RouletteWheelPruning, Tree, Wheel
 from tests.modules import Blobs, blobs, train_loader, val_loader
 from tests.test_evaluation import HOOKS, changed, content, counting_class, one_level, within
 
@@ -244,14 +244,16 @@ def test_training_is_the_same_with_searches_in_one_hook(hook, name, make_trainer
 @pytest.mark.parametrize("at_epoch", [None, 1])
 def test_a_search_that_accepts_nothing_leaves_no_trace(at_epoch, refit, make_trainer, tmp_path):
     hopeless = Tree(pruning_rate=0.99, patience=1)
-    pruning = RouletteWheelPruning(3, monitor="val_acc", at_epoch=at_epoch, refit=refit, tree=hopeless)
+    pruning = RouletteWheelPruning(
+        3, monitor="val_acc", at_epoch=at_epoch, refit=refit, tree=hopeless, wheel=Wheel(8.0)
+    )
     plain = trained(make_trainer, tmp_path / "plain", Case())
     assert not changed(plain, trained(make_trainer, tmp_path / "searched", Case(), [pruning]))
     assert pruning.report.winner is None
     # folds: each half and those of the race; the race, whose first four folds fill one batch; a half
     dense, branch, winner = 8 + 8 + 8, 3 * 4 + 2 * 4, 8
-    if refit is not None:  # all three see all folds, and once more when they are refitted
-        branch = 3 * 8 + 3 * 8
+    if refit is not None:  # the best sees all folds once more when it is refitted
+        branch += 8
     assert pruning.report.validations == (dense + branch + winner) / 16
 
 

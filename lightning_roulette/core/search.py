@@ -634,7 +634,8 @@ def _in_words(how: Refit | None) -> str:
     what = (
         "survivors by least squares, and running statistics" if isinstance(how, LeastSquares) else "running statistics"
     )
-    return f"{what}, {f'of the best {how.finalists} candidates of a level' if how.each_level else 'at the end'}"
+    best = "of the best candidate" if how.finalists == 1 else f"of the best {how.finalists} candidates"
+    return f"{what}, {f'{best} of a level' if how.each_level else 'at the end'}"
 
 
 def _refuse_nan(dense_score: float) -> None:
