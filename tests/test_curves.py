@@ -60,7 +60,7 @@ def expected(pruning) -> dict[str, list[tuple[int, float]]]:
 
 
 def rounded(curves) -> dict[str, list[tuple[int, float]]]:
-    return {tag: [(step, round(value, 6)) for step, value in points] for tag, points in curves.items()}
+    return {tag: [(step, torch.tensor(value).item()) for step, value in points] for tag, points in curves.items()}
 
 
 @pytest.mark.parametrize(

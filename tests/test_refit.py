@@ -122,6 +122,7 @@ def faithful(net: nn.Module, folds: int = 4) -> Asked:
 def ranked(net: nn.Module, refit="least_squares", evaluate=None, batches=None, **options) -> Winner:
     """A search of three levels that accepts anything."""
     defaults = {"branches": 6, "tolerance": math.inf, "tree": LEVELS, "validation": Validation(race=False)}
+    defaults["wheel"] = Wheel(8.0)  # so that candidates of networks as small as these differ
     calibration = Calibration(net, inputs() if batches is None else batches)
     evaluate = evaluate or faithful(net)
     return search(weights_of(net), evaluate, refit=refit, calibration=calibration, **defaults | options)
@@ -588,6 +589,7 @@ def test_a_search_that_accepts_nothing_refits_nothing_at_the_end():
 def test_without_a_refit_a_calibration_changes_nothing(race):
     net = network()
     options = {"branches": 6, "tolerance": math.inf, "tree": LEVELS, "validation": Validation(race=race)}
+    options["wheel"] = Wheel(8.0)
     one, two = faithful(net), faithful(net)
     plain = search(weights_of(net), one, **options)
     given = ranked(net, None, two, **options)

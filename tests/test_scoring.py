@@ -878,7 +878,7 @@ def test_a_network_that_cannot_be_compared_with_the_dense_one_is_not_an_error(ma
             super().__init__()
             self.val_acc = MulticlassAccuracy(10)
 
-    pruning = RouletteWheelPruning(3, monitor="val_acc", tolerance=1.0, tree=Tree(0.2, max_levels=3, pruning_rate=0.5))
+    pruning = RouletteWheelPruning(3, monitor="val_acc", tolerance=1.0, tree=Tree(0.5, max_levels=3))
     make_trainer(callbacks=[pruning], max_epochs=3).fit(Macro(), train_loader(), val_loader())
     assert len(pruning.report.accepted) == 3
     assert all(level.error >= 0 for level in pruning.report.accepted)
