@@ -17,12 +17,13 @@ check: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# about an hour on two cores; DATA names an mnist.npz in the layout of Keras, else MNIST is fetched from OpenML
+# hours on two cores; DATA names an mnist.npz in the layout of Keras, else MNIST is fetched from OpenML
 bench: $(VENV)/.demo
 	$(VENV)/bin/python examples/benchmarks/wheel.py
 	$(VENV)/bin/python examples/benchmarks/evaluation.py
 	$(VENV)/bin/python examples/benchmarks/certificate.py
 	$(VENV)/bin/python examples/benchmarks/selection.py $(MNIST)
+	$(VENV)/bin/python examples/benchmarks/refit.py $(MNIST)
 
 # torch goes first, as its pinned version names a build that the constraint alone might not prefer
 $(VENV)/.torch: constraints.txt
