@@ -60,10 +60,10 @@ class Sensitivity:
     ) -> None:
         self._pieces, self._seed = pieces, seed
         parts, known = dict(module.named_modules(remove_duplicate=False)), aliases(module)
+        owner_of = owners_of(module)
         first = {alias: name for name, all_names in known.items() for alias in all_names}
         self._owners = {
-            name: [(alias.rpartition(".")[0], owners_of(module)[alias][0]) for alias in known[first[name]]]
-            for name in names
+            name: [(alias.rpartition(".")[0], owner_of[alias][0]) for alias in known[first[name]]] for name in names
         }
         around = {path: parts[path] for owners in self._owners.values() for prefix, _ in owners for path in _up(prefix)}
         self._calls: list[Counter[nn.Module]] = []
@@ -173,7 +173,7 @@ class _Backwards:
 
     def _note(self, part: nn.Module, arguments: tuple[Any, ...]) -> None:
         _, given = _floating(arguments)
-        squares = torch.ones(1, dtype=torch.float64) if given is None else _by_channel(part, given, outputs=False)
+        squares = torch.ones(1, dtype=torch.float64) if given is None else _by_channel(part, given)
         rows = 1 if given is None else max(1, given.numel() // len(squares))
         if (seen := self._seen.get(part)) is None:
             self._seen[part] = _Seen(squares, rows)
@@ -197,7 +197,7 @@ class _Backwards:
                     self._add(self._given[index][0], derivative)
 
     def _add(self, part: nn.Module, derivative: Tensor) -> None:
-        seen, squares = self._seen[part], _by_channel(part, derivative, outputs=True)
+        seen, squares = self._seen[part], _by_channel(part, derivative)
         if seen.derivatives is None:
             seen.derivatives = squares
         elif seen.derivatives.shape == squares.shape:
@@ -223,7 +223,7 @@ def _scale(shape: torch.Size, owned: Sequence[tuple[nn.Module, bool]], seen: dic
     return None if squares is None else squares.sqrt()
 
 
-def _by_channel(part: nn.Module, values: Tensor, outputs: bool) -> Tensor:
+def _by_channel(part: nn.Module, values: Tensor) -> Tensor:
     """Sums of squares over all but the channels, float64."""
     channel = values.dim() - 1
     if isinstance(part, (*_CONVOLUTIONS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
