@@ -231,18 +231,19 @@ def _of(case: Case, winner: Winner) -> Found:
     return Found(winner.mask.survivors / case.total, winner.weights, path, winner.report.validations)
 
 
-def slimmest(case: Case, pruner: Pruner, stride: int = 1) -> Found:
+def slimmest(case: Case, pruner: Pruner, stride: int = 1, pruned: Callable[[Mask], Values] | None = None) -> Found:
     """Of all networks on the grid that keep the floor the slimmest.
 
     Args:
         case: The network.
         pruner: From a number of survivors to a mask.
         stride: One of so many points of the grid is tried; then those between the slimmest that holds and the next.
+        pruned: From a mask to the values of the network; the dense ones, zero where pruned, if left out.
     """
-    floor, before = case.dense["val"] - TOLERANCE, case.validations
+    floor, before, pruned = case.dense["val"] - TOLERANCE, case.validations, pruned or case.masked
 
     def holding(grid: Sequence[int]) -> list[int]:
-        scores = {survivors: case.score(case.masked(pruner(survivors)), case.val) for survivors in grid}
+        scores = {survivors: case.score(pruned(pruner(survivors)), case.val) for survivors in grid}
         return [survivors for survivors, found in scores.items() if keeps_floor(found, floor)]
 
     least = min([case.total, *holding(case.grid[::stride])])
@@ -250,8 +251,18 @@ def slimmest(case: Case, pruner: Pruner, stride: int = 1) -> Found:
     least = min([least, *holding(case.grid[place + 1 : place + stride])])
     work = case.validations - before + 1  # the dense network's
     shown = sorted({*case.grid[::STRIDE], least}, reverse=True)
-    path = ((survivors / case.total, case.masked(pruner(survivors))) for survivors in shown)
-    return Found(least / case.total, case.masked(pruner(least)), path, work)
+    path = ((survivors / case.total, pruned(pruner(survivors))) for survivors in shown)
+    return Found(least / case.total, pruned(pruner(least)), path, work)
+
+
+def refitted_once(case: Case) -> Found:
+    """One-shot magnitude over all layers, then our least squares: what the refit is worth without the search."""
+    calibration = case.calibration
+
+    def pruned(mask: Mask) -> Values:
+        return {**case.masked(mask), **calibration.refit(mask, case.size.refit).values}
+
+    return slimmest(case, Falling({name: one.abs() for name, one in case.weights.items()}), STRIDE, pruned)
 
 
 class Falling:
@@ -442,6 +453,7 @@ OURS: dict[str, Callable[[Case], Found]] = {
     "ours, paper": paper,
     "ours, no refit": lambda case: ours(case, refit=False),
     "ours": ours,
+    "one-shot l1, our refit": refitted_once,
 }
 METHODS = (*OURS, *PEERS)
 
