@@ -21,6 +21,7 @@ class StopReason(Enum):
     MAX_LEVELS = "The allowed number of levels was reached."
     EXHAUSTED = "No further weight may be pruned."
     INTERRUPTED = "The search was interrupted. The network is dense; the levels up to here had been accepted."
+    TRAINING_ENDED = "Training ended."
     FAILED = "An error ended the search. The network is dense; the levels up to here had been accepted."
 
 
@@ -96,6 +97,8 @@ class Level:
         p_value: Of the null hypothesis that the level's true decline exceeds the tolerance; None without `confidence`.
         held: Whether the level held on the confirmation folds; None if it was not judged there.
         undone: The weights of which a refit was undone, by name, and why.
+        epoch: How many epochs were trained when it was cut, for levels that were judged after training on: `gated` and
+            `held` are then of the network that training made of it. None for levels of a search.
     """
 
     level: int
@@ -111,6 +114,7 @@ class Level:
     p_value: float | None = None
     held: bool | None = None
     undone: Mapping[str, str] = field(default_factory=dict, hash=False)
+    epoch: int | None = None
 
     @property
     def score(self) -> float:
@@ -157,6 +161,7 @@ class SearchReport:
         importance: What the wheel drew by, in words.
         refit: What refitted the levels, in words; empty if nothing did.
         left_alone: The prunable weights that it could not refit, by name, and why.
+        gradual: Whether the network trained on after each cut, before the level was judged.
     """
 
     monitor: str
@@ -182,6 +187,7 @@ class SearchReport:
     importance: str = ""
     refit: str = ""
     left_alone: Mapping[str, str] = field(default_factory=dict, hash=False)
+    gradual: bool = False
 
     @property
     def floor(self) -> float:

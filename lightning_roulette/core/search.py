@@ -340,10 +340,12 @@ class _Growing:
         seed: int,
         observer: Observer,
         refitting: _Refitting,
+        history: History | None = None,
     ) -> None:
         self.weights, self.judge, self.branches = weights, judge, branches
         self.wheel, self.seed, self.observer, self.refitting = wheel, seed, observer, refitting
-        self.parent, self.history = Mask.full(weights), History.of_dense(weights)
+        self.history = history or History.of_dense(weights)
+        self.parent = self.history.mask
         self.allocation, self.importance = _allocation(wheel, refitting.how), _importance(wheel, refitting.how)
         self.leaning = dict.fromkeys(weights, 0.0)
         self.levels: list[Level] = []
@@ -351,12 +353,13 @@ class _Growing:
         self.began = time.monotonic()
         self.report: SearchReport
 
-    def start(self, tolerance: float, confidence: float | None, race: bool) -> None:
-        """Validate the dense network, on the ranking and on the confirmation folds."""
+    def start(self, tolerance: float, confidence: float | None, race: bool, refuse_nan: bool = True) -> None:
+        """Validate the network as it is, on the ranking and on the confirmation folds."""
         judge = self.judge
         dense = self.refitting.network(self.parent)
         scores, self.outcomes = judge.recorded(dense, judge.ranking)
-        _refuse_nan(scores.floor)
+        if refuse_nan:
+            _refuse_nan(scores.floor)
         self.report = SearchReport("score", "max", scores.floor, tolerance, self.branches, self.seed, self.parent.size)
         self.report = replace(
             self.report,
@@ -368,7 +371,8 @@ class _Growing:
         )
         if judge.confirming:
             gated, self.gated_outcomes = judge.recorded(dense, judge.confirming)
-            _refuse_nan(gated.floor)
+            if refuse_nan:
+                _refuse_nan(gated.floor)
             samples = None if self.gated_outcomes is None else size_of(self.gated_outcomes)
             self.report = replace(self.report, gated_dense=gated.floor, samples=samples)
         if confidence is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
@@ -210,6 +211,28 @@ def check_count(name: str, value: Any, *, at_least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} is {value!r}, but must be a whole number.")
     check_number(name, value, at_least=at_least)
+
+
+def check_epochs(at_epoch: Any, confidence: float | None = None) -> None:
+    """Raise unless `at_epoch` is None, a number of epochs, or several in rising order.
+
+    Raises:
+        TypeError: If it holds anything but whole numbers.
+        ValueError: If a number is negative, there is none, or they do not rise; or if several come with a confidence.
+    """
+    if at_epoch is None or not isinstance(at_epoch, Sequence) or isinstance(at_epoch, str):
+        if at_epoch is not None:
+            check_count("at_epoch", at_epoch, at_least=0)
+        return
+    for epoch in at_epoch:
+        check_count("an epoch of at_epoch", epoch, at_least=0)
+    if not at_epoch or any(later <= earlier for earlier, later in pairwise(at_epoch)):
+        raise ValueError(f"at_epoch is {at_epoch!r}, but several epochs must rise, as range(10, 30) does.")
+    if confidence is not None:
+        raise ValueError(
+            f"at_epoch is {at_epoch!r} and confidence {confidence}, but a level that is judged until it holds cannot "
+            "be certified. Leave confidence out, or search once, with a single at_epoch or none."
+        )
 
 
 def check_seed(seed: Any) -> None:

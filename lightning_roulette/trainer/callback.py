@@ -8,7 +8,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar
 from torch import Tensor, nn
 
 from lightning_roulette.core.calibration import Calibration
+from lightning_roulette.core.gradual import Cuts
 from lightning_roulette.core.masks import History, Mask, breaks, fits
 from lightning_roulette.core.report import SearchReport, StopReason
 from lightning_roulette.core.search import Winner, check_search, load, search
@@ -27,10 +28,11 @@ from lightning_roulette.core.settings import (
     Validation,
     Wheel,
     check_choice,
-    check_count,
+    check_epochs,
     check_words,
     refit_of,
 )
+from lightning_roulette.core.steps import copy_into, named_tensors
 from lightning_roulette.trainer.calibration import (
     TrainerCalibration,
     calibration_batches,
@@ -52,6 +54,7 @@ from lightning_roulette.trainer.files import (
     save_accepted_levels,
 )
 from lightning_roulette.trainer.folds import FoldedData, KeptData
+from lightning_roulette.trainer.gradual import BetweenEpochs
 from lightning_roulette.trainer.holding import ZeroHolder, hold_zeros, place_before_checkpoints
 from lightning_roulette.trainer.monitor import Metric, find_metric
 from lightning_roulette.trainer.scoring import (
@@ -63,7 +66,7 @@ from lightning_roulette.trainer.scoring import (
     uncut_if_it_matters,
     validate,
 )
-from lightning_roulette.trainer.watching import Watcher, log, speak_up
+from lightning_roulette.trainer.watching import EpochWatcher, Watcher, log, speak_up
 
 
 class RouletteWheelPruning(ZeroHolder):
@@ -94,6 +97,11 @@ class RouletteWheelPruning(ZeroHolder):
             Single samples are then dealt to folds; where batches cannot be split, their order must be random.
         at_epoch: None: search when training ends. N: search when N epochs are trained, before the next begins;
             training then goes on with pruned weights held at zero. A run that stops earlier searches at its end.
+            Several, `range(10, 30)` say: prune and train in turn. Before each of these epochs the network as trained is
+            judged; if it keeps the floor, one level more is cut, and training goes on with it. A level that misses the
+            floor is trained on without a further cut, and judged again. At the end the slimmest that held is loaded, as
+            it was then. The floor is the score before the first cut less `tolerance`. Each cut takes the tree's pruning
+            rate, or what the cubic schedule to `target_sparsity` asks for.
         refit: What is done for the accuracy of a level after it was drawn, on inputs of the training data, without
             gradients or labels: `"least_squares"`, or a `LeastSquares`: the survivors of each layer, and its bias, are
             refitted so that its outputs are as close as may be to the dense network's, and running statistics of batch
@@ -128,7 +136,7 @@ class RouletteWheelPruning(ZeroHolder):
         mode: str | None = None,
         target_sparsity: float | None = None,
         confidence: float | None = None,
-        at_epoch: int | None = None,
+        at_epoch: int | Sequence[int] | None = None,
         refit: str | LeastSquares | None = "least_squares",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
@@ -141,8 +149,7 @@ class RouletteWheelPruning(ZeroHolder):
         check_search(branches, tolerance, target_sparsity, confidence, wheel, tree, validation, seed)
         if mode is not None:
             check_choice("mode", mode, ("max", "min"))
-        if at_epoch is not None:
-            check_count("at_epoch", at_epoch, at_least=0)
+        check_epochs(at_epoch, confidence)
         if monitor is not None and not isinstance(monitor, str):
             raise TypeError(f"monitor is {monitor!r}, but must be the name of a logged metric.")
         for name, patterns in (("include", include), ("exclude", exclude)):
@@ -168,6 +175,7 @@ class RouletteWheelPruning(ZeroHolder):
         self._module: weakref.ref[LightningModule] | None = None
         self._files: RunFiles | None = None
         self._loaded_at_step = 0
+        self._gradual = self._between_epochs()
 
     @property
     def mask(self) -> Mask | None:
@@ -203,8 +211,9 @@ class RouletteWheelPruning(ZeroHolder):
         return self._levels.weights_at(level)
 
     def held(self) -> Mask | None:
-        """The winner's mask."""
-        return self.mask
+        """The winner's mask; while levels are cut between epochs, that of the deepest."""
+        gradual = self._gradual
+        return self.mask if gradual is None or gradual.over or gradual.mask is None else gradual.mask
 
     # ---- when
 
@@ -249,8 +258,15 @@ class RouletteWheelPruning(ZeroHolder):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search, if `at_epoch` epochs are trained: the checkpoints of the epoch before are written by now."""
-        due = self.at_epoch is not None and trainer.current_epoch >= self.at_epoch
-        if due and not self._idle and self._history is None:
+        if self._idle:
+            return
+        if self._gradual is not None:
+            if (place := self._gradual.place(trainer.current_epoch)) is not None:
+                self._epoch_begins = True
+                self._prune_on(trainer, pl_module, place)
+            return
+        due = isinstance(self.at_epoch, int) and trainer.current_epoch >= self.at_epoch
+        if due and self._history is None:
             self._epoch_begins = True
             self._search(trainer, pl_module)
             self._hold_zeros(trainer, pl_module)
@@ -260,7 +276,9 @@ class RouletteWheelPruning(ZeroHolder):
         super().on_train_end(trainer, pl_module)
         if self._idle:
             return
-        if self._history is None:
+        if self._prunes_on:
+            self._end_gradual(trainer, pl_module)
+        elif self._history is None:
             self._search(trainer, pl_module)
         elif self._hold is not None and trainer.global_step > self._loaded_at_step:
             self._finish(trainer, pl_module)
@@ -297,7 +315,8 @@ class RouletteWheelPruning(ZeroHolder):
         if self._history is None or self.report is None:
             return {}
         report = self.report.to_dict()
-        return {**self._history.state(), "report": report, "best_model_path": self.best_model_path}
+        state = {**self._history.state(), "report": report, "best_model_path": self.best_model_path}
+        return state if self._gradual is None else {**state, "gradual": self._gradual.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the search that a checkpoint was saved after; to validate another does not replace this one's."""
@@ -306,6 +325,10 @@ class RouletteWheelPruning(ZeroHolder):
         self._history, self._levels = History.from_state(state_dict), None
         self.report = SearchReport.from_dict(state_dict["report"])
         self.best_model_path = state_dict["best_model_path"]
+        if self._gradual is not None:
+            self._gradual = self._between_epochs()
+            assert self._gradual is not None
+            self._gradual.restore(state_dict.get("gradual", {}))
         self._restored = True
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -334,7 +357,9 @@ class RouletteWheelPruning(ZeroHolder):
             )
 
     def _hold_zeros(self, trainer: Trainer, module: LightningModule) -> None:
-        if (mask := self.mask) is not None:
+        if self._hold is not None:
+            self._hold.release()
+        if (mask := self.held()) is not None:
             self._hold = hold_zeros(trainer, module, mask)
             self._loaded_at_step, self._module = trainer.global_step, weakref.ref(module)
 
@@ -343,8 +368,10 @@ class RouletteWheelPruning(ZeroHolder):
 
     def _validates_first(self, trainer: Trainer) -> bool:
         """Whether the Trainer validates before the search comes."""
-        every, last = trainer.check_val_every_n_epoch, trainer.max_epochs if self.at_epoch is None else self.at_epoch
-        return every is None or last in (None, -1) or every <= last
+        every, last = trainer.check_val_every_n_epoch, trainer.max_epochs
+        if self.at_epoch is not None:
+            last = self.at_epoch if isinstance(self.at_epoch, int) else self.at_epoch[0]
+        return every is None or last is None or last == -1 or every <= last
 
     def _rehearse(self, trainer: Trainer, module: LightningModule, batches: float) -> None:
         """Find the metric by a short validation, and refuse what cannot work with it."""
@@ -394,7 +421,7 @@ class RouletteWheelPruning(ZeroHolder):
                     return name
         return None
 
-    def _search(self, trainer: Trainer, module: LightningModule) -> None:
+    def _ready(self, trainer: Trainer, module: LightningModule) -> _Ready:
         validation = self._validating(trainer, module)
         with validation:
             # after which lazy parameters have their shape
@@ -406,20 +433,116 @@ class RouletteWheelPruning(ZeroHolder):
         with validation:
             data = uncut_if_it_matters(validation, data, logged, metric)
             refuse_if_blind(validation, data, weights)
+        evaluate = TrainerEvaluator(trainer, module, validation, data, weights, metric)
+        return _Ready(validation, data, metric, weights, evaluate)
+
+    def _search(self, trainer: Trainer, module: LightningModule) -> None:
+        ready = self._ready(trainer, module)
+        metric = ready.metric
         self._files = RunFiles.next_to(trainer, self.dirpath)
         with Watcher(trainer, metric) as watcher:
             try:
-                with validation:
-                    evaluate = TrainerEvaluator(trainer, module, validation, data, weights, metric)
-                    calibration = self._calibration(trainer, module, validation)
-                    winner = self._find_winner(trainer, weights, evaluate, calibration, watcher)
-                self._load(trainer, module, winner, metric, data)
+                with ready.validation:
+                    calibration = self._calibration(trainer, module, ready.validation)
+                    winner = self._find_winner(trainer, ready.weights, ready.evaluate, calibration, watcher)
+                self._load(trainer, module, winner, metric, ready.data)
             except BaseException as error:
                 if self._history is None:  # the network is the dense one
                     self._keep_accepted(trainer, watcher.so_far, metric, isinstance(error, KeyboardInterrupt))
                 raise
         assert self.report is not None
         watcher.on_end(self.report)
+
+    # ---- between epochs
+
+    def _between_epochs(self) -> BetweenEpochs | None:
+        """Pruning in turn with training, if that is asked for."""
+        if self.at_epoch is None or isinstance(self.at_epoch, int):
+            return None
+        cuts = Cuts(
+            self.branches,
+            self.tolerance,
+            self.target_sparsity,
+            len(self.at_epoch),
+            refit_of(self.refit),
+            self.wheel,
+            self.tree,
+            self.validation,
+            self.seed,
+        )
+        return BetweenEpochs(cuts, self.at_epoch)
+
+    @property
+    def _prunes_on(self) -> bool:
+        """Whether further levels may be cut."""
+        return self._gradual is not None and not self._gradual.over and self._gradual.mask is not None
+
+    def _prune_on(self, trainer: Trainer, module: LightningModule, place: int) -> None:
+        """Judge the network as it is trained, and if it keeps the floor cut one level more."""
+        assert self._gradual is not None
+        ready, epoch = self._ready(trainer, module), trainer.current_epoch
+        with EpochWatcher(trainer, ready.metric, epoch) as watcher:
+            with ready.validation:
+                calibration = self._calibration(trainer, module, ready.validation)
+                held = self._gradual.judge(ready.weights, ready.evaluate, calibration, watcher)
+            self._note(trainer, module, held, ready.metric, watcher)
+            if not held:
+                return
+            with ready.validation:
+                network = self._gradual.cut(place, epoch)
+            if network is None:
+                return
+            copy_into(named_tensors(module), network.weights)
+            self._take_report(ready.metric)
+            self._hold_zeros(trainer, module)
+            assert self._gradual.report is not None
+            watcher.on_cut(self._gradual.report, network.mask)
+
+    def _note(
+        self, trainer: Trainer, module: LightningModule, held: bool, metric: Metric, watcher: EpochWatcher
+    ) -> None:
+        """Take note of a judgement; keep and save a network that held, the dense one at first."""
+        gradual = self._gradual
+        assert gradual is not None
+        assert gradual.report is not None
+        assert gradual.mask is not None
+        self._take_report(metric)
+        if held:
+            gradual.keep(module)
+        if gradual.report.levels:
+            watcher.on_judged(gradual.report)
+        else:
+            watcher.on_start(gradual.report, gradual.mask)
+        self._files = self._files or RunFiles.next_to(trainer, self.dirpath)
+        if held and gradual.report.levels:
+            self._save(trainer)
+        elif held and self._files is not None:
+            trainer.save_checkpoint(self._files.dense, weights_only=False)
+
+    def _take_report(self, metric: Metric) -> None:
+        assert self._gradual is not None
+        assert self._gradual.report is not None
+        self.report, self._history = metric.units_of(self._gradual.report), self._gradual.history
+
+    def _end_gradual(self, trainer: Trainer, module: LightningModule) -> None:
+        """Judge the last level, load the slimmest that held, and save it."""
+        gradual = self._gradual
+        assert gradual is not None
+        ready = self._ready(trainer, module)
+        with EpochWatcher(trainer, ready.metric, trainer.current_epoch) as watcher:
+            with ready.validation:
+                held = gradual.judge(ready.weights, ready.evaluate)
+            self._note(trainer, module, held, ready.metric, watcher)
+            gradual.load_kept(module)
+            gradual.over = True
+            self.report = ready.metric.units_of(gradual.ended())
+            self._hold_zeros(trainer, module)
+            self.report = replace(self.report, score=self._measure(trainer, module, self.report.monitor, ready.data))
+        if self.report.winner is not None:
+            self._save(trainer)
+        watcher.on_end(self.report)
+
+    # ---- parts
 
     @property
     def _looks_at_inputs(self) -> bool:
@@ -527,6 +650,17 @@ class RouletteWheelPruning(ZeroHolder):
             except BaseException:
                 self.best_model_path = before
                 raise
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """What judges pruned networks, and what it looks at."""
+
+    validation: IsolatedValidation
+    data: FoldedData
+    metric: Metric
+    weights: dict[str, nn.Parameter]
+    evaluate: TrainerEvaluator
 
 
 def _nothing_to_do(trainer: Trainer) -> bool:

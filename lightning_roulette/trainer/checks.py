@@ -29,11 +29,14 @@ def refuse_foreign_trainer(trainer: Any) -> None:
         )
 
 
-def refuse_trainer(trainer: Trainer, callback: Callback, keep_callbacks: Sequence[str], at_epoch: int | None) -> None:
+def refuse_trainer(
+    trainer: Trainer, callback: Callback, keep_callbacks: Sequence[str], at_epoch: int | Sequence[int] | None
+) -> None:
     """Raise where this Trainer cannot search as asked.
 
     Raises:
-        ValueError: If `at_epoch` lies beyond `max_epochs`, or `keep_callbacks` names no callback of the Trainer.
+        ValueError: If an epoch of `at_epoch` lies beyond `max_epochs`, or `keep_callbacks` names no callback of the
+            Trainer.
         RuntimeError: If the strategy shards weights, or another callback has the same state key.
     """
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
@@ -55,10 +58,17 @@ def refuse_trainer(trainer: Trainer, callback: Callback, keep_callbacks: Sequenc
                 "Add it to the Trainer, or leave it out."
             )
     last = None if trainer.fast_dev_run else trainer.max_epochs  # type: ignore[attr-defined]
-    if at_epoch is not None and last not in (None, -1) and at_epoch > last:
+    if last is None or last == -1:
+        return
+    if isinstance(at_epoch, int) and at_epoch > last:
         raise ValueError(
-            f"at_epoch is {at_epoch}, but the Trainer stops after max_epochs={trainer.max_epochs}. "
+            f"at_epoch is {at_epoch}, but the Trainer stops after max_epochs={last}. "
             "Lower at_epoch, or leave it out to search when training ends."
+        )
+    if isinstance(at_epoch, Sequence) and at_epoch[-1] >= last:
+        raise ValueError(
+            f"at_epoch ends with {at_epoch[-1]}, but the Trainer stops after max_epochs={last}, and a level is judged "
+            f"after some training. Let the last epoch of at_epoch be {last - 1} at most."
         )
 
 

@@ -38,11 +38,11 @@ class Curves:
 
     def __init__(self, loggers: Iterable[Logger]) -> None:
         self._loggers = list(loggers)
-        for writer in self._tensorboards():
-            writer.experiment.add_custom_scalars(_LAYOUT)
 
     def draw_dense(self, report: SearchReport, parameters: Iterable[str]) -> None:
-        """The points of level 0."""
+        """The points of level 0, and what is shown together."""
+        for writer in self._tensorboards():
+            writer.experiment.add_custom_scalars(_LAYOUT)
         spread = (report.dense_score,) * 3
         self._draw(0, report.dense_score, report.floor, 0.0, spread, dict.fromkeys(parameters, 1.0))
         if report.gated_dense is not None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from typing import TypeVar
 
 from lightning.pytorch import Trainer
 
+from lightning_roulette.core.masks import Mask
 from lightning_roulette.core.report import Candidate, Level, SearchReport
 from lightning_roulette.core.search import Observer, Winner
 from lightning_roulette.trainer.curves import Curves
@@ -13,6 +15,7 @@ from lightning_roulette.trainer.monitor import Metric
 from lightning_roulette.trainer.progress import line_of
 
 log = logging.getLogger("lightning_roulette")
+_W = TypeVar("_W", bound="Watcher")
 
 
 def speak_up() -> None:
@@ -38,7 +41,7 @@ class Watcher(Observer):
         self._curves, self._line = Curves(trainer.loggers if self._speaks else ()), line_of(trainer)
         self.so_far: Winner | None = None
 
-    def __enter__(self) -> Watcher:
+    def __enter__(self: _W) -> _W:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -92,3 +95,47 @@ class Watcher(Observer):
     def _say(self, text: str) -> None:
         if self._speaks:
             log.info(f"RouletteWheelPruning: {text}")
+
+
+class EpochWatcher(Watcher):
+    """Passes on what happens between two epochs: the verdict on the network as trained, and the cut that follows.
+
+    Args:
+        trainer: Its loggers get the curves, its progress bar the line.
+        metric: What scores mean.
+        epoch: How many epochs are trained.
+    """
+
+    def __init__(self, trainer: Trainer, metric: Metric, epoch: int) -> None:
+        super().__init__(trainer, metric)
+        self._epoch = epoch
+
+    def on_dense(self, so_far: Winner, work: float) -> None:
+        """Nothing: it is the network as trained, whatever was cut from it."""
+
+    def on_level(self, level: Level, so_far: Winner) -> None:
+        """Nothing: the level is judged when training has gone on."""
+
+    def on_start(self, report: SearchReport, mask: Mask) -> None:
+        """Say the dense score; draw it."""
+        ours = self._metric.units_of(report)
+        self._say(f"after {self._epoch} epochs {ours.monitor} is {ours.gated_dense:.6g}, floor {ours.gated_floor:.6g}.")
+        self._curves.draw_dense(ours, mask)
+
+    def on_judged(self, report: SearchReport) -> None:
+        """Say whether the deepest level holds; draw its point."""
+        ours = self._metric.units_of(report)
+        level = ours.levels[-1]
+        verdict = "held" if level.held else f"below the floor {ours.gated_floor:.6g}"
+        self._say(
+            f"level {level.level}, sparsity {level.sparsity:.2%}, after {self._epoch} epochs: {ours.monitor} "
+            f"{level.gated:.6g}, {verdict}"
+        )
+        self._curves.draw_confirmed(level)
+
+    def on_cut(self, report: SearchReport, mask: Mask) -> None:
+        """Say how slim the network is now; draw it."""
+        ours = self._metric.units_of(report)
+        level = ours.levels[-1]
+        self._say(f"cut to level {level.level}: sparsity {level.sparsity:.2%}, {ours.monitor} {level.score:.6g}")
+        self._curves.draw_level(level, ours.floor, mask.densities)

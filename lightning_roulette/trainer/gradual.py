@@ -1,0 +1,62 @@
+"""Pruning in turn with training: which epochs cut, and the slimmest network that held, kept while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from lightning_roulette.core.calibration import Survivors
+from lightning_roulette.core.gradual import Cuts, Gradual
+from lightning_roulette.core.masks import Mask, apply_mask
+from lightning_roulette.core.steps import copy_into, named_tensors
+
+
+class BetweenEpochs(Gradual):
+    """A network that is pruned between epochs, and of which the slimmest state that held is kept.
+
+    Args:
+        cuts: How it is cut.
+        epochs: Before which epochs.
+
+    Attributes:
+        over: Whether training has ended, and the winner was loaded.
+    """
+
+    def __init__(self, cuts: Cuts, epochs: Sequence[int]) -> None:
+        super().__init__(cuts)
+        self._places = {epoch: place for place, epoch in enumerate(epochs, start=1)}
+        self._kept: Survivors | None = None
+        self.over = False
+
+    def place(self, epoch: int) -> int | None:
+        """The number of the cut before an epoch, from 1; None if there is none."""
+        return None if self.over else self._places.get(epoch)
+
+    def keep(self, module: LightningModule) -> None:
+        """Keep the network as it is, on the CPU: its level has held."""
+        assert self.mask is not None
+        self._kept = Survivors.of(self.mask, named_tensors(module))
+
+    def load_kept(self, module: LightningModule) -> Mask:
+        """Make the network the slimmest that held, in place."""
+        assert self.history is not None
+        assert self._kept is not None
+        tensors, mask = named_tensors(module), self.history.mask
+        copy_into(tensors, self._kept.spread(mask, tensors))
+        apply_mask(module, mask)
+        return mask
+
+    def state(self) -> dict[str, Any]:
+        """What a resume goes on from, the kept network included."""
+        if self._kept is None:
+            return {}
+        return {**super().state(), "kept": dict(self._kept.values), "over": self.over}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken; if it is empty, a search has already done what was to be done."""
+        super().restore(state)
+        self.over = bool(state.get("over", True))
+        if state:
+            self._kept = Survivors(state["kept"])
