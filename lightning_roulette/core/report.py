@@ -90,7 +90,8 @@ class Level:
         candidates: In the order drawn.
         winner: Index of the best candidate, None if no score was a number.
         accepted: Whether the winner kept the floor on the ranking folds and became the next parent.
-        error: Paired standard error of `score` less the dense score; NaN if it cannot be told.
+        error: Paired standard error of `score` less the dense score (with `epoch`, the parent's before the cut); NaN if
+            it cannot be told.
         gated: The score on the confirmation folds, in the metric's own units; None if the level was not judged there.
             It ranked nothing, but decided where the chain of accepted levels ends, and so is slightly optimistic.
         gated_error: Paired standard error of `gated` less the dense score on the same folds; NaN if it cannot be told.
@@ -288,8 +289,9 @@ class SearchReport:
         return cls(**{**fields, **_numbers(fields, names), **read})
 
     def __str__(self) -> str:
-        widths = [max(len(row[i]) for row in self.rows()) for i in range(len(_HEADINGS))]
-        table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in self.rows()]
+        rows = self.rows()
+        widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+        table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         return "\n".join([*self.summary(), "", *table])
 
     def markdown(self) -> str:
@@ -303,17 +305,35 @@ class SearchReport:
         sentences = [
             f"{self.survivors:,} of {self.size:,} prunable weights kept ({1 - self.sparsity:.2%}): "
             f"sparsity {self.sparsity:.2%}, level {self.winner.level if self.winner else 0} of {len(self.accepted)} "
-            "accepted ones.",
-            f"{self.monitor}: dense {self.dense_score:.6g}, floor {self.floor:.6g}, "
-            f"winner {self.chosen_by:.6g} (the score that chose it"
-            + (")." if self.score is None else f"), {self.score:.6g} once loaded, on all the data."),
-            *self._confirmation(),
+            + ("that were cut." if self.gradual else "accepted ones."),
+            *(self._judgements() if self.gradual else self._choice()),
             *self._refits(),
         ]
         if self.trained_score is not None:
             sentences.append(f"{self.monitor} after the training that followed: {self.trained_score:.6g}.")
         reason = self.stop_reason.value if self.stop_reason else "The search goes on."
         return [*sentences, f"{reason} {self.validations:.4g} validations' worth of work in {self.seconds:.1f} s."]
+
+    def _choice(self) -> list[str]:
+        """What chose the winner of a search."""
+        once_loaded = ")." if self.score is None else f"), {self.score:.6g} once loaded, on all the data."
+        return [
+            f"{self.monitor}: dense {self.dense_score:.6g}, floor {self.floor:.6g}, "
+            f"winner {self.chosen_by:.6g} (the score that chose it{once_loaded}",
+            *self._confirmation(),
+        ]
+
+    def _judgements(self) -> list[str]:
+        """What was seen of levels after the training that followed their cuts."""
+        if self.gated_dense is None:
+            return []
+        gated = self.winner.gated if self.winner and self.winner.gated is not None else self.gated_dense
+        where = "on the confirmation data, which ranked nothing" if self.folds[1] else "on all the data"
+        once_loaded = "" if self.score is None else f", {self.score:.6g} once loaded, on all the data"
+        return [
+            f"{self.monitor}, judged after training went on, {where}: dense {self.gated_dense:.6g}, floor "
+            f"{self.gated_floor:.6g}, winner {gated:.6g}{once_loaded}."
+        ]
 
     def _confirmation(self) -> list[str]:
         """What the confirmation folds said."""
@@ -353,7 +373,13 @@ class SearchReport:
 
     def rows(self) -> list[list[str]]:
         """The table of levels as text, headings first."""
-        return [list(_HEADINGS), *(_row(level) for level in self.levels)]
+        rows = [list(_HEADINGS), *(_row(level) for level in self.levels)]
+        if not self.gradual:
+            return rows
+        columns = list(zip(*rows, strict=True))
+        epochs = ("epoch", *("-" if level.epoch is None else str(level.epoch) for level in self.levels))
+        judged = ("judged", *columns[_GATED][1:])
+        return [list(row) for row in zip(columns[0], epochs, *columns[1:_ACCEPTED], judged, columns[-1], strict=True)]
 
 
 _HEADINGS: tuple[str, ...] = (
@@ -369,6 +395,7 @@ _HEADINGS: tuple[str, ...] = (
     "accepted",
 )
 _HEADINGS += ("gated", "s.e.", "held")
+_ACCEPTED, _GATED = _HEADINGS.index("accepted"), _HEADINGS.index("gated")
 
 
 def _row(level: Level) -> list[str]:

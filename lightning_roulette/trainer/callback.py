@@ -432,7 +432,8 @@ class RouletteWheelPruning(ZeroHolder):
         weights = find_prunable(module, self.include, self.exclude)
         with validation:
             data = uncut_if_it_matters(validation, data, logged, metric)
-            refuse_if_blind(validation, data, weights)
+            if self._history is None:
+                refuse_if_blind(validation, data, weights)
         evaluate = TrainerEvaluator(trainer, module, validation, data, weights, metric)
         return _Ready(validation, data, metric, weights, evaluate)
 

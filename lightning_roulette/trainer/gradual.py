@@ -36,8 +36,11 @@ class BetweenEpochs(Gradual):
 
     def keep(self, module: LightningModule) -> None:
         """Keep the network as it is, on the CPU: its level has held."""
-        assert self.mask is not None
-        self._kept = Survivors.of(self.mask, named_tensors(module))
+        mask = self.mask
+        assert mask is not None
+        tensors = named_tensors(module)
+        # survivors are picked into new tensors; the rest would be the network's own
+        self._kept = Survivors.of(mask, {name: one if name in mask else one.clone() for name, one in tensors.items()})
 
     def load_kept(self, module: LightningModule) -> Mask:
         """Make the network the slimmest that held, in place."""

@@ -1,0 +1,276 @@
+"""Pruning in turn with training, through a real Trainer."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
+
+from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, prunable_parameters, sparsity
+from tests.modules import Blobs, blobs, val_loader
+
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+EPOCHS = (2, 3, 4, 5)
+
+
+def pruner(**choices) -> RouletteWheelPruning:
+    usual = {"branches": 2, "tolerance": 0.05, "at_epoch": EPOCHS, "tree": Tree(pruning_rate=0.4), "monitor": "val_acc"}
+    return RouletteWheelPruning(**usual | choices)
+
+
+def in_order() -> DataLoader:
+    """The same batches in every epoch, so that a resumed run sees what the whole one saw."""
+    return DataLoader(blobs(400, 1), batch_size=50)
+
+
+def fitted(make_trainer, *callbacks, module=None, ckpt_path=None, **options):
+    module = module or Blobs()
+    trainer = make_trainer(**{"callbacks": list(callbacks), "enable_checkpointing": True, "max_epochs": 8} | options)
+    trainer.fit(module, in_order(), val_loader(), ckpt_path=ckpt_path)
+    return module
+
+
+class Notes(Callback):
+    """The network as each epoch finds it, before anything is cut, and how sparse it is in each step."""
+
+    def __init__(self) -> None:
+        self.trained, self.sparsity = [], []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.trained.append(copy.deepcopy(pl_module.state_dict()))
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.sparsity.append(round(sparsity(prunable_parameters(pl_module)), 9))
+
+    def on_train_end(self, trainer, pl_module):
+        self.trained.append(copy.deepcopy(pl_module.state_dict()))
+
+
+def equal(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def without_time(pruning) -> dict:
+    return pruning.report.to_dict() | {"seconds": 0}
+
+
+def test_levels_are_cut_between_epochs_and_zeros_held_in_between(make_trainer):
+    pruning, notes = pruner(tolerance=1.0), Notes()
+    module = fitted(make_trainer, notes, pruning)
+    levels = pruning.report.levels
+    assert [level.epoch for level in levels] == list(EPOCHS)
+    expected = [0.0] * 16 + [round(level.sparsity, 9) for level in levels for _ in range(8)]
+    assert notes.sparsity == expected + [round(levels[-1].sparsity, 9)] * 16
+    assert Mask.of_nonzeros(prunable_parameters(module)) == pruning.mask == pruning.mask_at(4)
+    assert all(pruning.mask_at(level + 1) <= pruning.mask_at(level) for level in range(4))
+
+
+def test_the_slimmest_level_that_held_is_loaded_as_it_was_then(make_trainer):
+    pruning, notes = pruner(tree=Tree(pruning_rate=0.8), tolerance=0.15, at_epoch=[2, 4]), Notes()
+    module = fitted(make_trainer, notes, pruning)
+    held = [level.held for level in pruning.report.levels]
+    assert held == [True, False]
+    assert equal(module.state_dict(), notes.trained[4])
+    assert pruning.report.sparsity == pruning.mask.sparsity == sparsity(prunable_parameters(module))
+    loaded = Blobs.load_from_checkpoint(pruning.best_model_path)
+    assert equal(loaded.state_dict(), module.state_dict())
+    assert Mask.load(pruning.best_model_path) == pruning.mask
+
+
+def test_a_level_that_misses_is_not_cut_further_and_may_recover(make_trainer):
+    pruning, notes = pruner(branches=1, refit=None, at_epoch=range(2, 12), tolerance=0.02, tree=Tree(0.5)), Notes()
+    fitted(make_trainer, notes, pruning, max_epochs=12)
+    levels = pruning.report.levels
+    assert [level.epoch for level in levels] == [2, 3, 6]  # what was cut before epoch 3 missed before 4 and 5
+    assert all(level.held for level in levels)
+    assert sorted(set(notes.sparsity)) == [0.0, *(round(level.sparsity, 9) for level in levels)]
+
+
+def test_where_no_level_holds_the_dense_network_comes_back(make_trainer):
+    pruning, notes = pruner(tree=Tree(pruning_rate=0.99), tolerance=0.0, at_epoch=[6]), Notes()
+    module = fitted(make_trainer, notes, pruning, max_epochs=7)
+    assert pruning.report.winner is None
+    assert equal(module.state_dict(), notes.trained[6])
+    assert pruning.best_model_path == ""
+    assert pruning.mask.sparsity == 0
+
+
+def test_a_target_sparsity_is_reached_by_the_cubic_schedule(make_trainer):
+    pruning = pruner(target_sparsity=0.9, tolerance=1.0)
+    fitted(make_trainer, pruning)
+    goals = [0.9 * (1 - (1 - place / 4) ** 3) for place in (1, 2, 3, 4)]
+    assert [level.sparsity for level in pruning.report.levels] == pytest.approx(goals, abs=1 / 624)
+    assert pruning.report.stop_reason.name == "TARGET_REACHED"
+
+
+@pytest.mark.parametrize("monitor", ["val_acc", "val_loss"])
+def test_the_score_of_a_level_is_what_the_trainer_finds_in_its_checkpoint(make_trainer, monitor):
+    pruning = pruner(monitor=monitor, tolerance=0.5, branches=1, refit=None)
+    fitted(make_trainer, pruning)
+    module = Blobs.load_from_checkpoint(pruning.best_model_path)
+    (found,) = make_trainer().validate(module, val_loader(), verbose=False)
+    assert pruning.report.winner.gated == pytest.approx(found[monitor], rel=1e-5)
+    assert pruning.report.score == pytest.approx(found[monitor], rel=1e-5)
+    sign = 1 if monitor == "val_acc" else -1
+    assert sign * (pruning.report.gated_floor - pruning.report.gated_dense) == pytest.approx(-0.5)
+
+
+@pytest.mark.parametrize("keep_files", [True, False])
+def test_without_files_the_slimmest_that_held_is_kept_too(make_trainer, keep_files):
+    choices = {"tree": Tree(pruning_rate=0.8), "tolerance": 0.15, "at_epoch": [2, 4]}
+    pruning, notes = pruner(**choices), Notes()
+    module = fitted(make_trainer, notes, pruning, enable_checkpointing=keep_files)
+    assert equal(module.state_dict(), notes.trained[4])
+    assert bool(pruning.best_model_path) == keep_files
+
+
+@pytest.mark.parametrize(("epoch", "refit"), [(1, None), (3, None), (4, "least_squares"), (6, None)])
+def test_a_run_resumed_from_any_epoch_ends_as_the_whole_one(make_trainer, tmp_path, epoch, refit):
+    choices = {"tree": Tree(pruning_rate=0.7), "tolerance": 0.1, "refit": refit}
+    whole = pruner(**choices)
+    module = fitted(make_trainer, whole, ModelCheckpoint(save_top_k=-1))
+    resumed = pruner(**choices)
+    again = fitted(
+        make_trainer, resumed, ckpt_path=tmp_path / "checkpoints" / f"epoch={epoch}-step={8 * (epoch + 1)}.ckpt"
+    )
+    assert len(whole.report.levels) > 1
+    assert equal(again.state_dict(), module.state_dict())
+    assert without_time(resumed) == without_time(whole)
+    assert resumed.mask == whole.mask
+
+
+def test_a_run_resumed_from_a_level_that_held_ends_as_the_whole_one(make_trainer):
+    class Stops(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch == 4 and batch_idx == 3:
+                raise RuntimeError("power cut")
+
+    whole, stopped, resumed = (pruner(tolerance=1.0) for _ in range(3))
+    module = fitted(make_trainer, whole)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fitted(make_trainer, stopped, Stops())
+    again = fitted(make_trainer, resumed, ckpt_path=stopped.best_model_path)
+    assert equal(again.state_dict(), module.state_dict())
+    # the level is judged once more
+    assert without_time(resumed) | {"validations": 0} == without_time(whole) | {"validations": 0}
+
+
+def test_a_checkpoint_keeps_what_its_name_says(make_trainer, tmp_path):
+    fitted(make_trainer, pruner(), ModelCheckpoint(filename="{val_acc:.4f}-{epoch}", save_top_k=-1))
+    paths = list(tmp_path.glob("checkpoints/val_acc*.ckpt"))
+    assert len(paths) == 8
+    for path in paths:
+        (found,) = make_trainer().validate(Blobs.load_from_checkpoint(path), val_loader(), verbose=False)
+        assert found["val_acc"] == pytest.approx(float(re.search(r"val_acc=([\d.]+)-", path.name)[1]), abs=1e-4)
+
+
+def test_a_run_that_stops_before_the_first_cut_searches_at_its_end(make_trainer):
+    stop = EarlyStopping("val_loss", patience=1, mode="min", min_delta=100.0)
+    pruning = pruner(tree=Tree(pruning_rate=0.4, max_levels=1), tolerance=1.0)
+    module = fitted(make_trainer, stop, pruning)
+    assert not pruning.report.gradual
+    assert Mask.of_nonzeros(prunable_parameters(module)) == pruning.mask
+    assert pruning.report.sparsity == pytest.approx(0.4, abs=0.01)
+
+
+def test_a_run_that_stops_between_cuts_judges_the_last_level(make_trainer):
+    pruning = pruner(tolerance=1.0)
+    trainer = make_trainer(callbacks=[pruning], max_epochs=8, max_steps=26)
+    trainer.fit(Blobs(), in_order(), val_loader())
+    assert [level.held for level in pruning.report.levels] == [True, True]
+
+
+def test_a_second_fit_holds_the_winner_and_cuts_no_more(make_trainer):
+    pruning, notes = pruner(), Notes()
+    module = fitted(make_trainer, pruning)
+    mask, levels = pruning.mask, pruning.report.levels
+    fitted(make_trainer, notes, pruning, module=module)
+    assert set(notes.sparsity) == {round(mask.sparsity, 9)}
+    assert pruning.mask == mask
+    assert pruning.report.levels == levels
+    assert pruning.report.trained_score is not None
+
+
+def test_a_fit_of_another_module_begins_anew(make_trainer):
+    pruning = pruner()
+    fitted(make_trainer, pruning)
+    first = without_time(pruning)
+    fitted(make_trainer, pruning)
+    assert without_time(pruning) == first
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_is_the_same(make_trainer, copied):
+    pruning = pruner()
+    fitted(make_trainer, pruning)
+    other = copied(pruning)
+    assert other.report == pruning.report
+    assert other.mask == pruning.mask
+    module = fitted(make_trainer, other)
+    assert Mask.of_nonzeros(prunable_parameters(module)) == other.mask
+
+
+def test_averaged_weights_are_pruned_too(make_trainer):
+    pruning = pruner(tolerance=1.0)
+    module = fitted(make_trainer, WeightAveraging(), pruning)
+    assert Mask.of_nonzeros(prunable_parameters(module)) <= pruning.mask
+    assert pruning.report.sparsity == pytest.approx(1 - 0.6**4, abs=0.01)
+
+
+def test_curves_and_table_are_in_the_event_files(make_trainer, tmp_path):
+    pruning = pruner(tolerance=1.0)
+    fitted(make_trainer, pruning, logger=TensorBoardLogger(tmp_path, "run"))
+    events = EventAccumulator(str(tmp_path / "run" / "version_0"))
+    events.Reload()
+    sparsities = [(one.step, one.value) for one in events.Scalars("roulette/sparsity")]
+    assert sparsities == [(0, 0.0), *((level.level, pytest.approx(level.sparsity)) for level in pruning.report.levels)]
+    judged = [(one.step, one.value) for one in events.Scalars("roulette/gated")]
+    levels = pruning.report.levels
+    assert judged[0] == (0, pytest.approx(pruning.report.gated_dense))
+    assert judged[1:-1] == [(level.level, pytest.approx(level.gated)) for level in levels[:-1]]
+    assert judged[-1][0] == 4
+    (table,) = events.Tensors("roulette/report/text_summary")
+    assert b"judged" in table.tensor_proto.string_val[0]
+
+
+def test_confirmation_folds_judge_what_others_rank(make_trainer):
+    pruning = pruner(validation=Validation(confirm=0.25))
+    fitted(make_trainer, pruning)
+    assert pruning.report.folds == (12, 4)
+    assert "on the confirmation data" in str(pruning.report)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "error", "words"),
+    [
+        ([], ValueError, "several epochs must rise"),
+        ([3, 3], ValueError, "several epochs must rise"),
+        ([3, 2], ValueError, "several epochs must rise"),
+        ([-1, 2], ValueError, "an epoch of at_epoch is -1"),
+        ([1.5], TypeError, "an epoch of at_epoch is 1.5"),
+        (["2"], TypeError, "an epoch of at_epoch is '2'"),
+        ("2", TypeError, "at_epoch is '2'"),
+        (range(0), ValueError, "several epochs must rise"),
+    ],
+)
+def test_epochs_that_are_none(epochs, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        RouletteWheelPruning(at_epoch=epochs)
+
+
+def test_several_epochs_cannot_be_certified():
+    with pytest.raises(ValueError, match="cannot be certified"):
+        RouletteWheelPruning(at_epoch=[1, 2], confidence=0.95, tolerance=0.1)
+
+
+def test_a_last_epoch_after_which_nothing_trains_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="Let the last epoch of at_epoch be 4 at most"):
+        fitted(make_trainer, pruner(), max_epochs=5)
