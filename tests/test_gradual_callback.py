@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, prunable_parameters, sparsity
+from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, Wheel, prunable_parameters, sparsity
 from tests.modules import Blobs, blobs, val_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -74,7 +74,7 @@ def test_levels_are_cut_between_epochs_and_zeros_held_in_between(make_trainer):
 
 
 def test_the_slimmest_level_that_held_is_loaded_as_it_was_then(make_trainer):
-    pruning, notes = pruner(tree=Tree(pruning_rate=0.8), tolerance=0.15, at_epoch=[2, 4]), Notes()
+    pruning, notes = pruner(target_sparsity=0.99, tolerance=0.2, at_epoch=[2, 4, 6]), Notes()
     module = fitted(make_trainer, notes, pruning)
     held = [level.held for level in pruning.report.levels]
     assert held == [True, False]
@@ -86,7 +86,8 @@ def test_the_slimmest_level_that_held_is_loaded_as_it_was_then(make_trainer):
 
 
 def test_a_level_that_misses_is_not_cut_further_and_may_recover(make_trainer):
-    pruning, notes = pruner(branches=1, refit=None, at_epoch=range(2, 12), tolerance=0.02, tree=Tree(0.5)), Notes()
+    few = {"at_epoch": range(2, 12), "tolerance": 0.02, "tree": Tree(0.5)}
+    pruning, notes = pruner(branches=1, wheel=Wheel(importance="magnitude"), **few), Notes()
     fitted(make_trainer, notes, pruning, max_epochs=12)
     levels = pruning.report.levels
     assert [level.epoch for level in levels] == [2, 3, 6]  # what was cut before epoch 3 missed before 4 and 5
@@ -125,8 +126,7 @@ def test_the_score_of_a_level_is_what_the_trainer_finds_in_its_checkpoint(make_t
 
 @pytest.mark.parametrize("keep_files", [True, False])
 def test_without_files_the_slimmest_that_held_is_kept_too(make_trainer, keep_files):
-    choices = {"tree": Tree(pruning_rate=0.8), "tolerance": 0.15, "at_epoch": [2, 4]}
-    pruning, notes = pruner(**choices), Notes()
+    pruning, notes = pruner(target_sparsity=0.99, tolerance=0.2, at_epoch=[2, 4, 6]), Notes()
     module = fitted(make_trainer, notes, pruning, enable_checkpointing=keep_files)
     assert equal(module.state_dict(), notes.trained[4])
     assert bool(pruning.best_model_path) == keep_files
@@ -239,6 +239,29 @@ def test_curves_and_table_are_in_the_event_files(make_trainer, tmp_path):
     assert judged[-1][0] == 4
     (table,) = events.Tensors("roulette/report/text_summary")
     assert b"judged" in table.tensor_proto.string_val[0]
+
+
+def test_by_default_one_candidate_is_drawn_by_sensitivity_and_nothing_refitted(make_trainer):
+    pruning = RouletteWheelPruning(at_epoch=EPOCHS, tolerance=1.0)
+    fitted(make_trainer, pruning)
+    assert (pruning.branches, pruning.refit) == (1, None)
+    assert (pruning.report.importance, pruning.report.refit) == ("sensitivity", "")
+    assert RouletteWheelPruning().branches == RouletteWheelPruning(at_epoch=3).branches == 20
+    assert RouletteWheelPruning().refit == RouletteWheelPruning(at_epoch=3).refit == "least_squares"
+
+
+def test_a_module_that_training_data_does_not_fit_is_told_what_to_do(make_trainer):
+    class Picky(Blobs):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            if len(batch[0]) == 50:
+                raise KeyError("no such batch")
+            super().validation_step(batch, batch_idx, dataloader_idx)
+
+    with pytest.raises(RuntimeError, match=re.escape("or pass wheel=Wheel(importance='magnitude')")):
+        fitted(make_trainer, RouletteWheelPruning(at_epoch=EPOCHS), module=Picky())
+    plain = RouletteWheelPruning(at_epoch=EPOCHS, tolerance=1.0, wheel=Wheel(importance="magnitude"))
+    fitted(make_trainer, plain, module=Picky())
+    assert plain.report.importance == "magnitude"
 
 
 def test_confirmation_folds_judge_what_others_rank(make_trainer):

@@ -107,6 +107,8 @@ class Gradual:
             weights, judge, cuts.branches, cuts.wheel, cuts.seed, observer or Observer(), refitting, deepest
         )
         growing.leaning |= self._leaning
+        if cuts.wheel.importance is None and calibration is not None:
+            growing.importance = "sensitivity"
         growing.start(math.inf, None, cuts.validation.race, refuse_nan=self.report is None)
         self._growing, self._counted = growing, 0.0
         now = growing.report.dense_score if growing.report.gated_dense is None else growing.report.gated_dense
@@ -143,7 +145,8 @@ class Gradual:
             return None
         if goal is not None:
             level = replace(level, pruning_rate=1 - level.survivors / before)
-        self.report = replace(self.report, levels=(*self.report.levels, replace(level, held=False, epoch=epoch)))
+        levels = (*self.report.levels, replace(level, held=False, epoch=epoch))
+        self.report = replace(self.report, levels=levels, importance=growing.report.importance)
         self.history = growing.history.won_by(self.history.level)
         self._leaning = dict(growing.leaning)
         return growing.refitting.network(growing.parent)

@@ -350,9 +350,9 @@ class SearchReport:
 
     def _refits(self) -> list[str]:
         """What refits did, and where they could not."""
+        said = [f"Drawn by {self.importance}."] if self.importance not in ("", "magnitude") else []
         if not self.refit:
-            return []
-        said = [f"Drawn by {self.importance}."] if self.importance else []
+            return said
         said.append(f"Refitted: {self.refit}.")
         undone = self.winner.undone if self.winner else {}
         for what, names in (("Not refitted", self.left_alone), ("Refit undone in the winner", undone)):

@@ -346,7 +346,10 @@ class _Growing:
         self.wheel, self.seed, self.observer, self.refitting = wheel, seed, observer, refitting
         self.history = history or History.of_dense(weights)
         self.parent = self.history.mask
-        self.allocation, self.importance = _allocation(wheel, refitting.how), _importance(wheel, refitting.how)
+        self.allocation, self.importance = (
+            _allocation(wheel, refitting.how, branches),
+            _importance(wheel, refitting.how),
+        )
         self.leaning = dict.fromkeys(weights, 0.0)
         self.levels: list[Level] = []
         self.halvings, self.failures = 0, 0
@@ -623,12 +626,12 @@ def _importance(wheel: Wheel, how: Refit | None) -> str | Importance:
     return wheel.importance
 
 
-def _allocation(wheel: Wheel, how: Refit | None) -> float:
+def _allocation(wheel: Wheel, how: Refit | None, branches: int) -> float:
     """How much candidates differ in their leaning to layers."""
     if wheel.scope == "layer":
         return 0.0
     if wheel.allocation is None:
-        return 0.3 if isinstance(how, LeastSquares) and how.each_level else 0.0
+        return 0.3 if isinstance(how, LeastSquares) and how.each_level and branches > 1 else 0.0
     return wheel.allocation
 
 

@@ -32,11 +32,11 @@ class Wheel:
             the weight's input, and `"obs"`, magnitude over the root of the diagonal of the inverse Gram matrix of the
             layer's inputs; or a function from all weights `{name: tensor}`, zero where the parent is pruned, to
             importances of the same names and shapes. None: `"sensitivity"` with a least-squares refit of each level,
-            if the network's outputs can be derived, else `"magnitude"`.
+            and for levels that are cut between epochs, if the network's outputs can be derived, else `"magnitude"`.
         scope: `"global"`: one wheel over all layers; `"layer"`: each layer its own wheel at the same pruning rate.
         allocation: How much candidates differ in what they take from which layer: each multiplies the importance of
             each layer by a log-normal factor of this width, on top of its parent's. None: 0.3 with a least-squares
-            refit, else 0. With `scope="layer"` it has no effect.
+            refit and more than one candidate, else 0. With `scope="layer"` it has no effect.
     """
 
     sharpness: float = 16.0

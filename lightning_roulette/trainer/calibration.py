@@ -111,8 +111,14 @@ def calibration_batches(trainer: Trainer, validation: IsolatedValidation, most: 
     return _fewer(found)
 
 
-def refuse_blind_to_training(trainer: Trainer, validation: IsolatedValidation, seed: int) -> None:
+def refuse_blind_to_training(trainer: Trainer, validation: IsolatedValidation, seed: int, remedy: str) -> None:
     """Raise where the training data cannot be read, or the module cannot take a step on it, by which it is seen.
+
+    Args:
+        trainer: Whose training data.
+        validation: Entered.
+        seed: Of the order in which it is read.
+        remedy: The argument that makes do without.
 
     Raises:
         RuntimeError: With what was raised.
@@ -123,7 +129,7 @@ def refuse_blind_to_training(trainer: Trainer, validation: IsolatedValidation, s
     except Exception as error:
         raise RuntimeError(
             "RouletteWheelPruning: the training data, which a refit or an importance of inputs needs, cannot be read "
-            f"in this process, without workers ({type(error).__name__}: {error}). Make it readable, or pass refit=None."
+            f"in this process, without workers ({type(error).__name__}: {error}). Make it readable, or pass {remedy}."
         ) from error
     try:
         if batch is not None:
@@ -132,7 +138,7 @@ def refuse_blind_to_training(trainer: Trainer, validation: IsolatedValidation, s
         raise RuntimeError(
             "RouletteWheelPruning: validation_step fails on a batch of the training data, on which a refit, or an "
             f"importance of inputs, runs it ({type(error).__name__}: {error}). Define calibration_step(self, batch) in "
-            "the module, which runs the network on such a batch and need return nothing; or pass refit=None."
+            f"the module, which runs the network on such a batch and need return nothing; or pass {remedy}."
         ) from error
 
 

@@ -83,7 +83,8 @@ class RouletteWheelPruning(ZeroHolder):
     resuming from it holds their zeros.
 
     Args:
-        branches: Candidates per level.
+        branches: Candidates per level. None: 20; 1 if levels are cut between epochs, where training does more for a
+            network than choosing does.
         tolerance: How far below the dense score a winner may be, in the metric's own units: the floor.
         monitor: The metric that judges. None: the one logged torchmetrics object with `higher_is_better=True`; else
             the one name like an accuracy; else what a ModelCheckpoint, EarlyStopping or plateau scheduler watches;
@@ -103,11 +104,11 @@ class RouletteWheelPruning(ZeroHolder):
             it was then. The floor is the score before the first cut less `tolerance`. Each cut takes the tree's pruning
             rate, or what the cubic schedule to `target_sparsity` asks for.
         refit: What is done for the accuracy of a level after it was drawn, on inputs of the training data, without
-            gradients or labels: `"least_squares"`, or a `LeastSquares`: the survivors of each layer, and its bias, are
+            gradients or labels. `"least_squares"`, or a `LeastSquares`: the survivors of each layer, and its bias, are
             refitted so that its outputs are as close as may be to the dense network's, and running statistics of batch
-            normalisations are computed anew; `"batch_norm"`: the latter alone; None: survivors stay as they are. The
-            module takes its `validation_step` on batches of the training data for it, or `calibration_step(batch)`
-            where it has one: a method that runs the network.
+            normalisations are computed anew; `"batch_norm"`: the latter alone; None: survivors stay as they are;
+            `"auto"`: least squares in a search, none between epochs. The module takes its `validation_step` on batches
+            of the training data for it, or `calibration_step(batch)` where it has one: a method that runs the network.
         include: Glob patterns over parameter names that replace the default choice (see `prunable_parameters`).
         exclude: Glob patterns over parameter names to leave out.
         wheel: How candidates are drawn.
@@ -129,7 +130,7 @@ class RouletteWheelPruning(ZeroHolder):
 
     def __init__(
         self,
-        branches: int = 20,
+        branches: int | None = None,
         *,
         tolerance: float = 0.0,
         monitor: str | None = None,
@@ -137,7 +138,7 @@ class RouletteWheelPruning(ZeroHolder):
         target_sparsity: float | None = None,
         confidence: float | None = None,
         at_epoch: int | Sequence[int] | None = None,
-        refit: str | LeastSquares | None = "least_squares",
+        refit: str | LeastSquares | None = "auto",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         wheel: Wheel = Wheel(),
@@ -146,10 +147,13 @@ class RouletteWheelPruning(ZeroHolder):
         seed: int = 0,
         dirpath: str | os.PathLike[str] | None = None,
     ) -> None:
+        check_epochs(at_epoch, confidence)
+        several = at_epoch is not None and not isinstance(at_epoch, int)
+        branches = (1 if several else 20) if branches is None else branches
+        refit = (None if several else "least_squares") if refit == "auto" else refit
         check_search(branches, tolerance, target_sparsity, confidence, wheel, tree, validation, seed)
         if mode is not None:
             check_choice("mode", mode, ("max", "min"))
-        check_epochs(at_epoch, confidence)
         if monitor is not None and not isinstance(monitor, str):
             raise TypeError(f"monitor is {monitor!r}, but must be the name of a logged metric.")
         for name, patterns in (("include", include), ("exclude", exclude)):
@@ -378,7 +382,8 @@ class RouletteWheelPruning(ZeroHolder):
         with self._validating(trainer, module) as validation:
             logged, samples = validation.run(batches), validation.samples()
             if self._looks_at_inputs and self._history is None:
-                refuse_blind_to_training(trainer, validation, self.seed)
+                remedy = "refit=None" if self.refit is not None else "wheel=Wheel(importance='magnitude')"
+                refuse_blind_to_training(trainer, validation, self.seed, remedy)
         metric = self._found(trainer, module, logged)
         if self.confidence is not None and self._history is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             judged_by = logged.metrics.get(metric.monitor)
@@ -547,7 +552,8 @@ class RouletteWheelPruning(ZeroHolder):
 
     @property
     def _looks_at_inputs(self) -> bool:
-        return self.refit is not None or self.wheel.importance in CALIBRATED
+        implied = self._gradual is not None and self.wheel.importance is None
+        return self.refit is not None or implied or self.wheel.importance in CALIBRATED
 
     def _calibration(
         self, trainer: Trainer, module: LightningModule, validation: IsolatedValidation
