@@ -268,12 +268,12 @@ def test_a_quick_run_of_every_method_is_done_once(folder, capsys):
 def test_a_line_cut_short_is_dropped_wherever_it_is(tmp_path):
     path = tmp_path / "runs.jsonl"
     path.write_text('{"task": "a"}\n{"task": "b", "cur\n{"task": "c"}')
-    results = run.Results(path)
+    results = run.Runs(path)
     assert results.rows == [{"task": "a"}]
-    results.add({"task": "d"})
+    results.add(task="d")
     assert rows_of(path) == [{"task": "a"}, {"task": "d"}]
-    assert not results.has({"task": "c"})
-    assert results.has({"task": "d"})
+    assert not results.has(task="c")
+    assert results.has(task="d")
 
 
 def a_row(method, left, change, **more):

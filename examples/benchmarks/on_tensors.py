@@ -9,7 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 sys.path.append(str(Path(__file__).parent.parent))
 from mnist import NETWORKS, Split, accuracy, mnist
@@ -22,6 +22,7 @@ __all__ = [
     "Split",
     "accuracy",
     "accuracy_with",
+    "augmented",
     "dense_weights",
     "digits",
     "magnitude_curve",
@@ -123,6 +124,14 @@ def trained(name: str, seed: int, split: Split, epochs: int, batch: int = 100) -
             cross_entropy(net(split[0][chosen]), split[1][chosen]).backward()
             optimizer.step()
     return net.eval()
+
+
+def augmented(images: Tensor, chance: torch.Generator) -> Tensor:
+    """Images of 32 x 32 pixels, all shifted by the same up to four pixels, half of them mirrored."""
+    down, right = torch.randint(9, (2,), generator=chance).tolist()
+    shifted = pad(images, (4, 4, 4, 4))[..., down : down + 32, right : right + 32]
+    mirrored = torch.rand(len(images), generator=chance) < 0.5
+    return torch.where(mirrored.view(-1, 1, 1, 1), shifted.flip(3), shifted)
 
 
 def dense_weights(net: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ is computed again.
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -16,11 +15,12 @@ from statistics import mean
 
 import numpy as np
 import torch
-from on_tensors import NETWORKS, OnTensors, Split, accuracy_with, dense_weights, mnist, small_resnet
+from on_tensors import NETWORKS, OnTensors, Split, accuracy_with, augmented, dense_weights, mnist, small_resnet
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 
 from lightning_roulette import Calibration, Mask, Tree, Validation, search
+from runs import Runs
 
 # Levels that leave 2 ** (-1 / 3) of the weights come close to 80, 90, 95 and 98 % after 7, 10, 13 and 17 of them.
 RATE, LEVELS = 1 - 2 ** (-1 / 3), {7: "80", 10: "90", 13: "95", 17: "98"}
@@ -65,7 +65,7 @@ def trained(name: str, seed: int, split: Split, folder: Path) -> nn.Module:
         for chosen in torch.randperm(count, generator=chance).split(batch):
             images = split[0][chosen]
             if name == "resnet":
-                images = _augmented(images, chance)
+                images = augmented(images, chance)
             optimizer.zero_grad()
             cross_entropy(net(images), split[1][chosen]).backward()
             optimizer.step()
@@ -75,41 +75,11 @@ def trained(name: str, seed: int, split: Split, folder: Path) -> nn.Module:
     return net.eval()
 
 
-def _augmented(images: Tensor, chance: torch.Generator) -> Tensor:
-    """All shifted by the same up to four pixels, half of them mirrored."""
-    down, right = torch.randint(9, (2,), generator=chance).tolist()
-    shifted = pad(images, (4, 4, 4, 4))[..., down : down + 32, right : right + 32]
-    mirrored = torch.rand(len(images), generator=chance) < 0.5
-    return torch.where(mirrored.view(-1, 1, 1, 1), shifted.flip(3), shifted)
-
-
 def magnitude_mask(weights: Mapping[str, Tensor], survivors: int) -> Mask:
     """The largest weights of all layers together."""
     ascending = torch.cat([weight.abs().flatten() for weight in weights.values()]).sort().values
     threshold = ascending[len(ascending) - survivors]
     return Mask({name: weight.abs() >= threshold for name, weight in weights.items()})
-
-
-class Runs:
-    """What was measured, in a file of JSON lines."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def has(self, **key: object) -> bool:
-        """Whether there is a row with these entries."""
-        return bool(self.of(**key))
-
-    def of(self, **key: object) -> list[dict]:
-        """The rows with these entries."""
-        return [row for row in self.rows if key.items() <= row.items()]
-
-    def add(self, **row: object) -> None:
-        """Keep a row."""
-        self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
 
 
 class Case:

@@ -9,7 +9,6 @@ lines of JSON and not run again.
 """
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ from on_tensors import (
 from torch import nn
 
 from lightning_roulette import Calibration, Validation, search
+from runs import Runs
 
 SPARSITIES = [step / 100 for step in range(0, 100)]
 WAYS = {
@@ -74,25 +74,23 @@ def one_run(net: nn.Module, data: dict[str, Split], way: str, options: argparse.
 
 def runs(name: str, size: int, options: argparse.Namespace, images: dict[str, Split] | None) -> list[dict]:
     """All runs of one network and validation size, those of earlier calls included."""
-    done = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
+    done = Runs(options.results)
     seeds = range(options.seeds or (30 if name == "digits" else 5))
     asked = {"network": name, "size": size, "tolerance": options.tolerance}
     for seed in seeds:
-        missing = [way for way in options.ways if not _found(done, {**asked, "seed": seed, "way": way})]
+        missing = [way for way in options.ways if not done.has(**asked, seed=seed, way=way)]
         if not missing:
             continue
         data = (
             digits(seed, size) if name == "digits" else {**images, "val": tuple(part[:size] for part in images["val"])}
         )
         net = trained(name, seed, data["train"], 30 if name == "digits" else 8, 50 if name == "digits" else 100)
-        if not _found(done, {**asked, "seed": seed, "way": "magnitude"}):
+        if not done.has(**asked, seed=seed, way="magnitude"):
             curve = magnitude_curve(net, SPARSITIES, data["test"])
-            done.append({**asked, "seed": seed, "way": "magnitude", "declines": [curve[0] - one for one in curve]})
-            _keep(done[-1], options.results)
+            done.add(**asked, seed=seed, way="magnitude", declines=[curve[0] - one for one in curve])
         for way in missing:
-            done.append({**asked, "seed": seed, "way": way, **one_run(net, data, way, options, seed)})
-            _keep(done[-1], options.results)
-    return [row for row in done if asked.items() <= row.items() and row["seed"] in seeds]
+            done.add(**asked, seed=seed, way=way, **one_run(net, data, way, options, seed))
+    return [row for row in done.of(**asked) if row["seed"] in seeds]
 
 
 def table(name: str, size: int, rows: list[dict], ways: list[str]) -> None:
@@ -113,15 +111,6 @@ def table(name: str, size: int, rows: list[dict], ways: list[str]) -> None:
             f"  {100 * mean(reported):+8.2f}  {100 * mean(test):+6.2f}  {100 * mean(gaps):+6.2f} +- {100 * error:.2f}"
             f"  {1 - level:15.0%}  {sum(t > 0.005 for t in test):3} of {len(test)}"
         )
-
-
-def _found(done: list[dict], key: dict) -> bool:
-    return any(key.items() <= row.items() for row in done)
-
-
-def _keep(row: dict, path: Path) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def main() -> None:

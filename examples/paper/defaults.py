@@ -6,6 +6,7 @@ shares of weights left of the change on the held-out data. Finished runs are lin
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -17,11 +18,11 @@ import torch
 from data import load
 from methods import Case, OnPart, Size
 from networks import trained
-from run import Results
-from table import Row
 from tqdm import tqdm
 
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from lightning_roulette import LeastSquares, PrunedWeights, Scores, Tree, Validation, Wheel, search
+from runs import Row, Runs
 
 TASKS = ("mnist", "tid2013", "kadid10k")
 LEFT = (0.2, 0.1, 0.05, 0.03)  # where a search is judged
@@ -120,14 +121,14 @@ def main() -> None:
     parser.add_argument("--networks", type=Path, default=Path("networks"), help="folder of trained networks")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results = Results(options.results)
+    results = Runs(options.results)
     asked = [(task, seed, variant) for task in options.tasks for seed in options.seeds for variant in options.variants]
     for name, seed, variant in tqdm(asked, unit="run"):
         key: Row = {"task": name, "seed": seed, "variant": variant}
-        if not results.has(key):
+        if not results.has(**key):
             task = load(name, options.data, held_out=True)
             case = Case(task, trained(task, seed, options.networks), seed, Size(inputs=INPUTS))
-            results.add({**key, **measured(case, variant)})
+            results.add(**key, **measured(case, variant))
     show(results.rows)
 
 

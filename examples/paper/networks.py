@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from data import Part, Task
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-from on_tensors import NETWORKS, Residual, small_resnet
+from on_tensors import NETWORKS, Residual, augmented, small_resnet
 
 
 @dataclass(frozen=True)
@@ -103,20 +103,12 @@ def _train(net: nn.Module, task: Task, recipe: Recipe, epochs: int, seed: int) -
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(len(train) / recipe.batch))
     for _ in range(epochs):
         for chosen in torch.randperm(len(train), generator=chance).split(recipe.batch):
-            x = _augmented(train.x[chosen], chance) if task.shape[0] == 3 else train.x[chosen]
+            x = augmented(train.x[chosen], chance) if task.shape[0] == 3 else train.x[chosen]
             optimizer.zero_grad()
             losses(net(x.to(device)), task, train.y[chosen].to(device)).mean().backward()
             optimizer.step()
             schedule.step()
     net.to("cpu")
-
-
-def _augmented(images: Tensor, chance: torch.Generator) -> Tensor:
-    """All shifted by the same up to four pixels, half of them mirrored."""
-    down, right = torch.randint(9, (2,), generator=chance).tolist()
-    shifted = pad(images, (4, 4, 4, 4))[..., down : down + 32, right : right + 32]
-    mirrored = torch.rand(len(images), generator=chance) < 0.5
-    return torch.where(mirrored.view(-1, 1, 1, 1), shifted.flip(3), shifted)
 
 
 @torch.no_grad()

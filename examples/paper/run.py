@@ -6,8 +6,7 @@ without the test data.
 """
 
 import argparse
-import json
-import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,40 +15,14 @@ import torch
 from data import SOURCES, TASKS, load
 from methods import METHODS, QUICK, Case, Size, applied
 from networks import trained
-from table import Row, read, show
+from table import show
 from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from runs import Row, Runs
 
 SEEDS = {"cifar10": range(3)}
 SEEDS_ELSE = range(5)
-
-
-class Results:
-    """Finished runs in a file of JSON lines; a line that a kill cut short is dropped.
-
-    Args:
-        path: The file; it need not be there.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows = read(path) if path.exists() else []
-        if path.exists() and len(self.rows) < len(path.read_text().splitlines()):
-            whole = path.with_name(f"{path.name}.new")
-            whole.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-            whole.replace(path)
-
-    def has(self, key: Row) -> bool:
-        """Whether there is a row with these entries."""
-        return any(key.items() <= row.items() for row in self.rows)
-
-    def add(self, row: Row) -> None:
-        """Keep a row."""
-        self.rows.append(row)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def measured(case: Case, method: str) -> Row:
@@ -77,7 +50,7 @@ def run(
     tasks: Sequence[str],
     methods: Sequence[str],
     seeds: Sequence[int] | None,
-    results: Results,
+    results: Runs,
     data: Path,
     networks: Path,
     held_out: bool = False,
@@ -91,7 +64,7 @@ def run(
         keys = [
             {"task": name, "method": method, "seed": seed, "held_out": held_out, "quick": quick} for method in methods
         ]
-        if keys := [key for key in keys if not results.has(key)]:
+        if keys := [key for key in keys if not results.has(**key)]:
             missing.setdefault(name, {})[seed] = keys
     with tqdm(total=sum(len(keys) for one in missing.values() for keys in one.values()), unit="run") as bar:
         for name, by_seed in missing.items():
@@ -102,7 +75,7 @@ def run(
                 case = Case(task, trained(task, seed, networks, quick=quick), seed, QUICK if quick else Size(), device)
                 for key in keys:
                     bar.set_description(f"{name} {seed}: {key['method']}")
-                    results.add({**key, **measured(case, str(key["method"]))})
+                    results.add(**key, **measured(case, str(key["method"])))
                     bar.update()
 
 
@@ -119,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="where the pruning is done")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    results = Results(options.results)
+    results = Runs(options.results)
     run(
         options.tasks,
         options.methods,

@@ -5,33 +5,21 @@ Accuracies are in percent and their changes in points; correlations are as they 
 
 import argparse
 import csv
-import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-Row = dict[str, Any]
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from runs import Row, read
+
 NUMBERS = ("left", "judge_change", "val_change", "judge", "dense_judge", "rmse", "dense_rmse", "within", "dense_within")
 TICKS = (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 SHOWN = 0.1  # what a panel shows below the dense network's score
 COSTS = ("validations", "seconds")
-
-
-def read(path: Path) -> list[Row]:
-    """The finished runs in a file; a line that a kill cut short is left out."""
-    return [row for line in path.read_text().splitlines(keepends=True) if (row := _row(line)) is not None]
-
-
-def _row(line: str) -> Row | None:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) and line.endswith("\n") else None
 
 
 def chosen(rows: Iterable[Row], held_out: bool = False, quick: bool = False) -> list[Row]:
