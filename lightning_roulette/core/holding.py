@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -60,13 +61,47 @@ def _fill_entries(sparse: Tensor, kept: Tensor) -> None:
     sparse._values().masked_fill_(~where, 0)
 
 
+class _HeldWeight:
+    """A weight, how it is filled, and whether its gradient has been since it was last written."""
+
+    def __init__(self, parameter: nn.Parameter, fill: ZeroFill) -> None:
+        self.parameter, self.fill = parameter, fill
+        self._clean: tuple[weakref.ref[Tensor], int] | None = None
+
+    def clean_gradient(self, _: Tensor | None = None) -> None:
+        """Fill the gradient."""
+        grad = self.parameter.grad
+        self.fill(grad)
+        self._clean = None if grad is None else (weakref.ref(grad), grad._version)
+
+    def has_clean_gradient(self) -> bool:
+        """Whether nothing was written to the gradient since; a write through `.data` goes unseen."""
+        if (grad := self.parameter.grad) is None:
+            return True
+        return self._clean is not None and self._clean[0]() is grad and self._clean[1] == grad._version
+
+    def clean_when_accumulated(self) -> Removable | None:
+        """Fill each gradient as it is accumulated, those of a weight that is frozen now and thawed later, too."""
+        if not self.parameter.is_leaf or not self.parameter.is_floating_point():
+            return None
+        frozen = not self.parameter.requires_grad
+        if frozen:  # torch takes no hook then; one that is there already stays
+            self.parameter.requires_grad_(True)
+        try:
+            hook: Removable = self.parameter.register_post_accumulate_grad_hook(self.clean_gradient)
+            return hook
+        finally:
+            if frozen:
+                self.parameter.requires_grad_(False)
+
+
 class ZeroHold:
     """Holds pruned weights at zero, exactly, from now until `release`.
 
-    Pruned entries are filled after every optimizer step; their gradients are cleared as they are accumulated, so that
-    clipping sees the pruned network, and again before the step, as a distributed reduction may have written them anew;
-    what the optimizers remember of them is cleared now, and whenever they load a state. LBFGS mixes the memories of all
-    weights: it forgets everything.
+    Pruned entries are filled after every optimizer step. Their gradients are cleared as they are accumulated, so that
+    clipping sees the pruned network, and before the step, if they may have been written anew: by clipping, or where
+    there are several processes by the reduction. What the optimizers remember of them is cleared now, and whenever
+    they load a state. LBFGS mixes the memories of all weights: it forgets everything.
 
     Weights that are frozen now, and such as come to an optimizer later, are held like the others.
 
@@ -84,7 +119,7 @@ class ZeroHold:
         self, parameters: Mapping[str, nn.Parameter], mask: Mapping[str, Tensor], optimizers: Iterable[Optimizer]
     ) -> None:
         kept = Mask({name: kept.to(parameters[name].device) for name, kept in mask.items()})
-        self._held = [(parameters[name], ZeroFill(kept[name], parameters[name])) for name in kept]
+        self._held = [_HeldWeight(parameters[name], ZeroFill(kept[name], parameters[name])) for name in kept]
         self._hooks: list[Removable] = []
         self.misses_steps = False
         self.fill()
@@ -96,27 +131,27 @@ class ZeroHold:
                 self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
                 self._hooks.append(optimizer.register_step_post_hook(self._after_step))
                 self._hooks.append(optimizer.register_load_state_dict_post_hook(self._forget))
-        for parameter, fill in self._held:
-            if parameter.is_leaf and parameter.is_floating_point():
-                self._hooks.append(_when_accumulated(parameter, fill))
-        self._fill_gradients()
+        hooks = [one.clean_when_accumulated() for one in self._held]
+        self._hooks += [hook for hook in hooks if hook is not None]
+        for one in self._held:
+            one.clean_gradient()
 
     def fill(self) -> None:
         """Set every pruned weight to zero."""
-        for parameter, fill in self._held:
-            fill(parameter)
+        for one in self._held:
+            one.fill(one.parameter)
 
     def release(self) -> None:
         """Take all hooks off; the zeros stay until somebody changes them."""
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _fill_gradients(self) -> None:
-        for parameter, fill in self._held:
-            fill(parameter.grad)
-
     def _before_step(self, *_: Any) -> None:
-        self._fill_gradients()
+        # a reduction writes where torch counts no writes
+        reduced = torch.distributed.is_available() and torch.distributed.is_initialized()
+        for one in self._held:
+            if reduced or not one.has_clean_gradient():
+                one.clean_gradient()
 
     def _after_step(self, *_: Any) -> None:
         self.fill()
@@ -125,20 +160,7 @@ class ZeroHold:
         if isinstance(optimizer, LBFGS):
             optimizer.state.clear()
             return
-        for parameter, fill in self._held:
-            for memory in optimizer.state.get(parameter, {}).values():
-                if isinstance(memory, Tensor) and memory.shape == parameter.shape:
-                    fill(memory)
-
-
-def _when_accumulated(parameter: nn.Parameter, fill: Callable[[Tensor | None], None]) -> Removable:
-    """A hook that fills each gradient as it is accumulated, also one that is frozen now and thawed later."""
-    frozen = not parameter.requires_grad
-    if frozen:  # torch takes no hook on it; one that is there already stays
-        parameter.requires_grad_(True)
-    try:
-        hook: Removable = parameter.register_post_accumulate_grad_hook(lambda one: fill(one.grad))
-        return hook
-    finally:
-        if frozen:
-            parameter.requires_grad_(False)
+        for one in self._held:
+            for memory in optimizer.state.get(one.parameter, {}).values():
+                if isinstance(memory, Tensor) and memory.shape == one.parameter.shape:
+                    one.fill(memory)
