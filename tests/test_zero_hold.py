@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -382,7 +384,7 @@ def test_an_optimizer_that_loads_what_it_remembered_before_the_hold_forgets_it()
     net = network()
     mask, optimizer = half_of(net), Adam(net.parameters(), lr=0.05)
     train(net, optimizer, 3)
-    dense = optimizer.state_dict()
+    dense = deepcopy(optimizer.state_dict())
     ZeroHold(dict(net.named_parameters()), mask, [optimizer])
     optimizer.load_state_dict(dense)
     memories = pruned_memories(optimizer, net, mask)
