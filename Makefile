@@ -22,6 +22,7 @@ bench: $(VENV)/.demo
 	$(VENV)/bin/python examples/benchmarks/wheel.py
 	$(VENV)/bin/python examples/benchmarks/evaluation.py
 	$(VENV)/bin/python examples/benchmarks/certificate.py
+	$(VENV)/bin/python examples/benchmarks/holding.py
 	$(VENV)/bin/python examples/benchmarks/selection.py $(MNIST)
 	$(VENV)/bin/python examples/benchmarks/refit.py $(MNIST)
 

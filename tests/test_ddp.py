@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.functional import cross_entropy
 
-from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation
+from lightning_roulette import HoldZeros, Mask, RouletteWheelPruning, Tree, Validation, prunable_parameters
 from tests.modules import Blobs, train_loader, val_loader
 
 pytestmark = pytest.mark.slow
@@ -68,11 +69,59 @@ def fit(name: str, folder: Path, weights, **devices) -> dict:
     }
 
 
+class Noted(Callback):
+    """The largest gradient and the largest memory of a pruned weight, and whether any forward saw such a weight."""
+
+    def __init__(self, mask: Mask) -> None:
+        self.mask, self.gradient, self.memory, self.weight = mask, 0.0, 0.0, 0.0
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        for name, weight in prunable_parameters(pl_module).items():
+            gone = ~self.mask[name]
+            self.weight = max(self.weight, float(weight.detach()[gone].abs().max()))
+            self.gradient = max(self.gradient, float(weight.grad[gone].abs().max()))
+            for memory in optimizer.state.get(weight, {}).values():
+                if memory.shape == gone.shape:
+                    self.memory = max(self.memory, float(memory[gone].abs().max()))
+
+
+def _board(rows: int, columns: int) -> torch.Tensor:
+    return torch.arange(rows)[:, None] + torch.arange(columns)
+
+
+REDUCTIONS = ("mean", "views of buckets")  # Lightning registers other reductions on CUDA alone
+
+
+def hold(name: str, folder: Path, weights) -> dict:
+    """Two processes train on with held zeros; what is left."""
+    module = Judged(synchronised=True, lr=0.01)
+    module.load_state_dict(weights)
+    kept = {name: _board(*one.shape) % 3 == 0 for name, one in prunable_parameters(module).items()}
+    noted = Noted(Mask(kept))
+    strategy = DDPStrategy(gradient_as_bucket_view=name == "views of buckets")
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        default_root_dir=folder,
+        callbacks=[HoldZeros(kept), noted],
+        devices=2,
+        strategy=strategy,
+        accumulate_grad_batches=2,
+        gradient_clip_val=0.1,
+        **quiet,
+    )
+    trainer.fit(module, train_loader(), val_loader(batch_size=25))
+    found = {"gradient": noted.gradient, "memory": noted.memory, "weight": noted.weight, "steps": trainer.global_step}
+    return found | {"weights": module.state_dict(), "mask": kept}
+
+
 def main(folder: Path) -> None:
     """What each of the processes does, which Lightning starts by running this file again."""
     torch.set_num_threads(1)
     weights = torch.load(folder / "trained.pt", weights_only=True)
     found = {name: fit(name, folder / name, weights, strategy="ddp", devices=2) for name in RUNS}
+    found |= {f"held, {name}": hold(name, folder, weights) for name in REDUCTIONS}
     torch.save(found, folder / f"rank{found['at epoch']['rank']}.pt")
 
 
@@ -143,6 +192,20 @@ def test_processes_that_log_different_values_are_told_so_once(ranks):
 def test_training_that_follows_the_search_is_measured_the_same_on_both_ranks(ranks):
     scores = [rank["at epoch"]["report"]["trained_score"] for rank in ranks]
     assert scores[0] == scores[1] is not None
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_held_zeros_are_the_same_on_both_ranks(ranks, trained, name):
+    first, second = (rank[f"held, {name}"] for rank in ranks)
+    assert first["steps"] == second["steps"] == 4
+    for one, other in zip(first["weights"].items(), second["weights"].items(), strict=True):
+        assert one[0] == other[0]
+        assert torch.equal(one[1], other[1])
+    for weight, kept in first["mask"].items():
+        assert torch.equal(first["weights"][weight] != 0, kept)
+        assert (first["weights"][weight] != trained[weight])[kept].all()
+    for rank in (first, second):
+        assert rank["weight"] == rank["memory"] == rank["gradient"] == 0.0
 
 
 if __name__ == "__main__":

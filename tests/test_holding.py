@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
@@ -143,7 +145,17 @@ class Foreign:
         self.inner.load_state_dict(state)
 
 
+class Grouped(Blobs):
+    """Two groups of parameters that differ in everything."""
+
+    def configure_optimizers(self):
+        first, last = self.net[0].parameters(), self.net[2].parameters()
+        return torch.optim.AdamW([{"params": first, "weight_decay": 0.5}, {"params": last, "lr": 0.05}], lr=0.01)
+
+
 WAYS_TO_TRAIN = {
+    "Adam, fused": (lambda: Trained(torch.optim.Adam, lr=0.02, fused=True), {}),
+    "two groups of parameters": (Grouped, {}),
     "Adam": (lambda: Trained(torch.optim.Adam, lr=0.02), {}),
     "AdamW with decay": (lambda: Trained(torch.optim.AdamW, lr=0.02, weight_decay=0.5), {}),
     "Adam, foreach off": (lambda: Trained(torch.optim.Adam, lr=0.02, foreach=False), {}),
@@ -172,6 +184,118 @@ def test_no_forward_sees_a_pruned_weight(make_trainer, kind, module, options):
     assert leaks.largest == 0.0
     assert leak(module, callback.mask) == 0.0
     assert 0.4 < callback.mask.sparsity < 0.6
+
+
+@pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
+def test_a_gradient_scaler_that_skips_steps(make_trainer, kind):
+    class Overflows(Trained):
+        """Now and then; a scaler then skips the step."""
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (1e36 if batch_idx % 3 == 1 else 1.0)
+
+    class Scaler(torch.amp.GradScaler):
+        skipped = taken = 0
+
+        def step(self, optimizer, *args, **kwargs):
+            before = [one.detach().clone() for one in module.parameters()]
+            super().step(optimizer, *args, **kwargs)
+            stayed = all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+            self.skipped, self.taken = self.skipped + stayed, self.taken + (not stayed)
+
+    (callback, epoch), module = holding(kind), Overflows(torch.optim.AdamW, lr=0.02, weight_decay=0.5)
+    leaks, scaler = Leaks(callback, epoch), Scaler("cpu", init_scale=2.0**10)
+    trainer = make_trainer(
+        callbacks=[callback, leaks], max_epochs=3, plugins=[MixedPrecision("16-mixed", "cpu", scaler)]
+    )
+    trainer.fit(module, train_loader(), val_loader())
+    assert (scaler.skipped, scaler.taken) == (3 * 3, 3 * 5)
+    assert leaks.forwards > 20
+    assert leaks.largest == leak(module, callback.mask) == 0.0
+    assert all(bool(one.isfinite().all()) for one in module.parameters())
+
+
+class Thaws(BaseFinetuning):
+    """The first layer joins the optimizer in the second epoch."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net[0])
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, lr=0.05)
+
+
+class CleanGradients(Callback):
+    """Sees the gradients as clipping sees them, and what the optimizer remembers."""
+
+    def __init__(self, callback, epoch: int) -> None:
+        self.callback, self.epoch, self.largest, self.seen, self.remembered = callback, epoch, 0.0, set(), 0.0
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        weights = dict(pl_module.named_parameters())
+        for name, kept in (held_mask(self.callback) or {}).items() if trainer.current_epoch >= self.epoch else ():
+            if (grad := weights[name].grad) is not None:
+                self.seen.add((trainer.current_epoch, name))
+                self.largest = max(self.largest, float(grad[~kept].abs().max()))
+            for memory in optimizer.state.get(weights[name], {}).values():
+                if isinstance(memory, torch.Tensor) and memory.shape == kept.shape:
+                    self.remembered = max(self.remembered, float(memory[~kept].abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
+def test_a_layer_that_thaws_later_is_held_and_clipped_like_the_others(make_trainer, kind):
+    class LastFirst(Blobs):
+        def configure_optimizers(self):
+            return torch.optim.AdamW([one for one in self.parameters() if one.requires_grad], lr=0.02)
+
+    (callback, epoch), module = holding(kind), LastFirst()
+    leaks, gradients = Leaks(callback, epoch), CleanGradients(callback, epoch)
+    trainer = make_trainer(callbacks=[callback, Thaws(), leaks, gradients], max_epochs=3, gradient_clip_val=0.1)
+    trainer.fit(module, train_loader(), val_loader())
+    weights = {"net.0.weight", "net.2.weight"}
+    assert gradients.seen >= {(1, name) for name in weights} | {(2, name) for name in weights}
+    assert gradients.largest == gradients.remembered == 0.0
+    assert leaks.moved
+    assert leaks.largest == leak(module, callback.mask) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.LBFGS])
+def test_what_a_dense_checkpoint_remembers_of_pruned_weights_is_forgotten(make_trainer, tmp_path, kind, optimizer):
+    class First(Callback):
+        """What is remembered when the first batch after the resume comes."""
+
+        state = None
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if self.state is None:
+                self.state = deepcopy(trainer.optimizers[0].state_dict()["state"])
+
+    def module():
+        return Trained(optimizer, lr=0.02, **({"max_iter": 3} if optimizer is torch.optim.LBFGS else {}))
+
+    trainer, dense = make_trainer(), tmp_path / "dense.ckpt"
+    trainer.fit(module(), train_loader(), val_loader())
+    trainer.save_checkpoint(dense, weights_only=False)
+    (callback, epoch), first = holding(kind), First()
+    if kind == "at_epoch":
+        callback.at_epoch = epoch = 2
+    leaks, resumed, gradients = Leaks(callback, epoch), module(), CleanGradients(callback, epoch)
+    trainer = make_trainer(callbacks=[callback, first, leaks, gradients], max_epochs=4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
+        trainer.fit(resumed, train_loader(), val_loader(), ckpt_path=dense)
+    assert trainer.current_epoch == 4
+    assert leaks.forwards >= 16
+    assert leaks.largest == leak(resumed, callback.mask) == 0.0
+    if optimizer is torch.optim.LBFGS:
+        assert first.state == {}
+        return
+    assert first.state[0]["exp_avg"].any()
+    assert first.state[0]["step"] == 16
+    assert not first.state[0]["exp_avg"][~callback.mask["net.0.weight"]].any()
+    assert gradients.remembered == 0.0
 
 
 @pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
@@ -307,25 +431,31 @@ class Layers(nn.Sequential):
 
 
 class Compiled(Blobs):
-    def __init__(self) -> None:
+    def __init__(self, backend: str) -> None:
         super().__init__()
-        self.net, self.graphs = Layers(*self.net), 0
+        self.net, self.graphs, self.backend = Layers(*self.net), 0, torch._dynamo.lookup_backend(backend)
         self.net.compile(backend=self.count)
 
     def count(self, graph, inputs):
         self.graphs += 1
-        return graph.forward
+        return self.backend(graph, inputs)
 
 
 # Few batches are cut anew by a search: then once for batches of any size
 @pytest.mark.parametrize(
-    ("kind", "batch_size", "more"), [("HoldZeros", 50, 0), ("at_epoch", 10, 0), ("at_epoch", 50, 1)]
+    ("kind", "batch_size", "more", "backend"),
+    [
+        ("HoldZeros", 50, 0, "eager"),
+        ("HoldZeros", 50, 0, "aot_eager"),
+        ("at_epoch", 10, 0, "eager"),
+        ("at_epoch", 50, 1, "eager"),
+    ],
 )
-def test_a_compiled_network_is_held_without_compiling_it_again(make_trainer, kind, batch_size, more):
+def test_a_compiled_network_is_held_without_compiling_it_again(make_trainer, kind, batch_size, more, backend):
     (callback, _), modules = holding(kind), []
     for callbacks in ([], [callback]):
         torch._dynamo.reset()
-        modules.append(Compiled())
+        modules.append(Compiled(backend))
         trainer = make_trainer(callbacks=callbacks, max_epochs=3)
         trainer.fit(modules[-1], train_loader(), val_loader(batch_size))
     free, held = modules

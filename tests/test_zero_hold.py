@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
-from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, RMSprop
+from torch.optim import ASGD, LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, RMSprop, SparseAdam
 
 from lightning_roulette import Mask, prunable_parameters
-from lightning_roulette.core.holding import ZeroHold
+from lightning_roulette.core.holding import ZeroFill, ZeroHold
 
 OPTIMIZERS = {
+    "sgd, fused": lambda weights: SGD(weights, lr=0.05, momentum=0.9, weight_decay=0.1, fused=True),
+    "adam, fused": lambda weights: Adam(weights, lr=0.05, fused=True),
+    "adamw, foreach": lambda weights: AdamW(weights, lr=0.05, weight_decay=0.5, foreach=True),
+    "nadam": lambda weights: NAdam(weights, lr=0.05),
+    "asgd": lambda weights: ASGD(weights, lr=0.05, weight_decay=0.1),
     "sgd with momentum and decay": lambda weights: SGD(weights, lr=0.05, momentum=0.9, weight_decay=0.1),
     "sgd with nesterov": lambda weights: SGD(weights, lr=0.05, momentum=0.9, nesterov=True),
     "adam": lambda weights: Adam(weights, lr=0.05),
@@ -21,6 +28,10 @@ OPTIMIZERS = {
     "adagrad": lambda weights: Adagrad(weights, lr=0.05, initial_accumulator_value=0.1),
     "lbfgs": lambda weights: LBFGS(weights, lr=0.5, max_iter=4, line_search_fn="strong_wolfe"),
 }
+
+
+if hasattr(torch.optim, "Muon"):  # since torch 2.9; of matrices, whose entries it mixes
+    OPTIMIZERS["muon"] = lambda weights: torch.optim.Muon([one for one in weights if one.ndim == 2], lr=0.05)
 
 
 def noise(*shape: int, seed: int) -> torch.Tensor:
@@ -125,10 +136,10 @@ def test_release_leaves_no_hook_behind(made):
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), held.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("made", [made for name, made in OPTIMIZERS.items() if name != "lbfgs"])
-def test_an_optimizer_remembers_nothing_of_pruned_weights(made):
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "lbfgs"])
+def test_an_optimizer_remembers_nothing_of_pruned_weights(name):
     net = network()
-    optimizer, mask = made(net.parameters()), half_of(net)
+    optimizer, mask = OPTIMIZERS[name](net.parameters()), half_of(net)
     train(net, optimizer, 5)
     assert any(memory.any() for memory in pruned_memories(optimizer, net, mask))
     ZeroHold(dict(net.named_parameters()), mask, [optimizer])
@@ -299,3 +310,198 @@ def test_an_optimizer_that_moves_weights_without_a_gradient_is_held():
     ZeroHold(dict(net.named_parameters()), mask, [optimizer])
     train(net, optimizer, 2)
     assert not pruned_entries(net, mask).any()
+
+
+# ---- filling
+
+
+VALUES = torch.tensor([1.5, -2.0, 0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-42])
+LAYOUTS = {
+    "contiguous": lambda one: one.contiguous(),
+    "channels last": lambda one: one.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda one: one.transpose(0, 1).contiguous().transpose(0, 1),
+    "every second": lambda one: torch.stack([one, one], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64], ids=str
+)
+@pytest.mark.parametrize("weight", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("filled", LAYOUTS.values(), ids=LAYOUTS)
+def test_pruned_entries_are_zero_and_the_others_bit_for_bit_the_same(dtype, weight, filled):
+    chance = torch.Generator().manual_seed(0)
+    numbers = VALUES[torch.randint(8, (6, 4, 3, 5), generator=chance)].to(dtype)
+    kept = torch.rand(numbers.shape, generator=chance) < 0.5
+    one = filled(numbers.clone())
+    ZeroFill(kept, weight(torch.zeros_like(numbers)))(one)
+    expected = torch.where(kept, numbers, torch.zeros((), dtype=dtype))
+    assert one.contiguous().view(torch.uint8).tolist() == expected.view(torch.uint8).tolist()
+
+
+def test_a_gradient_of_another_type_than_the_weight_is_filled():
+    kept, grad = torch.tensor([[True, False]]), torch.ones(1, 2, dtype=torch.bfloat16)
+    ZeroFill(kept, torch.zeros(1, 2))(grad)
+    assert grad.tolist() == [[1.0, 0.0]]
+
+
+def test_filling_counts_as_a_write():
+    # or autograd would go on with values that are no longer there
+    weight = torch.ones(3, requires_grad=True)
+    product = weight * weight
+    ZeroFill(torch.tensor([True, False, True]), weight)(weight)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+# ---- parts of training that come late, or not at all
+
+
+def test_a_weight_that_thaws_later_is_clipped_like_the_others():
+    net, reference = network(), network()
+    net[0].weight.requires_grad_(False)
+    mask, optimizer = half_of(network()), Adam([net[2].weight], lr=0.05)
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    assert not net[0].weight.requires_grad
+    train(net, optimizer, 2)
+    assert net[0].weight.grad is None
+    net[0].weight.requires_grad_(True)
+    optimizer.add_param_group({"params": [net[0].weight], "lr": 0.01, "weight_decay": 0.1})
+    reference.load_state_dict(net.state_dict())
+    optimizer.zero_grad()
+    mse_loss(net(X), Y).backward()
+    masked_network(reference, mask).backward()
+    norms = [nn.utils.clip_grad_norm_([one[0].weight, one[2].weight], 0.1) for one in (net, reference)]
+    assert torch.allclose(*norms, rtol=1e-6)
+    for _ in range(3):
+        optimizer.step()
+        assert not pruned_entries(net, mask).any()
+        assert not any(memory.any() for memory in pruned_memories(optimizer, net, mask))
+    assert (net[0].weight[mask["0.weight"]] != reference[0].weight[mask["0.weight"]]).all()
+
+
+def test_an_optimizer_that_loads_what_it_remembered_before_the_hold_forgets_it():
+    net = network()
+    mask, optimizer = half_of(net), Adam(net.parameters(), lr=0.05)
+    train(net, optimizer, 3)
+    dense = deepcopy(optimizer.state_dict())
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    optimizer.load_state_dict(dense)
+    memories = pruned_memories(optimizer, net, mask)
+    assert len(memories) == 4
+    assert not any(memory.any() for memory in memories)
+    assert optimizer.state[net[0].weight]["exp_avg"].any()
+
+
+def test_sparse_gradients_are_filled_where_they_have_entries():
+    table = nn.Embedding(5, 4, sparse=True)
+    kept = (torch.arange(20) % 3 > 0).reshape(5, 4)
+    optimizer = SparseAdam(table.parameters(), lr=0.1)
+    rows = torch.tensor([1, 1, 3, 4])  # not coalesced
+    table(rows).pow(2).sum().backward()
+    optimizer.step()
+    assert optimizer.state[table.weight]["exp_avg"][~kept].any()
+    ZeroHold({"weight": table.weight}, {"weight": kept}, [optimizer])
+    before = table.weight.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        (table(rows) + 1).pow(2).sum().backward()
+        assert table.weight.grad.is_sparse
+        dense = table.weight.grad.to_dense()
+        assert not dense[~kept].any()
+        assert dense[rows][kept[rows]].all()
+        optimizer.step()
+        assert not table.weight.detach()[~kept].any()
+        assert not optimizer.state[table.weight]["exp_avg"][~kept].any()
+    assert (table.weight.detach()[rows] != before[rows])[kept[rows]].all()
+
+
+def test_weights_without_a_gradient_are_held():
+    net = network()
+    mask, optimizer = half_of(net), SGD(net.parameters(), lr=0.1, momentum=0.9)
+    train(net, optimizer, 2)
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    optimizer.zero_grad()
+    net[2](torch.ones(3, 8)).sum().backward()
+    assert net[0].weight.grad is None
+    optimizer.step()
+    assert not pruned_entries(net, mask).any()
+
+
+# ---- gradients that are written after they were accumulated
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_with_a_gradient_scaler(fused):
+    net = network()
+    mask, optimizer = half_of(net), Adam(net.parameters(), lr=0.05, fused=fused)
+    train(net, optimizer, 2)
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    scaler, skipped = torch.amp.GradScaler("cpu", init_scale=2.0**10), 0
+    for step in range(6):
+        optimizer.zero_grad()
+        scaler.scale(mse_loss(net(X), Y)).backward()
+        if step in (1, 4):
+            net[0].weight.grad[0, 0] = torch.inf
+        before, scale = net[0].weight.detach().clone(), scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        stays = torch.equal(before, net[0].weight)
+        assert stays == (scaler.get_scale() < scale) == (step in (1, 4))
+        skipped += stays
+        assert not pruned_entries(net, mask).any()
+        assert not any(memory.any() for memory in pruned_memories(optimizer, net, mask))
+    assert skipped == 2
+
+
+def test_a_gradient_that_overflows_at_a_pruned_weight_skips_no_step():
+    class Overflows(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight):
+            return weight.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return torch.where(kept, grad, torch.inf)
+
+    weight = nn.Parameter(noise(4, 4, seed=1))
+    kept = torch.eye(4, dtype=torch.bool)
+    optimizer, scaler = SGD([weight], lr=0.1), torch.amp.GradScaler("cpu")
+    ZeroHold({"weight": weight}, {"weight": kept}, [optimizer])
+    before = weight.detach().clone()
+    scaler.scale(Overflows.apply(weight).sum()).backward()
+    scaler.step(optimizer)
+    assert torch.allclose(weight[kept], before[kept] - 0.1)
+    assert not weight[~kept].any()
+
+
+def test_a_gradient_written_in_place_is_filled_again():
+    net = network()
+    mask, optimizer = half_of(net), SGD(net.parameters(), lr=0.1, momentum=0.9)
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    mse_loss(net(X), Y).backward()
+    net[0].weight.grad.add_(1.0)
+    optimizer.step()
+    assert not optimizer.state[net[0].weight]["momentum_buffer"][~mask["0.weight"]].any()
+
+
+def test_what_a_reduction_over_processes_may_have_written_is_filled(monkeypatch):
+    # it writes as `.data` does, where torch counts no writes
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    net = network()
+    mask, optimizer = half_of(net), SGD(net.parameters(), lr=0.1, momentum=0.9)
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    mse_loss(net(X), Y).backward()
+    net[0].weight.grad.data.add_(1.0)
+    optimizer.step()
+    assert not optimizer.state[net[0].weight]["momentum_buffer"][~mask["0.weight"]].any()
+
+
+def test_a_step_fills_each_gradient_and_each_weight_once(monkeypatch):
+    net = network()
+    mask, optimizer = half_of(net), Adam(net.parameters(), lr=0.1)
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    filled, fill = [], ZeroFill.__call__
+    monkeypatch.setattr(ZeroFill, "__call__", lambda self, one: (filled.append(one), fill(self, one))[1])
+    train(net, optimizer, 3)
+    assert len(filled) == 3 * 2 * len(mask)

@@ -40,7 +40,7 @@ class Wheel:
     """
 
     sharpness: float = 16.0
-    importance: str | Importance | None = None
+    importance: Importance | str | None = None
     scope: str = "global"
     allocation: float | None = None
 

@@ -102,15 +102,23 @@ def uncut_if_it_matters(validation: IsolatedValidation, data: FoldedData, logged
     if not isinstance(data, KeptData) or data.uncut is None:
         return data
     uncut = data.undivided("the module logs something else on batches that are cut anew")
-    names = {metric.monitor, metric.rank_by}
+    names, rtol = {metric.monitor, metric.rank_by}, _rounding(validation)
     before = validate(validation, uncut, range(1))
-    apart = any(not _close(logged.value(name), before.value(name)) for name in names)
+    apart = any(not _close(logged.value(name), before.value(name), rtol) for name in names)
     data.uncut = None
     return uncut if _anywhere(validation.trainer, apart) else data
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one.double(), other.double(), rtol=1e-3, atol=1e-6, equal_nan=True)
+def _close(one: Tensor, other: Tensor, rtol: float) -> bool:
+    return torch.allclose(one.double(), other.double(), rtol=rtol, atol=1e-6, equal_nan=True)
+
+
+def _rounding(validation: IsolatedValidation) -> float:
+    """How far, relatively, a logged value may be off as batches of other sizes are summed in another order."""
+    numbers = {one.dtype for one in validation.trainer.lightning_module.parameters() if one.is_floating_point()}
+    if "bf16" in str(validation.trainer.precision):
+        numbers.add(torch.bfloat16)
+    return max([1e-3, *(2 * torch.finfo(one).eps for one in numbers)])
 
 
 def validate(validation: IsolatedValidation, data: FoldedData, folds: Sequence[int]) -> Logged:

@@ -1,0 +1,86 @@
+"""What does it cost to hold zeros? A training step with `ZeroHold` over one without: both LeNets and a small ResNet.
+
+Random data, 90 % of the weights pruned at random. The steps of three copies of a network take turns: held, free, and
+free once more, which says how far the measurement itself is off. Medians and their ratios.
+
+With Adam a part is not the hold's own: what it remembers of pruned weights is zero, and on some processors the library
+that takes its root (MKL) is several times slower on zeros. Fused Adam, quicker in any case, does not use it.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+
+import torch
+from on_tensors import NETWORKS, small_resnet
+from torch.nn.functional import cross_entropy
+from torch.optim import Adam
+
+from lightning_roulette import Mask, apply_mask, prunable_parameters
+from lightning_roulette.core.holding import ZeroHold
+
+CASES = {  # network, shape of an image, images in a batch
+    "LeNet-300-100": (NETWORKS["lenet-300-100"][0], (1, 28, 28), 100),
+    "LeNet-5": (NETWORKS["lenet-5"][0], (1, 28, 28), 100),
+    "small ResNet": (small_resnet, (3, 32, 32), 128),
+}
+# so slow that no loss comes near 0, where gradients that underflow would make arithmetic slow
+OPTIMIZERS = {"Adam": partial(Adam, lr=1e-7), "fused Adam": partial(Adam, lr=1e-7, fused=True)}
+
+Step = Callable[[], None]
+
+
+def one_step(name: str, optimized_by: str, held: bool) -> Step:
+    """A function that takes one training step of a new network."""
+    make, shape, batch = CASES[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net, images, classes = make(), torch.randn(batch, *shape), torch.randint(10, (batch,))
+    chance, weights = torch.Generator().manual_seed(0), prunable_parameters(net)
+    mask = Mask({name: torch.rand(weight.shape, generator=chance) < 0.1 for name, weight in weights.items()})
+    apply_mask(net, mask)
+    optimizer = OPTIMIZERS[optimized_by](net.parameters())
+    if held:
+        ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+
+    def step() -> None:
+        optimizer.zero_grad()
+        cross_entropy(net(images), classes).backward()
+        optimizer.step()
+
+    return step
+
+
+def seconds(steps: list[Step], seconds_each: float) -> list[float]:
+    """Median seconds of each, taken in turns of some steps, of which the first two only fill the caches."""
+    taken: list[list[float]] = [[] for _ in steps]
+    while any(sum(one) < seconds_each for one in taken):
+        for step, times in zip(steps, taken, strict=True):
+            turn = []
+            for _ in range(10):
+                began = time.perf_counter()
+                step()
+                turn.append(time.perf_counter() - began)
+            times += turn[2:]
+    return [median(one) for one in taken]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=10.0, help="measured for each copy of each network")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"{'network':15}{'optimizer':12}{'free step':>12}{'held / free':>14}{'free / free':>14}")
+    for name in CASES:
+        for optimized_by in OPTIMIZERS:
+            steps = [one_step(name, optimized_by, held) for held in (True, False, False)]
+            held, free, again = seconds(steps, options.seconds)
+            ratios = f"{held / free:>14.4f}{again / free:>14.4f}"
+            print(f"{name:15}{optimized_by:12}{1e3 * free:>9.2f} ms{ratios}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
