@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_roulette.core.masks import Mask, fill_pruned
+from lightning_roulette.core.masks import fill_pruned
 
 
 class Removable(Protocol):
@@ -41,7 +41,8 @@ class ZeroHold:
         self, parameters: Mapping[str, nn.Parameter], mask: Mapping[str, Tensor], optimizers: Iterable[Optimizer]
     ) -> None:
         self._parameters = {name: parameters[name] for name in mask}
-        self._mask = Mask({name: kept.to(parameters[name].device) for name, kept in mask.items()})
+        # as it is needed at every step, it is not packed
+        self._mask = {name: kept.to(parameters[name].device) for name, kept in mask.items()}
         self._hooks: list[Removable] = []
         self.misses_steps = False
         self.fill()

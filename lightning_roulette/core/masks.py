@@ -193,8 +193,12 @@ def breaks(mask: Mapping[str, Tensor], module: nn.Module) -> bool:
 def fill_pruned(tensors: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> None:
     """Write zero, in place, wherever `mask` is False. Filling, as opposed to multiplying, also clears NaN and -0.0."""
     for name, kept in _as_they_lie(mask):
-        for part, gone in _parts(tensors[name].detach(), kept):
-            part.masked_fill_(gone, 0)
+        _fill(tensors[name].detach(), kept)
+
+
+def _fill(tensor: Tensor, kept: Tensor | Bits) -> None:
+    for part, gone in _parts(tensor, kept):
+        part.masked_fill_(gone, 0)
 
 
 @contextmanager
@@ -203,8 +207,8 @@ def applied(mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterat
 
     Values are written in place. Of a small tensor all are set aside meanwhile, which is quicker, else those removed.
     """
-    dense = {name: weights[name].detach() for name in mask}
-    kept = dict(_as_they_lie(mask))
+    kept = {name: ours for name, ours in _as_they_lie(mask) if _is_small(ours) or _count(ours) < ours.numel()}
+    dense = {name: weights[name].detach() for name in kept}
     aside = {name: _set_aside(dense[name], kept[name]) for name in kept}
 
     def give_back() -> None:
@@ -212,7 +216,8 @@ def applied(mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterat
             _put_back(dense[name], kept[name], values)
 
     try:
-        fill_pruned(weights, mask)
+        for name, ours in kept.items():
+            _fill(dense[name], ours)
         yield
     finally:
         surely(give_back)

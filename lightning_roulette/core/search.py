@@ -38,6 +38,7 @@ from lightning_roulette.core.chance import normal, stream
 from lightning_roulette.core.evaluator import Evaluator, Judge, PrunedWeights
 from lightning_roulette.core.importance import importance_of, weighed
 from lightning_roulette.core.masks import History, Mask, apply_mask
+from lightning_roulette.core.on_disk import copies_of
 from lightning_roulette.core.race import Race, Reference, Rung, furthest, no_race, rungs
 from lightning_roulette.core.report import Candidate, Level, Scores, SearchReport, StopReason
 from lightning_roulette.core.selection import best_of, keeps_floor
@@ -119,9 +120,8 @@ class Winner:
         return _network_at(level, self.mask_at(level), self.dense, self.refits).weights
 
     def cpu(self) -> Winner:
-        """The same on the CPU, with copies of the dense weights."""
-        dense = {name: weight.detach().to("cpu", copy=True) for name, weight in self.dense.items()}
-        return replace(self, mask=self.mask.cpu(), dense=dense, history=self.history.cpu())
+        """The same on the CPU, with copies of the dense weights: of more than a gibibyte, in a temporary file."""
+        return replace(self, mask=self.mask.cpu(), dense=copies_of(self.dense), history=self.history.cpu())
 
 
 def _network_at(level: int, mask: Mask, dense: Mapping[str, Tensor], refits: Mapping[int, Survivors]) -> PrunedWeights:
