@@ -77,8 +77,9 @@ class Bits:
 
     def part(self, start: int, stop: int) -> Tensor:
         """Entries of the flattened tensor, bool."""
-        first = start // 8
-        spread = self.packed[first : -(-stop // 8)].to(torch.int64).mul_(_EIGHT_TIMES).bitwise_and_(_APART)
+        first, last = start // 8, -(-stop // 8)
+        spread = torch.empty(last - first, dtype=torch.int64, device=self.device).copy_(self.packed[first:last])
+        spread.mul_(_EIGHT_TIMES).bitwise_and_(_APART)
         return spread.view(torch.uint8)[start - 8 * first : stop - 8 * first] != 0
 
     def write(self, start: int, values: Tensor) -> None:

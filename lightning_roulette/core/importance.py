@@ -27,6 +27,9 @@ class Magnitudes(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._times(name, magnitude(self._weights[name]))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights  # that of a Mapping would make the tensor to tell
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
 

@@ -73,6 +73,9 @@ class Mask(Mapping[str, Tensor]):
         kept = self._kept[name]
         return kept if isinstance(kept, Tensor) else kept.unpacked()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._kept  # that of a Mapping would make the tensor to tell
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._kept)
 

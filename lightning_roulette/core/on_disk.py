@@ -56,6 +56,9 @@ class OnDisk(Mapping[str, Tensor]):
             raise OSError(f"the temporary file with the weights of {name!r} was cut short by somebody.")
         return found
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._kinds  # that of a Mapping would make the tensor to tell
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._kinds)
 
