@@ -147,7 +147,9 @@ def test_scale_of_importance_does_not_matter(sharpness, power):
 
 
 @pytest.mark.parametrize("sharpness", [1e-9, 0.5, 1.0, 4.0, 50.0, math.inf])
-def test_zeros_are_drawn_before_everything_else(sharpness):
+@pytest.mark.parametrize("held", [0, 1 << 24])
+def test_zeros_are_drawn_before_everything_else(monkeypatch, held, sharpness):
+    monkeypatch.setattr(wheel, "HELD", held)
     importance = torch.tensor([3.0, 0.0, 1e-30, 0.0, 1e30, 0.0])
     for seed in range(20):
         assert draw(importance, 3, sharpness=sharpness, seed=seed) == [1, 3, 5]
@@ -259,7 +261,9 @@ def test_a_weight_rings_at_its_time_whoever_else_is_on_the_wheel():
     assert torch.equal(alone[:300], drawn[:300])
 
 
-def test_spinning_changes_nothing_it_is_given():
+@pytest.mark.parametrize("held", [0, 1 << 24])
+def test_spinning_changes_nothing_it_is_given(monkeypatch, held):
+    monkeypatch.setattr(wheel, "HELD", held)
     importance, survivors = torch.linspace(0, 1, 50, dtype=torch.float64), torch.arange(50) % 3 > 0
     before = importance.clone(), survivors.clone()
     spin(importance, survivors, 20, sharpness=2.0, seed=0)
@@ -330,15 +334,18 @@ importances = st.lists(st.sampled_from([0.0, 0.0, 1e-3, 0.5, 1.0, 1.0, 2.0]), ma
     block=st.sampled_from([1, 7, 64]),
     together=st.sampled_from([0, 1 << 20]),
     sigmas=st.sampled_from([0.01, 1.0, 5.0]),
+    held=st.booleans(),
     candidate=st.integers(0, 1000),
 )
 def test_blocks_and_guesses_draw_as_sorting_all_keys_does(
-    layers, share, alive, sharpness, block, together, sigmas, candidate
+    layers, share, alive, sharpness, block, together, sigmas, held, candidate
 ):
     weights = {str(number): torch.tensor(values) for number, values in enumerate(layers)}
     parent = some_of(weights, alive)
     draws = round(share * parent.survivors)
-    with patch.multiple(wheel, _BLOCK=block, _SMALL=3, _SIGMAS=sigmas, _TOGETHER=together):
+    # where nothing is held, blocks are of whole bytes
+    sizes = {"HELD": wheel.HELD, "_BLOCK": block} if held else {"HELD": 0, "_BLOCK": 8 * block}
+    with patch.multiple(wheel, _SMALL=3, _SIGMAS=sigmas, _TOGETHER=together, **sizes):
         mask = Sectors(weights, parent, sharpness=sharpness).spin(draws, seed=0, level=1, candidate=candidate)
     assert mask == sorted_out(weights, parent, draws, sharpness=sharpness, candidate=candidate)
     assert mask.survivors == parent.survivors - draws
@@ -347,9 +354,12 @@ def test_blocks_and_guesses_draw_as_sorting_all_keys_does(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("alive", [0.7, 1.0])
 @pytest.mark.parametrize("sharpness", [0.0, 4.0, math.inf])
-@pytest.mark.parametrize("together", [0, 1 << 20])
-def test_large_layers_of_different_size_draw_as_sorting_all_keys_does(monkeypatch, together, dtype, alive, sharpness):
+@pytest.mark.parametrize(("together", "held"), [(0, 1 << 24), (1 << 20, 1 << 24), (0, 0)])
+def test_large_layers_of_different_size_draw_as_sorting_all_keys_does(
+    monkeypatch, together, held, dtype, alive, sharpness
+):
     monkeypatch.setattr(wheel, "_TOGETHER", together)
+    monkeypatch.setattr(wheel, "HELD", held)
     # one of several blocks, one that ends with its block, one cut short; narrow types tie a great deal
     sizes = {"few": (3,), "longer": (131_075,), "even": (65_536,), "none": (0,), "short": (40_000,)}
     weights = {name: values.to(dtype) for name, values in network(**sizes).items()}
@@ -451,7 +461,9 @@ def test_few_keys_are_kept_and_few_made_twice(sharpness):
     ("sharpness", "digest"),
     [(0.0, "75695d5b8e46bc6e"), (0.5, "5ee41e995b062a98"), (4.0, "36ae0a5fcd082d60"), (math.inf, "147c70d68cd50445")],
 )
-def test_masks_never_change_between_releases(sharpness, digest):
+@pytest.mark.parametrize("held", [0, 1 << 24])
+def test_masks_never_change_between_releases(monkeypatch, held, sharpness, digest):
+    monkeypatch.setattr(wheel, "HELD", held)
     weights = {"a": (torch.arange(150_000) * 7919 % 65_537 / 65_537).view(300, 500), "b": torch.linspace(0, 1, 50_000)}
     sectors = Sectors(weights, Mask.full(weights), sharpness=sharpness)
     parent = sectors.spin(40_000, seed=7, level=1, candidate=3)
@@ -462,7 +474,9 @@ def test_masks_never_change_between_releases(sharpness, digest):
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("sharpness", [0.0, 2.0, math.inf])
-def test_memory_format_does_not_matter(scope, sharpness):
+@pytest.mark.parametrize("held", [0, 1 << 24])
+def test_memory_format_does_not_matter(monkeypatch, held, scope, sharpness):
+    monkeypatch.setattr(wheel, "HELD", held)
     plain = network(conv=(6, 4, 3, 3), fc=(20, 30))
     turned = {"conv": plain["conv"].to(memory_format=torch.channels_last), "fc": plain["fc"].T.contiguous().T}
     assert not turned["conv"].is_contiguous()
@@ -560,7 +574,9 @@ def test_shares_are_within_one_weight_of_proportion(survivors, share):
     ],
 )
 @pytest.mark.parametrize("sharpness", [1.0, math.inf])
-def test_spin_refuses(changed, message, sharpness):
+@pytest.mark.parametrize("held", [0, 1 << 24])
+def test_spin_refuses(monkeypatch, held, changed, message, sharpness):
+    monkeypatch.setattr(wheel, "HELD", held)
     valid = {"importance": torch.ones(3), "survivors": everything(3), "draws": 2, "sharpness": sharpness}
     assert int(spin(**valid, seed=0).sum()) == 2
     with pytest.raises(ValueError, match=message):

@@ -33,13 +33,13 @@ class PrunedWeights:
     @property
     def weights(self) -> dict[str, Tensor]:
         """New tensors: the weights, zero where pruned; and all else that a refit changed, under its own names."""
-        values = {**self.dense, **self.refitted}
-        return {
-            name: value.detach().masked_fill(~self.mask[name].to(value.device), 0)
-            if name in self.mask
-            else value.detach().clone()
-            for name, value in values.items()
-        }
+        return {name: self._value(name) for name in {**dict.fromkeys(self.dense), **self.refitted}}
+
+    def _value(self, name: str) -> Tensor:
+        value = (self.refitted[name] if name in self.refitted else self.dense[name]).detach()
+        if name not in self.mask:
+            return value.clone()
+        return value.masked_fill(~self.mask[name].to(value.device), 0)
 
 
 class Evaluator(Protocol):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_roulette.core.masks import Mask, fill_pruned
+from lightning_roulette.core.masks import fill_pruned
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> integers of its size
 
@@ -118,7 +118,8 @@ class ZeroHold:
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], mask: Mapping[str, Tensor], optimizers: Iterable[Optimizer]
     ) -> None:
-        kept = Mask({name: kept.to(parameters[name].device) for name, kept in mask.items()})
+        # needed at every step, a mask is not packed here
+        kept = {name: kept.to(parameters[name].device) for name, kept in mask.items()}
         self._held = [_HeldWeight(parameters[name], ZeroFill(kept[name], parameters[name])) for name in kept]
         self._hooks: list[Removable] = []
         self.misses_steps = False

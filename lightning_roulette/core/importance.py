@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from lightning_roulette.core.bits import flat_part
 from lightning_roulette.core.settings import CALIBRATED, Importance
+
+HELD = 1 << 24  # weights of a network up to which numbers for each of them are held; of more they are made again
+
+
+class Magnitudes(Mapping[str, Tensor]):
+    """The magnitude of every weight, made each time it is asked for.
+
+    Args:
+        weights: Parameter name to tensor, not copied.
+        factors: Parameter name to what its magnitudes are multiplied by; None: nothing.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], factors: Mapping[str, float] | None = None) -> None:
+        self._weights, self._factors = {name: weight.detach() for name, weight in weights.items()}, factors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._times(name, magnitude(self._weights[name]))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights  # that of a Mapping would make the tensor to tell
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Those of a stretch of a flattened parameter."""
+        return self._times(name, magnitude(flat_part(self._weights[name], start, stop)))
+
+    def times(self, factors: Mapping[str, float]) -> Magnitudes:
+        """The same multiplied by a number for each parameter."""
+        return Magnitudes(self._weights, factors)
+
+    def _times(self, name: str, values: Tensor) -> Tensor:
+        return values if self._factors is None else values * self._factors[name]
 
 
 def importance_of(
     weights: Mapping[str, Tensor], kind: str | Importance, scales: Callable[[str], Mapping[str, Tensor]] | None = None
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     """The importance of every weight, by a named kind or a user's function.
 
     Args:
@@ -21,7 +59,7 @@ def importance_of(
         scales: For a kind that looks at inputs, what multiplies the magnitude: see `Calibration.scales`.
 
     Returns:
-        The same names and shapes.
+        The same names and shapes. The magnitudes of a large network are made when they are asked for.
 
     Raises:
         TypeError: If a user's function does not return tensors by name.
@@ -31,6 +69,8 @@ def importance_of(
         assert scales is not None
         found = scales(kind)
         return {name: magnitude(weight.detach()) * found[name] for name, weight in weights.items()}
+    if kind == "magnitude" and sum(weight.numel() for weight in weights.values()) > HELD:
+        return Magnitudes(weights)
     if not callable(kind):
         measure = {"magnitude": magnitude, "lamp": lamp}[kind]
         return {name: measure(weight.detach()) for name, weight in weights.items()}
@@ -45,6 +85,13 @@ def importance_of(
                 "for each of the weights it is given."
             )
     return {name: found[name].detach() for name in weights}
+
+
+def weighed(importance: Mapping[str, Tensor], factors: Mapping[str, float]) -> Mapping[str, Tensor]:
+    """Importance multiplied by a number for each parameter."""
+    if isinstance(importance, Magnitudes):
+        return importance.times(factors)
+    return {name: values * factors[name] for name, values in importance.items()}
 
 
 def magnitude(weight: Tensor) -> Tensor:

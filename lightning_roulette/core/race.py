@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
+from lightning_roulette.core.bits import Bits
 from lightning_roulette.core.evaluator import Judge, PrunedWeights
 from lightning_roulette.core.masks import Mask
 from lightning_roulette.core.report import Candidate, Scores
 from lightning_roulette.core.selection import best_of
 
-# Masks of a branch that may be kept at a time, at a byte for each weight; others are drawn again.
+# What the masks of a branch that are kept may take; others are drawn again, but for the last.
 _KEPT_BYTES = 2**24
 
 
@@ -115,6 +116,7 @@ class Race:
         self._judge, self._dense, self._tell = judge, dense, tell
         self._originals: dict[bytes, int] = {}
         self._masks: dict[int, Mask] = {}
+        self._last: tuple[int, Mask] | None = None
         self._done = 0
 
     def run(self, stages: Sequence[Rung]) -> list[Candidate]:
@@ -132,9 +134,13 @@ class Race:
 
     def mask(self, index: int) -> Mask:
         """The mask of a candidate: one that is kept, or drawn again."""
+        if self._last is not None and self._last[0] == index:
+            return self._last[1]
         if index not in self._masks:
+            self._last = None  # one that is drawn takes the place of one that is not kept
             mask = self._spin(index)
-            if (len(self._masks) + 1) * mask.size > _KEPT_BYTES:
+            self._last = index, mask
+            if (len(self._masks) + 1) * mask.nbytes > _KEPT_BYTES:
                 return mask
             self._masks[index] = mask
         return self._masks[index]
@@ -193,6 +199,7 @@ def mean_of(scores: Mapping[range, Scores]) -> Scores:
 def _fingerprint(mask: Mask) -> bytes:
     """Equal for equal masks of one network; for different ones with a chance of 2**-128."""
     digest = blake2b(digest_size=16)
-    for kept in mask.values():
-        digest.update(kept.cpu().contiguous().numpy().data)
+    for kept in mask.stored.values():
+        values = kept.packed if isinstance(kept, Bits) else kept
+        digest.update(values.cpu().contiguous().numpy().data)
     return digest.digest()

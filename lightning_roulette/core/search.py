@@ -36,8 +36,9 @@ from lightning_roulette.core.certificate import (
 )
 from lightning_roulette.core.chance import normal, stream
 from lightning_roulette.core.evaluator import Evaluator, Judge, PrunedWeights
-from lightning_roulette.core.importance import importance_of
+from lightning_roulette.core.importance import importance_of, weighed
 from lightning_roulette.core.masks import History, Mask, apply_mask
+from lightning_roulette.core.on_disk import copies_of
 from lightning_roulette.core.race import Race, Reference, Rung, furthest, no_race, rungs
 from lightning_roulette.core.report import Candidate, Level, Scores, SearchReport, StopReason
 from lightning_roulette.core.selection import best_of, keeps_floor
@@ -119,10 +120,8 @@ class Winner:
         return _network_at(level, self.mask_at(level), self.dense, self.refits).weights
 
     def cpu(self) -> Winner:
-        """The same on the CPU, with copies of the dense weights."""
-        dense = {name: weight.detach().to("cpu", copy=True) for name, weight in self.dense.items()}
-        mask = Mask({name: kept.cpu() for name, kept in self.mask.items()})
-        return replace(self, mask=mask, dense=dense, history=self.history.cpu())
+        """The same on the CPU, with copies of the dense weights: of more than a gibibyte, in a temporary file."""
+        return replace(self, mask=self.mask.cpu(), dense=copies_of(self.dense), history=self.history.cpu())
 
 
 def _network_at(level: int, mask: Mask, dense: Mapping[str, Tensor], refits: Mapping[int, Survivors]) -> PrunedWeights:
@@ -443,7 +442,8 @@ class _Growing:
     def so_far(self, reason: StopReason | None) -> Winner:
         """What the search has found up to here."""
         refits = dict(self.refitting.kept)
-        return Winner(self.history.mask, self._report(reason), self.weights, self.history, refits)
+        mask = self.parent if self.history.level == self.history.deepest else self.history.mask
+        return Winner(mask, self._report(reason), self.weights, self.history, refits)
 
     def _promise(self, confidence: float) -> None:
         """Refuse what cannot be certified; note what the certificate will rest on."""
@@ -491,8 +491,8 @@ class _Growing:
             sectors = self._sectors
             if self.allocation:
                 leaning = self._leaning(number, index)
-                weighed = {name: one * math.exp(leaning[name]) for name, one in self._importance.items()}
-                sectors = Sectors(weighed, self.parent, sharpness=self.wheel.sharpness)
+                factors = {name: math.exp(leaning[name]) for name in leaning}
+                sectors = Sectors(weighed(self._importance, factors), self.parent, sharpness=self.wheel.sharpness)
             return sectors.spin(draws, seed=self.seed, level=number, candidate=index)
 
         return Race(candidates, spin, self.refitting.network, self.judge, self.reference, self._teller(sparsity))
@@ -513,8 +513,7 @@ class _Growing:
 
     def _set_up_wheel(self) -> None:
         """What the candidates of a level share."""
-        parent = self.refitting.network(self.parent).weights
-        of = {name: parent[name] for name in self.weights}
+        of = self._weights_of_parent()
         try:
             self._importance = importance_of(of, self.importance, lambda kind: self.refitting.scales(kind, self.parent))
         except NoGradients as error:
@@ -524,6 +523,13 @@ class _Growing:
             self.report = replace(self.report, importance=f"magnitude, as {error}")
             self._importance = importance_of(of, self.importance)
         self._sectors = Sectors(self._importance, self.parent, sharpness=self.wheel.sharpness, scope=self.wheel.scope)
+
+    def _weights_of_parent(self) -> dict[str, Tensor]:
+        """The weights that importance is taken of: copies, zero where pruned, unless only the dense survivors count."""
+        if self.importance == "magnitude" and not self.refitting.now.values:
+            return {name: weight.detach() for name, weight in self.weights.items()}
+        parent = self.refitting.network(self.parent).weights
+        return {name: parent[name] for name in self.weights}
 
     def _leaning(self, level: int, candidate: int) -> dict[str, float]:
         """The logarithm of what a candidate multiplies the importance of each layer by."""
@@ -598,7 +604,7 @@ class _Growing:
         if target_sparsity is not None:
             return min(self._spare(None), self._missing(target_sparsity))
         if self.wheel.scope == "layer":
-            return sum(max(0, int(kept.sum()) - 1) for kept in self.parent.values())
+            return sum(max(0, count - 1) for count in self.parent.counts.values())
         return self.parent.survivors - 1
 
     def _rate(self, tree: Tree) -> float:

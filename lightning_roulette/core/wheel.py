@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from lightning_roulette.core.bits import Bits, flat_part
 from lightning_roulette.core.chance import log_clocks, random_bits, stream, uniforms
-from lightning_roulette.core.importance import with_float64
+from lightning_roulette.core.importance import HELD, Magnitudes, with_float64
 from lightning_roulette.core.masks import Mask
 from lightning_roulette.core.settings import SCOPES, check_choice, check_number, check_seed
 
@@ -70,8 +72,9 @@ class Sectors:
     The key of a survivor is `log E + sharpness * log importance` (`importance` itself where sharpness is infinite); the
     smallest keys are drawn. Logarithms keep `w ** -sharpness` from overflowing.
 
-    It holds the second term of every survivor, and their indices where not all weights of a parameter survive: 12 bytes
-    a survivor. Up to 2**20 weights it holds up to 48, which makes the spins that follow the first quicker.
+    Up to 2**24 weights it holds the second term of every survivor, and their indices where not all weights of a
+    parameter survive: 12 bytes a survivor. Up to 2**20 weights it holds up to 48, which makes the spins that follow the
+    first quicker. Of more weights it holds `importance` and the parent alone, and each spin makes the terms again.
 
     Args:
         importance: Non-negative and finite, one tensor per parameter of `parent`, of its shape.
@@ -89,21 +92,19 @@ class Sectors:
     ) -> None:
         check_number("sharpness", sharpness, at_least=0, remedy="Infinity is magnitude pruning.")
         check_choice("scope", scope, SCOPES)
-        self.parent = Mask({name: with_float64(kept) for name, kept in parent.items()})
+        self.parent = _with_float64(parent)
         self.sharpness, self.scope = sharpness, scope
-        index = {name: _survivors(kept) for name, kept in self.parent.items()}
-        known = {name: _checked(name, importance[name]).to(kept.device) for name, kept in self.parent.items()}
-        terms = _terms({name: _alive(known[name], index[name]) for name in index}, sharpness)
-        arcs = {name: _Arc(index[name], terms[name]) for name in index}
-        sizes = {name: kept.numel() for name, kept in self.parent.items()}
+        make = _long_arcs if self.parent.size > HELD else _arcs
+        arcs = make(importance, self.parent, sharpness)
         groups = [arcs] if scope == "global" else [{name: arc} for name, arc in arcs.items()]
-        self._wheels = [_Wheel(group, sizes) for group in groups]
+        self._wheels = [_Wheel(group) for group in groups]
 
     def spin(self, draws: int, *, seed: int, level: int, candidate: int) -> Mask:
         """The parent's mask with exactly `draws` weights fewer.
 
         Beyond the mask it takes a byte for each weight of one parameter, one block of keys and the few keys near the
-        threshold; eight bytes for each weight where these are few.
+        threshold; eight bytes for each weight where these are few. Of more than 2**24 weights a block takes the place
+        of the parameter, and the mask takes a bit for each weight.
 
         Args:
             draws: How many weights leave, at most all survivors.
@@ -119,10 +120,10 @@ class Sectors:
             raise ValueError(f"draws is {draws}, but must lie between 0 and the {survivors} survivors.")
         chance = not math.isinf(self.sharpness)
         streams = {name: stream(seed, level, candidate, name) for name in self.parent} if chance else {}
-        kept: dict[str, Tensor] = {}
+        kept: dict[str, Tensor | Bits] = {}
         for wheel, share in zip(self._wheels, self._shares(draws), strict=True):
             kept |= wheel.spin(share, streams)
-        return Mask({name: kept[name].view(at.shape) for name, at in self.parent.items()})
+        return Mask({name: _shaped(kept[name], at.shape) for name, at in self.parent.stored.items()})
 
     def _shares(self, draws: int) -> list[int]:
         """The draws of each wheel."""
@@ -160,27 +161,39 @@ class _Arc:
     """Survivors of one parameter, in order of index: a stretch of a wheel.
 
     Attributes:
+        size: How many weights the parameter has, pruned ones too.
         index: Where each lies in the flattened parameter; None if nothing of it is pruned.
         terms: What each key has beside the logarithm of its clock.
         owners: Of several parameters one after the other, the number of each survivor's; None for one parameter.
         own_index: Where each lies in that parameter alone; None for one parameter.
     """
 
+    size: int
     index: Tensor | None
     terms: Tensor
     owners: Tensor | None = None
     own_index: Tensor | None = None
 
+    @property
+    def count(self) -> int:
+        """How many survivors there are."""
+        return len(self.terms)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they lie."""
+        return self.terms.device
+
     def at(self, positions: Tensor) -> _Arc:
         """Some of the survivors, counted from 0."""
         index = positions if self.index is None else self.index[positions]
         if self.owners is None or self.own_index is None:
-            return _Arc(index, self.terms[positions])
-        return _Arc(index, self.terms[positions], self.owners[positions], self.own_index[positions])
+            return _Arc(self.size, index, self.terms[positions])
+        return _Arc(self.size, index, self.terms[positions], self.owners[positions], self.own_index[positions])
 
     def blocks(self) -> Iterator[slice]:
         """The survivors a block at a time; one block if there are none."""
-        size = _BLOCK if self.terms.device.type == "cpu" else _BLOCK_OFF_CPU
+        size = _block_on(self.device)
         return (slice(start, start + size) for start in range(0, max(1, len(self.terms)), size))
 
     def places(self, block: slice) -> Tensor:
@@ -206,13 +219,120 @@ class _Arc:
             return log_clocks(stream[self.owners[block]], self.own_index[block]).add_(terms)
         return log_clocks(stream, places).add_(terms)
 
+    def cut(self, stream: int | Tensor | None, low: float, high: float) -> _Cut:
+        """Keep the survivors whose keys are `low` or more; those among them with keys up to `high` are near."""
+        kept = torch.zeros(self.size, dtype=torch.bool, device=self.device)
+        near = torch.empty(self.count, dtype=torch.bool, device=self.device)
+        for block in self.blocks():
+            places = self.places(block)
+            keys = self.keys(stream, block, places)
+            stays = keys >= low
+            self.write(kept, block, stays)
+            near[block] = stays.logical_and_(keys <= high)
+        found = self.at(near.nonzero().flatten())
+        places = found.places(_ALL)
+        return _Cut(kept, places, found.keys(stream, _ALL, places))
 
-class _Near(NamedTuple):
-    """Survivors of one parameter whose keys are near the threshold: their indices, and the keys."""
 
-    name: str
+@dataclass(frozen=True)
+class _LongArc:
+    """Survivors of one parameter of which nothing is held: all is made again, a block of weights at a time.
+
+    Attributes:
+        parent: Which weights are on the wheel.
+        importance: That of the weights between two indices of the flattened parameter.
+        term: What makes terms of importance.
+        counts: How many survivors each block has.
+    """
+
+    parent: Bits
+    importance: Callable[[int, int], Tensor]
+    term: Callable[[Tensor], Tensor]
+    counts: Sequence[int]
+
+    @property
+    def size(self) -> int:
+        """How many weights the parameter has, pruned ones too."""
+        return self.parent.numel()
+
+    @property
+    def count(self) -> int:
+        """How many survivors there are."""
+        return sum(self.counts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they lie."""
+        return self.parent.device
+
+    def at(self, positions: Tensor) -> _Arc:
+        """Some of the survivors, counted from 0, in ascending order."""
+        ends = torch.tensor([0, *accumulate(self.counts)], device=positions.device)
+        parts = positions.tensor_split(torch.searchsorted(positions, ends[1:]).tolist())
+        index = [torch.empty(0, dtype=torch.int64, device=self.device)]
+        terms = [torch.empty(0, dtype=torch.float64, device=self.device)]
+        for (_, places, values), part, end in zip(self._blocks(), parts, ends.tolist(), strict=False):
+            index.append(places[part - end])
+            terms.append(self.term(values[part - end]))
+        return _Arc(self.size, torch.cat(index), torch.cat(terms))
+
+    def cut(self, stream: int | Tensor | None, low: float, high: float) -> _Cut:
+        """Keep the survivors whose keys are `low` or more; those among them with keys up to `high` are near."""
+        kept, start = Bits.empty(self.parent.shape, self.device), 0
+        near = [torch.empty(0, dtype=torch.int64, device=self.device)]
+        their_keys = [torch.empty(0, dtype=torch.float64, device=self.device)]
+        for size, places, values in self._blocks():
+            keys = _Arc(size, places, self.term(values)).keys(stream, _ALL, places)
+            stays = keys >= low
+            found = stays.logical_and(keys <= high).nonzero().flatten()
+            near.append(places[found])
+            their_keys.append(keys[found])
+            if len(places) < size:
+                stays = stays.new_zeros(size).scatter_(0, places - start, stays)
+            kept.write(start, stays)
+            start += size
+        return _Cut(kept, torch.cat(near), torch.cat(their_keys))
+
+    def terms(self) -> Iterator[Tensor]:
+        """What each key has beside the logarithm of its clock, a block at a time."""
+        return (self.term(values) for _, _, values in self._blocks())
+
+    def _blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Of each block how many weights it has, the indices of its survivors, and their importance."""
+        for (start, stop), count in zip(self.parent.blocks(_block_on(self.device)), self.counts, strict=True):
+            values = self.importance(start, stop)
+            if count == stop - start:
+                yield stop - start, torch.arange(start, stop, device=self.device), values
+            else:
+                local = self.parent.part(start, stop).nonzero().flatten()
+                yield stop - start, local + start, values[local]
+
+
+class _Cut(NamedTuple):
+    """Of one parameter what two numbers about the threshold say.
+
+    Attributes:
+        kept: Whether each weight stays; those near the threshold do as yet.
+        places: Where those are whose keys are near it.
+        keys: Of these.
+    """
+
+    kept: Tensor | Bits
     places: Tensor
     keys: Tensor
+
+    @property
+    def staying(self) -> int:
+        """How many stay."""
+        return self.kept.count() if isinstance(self.kept, Bits) else int(self.kept.count_nonzero())
+
+    def remove(self, near: Tensor) -> Tensor | Bits:
+        """What is kept without some of those near the threshold: bool, one for each."""
+        if isinstance(self.kept, Bits):
+            self.kept.clear(self.places[near])
+        else:
+            self.kept[self.places[near]] = False
+        return self.kept
 
 
 class _Guess(NamedTuple):
@@ -241,51 +361,45 @@ class _Wheel:
     then the same for each, and are compared with the uniform numbers, of which no logarithm need be taken.
     """
 
-    def __init__(self, arcs: Mapping[str, _Arc], sizes: Mapping[str, int]) -> None:
-        self._parts = {name: sizes[name] for name in arcs}
-        self._together = sum(self._parts.values()) <= _TOGETHER and _share_device(arcs)
-        # as one: with small parameters it is the number of operations that takes the time
-        self._arcs = {"": _joined(list(arcs.values()), list(self._parts.values()))} if self._together else dict(arcs)
-        self._sizes = {"": sum(self._parts.values())} if self._together else self._parts
-        self._counts = [len(arc.terms) for arc in arcs.values()]
+    def __init__(self, arcs: Mapping[str, _Arc | _LongArc]) -> None:
+        self._parts = {name: arc.size for name, arc in arcs.items()}
+        self._counts = [arc.count for arc in arcs.values()]
         self.count = sum(self._counts)
+        # as one: with small parameters it is the number of operations that takes the time
+        self._joint = _joined([arc for arc in arcs.values() if isinstance(arc, _Arc)]) if _are_few(arcs) else None
+        self._arcs = dict(arcs) if self._joint is None else {"": self._joint}
         self._sample = _sample(self._arcs) if self.count > _SMALL else {}
         self._guess: _Guess | None = None
 
-    def spin(self, draws: int, streams: Mapping[str, int]) -> dict[str, Tensor]:
-        """For each parameter, flat, whether each weight stays."""
-        known: Mapping[str, int | Tensor | None] = streams or dict.fromkeys(self._arcs)
-        if self._together and streams:
-            known = {"": torch.tensor([streams[name] for name in self._parts]).to(self._arcs[""].terms.device)}
-        kept = {
-            name: torch.zeros(self._sizes[name], dtype=torch.bool, device=arc.terms.device)
-            for name, arc in self._arcs.items()
-        }
-        if not (self._together and streams and self._guessed(draws, known[""], kept[""])):
-            self._race(draws, known, kept)
-        if not self._together:
-            return kept
-        return dict(zip(self._parts, kept[""].split(list(self._parts.values())), strict=True))
+    def spin(self, draws: int, streams: Mapping[str, int]) -> Mapping[str, Tensor | Bits]:
+        """For each parameter, flat if it is a tensor, whether each weight stays."""
+        if self._joint is None:
+            return self._race(draws, streams or dict.fromkeys(self._arcs))
+        known = torch.tensor([streams[name] for name in self._parts]).to(self._joint.device) if streams else None
+        kept = torch.zeros(self._joint.size, dtype=torch.bool, device=self._joint.device)
+        if known is None or not self._guessed(draws, known, kept):
+            kept = cast(Tensor, self._race(draws, {"": known})[""])
+        return dict(zip(self._parts, kept.split(list(self._parts.values())), strict=True))
 
-    def _race(self, draws: int, streams: Mapping[str, int | Tensor | None], kept: Mapping[str, Tensor]) -> None:
-        """Write into `kept`, flat, whether each survivor stays."""
+    def _race(self, draws: int, streams: Mapping[str, int | Tensor | None]) -> dict[str, Tensor | Bits]:
+        """Whether each weight stays."""
         sampled = [arc.keys(streams[name], _ALL, arc.places(_ALL)) for name, arc in self._sample.items()]
-        near: list[_Near] = []
+        cuts: list[_Cut] = []
         sigmas, missing = _SIGMAS, -1
-        while not 0 <= missing <= sum(len(found.keys) for found in near):
+        while not 0 <= missing <= sum(len(cut.keys) for cut in cuts):
             low, high = _bracket(sampled, draws / max(1, self.count), sigmas)
-            near = [self._cut(name, streams[name], kept[name], low, high) for name in self._arcs]
-            staying = sum(int(kept[name].count_nonzero()) for name in self._arcs)
-            sigmas, missing = 2 * sigmas, draws - (self.count - staying)
-        for found, drawn in zip(near, _smallest([found.keys for found in near], missing), strict=True):
-            kept[found.name][found.places[drawn]] = False
-        if self._together and streams[""] is not None and self.count > _SMALL:
-            self._guess = _guess(self._arcs[""].terms, near[0].keys.sort().values, missing, draws)
+            cuts.clear()
+            cuts += (arc.cut(streams[name], low, high) for name, arc in self._arcs.items())
+            sigmas, missing = 2 * sigmas, draws - (self.count - sum(cut.staying for cut in cuts))
+        drawn = _smallest([cut.keys for cut in cuts], missing)
+        if self._joint is not None and streams[""] is not None and self.count > _SMALL:
+            self._guess = _guess(self._joint.terms, cuts[0].keys.sort().values, missing, draws)
+        return {name: cut.remove(near) for name, cut, near in zip(self._arcs, cuts, drawn, strict=True)}
 
-    def _guessed(self, draws: int, stream: int | Tensor | None, kept: Tensor) -> bool:
+    def _guessed(self, draws: int, stream: Tensor, kept: Tensor) -> bool:
         """Write into `kept` whether each survivor stays, if the guess holds; else say that it does not."""
-        guess, arc = self._guess, self._arcs[""]
-        if guess is None or guess.draws != draws or not isinstance(stream, Tensor) or arc.own_index is None:
+        guess, arc = self._guess, self._joint
+        if guess is None or guess.draws != draws or arc is None or arc.own_index is None:
             return False
         each = torch.cat([one.expand(count) for one, count in zip(stream, self._counts, strict=True)])
         near = []
@@ -304,20 +418,6 @@ class _Wheel:
         kept[places[drawn]] = False
         return guess.low + _ROUNDING < float(keys[drawn].max()) < guess.high - _ROUNDING
 
-    def _cut(self, name: str, stream: int | Tensor | None, kept: Tensor, low: float, high: float) -> _Near:
-        """Keep the survivors whose keys are `low` or more; those among them with keys up to `high`."""
-        arc = self._arcs[name]
-        near = torch.empty(len(arc.terms), dtype=torch.bool, device=kept.device)
-        for block in arc.blocks():
-            places = arc.places(block)
-            keys = arc.keys(stream, block, places)
-            stays = keys >= low
-            arc.write(kept, block, stays)
-            near[block] = stays.logical_and_(keys <= high)
-        found = arc.at(near.nonzero().flatten())
-        places = found.places(_ALL)
-        return _Near(name, places, found.keys(stream, _ALL, places))
-
 
 def _guess(terms: Tensor, ascending: Tensor, rank: int, draws: int) -> _Guess | None:
     """What the keys about one spin's threshold, which is that of this rank, say of the threshold of others.
@@ -332,27 +432,30 @@ def _guess(terms: Tensor, ascending: Tensor, rank: int, draws: int) -> _Guess | 
     return _Guess(draws, low, high, *((key - terms).exp_().neg_().exp_() for key in (low, high)))
 
 
-def _share_device(arcs: Mapping[str, _Arc]) -> bool:
-    return len({arc.terms.device for arc in arcs.values()}) == 1
+def _are_few(arcs: Mapping[str, _Arc | _LongArc]) -> bool:
+    """Whether parameters are taken as one: they have few weights in all, all of them held on one device."""
+    held = all(isinstance(arc, _Arc) for arc in arcs.values())
+    return held and sum(arc.size for arc in arcs.values()) <= _TOGETHER and len({a.device for a in arcs.values()}) == 1
 
 
-def _joined(arcs: Sequence[_Arc], sizes: Sequence[int]) -> _Arc:
+def _joined(arcs: Sequence[_Arc]) -> _Arc:
     """The survivors of several parameters, one parameter after the other."""
-    device, counts = arcs[0].terms.device, torch.tensor([len(arc.terms) for arc in arcs])
+    device, counts = arcs[0].device, torch.tensor([arc.count for arc in arcs])
+    sizes = [arc.size for arc in arcs]
     owners = torch.arange(len(arcs)).repeat_interleave(counts).to(device)
     starts = torch.tensor([0, *accumulate(sizes)][:-1]).to(device)[owners]
-    own_index = torch.cat([arc.places(slice(0, len(arc.terms))) for arc in arcs])
+    own_index = torch.cat([arc.places(slice(0, arc.count)) for arc in arcs])
     index = None if all(arc.index is None for arc in arcs) else own_index + starts
-    return _Arc(index, torch.cat([arc.terms for arc in arcs]), owners, own_index)
+    return _Arc(sum(sizes), index, torch.cat([arc.terms for arc in arcs]), owners, own_index)
 
 
-def _sample(arcs: Mapping[str, _Arc]) -> dict[str, _Arc]:
+def _sample(arcs: Mapping[str, _Arc | _LongArc]) -> dict[str, _Arc]:
     """Survivors picked blindly, with replacement: more of a large wheel, but a smaller share."""
-    ends = list(accumulate(len(arc.terms) for arc in arcs.values()))
+    ends = list(accumulate(arc.count for arc in arcs.values()))
     picked = random_bits(0, torch.arange(int(2 * ends[-1] ** (2 / 3)))).remainder_(ends[-1]).sort().values
     parts = picked.tensor_split(torch.searchsorted(picked, torch.tensor(ends[:-1], dtype=torch.int64)).tolist())
     starts = zip(arcs.items(), parts, [0, *ends], strict=False)
-    return {name: arc.at((part - start).to(arc.terms.device)) for (name, arc), part, start in starts}
+    return {name: arc.at((part - start).to(arc.device)) for (name, arc), part, start in starts}
 
 
 def _bracket(sampled: Sequence[Tensor], share: float, sigmas: float) -> tuple[float, float]:
@@ -369,6 +472,54 @@ def _bracket(sampled: Sequence[Tensor], share: float, sigmas: float) -> tuple[fl
     return low, float(keys.kthvalue(last).values) if last <= len(keys) else math.inf
 
 
+def _block_on(device: torch.device) -> int:
+    return _BLOCK if device.type == "cpu" else _BLOCK_OFF_CPU
+
+
+def _shaped(kept: Tensor | Bits, shape: torch.Size) -> Tensor | Bits:
+    return kept.view(shape) if isinstance(kept, Tensor) else kept
+
+
+def _with_float64(mask: Mask) -> Mask:
+    """The mask where float64 is; packed tensors are there."""
+    return Mask({n: with_float64(kept) if isinstance(kept, Tensor) else kept for n, kept in mask.stored.items()})
+
+
+def _arcs(importance: Mapping[str, Tensor], parent: Mask, sharpness: float) -> dict[str, _Arc]:
+    """Arcs that hold what keys are made of."""
+    index = {name: _survivors(kept) for name, kept in parent.items()}
+    known = {name: importance[name].detach() for name in parent}
+    for name, values in known.items():
+        _check(name, values)
+    alive = {name: _alive(known[name].to(kept.device), index[name]) for name, kept in parent.stored.items()}
+    terms = _terms(alive, sharpness)
+    return {name: _Arc(kept.numel(), index[name], terms[name]) for name, kept in parent.stored.items()}
+
+
+def _long_arcs(importance: Mapping[str, Tensor], parent: Mask, sharpness: float) -> dict[str, _LongArc]:
+    """Arcs that hold nothing but importance and mask."""
+    arcs, least = {}, math.inf
+    for name, stored in parent.stored.items():
+        kept = stored if isinstance(stored, Bits) else Bits.of(stored)
+        read = _reader(importance, name, kept.device)
+        blocks = list(kept.blocks(_block_on(kept.device)))
+        least = min([least, *(_check(name, read(*block)) for block in blocks)])
+        arcs[name] = _LongArc(kept, read, partial(_term, sharpness=sharpness), [kept.count(*block) for block in blocks])
+    if least > 0 or not 0 < sharpness < math.inf:
+        return arcs
+    bottom = _bottom(terms for arc in arcs.values() for terms in arc.terms())
+    return {name: replace(arc, term=partial(_term, sharpness=sharpness, bottom=bottom)) for name, arc in arcs.items()}
+
+
+def _reader(importance: Mapping[str, Tensor], name: str, device: torch.device) -> Callable[[int, int], Tensor]:
+    """What gives the importance of the weights between two indices of a flattened parameter."""
+    if isinstance(importance, Magnitudes):
+        part: Callable[[int, int], Tensor] = partial(importance.part, name)
+    else:
+        part = partial(flat_part, importance[name].detach())
+    return lambda start, stop: part(start, stop).to(device)
+
+
 def _survivors(kept: Tensor) -> Tensor | None:
     """The indices of what is kept, in the smallest type that holds them; None if that is everything."""
     if bool(kept.all()):
@@ -382,38 +533,44 @@ def _alive(importance: Tensor, index: Tensor | None) -> Tensor:
     return importance.flatten().clone() if index is None else importance.flatten()[index]
 
 
-def _checked(name: str, importance: Tensor) -> Tensor:
+def _check(name: str, importance: Tensor) -> float:
+    """The least importance."""
     least, most = importance.aminmax() if importance.numel() else (importance.new_zeros(()),) * 2
     if not bool((least >= 0) & (most < math.inf)):
         raise ValueError(
             f"importance of {name or 'the weights'} has negative, infinite or NaN entries, but must be finite and "
             "non-negative. Do the weights hold NaN or infinity?"
         )
-    return importance.detach()
+    return float(least)
 
 
 def _terms(importance: Mapping[str, Tensor], sharpness: float) -> dict[str, Tensor]:
     """Importance as it is where sharpness is infinite, else `sharpness * log importance`, zeros below all others."""
-    if math.isinf(sharpness):
-        return dict(importance)
-    if sharpness == 0:
-        zero = torch.zeros((), dtype=torch.float64)
-        return {name: zero.to(values.device).expand(len(values)) for name, values in importance.items()}
-    terms = {name: values.to(torch.float64).log_().mul_(sharpness) for name, values in importance.items()}
-    if any(bool(values.isneginf().any()) for values in terms.values()):
-        _lift_zeros(terms.values())
+    terms = {name: _term(values, sharpness) for name, values in importance.items()}
+    if 0 < sharpness < math.inf and any(bool(values.isneginf().any()) for values in terms.values()):
+        bottom = _bottom(terms.values())
+        for values in terms.values():
+            values.clamp_(min=bottom)
     return terms
 
 
-def _lift_zeros(terms: Collection[Tensor]) -> None:
-    """In place, minus infinity becomes a number so far below all others that no clock makes up for it."""
+def _term(importance: Tensor, sharpness: float, bottom: float = -math.inf) -> Tensor:
+    """Importance as it is where sharpness is infinite, else `sharpness * log importance`, at least `bottom`."""
+    if math.isinf(sharpness):
+        return importance
+    if sharpness == 0:
+        return torch.zeros((), dtype=torch.float64, device=importance.device).expand(len(importance))
+    terms = importance.to(torch.float64, copy=True).log_().mul_(sharpness)
+    return terms if bottom == -math.inf else terms.clamp_(min=bottom)
+
+
+def _bottom(terms: Iterable[Tensor]) -> float:
+    """A number so far below all terms but minus infinity that no clock makes up for it."""
     lowest = 0.0
     for values in terms:
         finite = values[values > -math.inf]
         lowest = min(lowest, float(finite.min())) if len(finite) else lowest
-    bottom = min(lowest - _BELOW_ALL, lowest * (1 + 2.0**-50))  # the latter where the sharpness dwarfs the former
-    for values in terms:
-        values.clamp_(min=bottom)
+    return min(lowest - _BELOW_ALL, lowest * (1 + 2.0**-50))  # the latter where the sharpness dwarfs the former
 
 
 def _smallest(keys: Sequence[Tensor], draws: int) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torchmetrics import Metric as TorchMetric
 
 from lightning_roulette.core.certificate import Outcomes, too_few
 from lightning_roulette.core.evaluator import PrunedWeights, divided
+from lightning_roulette.core.importance import HELD
 from lightning_roulette.core.masks import Mask, applied, fill_pruned
 from lightning_roulette.core.report import Scores
 from lightning_roulette.core.steps import copy_into, lent, named_tensors
@@ -262,9 +263,22 @@ def _logs_the_same_without(
     weights: Mapping[str, nn.Parameter], validation: IsolatedValidation, data: FoldedData, folds: range
 ) -> bool:
     seen = validate(validation, data, folds).values
-    nothing = Mask({name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()})
+    some: list[Mapping[str, nn.Parameter]] = []
+    if sum(weight.numel() for weight in weights.values()) > HELD:  # all values of all would have to be set aside
+        some = [{name: weight} for name, weight in weights.items()]
+    return all(_logs(seen, ours, validation, data, folds) for ours in (*some, weights))
+
+
+def _logs(
+    seen: Mapping[str, Tensor],
+    weights: Mapping[str, nn.Parameter],
+    validation: IsolatedValidation,
+    data: FoldedData,
+    folds: range,
+) -> bool:
+    """Whether that is logged with some weights at zero too."""
     try:
-        with warnings.catch_warnings(), applied(nothing, weights):
+        with warnings.catch_warnings(), applied(Mask.nothing(weights), weights):
             warnings.simplefilter("ignore")
             unseen = validate(validation, data, folds).values
     except Exception:  # a validation that fails on a network of zeros does see them

@@ -1,0 +1,153 @@
+"""What does a search need of memory, in units of the parameters' own bytes?
+
+Random weights in the shapes of transformer layers (five blocks of four square matrices and two four times as high or
+wide), on the CPU; one level of two candidates, each of which is put into the network for a validation that looks at a
+few weights only. A row is one fresh process: the most memory that was resident in it at any time (`VmHWM`), less what
+was when all was imported and nothing made. So 1.00 is the network alone. Linux only.
+
+By `search`: the function itself. By `callback`: a whole `Trainer.fit` with `RouletteWheelPruning(refit=None)` that
+writes no files. A checkpoint is a copy in memory while Lightning writes it, with or without a search.
+"""
+
+import argparse
+import json
+import logging
+import math
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_roulette import Mask, RouletteWheelPruning, Tree, prunable_parameters, search
+from lightning_roulette.core.masks import applied
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore")
+
+BLOCKS, MATRICES, STEP = 5, 12, 64  # a block has twelve squares of its width
+
+
+def layers(size: float, dtype: torch.dtype) -> nn.ModuleList:
+    """About so many weights."""
+    width = max(1, round(math.sqrt(size / BLOCKS / MATRICES) / STEP)) * STEP
+    shapes = [*[(width, width)] * 4, (width, 4 * width), (4 * width, width)] * BLOCKS
+    return nn.ModuleList(nn.Linear(*shape, bias=False, dtype=dtype) for shape in shapes)
+
+
+def glance(net: nn.ModuleList) -> Tensor:
+    """A number that a few weights of every layer make."""
+    return torch.stack([layer.weight.detach()[0].float().abs().sum() for layer in net]).sum()
+
+
+class Stub(LightningModule):
+    """A network that trains one number besides, and whose validation glances at it."""
+
+    def __init__(self, net: nn.ModuleList) -> None:
+        super().__init__()
+        self.net, self.number = net, nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        return self.number.square()
+
+    def validation_step(self, batch: list[Tensor]) -> None:
+        self.log("glance", glance(self.net), batch_size=len(batch[0]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([self.number], lr=0.1)
+
+
+def by_search(net: nn.ModuleList, rate: float) -> Mask:
+    weights = prunable_parameters(net)
+
+    def stub(mask: Mask) -> float:
+        with applied(mask, weights):
+            return float(glance(net))
+
+    tree = Tree(pruning_rate=rate, max_levels=1)
+    return search(weights, stub, branches=2, tolerance=math.inf, tree=tree).mask
+
+
+def by_callback(net: nn.ModuleList, rate: float) -> Mask:
+    data = DataLoader(TensorDataset(torch.zeros(64, 1)), batch_size=4)
+    tree = Tree(pruning_rate=rate, max_levels=1)
+    pruning = RouletteWheelPruning(branches=2, tolerance=math.inf, monitor="glance", mode="max", refit=None, tree=tree)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        limit_train_batches=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[pruning],
+    )
+    trainer.fit(Stub(net), data, data)
+    assert pruning.mask is not None
+    return pruning.mask
+
+
+WAYS = {"search": by_search, "callback": by_callback}
+
+
+def memory(which: str) -> int:
+    """Bytes of this process: `VmRSS` it holds now, `VmHWM` is the most it held at any time."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[which].split()[0]) * 1024
+
+
+def measure(way: str, size: float, dtype: str, rate: float) -> dict[str, float]:
+    idle, began = memory("VmRSS"), time.perf_counter()
+    net = layers(size, getattr(torch, dtype))
+    made = memory("VmHWM") - idle
+    mask = WAYS[way](net, rate)
+    taken = {"made": made, "peak": memory("VmHWM") - idle, "idle": idle, "seconds": time.perf_counter() - began}
+    weights = list(net.parameters())
+    zeros = sum(int((weight == 0).sum()) for weight in weights) if way == "callback" else mask.size - mask.survivors
+    count = sum(weight.numel() for weight in weights)
+    assert math.isclose(zeros, rate * count, rel_tol=1e-3)
+    return taken | {"weights": count, "bytes": sum(weight.nbytes for weight in weights)}
+
+
+def row(way: str, size: float, options: argparse.Namespace) -> str:
+    asked = ["--measure", way, "--sizes", str(size), "--dtype", options.dtype, "--rate", str(options.rate)]
+    done = subprocess.run([sys.executable, __file__, *asked], stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    cells = [
+        way,
+        f"{found['weights']:.3g}",
+        options.dtype,
+        *(f"{found[one] / 1e6:,.0f}" for one in ("bytes", "idle", "peak")),
+        f"{found['peak'] / found['bytes']:.2f}",
+        f"{found['seconds']:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=float, nargs="+", default=[1e9], help="numbers of weights; 1e7 is quick")
+    parser.add_argument("--dtype", default="bfloat16", help="of the weights, a name in torch")
+    parser.add_argument("--rate", type=float, default=Tree().pruning_rate, help="share that the level removes")
+    parser.add_argument("--by", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--measure", choices=list(WAYS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure, options.sizes[0], options.dtype, options.rate)))
+        return
+    print(f"{platform.machine()}, torch {torch.__version__}, a level that removes {options.rate:.0%}\n")
+    print("| by | weights | type | MB of them | MB idle | MB more at the peak | in their bytes | seconds |")
+    print("|---|---:|---|---:|---:|---:|---:|---:|")
+    for size in options.sizes:
+        for way in options.by:
+            print(row(way, size, options), flush=True)
+
+
+if __name__ == "__main__":
+    main()
