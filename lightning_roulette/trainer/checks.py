@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher  # nothing public tells spawning apart
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
@@ -59,16 +57,6 @@ def refuse_trainer(trainer: Trainer, callback: Callback, keep_callbacks: Sequenc
         raise ValueError(
             f"at_epoch is {at_epoch}, but the Trainer stops after max_epochs={trainer.max_epochs}. "
             "Lower at_epoch, or leave it out to search when training ends."
-        )
-
-
-def warn_of_lost_report(trainer: Trainer) -> None:
-    """Warn where `fit` runs in processes that give only weights and metrics back to the one that called it."""
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and trainer.is_global_zero:
-        warnings.warn(
-            "RouletteWheelPruning: with this strategy `fit` runs in other processes, so that report and mask will not "
-            "be in this callback afterwards, but in pruned.ckpt alone. Use strategy='ddp' to have them here.",
-            stacklevel=2,
         )
 
 
