@@ -314,9 +314,8 @@ class RouletteWheelPruning(ZeroHolder):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hold nothing any more; from a worker process, hand over what was found."""
         super().teardown(trainer, pl_module, stage)
-        if stage == "fit" and self._handover.is_due(trainer):
-            report = None if self.report is None else self.report.to_dict()
-            self._handover.send({**self.state_dict(), "report": report})
+        if stage == "fit":
+            self._hand_over(trainer)
 
     # ---- state
 
@@ -341,6 +340,11 @@ class RouletteWheelPruning(ZeroHolder):
         self.report = SearchReport.from_dict(found["report"]) if found["report"] else None
         self.best_model_path = found.get("best_model_path", "")
         self._measured_at_step = found.get("measured_at_step", 0)
+
+    def _hand_over(self, trainer: Trainer) -> None:
+        if self._handover.is_due(trainer):
+            report = None if self.report is None else self.report.to_dict()
+            self._handover.send({**self.state_dict(), "report": report})
 
     def receive(self) -> None:
         """Take over what a worker process has found; called whenever it is asked for."""
@@ -461,6 +465,7 @@ class RouletteWheelPruning(ZeroHolder):
             except BaseException as error:
                 if self._history is None:  # the network is the dense one
                     self._keep_accepted(trainer, watcher.so_far, metric, isinstance(error, KeyboardInterrupt))
+                self._hand_over(trainer)  # as no other hook is called in a worker process
                 raise
         assert self.report is not None
         watcher.on_end(self.report)
