@@ -101,7 +101,7 @@ def test_cut_off_anywhere_the_search_ends_as_if_it_was_not(tmp_path, kind):
     path, whole = tmp_path / "journal", EVALUATORS[kind]()
     expected = found(resumed(path, whole))
     content, chance = path.read_bytes(), torch.Generator().manual_seed(5)
-    cuts = [0, 1, len(content) - 1, len(content), *torch.randint(len(content), (10,), generator=chance).tolist()]
+    cuts = [0, 1, len(content) - 1, len(content), *torch.randint(len(content), (6,), generator=chance).tolist()]
     works = {}
     for cut in cuts:
         path.write_bytes(content[:cut])
@@ -211,8 +211,11 @@ def test_refitted_networks_are_told_apart_by_their_values(tmp_path):
     second, again = with_inputs(tmp_path / "journal", 1)
     assert found(first) == found(second)
     assert work(again) == 0
-    _, other = with_inputs(tmp_path / "journal", 2)  # the first branch is drawn before anything is refitted
-    assert 0 < work(other) < work(whole)
+    # the first branch is drawn before anything is refitted, and then the same mask is refitted to other inputs
+    winner, other = with_inputs(tmp_path / "journal", 2)
+    expected, plain = with_inputs(tmp_path / "another", 2)
+    assert found(winner) == found(expected) != found(first)
+    assert 0 < work(other) < work(plain)
 
 
 def test_a_journal_of_another_search_is_begun_anew(tmp_path):
@@ -264,8 +267,9 @@ def test_all_processes_go_the_same_way(tmp_path, here):
     journal = Journal(None, SEARCH, lines_in(str(path), SEARCH), agreed)
     assert found(run(Noted(again, journal))) == found(run(Logged(slope, 8)))
     assert all(asked)
-    assert (work(again) == 0) == here
-    assert work(again) < work(whole)
+    dense = len(whole.log) - work(whole)
+    replayed = 20 - dense  # each answer is agreed on twice, when it is looked for and when it was used
+    assert work(again) == (0 if here else work(whole) - replayed) < work(whole)
 
 
 def test_a_noted_evaluator_has_what_the_evaluator_has():

@@ -229,7 +229,7 @@ def ended(make_trainer, folder: Path, *callbacks, epochs: int = 3) -> Path:
     return max(folder.glob("epoch=*.ckpt"))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["at the end", "at an epoch", "refit"])
 def test_the_search_of_an_ended_training_is_made_when_that_is_resumed(make_trainer, tmp_path, caplog, name):
     whole = pruner(dirpath=tmp_path / "whole", **SETTINGS[name])
     weights = fitted(make_trainer, whole, enable_checkpointing=False, max_epochs=1).state_dict()

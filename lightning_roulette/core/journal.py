@@ -161,6 +161,7 @@ class Noted:
 
     def __init__(self, evaluate: Evaluator, journal: Journal) -> None:
         self._evaluate, self._journal = evaluate, journal
+        self._refitted: tuple[Mapping[str, Tensor], str] = ({}, "")  # what was hashed last: a branch shares it
 
     @property
     def folds(self) -> int:
@@ -182,7 +183,7 @@ class Noted:
         candidate: PrunedWeights,
         folds: Sequence[int],
     ) -> _Answer:
-        network = _digest(candidate)
+        network = self._digest(candidate)
         question = {"asked": what, "network": network, "folds": list(folds)}
         found: Outcomes | None = None
         if (noted := self._journal.recall(question)) is None or _is_dense(candidate):
@@ -192,6 +193,12 @@ class Noted:
         self._journal.note(question, noted)
         score = _Score(self._journal, network, found, lambda: evaluate(candidate, folds)[1])
         return Scores(*noted["scores"]), _outcomes(noted["outcomes"], score)
+
+    def _digest(self, candidate: PrunedWeights) -> str:
+        """Equal for equal networks over the same dense one; for different ones with a chance of 2**-128."""
+        if candidate.refitted and candidate.refitted is not self._refitted[0]:
+            self._refitted = (candidate.refitted, fingerprint(candidate.refitted))
+        return candidate.mask.digest.hex() + (self._refitted[1] if candidate.refitted else "")
 
 
 @dataclass
@@ -223,14 +230,6 @@ class _Score:
 
 def _is_dense(candidate: PrunedWeights) -> bool:
     return not candidate.refitted and candidate.mask.survivors == candidate.mask.size
-
-
-def _digest(candidate: PrunedWeights) -> str:
-    """Equal for equal networks over the same dense one; for different ones with a chance of 2**-128."""
-    digest = blake2b(digest_size=16)
-    _take_in(digest, candidate.mask)
-    _take_in(digest, candidate.refitted)
-    return digest.hexdigest()
 
 
 def _take_in(digest: Any, tensors: Mapping[str, Tensor]) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import blake2b
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,7 @@ class Mask(Mapping[str, Tensor]):
                 raise TypeError(f"the mask of {name!r} is {tensor.dtype}, but must be torch.bool (True = kept).")
         self._kept = dict(kept)
         self._survivors: int | None = None
+        self._digest = b""
 
     @classmethod
     def full(cls, weights: Mapping[str, Tensor]) -> Mask:
@@ -93,6 +96,16 @@ class Mask(Mapping[str, Tensor]):
         if self._survivors is None:
             self._survivors = sum(int(kept.count_nonzero()) for kept in self.values())
         return self._survivors
+
+    @property
+    def digest(self) -> bytes:
+        """Equal for equal masks of one network; for different ones with a chance of 2**-128."""
+        if not self._digest:
+            digest = blake2b(digest_size=16)
+            for kept in self.values():
+                digest.update(numpy.packbits(kept.cpu().numpy()).data)
+            self._digest = digest.digest()
+        return self._digest
 
     @property
     def sparsity(self) -> float:

@@ -82,6 +82,10 @@ class RouletteWheelPruning(ZeroHolder):
     `last.ckpt` as a rule among them, hold unpruned weights. A file written after it holds the pruned weights, and
     resuming from it holds their zeros.
 
+    While it goes on, a search notes its validations in a file beside those checkpoints. If it does not end, a fit that
+    resumes the training, `ckpt_path=`, repeats none of them: it ends as if nothing had been, provided that training
+    does. A training that had ended without its search is searched when it is resumed.
+
     Args:
         branches: Candidates per level.
         tolerance: How far below the dense score a winner may be, in the metric's own units: the floor.
@@ -459,9 +463,11 @@ class RouletteWheelPruning(ZeroHolder):
                     calibration = self._calibration(trainer, module, validation)
                     facts = [self._settings(trainer), *weights, metric, data.folds, size_of_data(validation)]
                     journal = journal_of(trainer, module, self._files, facts)
-                    winner = self._find_winner(trainer, weights, Noted(evaluate, journal), calibration, watcher)
+                    noted = evaluate if journal is None else Noted(evaluate, journal)
+                    winner = self._find_winner(trainer, weights, noted, calibration, watcher)
                 self._load(trainer, module, winner, metric, data)
-                journal.remove()
+                if journal is not None:
+                    journal.remove()
             except BaseException as error:
                 if self._history is None:  # the network is the dense one
                     self._keep_accepted(trainer, watcher.so_far, metric, isinstance(error, KeyboardInterrupt))

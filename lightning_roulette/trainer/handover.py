@@ -19,7 +19,6 @@ from typing import Any, Generic, Protocol, TypeVar, overload
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher  # nothing public tells spawning apart
-from typing_extensions import Self
 
 _Value = TypeVar("_Value")
 
@@ -88,12 +87,12 @@ class FromWorker(Generic[_Value]):
         self._name = name
 
     @overload
-    def __get__(self, one: None, owner: type) -> Self: ...
+    def __get__(self, one: None, owner: type) -> FromWorker[_Value]: ...
 
     @overload
     def __get__(self, one: Receiver, owner: type) -> _Value: ...
 
-    def __get__(self, one: Receiver | None, owner: type) -> Self | _Value:
+    def __get__(self, one: Receiver | None, owner: type) -> FromWorker[_Value] | _Value:
         if one is None:
             return self
         one.receive()

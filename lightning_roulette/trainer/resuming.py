@@ -18,19 +18,25 @@ from lightning_roulette.trainer.files import RunFiles
 from lightning_roulette.trainer.watching import log
 
 
-def journal_of(trainer: Trainer, module: LightningModule, files: RunFiles | None, facts: Sequence[object]) -> Journal:
+def journal_of(
+    trainer: Trainer, module: LightningModule, files: RunFiles | None, facts: Sequence[object]
+) -> Journal | None:
     """The journal of a search: one that was left beside the checkpoint that was resumed from, or a new one.
 
     It lies beside the files of the search, under a name that its fingerprint is part of, so that another search in the
-    same folder neither reads nor overwrites it. What rank 0 finds counts for all processes, and rank 0 writes. Where no
-    file is to be written, or only a remote one, nothing is noted.
+    same folder neither reads nor overwrites it. What rank 0 finds counts for all processes, and rank 0 writes.
 
     Args:
         trainer: In a fit.
         module: With its dense weights.
         files: Of the search.
         facts: What the answers of its evaluator depend on, beside the network.
+
+    Returns:
+        None where no file is to be written, or only remote ones, to which nothing can be added.
     """
+    if files is None or "://" in files.folder:
+        return None
     tensors = {name: one for name, one in module.state_dict().items() if isinstance(one, Tensor)}
     search = fingerprint(tensors, *facts, trainer.world_size) if trainer.is_global_zero else ""
     path, lines = _found(trainer, files, search) if trainer.is_global_zero else (None, [])
@@ -40,10 +46,8 @@ def journal_of(trainer: Trainer, module: LightningModule, files: RunFiles | None
     return Journal(path, search, lines, trainer.strategy.reduce_boolean_decision)
 
 
-def _found(trainer: Trainer, files: RunFiles | None, search: str) -> tuple[str | None, list[str]]:
+def _found(trainer: Trainer, files: RunFiles, search: str) -> tuple[str, list[str]]:
     """Where the journal is, or is to be, and what it holds."""
-    if files is None or "://" in files.folder:
-        return None, []
     name = f"search-{search}.jsonl"
     own, beside = files.folder, os.path.dirname(os.fspath(trainer.ckpt_path or ""))
     for folder in dict.fromkeys((own, beside) if "://" not in beside else (own,)):
