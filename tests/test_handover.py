@@ -213,6 +213,18 @@ def test_a_copy_reads_what_its_own_workers_write_and_nothing_else(copied):
     assert other.received() == {"report": 2}
 
 
+@pytest.mark.parametrize("copied", [lambda one: one, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_what_a_forked_process_writes_is_read_by_the_one_that_forked_it(copied):
+    original = Handover()
+    other = copied(original)
+    if (child := os.fork()) == 0:
+        other.send({"report": 4})
+        os._exit(0 if other.received() is None else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert other.received() == {"report": 4}
+    assert original.received() is None
+
+
 def test_what_was_never_read_goes_with_the_one_that_would_have():
     original = Handover()
     pickle.loads(pickle.dumps(original)).send({"report": 3})

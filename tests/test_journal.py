@@ -207,7 +207,7 @@ def test_refitted_networks_are_told_apart_by_their_values(tmp_path):
         )
         return winner, evaluate
 
-    first, whole = with_inputs(tmp_path / "journal", 1)
+    first, _ = with_inputs(tmp_path / "journal", 1)
     second, again = with_inputs(tmp_path / "journal", 1)
     assert found(first) == found(second)
     assert work(again) == 0

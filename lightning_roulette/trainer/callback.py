@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_roulette.core.calibration import Calibration
 from lightning_roulette.core.evaluator import Evaluator
 from lightning_roulette.core.journal import Noted
-from lightning_roulette.core.masks import History, Mask, apply_mask, breaks, fits
+from lightning_roulette.core.masks import History, Mask, breaks, fits
 from lightning_roulette.core.report import SearchReport, StopReason
 from lightning_roulette.core.search import Winner, check_search, load, search
 from lightning_roulette.core.settings import (
@@ -309,10 +309,9 @@ class RouletteWheelPruning(ZeroHolder):
             "cut short, is done now."
         )
         with as_training_ended(trainer, pl_module):
-            if (mask := self.mask) is None:
+            if self._history is None:
                 self._search(trainer, pl_module)
             else:
-                apply_mask(pl_module, mask)  # which averages may have filled
                 self._finish(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -26,8 +26,8 @@ _Value = TypeVar("_Value")
 class Handover:
     """One end of the way from a worker process to the process that started it.
 
-    A pickled copy writes where its original reads; a deep copy has nothing to do with it. A process that was forked
-    has the original itself, and writes where that would read.
+    A pickled copy writes where its original reads, and reads elsewhere itself. A process that was forked has no copy,
+    and writes where its own would read in the process that forked it.
     """
 
     def __init__(self) -> None:
@@ -44,8 +44,9 @@ class Handover:
 
     def send(self, found: Mapping[str, Any]) -> None:
         """Write what was found: plain tensors and Python values."""
-        torch.save(dict(found), f"{self._outbox}.part")
-        os.replace(f"{self._outbox}.part", self._outbox)
+        path = self._outbox if os.getpid() == self._process else self._inbox
+        torch.save(dict(found), f"{path}.part")
+        os.replace(f"{path}.part", path)
 
     def received(self) -> dict[str, Any] | None:
         """What a worker process has written since this was asked last; None if nothing."""
@@ -61,9 +62,6 @@ class Handover:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
         self._outbox = state["outbox"]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Handover:
-        return Handover()
 
 
 def _remove(path: str, process: int) -> None:
