@@ -339,16 +339,6 @@ def test_the_same_callback_resumed_from_before_its_search_searches_anew(make_tra
     assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_a_resume_that_has_nothing_left_to_train_says_that_it_does_not_search(make_trainer, tmp_path):
-    fitted(make_trainer, ModelCheckpoint())
-    (path,) = tmp_path.glob("checkpoints/epoch=*.ckpt")
-    pruning = pruner(dirpath=tmp_path / "other")
-    with pytest.warns(UserWarning, match="RouletteWheelPruning does nothing in this fit"):
-        fitted(make_trainer, pruning, enable_checkpointing=False, ckpt_path=path)
-    assert pruning.report is None
-
-
 # ---- loading unpruned weights after a search
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import blake2b
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,7 @@ class Mask(Mapping[str, Tensor]):
                 raise TypeError(f"the mask of {name!r} is {tensor.dtype}, but must be torch.bool (True = kept).")
         self._kept = {name: _stored(tensor) for name, tensor in _as_they_lie(kept)}
         self._counts: dict[str, int] | None = None
+        self._digest = b""
 
     @classmethod
     def full(cls, weights: Mapping[str, Tensor]) -> Mask:
@@ -126,6 +129,17 @@ class Mask(Mapping[str, Tensor]):
     def survivors(self) -> int:
         """How many weights are kept."""
         return sum(self.counts.values())
+
+    @property
+    def digest(self) -> bytes:
+        """Equal for equal masks of one network; for different ones with a chance of 2**-128."""
+        if not self._digest:
+            digest = blake2b(digest_size=16)
+            for kept in self.stored.values():
+                packed = kept.packed if isinstance(kept, Bits) else numpy.packbits(kept.cpu().numpy())
+                digest.update(packed.cpu().contiguous().numpy().data if isinstance(packed, Tensor) else packed.data)
+            self._digest = digest.digest()
+        return self._digest
 
     @property
     def sparsity(self) -> float:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 
-from lightning_roulette.core.bits import Bits
 from lightning_roulette.core.evaluator import Judge, PrunedWeights
 from lightning_roulette.core.masks import Mask
 from lightning_roulette.core.report import Candidate, Scores
@@ -148,7 +146,7 @@ class Race:
     def _run(self, index: int, part: range) -> None:
         if self._known[index].same_as is None:
             mask = self.mask(index)
-            original = self._originals.setdefault(_fingerprint(mask), index) if not self._seen[index] else index
+            original = self._originals.setdefault(mask.digest, index) if not self._seen[index] else index
             if original == index:
                 self._score(index, mask, part)
             else:
@@ -194,12 +192,3 @@ def mean_of(scores: Mapping[range, Scores]) -> Scores:
         floor=sum(len(part) * one.floor for part, one in scores.items()) / folds,
         tiebreak=sum(len(part) * one.tiebreak for part, one in scores.items()) / folds,
     )
-
-
-def _fingerprint(mask: Mask) -> bytes:
-    """Equal for equal masks of one network; for different ones with a chance of 2**-128."""
-    digest = blake2b(digest_size=16)
-    for kept in mask.stored.values():
-        values = kept.packed if isinstance(kept, Bits) else kept
-        digest.update(values.cpu().contiguous().numpy().data)
-    return digest.digest()

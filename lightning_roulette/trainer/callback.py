@@ -16,7 +16,9 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar
 from torch import Tensor, nn
 
 from lightning_roulette.core.calibration import Calibration
+from lightning_roulette.core.evaluator import Evaluator, PrunedWeights
 from lightning_roulette.core.gradual import Cuts
+from lightning_roulette.core.journal import Journal, Noted
 from lightning_roulette.core.masks import History, Mask, breaks, fits
 from lightning_roulette.core.report import SearchReport, StopReason
 from lightning_roulette.core.search import Winner, check_search, load, search
@@ -43,7 +45,6 @@ from lightning_roulette.trainer.checks import (
     refuse_foreign_trainer,
     refuse_trainer,
     refuse_without_validation,
-    warn_of_lost_report,
 )
 from lightning_roulette.trainer.evaluation import IsolatedValidation, Logged, callbacks_of
 from lightning_roulette.trainer.files import (
@@ -55,8 +56,10 @@ from lightning_roulette.trainer.files import (
 )
 from lightning_roulette.trainer.folds import FoldedData, KeptData
 from lightning_roulette.trainer.gradual import BetweenEpochs
+from lightning_roulette.trainer.handover import FromWorker, Handover
 from lightning_roulette.trainer.holding import ZeroHolder, hold_zeros, place_before_checkpoints
 from lightning_roulette.trainer.monitor import Metric, find_metric
+from lightning_roulette.trainer.resuming import as_training_ended, journal_of, size_of_data, warn_of_no_search
 from lightning_roulette.trainer.scoring import (
     TrainerEvaluator,
     folded,
@@ -81,6 +84,10 @@ class RouletteWheelPruning(ZeroHolder):
     that loads into the unpruned class. ModelCheckpoint's own files keep their meaning: those written before the search,
     `last.ckpt` as a rule among them, hold unpruned weights. A file written after it holds the pruned weights, and
     resuming from it holds their zeros.
+
+    While it goes on, a search notes its validations in a file beside those checkpoints. If it does not end, a fit that
+    resumes the training, `ckpt_path=`, repeats none of them: it ends as if nothing had been, provided that training
+    does. A training that had ended without its search is searched when it is resumed.
 
     Args:
         branches: Candidates per level. None: 20; 1 if levels are cut between epochs, where training does more for a
@@ -128,6 +135,10 @@ class RouletteWheelPruning(ZeroHolder):
         print(pruning.report)
     """
 
+    report = FromWorker[SearchReport | None]()
+    best_model_path = FromWorker[str]()
+    _history = FromWorker[History | None]()
+
     def __init__(
         self,
         branches: int | None = None,
@@ -167,18 +178,17 @@ class RouletteWheelPruning(ZeroHolder):
         self.include, self.exclude = include, exclude
         self.wheel, self.tree, self.validation = wheel, tree, validation
         self.seed, self.dirpath = seed, dirpath
-        self._restored = self._idle = self._epoch_begins = self._fitting = False
+        self._restored = self._idle = self._epoch_begins = self._fitting = self._trains = False
+        self._handover = Handover()
         self._forget()
 
     def _forget(self) -> None:
-        self.report: SearchReport | None = None
-        self.best_model_path = ""
-        self._history: History | None = None
+        self.report, self.best_model_path, self._history = None, "", None
         self._levels: Winner | None = None
         self._metric: Metric | None = None
         self._module: weakref.ref[LightningModule] | None = None
         self._files: RunFiles | None = None
-        self._loaded_at_step = 0
+        self._measured_at_step = 0
         self._gradual = self._between_epochs()
 
     @property
@@ -209,8 +219,9 @@ class RouletteWheelPruning(ZeroHolder):
         self.mask_at(level)
         if self._levels is None:
             raise RuntimeError(
-                "the search ran before this callback was loaded from a checkpoint, which holds the weights of the "
-                "winner alone. The masks of all levels are there: mask_at(level)."
+                "the search ran before this callback was loaded from a checkpoint, or in another process, and what "
+                "comes from there are the weights of the winner alone. The masks of all levels are there: "
+                "mask_at(level)."
             )
         return self._levels.weights_at(level)
 
@@ -227,7 +238,8 @@ class RouletteWheelPruning(ZeroHolder):
         self._fitting = stage == "fit"
         if not self._fitting:
             return
-        self._restored, self._idle, self._epoch_begins = False, _nothing_to_do(trainer), False
+        self._restored = self._epoch_begins = self._trains = False
+        self._idle = _nothing_to_do(trainer)
         self._metric = self._files = None  # another Trainer may log other metrics; another fit writes other files
         refuse_trainer(trainer, self, self.validation.keep_callbacks, self.at_epoch)
         if self.confidence is not None and trainer.world_size > 1:
@@ -235,7 +247,6 @@ class RouletteWheelPruning(ZeroHolder):
                 f"confidence is {self.confidence} and there are {trainer.world_size} processes, but a process sees its "
                 "own samples alone, which certify nothing for all. Train on one device, or leave confidence out."
             )
-        warn_of_lost_report(trainer)
         place_before_checkpoints(trainer, self)
         speak_up()
 
@@ -247,8 +258,11 @@ class RouletteWheelPruning(ZeroHolder):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hold the zeros of an earlier search; else see that the metric will be there when it is needed."""
-        if not self._restored and not self._still_holds(pl_module):
-            self._forget()
+        self._trains = True
+        if not self._restored:
+            if not self._still_holds(pl_module):
+                self._forget()
+            self._measured_at_step = trainer.global_step  # of another fit it was
         if self._history is not None:
             self._hold_zeros(trainer, pl_module)
         if not self._idle and (trainer.num_sanity_val_steps > 0 or not self._validates_first(trainer)):
@@ -280,12 +294,8 @@ class RouletteWheelPruning(ZeroHolder):
         super().on_train_end(trainer, pl_module)
         if self._idle:
             return
-        if self._prunes_on:
-            self._end_gradual(trainer, pl_module)
-        elif self._history is None:
-            self._search(trainer, pl_module)
-        elif self._hold is not None and trainer.global_step > self._loaded_at_step:
-            self._finish(trainer, pl_module)
+        if self._history is None or self._prunes_on or trainer.global_step > self._measured_at_step:
+            self._conclude(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The epoch before which the search ran has begun."""
@@ -304,13 +314,26 @@ class RouletteWheelPruning(ZeroHolder):
         self._warn_of_unpruned(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if Lightning found nothing to train, and so called no hook to search in."""
-        if not self._idle and self._history is None:
-            warnings.warn(
-                "RouletteWheelPruning does nothing in this fit: there was nothing left to train, as max_epochs or "
-                "max_steps was reached before, or limit_train_batches is 0. Allow some training for the search.",
-                stacklevel=2,
-            )
+        """Where Lightning found nothing left to train, do now what the end of that training was to do, or warn."""
+        if self._idle or self._trains:
+            return
+        if not self._restored and not self._still_holds(pl_module):
+            self._forget()
+        measured = self._history is not None and trainer.global_step <= self._measured_at_step
+        if (measured and not self._prunes_on) or warn_of_no_search(trainer):
+            return
+        log.info(
+            "RouletteWheelPruning: the training had ended before this fit. What was to follow it, and did not, or was "
+            "cut short, is done now."
+        )
+        with as_training_ended(trainer, pl_module):
+            self._conclude(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hold nothing any more; from a worker process, hand over what was found."""
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit":
+            self._hand_over(trainer)
 
     # ---- state
 
@@ -319,21 +342,35 @@ class RouletteWheelPruning(ZeroHolder):
         if self._history is None or self.report is None:
             return {}
         report = self.report.to_dict()
-        state = {**self._history.state(), "report": report, "best_model_path": self.best_model_path}
+        ours = {"best_model_path": self.best_model_path, "measured_at_step": self._measured_at_step}
+        state = {**self._history.state(), "report": report, **ours}
         return state if self._gradual is None else {**state, "gradual": self._gradual.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the search that a checkpoint was saved after; to validate another does not replace this one's."""
         if not self._fitting and self._history is not None:
             return
-        self._history, self._levels = History.from_state(state_dict), None
-        self.report = SearchReport.from_dict(state_dict["report"])
-        self.best_model_path = state_dict["best_model_path"]
-        if self._gradual is not None:
-            self._gradual = self._between_epochs()
-            assert self._gradual is not None
-            self._gradual.restore(state_dict.get("gradual", {}))
+        self._take_up(state_dict)
         self._restored = True
+
+    def _take_up(self, found: dict[str, Any]) -> None:
+        self._forget()
+        self._history = History.from_state(found) if "pruned_at" in found else None
+        self.report = SearchReport.from_dict(found["report"]) if found["report"] else None
+        self.best_model_path = found.get("best_model_path", "")
+        self._measured_at_step = found.get("measured_at_step", 0)
+        if self._gradual is not None:
+            self._gradual.restore(found.get("gradual", {}))
+
+    def _hand_over(self, trainer: Trainer) -> None:
+        if self._handover.is_due(trainer):
+            report = None if self.report is None else self.report.to_dict()
+            self._handover.send({**self.state_dict(), "report": report})
+
+    def receive(self) -> None:
+        """Take over what a worker process has found; called whenever it is asked for."""
+        if (found := self._handover.received()) is not None:
+            self._take_up(found)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save zeros, as weight averaging has put its own weights in."""
@@ -342,14 +379,25 @@ class RouletteWheelPruning(ZeroHolder):
             let_epoch_begin(checkpoint)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.receive()
         return {**super().__getstate__(), "_module": None}  # which is of one process
 
     # ---- what
 
+    def _conclude(self, trainer: Trainer, module: LightningModule) -> None:
+        """What comes after training: a search, or the end of one that training was part of or has followed."""
+        if self._prunes_on:
+            self._end_gradual(trainer, module)
+        elif self._history is None:
+            self._search(trainer, module)
+        else:
+            self._finish(trainer, module)
+
     def _still_holds(self, module: LightningModule) -> bool:
-        """Whether `module` is the one pruned before, and still is."""
-        ours = self._module is not None and self._module() is module
-        return ours and (mask := self.mask) is not None and not breaks(mask, module)
+        """Whether `module` is the one pruned before, and still is; a copy of this callback knows it by its zeros."""
+        if (mask := self.mask) is None or not fits(mask, module) or breaks(mask, module):
+            return False
+        return mask.survivors < mask.size if self._module is None else self._module() is module
 
     def _warn_of_unpruned(self, trainer: Trainer, module: LightningModule) -> None:
         loaded = trainer.state.fn != "fit" and trainer.ckpt_path is not None and trainer.is_global_zero
@@ -365,7 +413,7 @@ class RouletteWheelPruning(ZeroHolder):
             self._hold.release()
         if (mask := self.held()) is not None:
             self._hold = hold_zeros(trainer, module, mask)
-            self._loaded_at_step, self._module = trainer.global_step, weakref.ref(module)
+            self._module = weakref.ref(module)
 
     def _validating(self, trainer: Trainer, module: LightningModule) -> IsolatedValidation:
         return IsolatedValidation(trainer, module, self.validation.keep_callbacks)
@@ -450,11 +498,16 @@ class RouletteWheelPruning(ZeroHolder):
             try:
                 with ready.validation:
                     calibration = self._calibration(trainer, module, ready.validation)
-                    winner = self._find_winner(trainer, ready.weights, ready.evaluate, calibration, watcher)
+                    journal = self._journal(trainer, module, ready)
+                    noted = ready.evaluate if journal is None else Noted(ready.evaluate, journal)
+                    winner = self._find_winner(trainer, ready.weights, noted, calibration, watcher)
                 self._load(trainer, module, winner, metric, ready.data)
+                if journal is not None:
+                    journal.remove()
             except BaseException as error:
                 if self._history is None:  # the network is the dense one
                     self._keep_accepted(trainer, watcher.so_far, metric, isinstance(error, KeyboardInterrupt))
+                self._hand_over(trainer)  # as no other hook is called in a worker process
                 raise
         assert self.report is not None
         watcher.on_end(self.report)
@@ -487,22 +540,32 @@ class RouletteWheelPruning(ZeroHolder):
         """Judge the network as it is trained, and if it keeps the floor cut one level more."""
         assert self._gradual is not None
         ready, epoch = self._ready(trainer, module), trainer.current_epoch
+        self._files = self._files or RunFiles.next_to(trainer, self.dirpath)
         with EpochWatcher(trainer, ready.metric, epoch) as watcher:
             with ready.validation:
+                journal = self._journal(trainer, module, ready)
+                noted = ready.evaluate if journal is None else Noted(ready.evaluate, journal)
                 calibration = self._calibration(trainer, module, ready.validation)
-                held = self._gradual.judge(ready.weights, ready.evaluate, calibration, watcher)
+                held = self._gradual.judge(ready.weights, noted, calibration, watcher)
             self._note(trainer, module, held, ready.metric, watcher)
-            if not held:
-                return
-            with ready.validation:
-                network = self._gradual.cut(place, epoch)
-            if network is None:
-                return
-            copy_into(named_tensors(module), network.weights)
-            self._take_report(ready.metric)
-            self._hold_zeros(trainer, module)
-            assert self._gradual.report is not None
-            watcher.on_cut(self._gradual.report, network.mask)
+            if held:
+                with ready.validation:
+                    network = self._gradual.cut(place, epoch)
+                if network is not None:
+                    self._train_on(trainer, module, network, ready.metric, watcher)
+        if journal is not None:
+            journal.remove()
+
+    def _train_on(
+        self, trainer: Trainer, module: LightningModule, network: PrunedWeights, metric: Metric, watcher: EpochWatcher
+    ) -> None:
+        """Let the network that was cut be what trains from now on."""
+        assert self._gradual is not None
+        copy_into(named_tensors(module), network.weights)
+        self._take_report(metric)
+        self._hold_zeros(trainer, module)
+        assert self._gradual.report is not None
+        watcher.on_cut(self._gradual.report, network.mask)
 
     def _note(
         self, trainer: Trainer, module: LightningModule, held: bool, metric: Metric, watcher: EpochWatcher
@@ -519,7 +582,6 @@ class RouletteWheelPruning(ZeroHolder):
             watcher.on_judged(gradual.report)
         else:
             watcher.on_start(gradual.report, gradual.mask)
-        self._files = self._files or RunFiles.next_to(trainer, self.dirpath)
         if held and gradual.report.levels:
             self._save(trainer)
         elif held and self._files is not None:
@@ -532,23 +594,34 @@ class RouletteWheelPruning(ZeroHolder):
 
     def _end_gradual(self, trainer: Trainer, module: LightningModule) -> None:
         """Judge the last level, load the slimmest that held, and save it."""
-        gradual = self._gradual
+        gradual, ready = self._gradual, self._ready(trainer, module)
         assert gradual is not None
-        ready = self._ready(trainer, module)
+        self._files = self._files or RunFiles.next_to(trainer, self.dirpath)
         with EpochWatcher(trainer, ready.metric, trainer.current_epoch) as watcher:
             with ready.validation:
                 held = gradual.judge(ready.weights, ready.evaluate)
             self._note(trainer, module, held, ready.metric, watcher)
             gradual.load_kept(module)
             gradual.over = True
-            self.report = ready.metric.units_of(gradual.ended())
+            report = ready.metric.units_of(gradual.ended())
             self._hold_zeros(trainer, module)
-            self.report = replace(self.report, score=self._measure(trainer, module, self.report.monitor, ready.data))
+            score = self._measure(trainer, module, report.monitor, ready.data)
+            self.report, self._measured_at_step = replace(report, score=score), trainer.global_step
         if self.report.winner is not None:
             self._save(trainer)
         watcher.on_end(self.report)
 
     # ---- parts
+
+    def _journal(self, trainer: Trainer, module: LightningModule, ready: _Ready) -> Journal | None:
+        facts = [
+            self._settings(trainer),
+            *ready.weights,
+            ready.metric,
+            ready.data.folds,
+            size_of_data(ready.validation),
+        ]
+        return journal_of(trainer, module, self._files, facts)
 
     @property
     def _looks_at_inputs(self) -> bool:
@@ -569,10 +642,15 @@ class RouletteWheelPruning(ZeroHolder):
         self,
         trainer: Trainer,
         weights: dict[str, nn.Parameter],
-        evaluate: TrainerEvaluator,
+        evaluate: Evaluator,
         calibration: Calibration | None,
         watcher: Watcher,
     ) -> Winner:
+        settings = self._settings(trainer)
+        return search(weights, evaluate, calibration=calibration, observer=watcher, **settings)
+
+    def _settings(self, trainer: Trainer) -> dict[str, Any]:
+        """What the search is asked for."""
         limits: dict[str, Any] = {
             "branches": self.branches,
             "tolerance": self.tolerance,
@@ -582,18 +660,8 @@ class RouletteWheelPruning(ZeroHolder):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # see every part work once
             tree = replace(self.tree, max_levels=1)
             limits = {"branches": 2, "tolerance": math.inf, "confidence": None, "tree": tree}
-        return search(
-            weights,
-            evaluate,
-            **limits,
-            target_sparsity=self.target_sparsity,
-            refit=self.refit,
-            calibration=calibration,
-            wheel=self.wheel,
-            validation=self.validation,
-            seed=self.seed,
-            observer=watcher,
-        )
+        same = ("target_sparsity", "refit", "wheel", "validation", "seed")
+        return limits | {name: getattr(self, name) for name in same}
 
     def _keep_accepted(self, trainer: Trainer, so_far: Winner | None, metric: Metric, interrupted: bool) -> None:
         """Of a search that did not end keep the report, and the masks in a file."""
@@ -624,6 +692,7 @@ class RouletteWheelPruning(ZeroHolder):
         self._history, self._module = self._levels.history, weakref.ref(module)
         try:
             self.report = replace(self.report, score=self._measure(trainer, module, metric.monitor, data))
+            self._measured_at_step = trainer.global_step
         except BaseException:
             if pruned and trainer.world_size == 1:  # one of several processes would wait for the others
                 self._save(trainer)
@@ -635,7 +704,7 @@ class RouletteWheelPruning(ZeroHolder):
         """Measure and save the winner as further training has made it."""
         assert self.report is not None
         trained_score = self._measure(trainer, module, self.report.monitor)
-        self.report = replace(self.report, trained_score=trained_score)
+        self.report, self._measured_at_step = replace(self.report, trained_score=trained_score), trainer.global_step
         self._files = self._files or RunFiles.next_to(trainer, self.dirpath)
         if self.report.winner is not None:
             self._save(trainer)

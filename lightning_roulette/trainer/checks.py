@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher  # nothing public tells spawning apart
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
@@ -69,16 +67,6 @@ def refuse_trainer(
         raise ValueError(
             f"at_epoch ends with {at_epoch[-1]}, but the Trainer stops after max_epochs={last}, and a level is judged "
             f"after some training. Let the last epoch of at_epoch be {last - 1} at most."
-        )
-
-
-def warn_of_lost_report(trainer: Trainer) -> None:
-    """Warn where `fit` runs in processes that give only weights and metrics back to the one that called it."""
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and trainer.is_global_zero:
-        warnings.warn(
-            "RouletteWheelPruning: with this strategy `fit` runs in other processes, so that report and mask will not "
-            "be in this callback afterwards, but in pruned.ckpt alone. Use strategy='ddp' to have them here.",
-            stacklevel=2,
         )
 
 

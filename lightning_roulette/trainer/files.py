@@ -29,6 +29,11 @@ class RunFiles:
     dense: str
     interrupted: str
 
+    @property
+    def folder(self) -> str:
+        """Where they lie."""
+        return self.pruned.rpartition("/")[0]
+
     @classmethod
     def next_to(cls, trainer: Trainer, dirpath: str | os.PathLike[str] | None) -> RunFiles | None:
         """Files that do not exist yet, or None if nothing is to be written.
