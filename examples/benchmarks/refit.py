@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--refits", choices=list(REFITS), nargs="+", default=list(REFITS))
     parser.add_argument("--tolerance", type=float, default=0.005)
     parser.add_argument("--half", action="store_true", help="weights left at half a point only")
-    parser.add_argument("--results", type=Path, default=Path("refit.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("refit.jsonl"))
     parser.add_argument("--networks", type=Path, default=Path("networks"), help="folder of trained networks")
     parser.add_argument("--train-only", action="store_true")
     options = parser.parse_args()

@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="how many; 30 for digits, 5 for MNIST if left out")
     parser.add_argument("--tolerance", type=float, default=0.005)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--results", type=Path, default=Path("selection.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("selection.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"tolerance {100 * options.tolerance:g} points; declines in points, means over the seeds, +- standard error")

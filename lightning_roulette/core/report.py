@@ -379,7 +379,8 @@ class SearchReport:
         columns = list(zip(*rows, strict=True))
         epochs = ("epoch", *("-" if level.epoch is None else str(level.epoch) for level in self.levels))
         judged = ("judged", *columns[_GATED][1:])
-        return [list(row) for row in zip(columns[0], epochs, *columns[1:_ACCEPTED], judged, columns[-1], strict=True)]
+        shown = columns[1 : _ACCEPTED if self.branches > 1 else _SPREAD]
+        return [list(row) for row in zip(columns[0], epochs, *shown, judged, columns[-1], strict=True)]
 
 
 _HEADINGS: tuple[str, ...] = (
@@ -395,7 +396,7 @@ _HEADINGS: tuple[str, ...] = (
     "accepted",
 )
 _HEADINGS += ("gated", "s.e.", "held")
-_ACCEPTED, _GATED = _HEADINGS.index("accepted"), _HEADINGS.index("gated")
+_SPREAD, _ACCEPTED, _GATED = (_HEADINGS.index(name) for name in ("branch min", "accepted", "gated"))
 
 
 def _row(level: Level) -> list[str]:
