@@ -1,8 +1,8 @@
 """Pruning in turn with training: does choosing among many draws pay, or a refit, where an epoch of training follows?
 
-LeNet-300-100 on MNIST is trained for 30 epochs under a cosine; before each from the seventh on a quarter of what is left
-is cut if the network keeps the floor, half a point of validation accuracy below the network after six epochs. Validation
-images choose, test images judge. Finished runs are lines of JSON and are not done again.
+LeNet-300-100 on MNIST is trained for 30 epochs under a cosine; before each from the seventh on a quarter of what is
+left is cut if the network keeps the floor: half a point of validation accuracy below the network after six epochs.
+Validation images choose, test images judge. Finished runs are lines of JSON and are not done again.
 """
 
 import argparse
