@@ -17,7 +17,10 @@ from torch.utils.data import DataLoader
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, Wheel, prunable_parameters, sparsity
 from tests.modules import Blobs, blobs, val_loader
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+]
 EPOCHS = (2, 3, 4, 5)
 
 
@@ -218,11 +221,119 @@ def test_a_copy_is_the_same(make_trainer, copied):
     assert Mask.of_nonzeros(prunable_parameters(module)) == other.mask
 
 
-def test_averaged_weights_are_pruned_too(make_trainer):
-    pruning = pruner(tolerance=1.0)
+@pytest.mark.parametrize("choices", [{"target_sparsity": 0.99, "tolerance": 0.2, "at_epoch": [2, 4, 6]}, {}])
+def test_with_averaged_weights_the_file_holds_what_was_measured(make_trainer, choices):
+    pruning = pruner(**choices)
     module = fitted(make_trainer, WeightAveraging(), pruning)
+    assert pruning.report.winner is not None
     assert Mask.of_nonzeros(prunable_parameters(module)) <= pruning.mask
-    assert pruning.report.sparsity == pytest.approx(1 - 0.6**4, abs=0.01)
+    loaded = Blobs.load_from_checkpoint(pruning.best_model_path)
+    assert equal(loaded.state_dict(), module.state_dict())
+    (found,) = make_trainer().validate(loaded, val_loader(), verbose=False)
+    assert found["val_acc"] == pytest.approx(pruning.report.score)
+
+
+def test_with_averaged_weights_the_file_of_a_search_holds_the_refitted_winner(make_trainer):
+    pruning = RouletteWheelPruning(branches=2, tolerance=0.05, tree=Tree(0.5, max_levels=3))
+    module = fitted(make_trainer, WeightAveraging(), pruning)
+    assert pruning.report.winner is not None
+    assert equal(Blobs.load_from_checkpoint(pruning.best_model_path).state_dict(), module.state_dict())
+
+
+def test_a_file_written_in_the_last_step_of_an_epoch_leaves_no_cut_out(make_trainer, tmp_path):
+    whole, resumed = pruner(tolerance=1.0), pruner(tolerance=1.0)
+    steps = ModelCheckpoint(filename="{step}", every_n_train_steps=8, save_top_k=-1)
+    module = fitted(make_trainer, steps, whole)
+    again = fitted(make_trainer, resumed, ckpt_path=tmp_path / "checkpoints" / "step=24.ckpt")
+    assert [level.epoch for level in resumed.report.levels] == list(EPOCHS)
+    assert equal(again.state_dict(), module.state_dict())
+
+
+@pytest.mark.parametrize("thaws", [True, False])
+def test_layers_that_freeze_or_thaw_while_levels_are_cut(make_trainer, thaws):
+    class Turns(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            pl_module.net[0].weight.requires_grad_(not thaws)
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch == 3:
+                pl_module.net[0].weight.requires_grad_(thaws)
+
+    pruning = pruner(tolerance=1.0)
+    fitted(make_trainer, Turns(), pruning)
+    assert list(pruning.mask) == ["net.2.weight"] if thaws else ["net.0.weight", "net.2.weight"]
+    assert len(pruning.report.levels) == 4
+
+
+@pytest.mark.parametrize("now", [lambda old: torch.cat([old, old]), lambda old: None])
+def test_buffers_that_were_replaced_come_back_with_the_winner(make_trainer, now):
+    class Buffered(Blobs):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.arange(3.0), persistent=False)
+
+        def on_train_epoch_end(self):
+            if self.current_epoch == 4:
+                self.seen = now(self.seen)
+
+    pruning = pruner(target_sparsity=0.99, tolerance=0.2, at_epoch=[2, 4, 6])
+    module = fitted(make_trainer, pruning, module=Buffered())
+    assert [level.held for level in pruning.report.levels] == [True, False]
+    assert torch.equal(module.seen, torch.arange(3.0))
+
+
+def test_a_search_of_a_run_that_stopped_early_is_not_followed_by_cuts(make_trainer):
+    pruning, notes = pruner(tree=Tree(0.4, max_levels=1), tolerance=1.0), Notes()
+    module = fitted(make_trainer, pruning, max_steps=10)
+    levels = pruning.report.levels
+    fitted(make_trainer, notes, pruning, module=module)
+    assert set(notes.sparsity) == {round(pruning.mask.sparsity, 9)}
+    assert pruning.report.levels == levels
+
+
+def test_weights_of_the_slimmest_level_that_held_are_kept_and_no_others(make_trainer):
+    pruning = pruner(tolerance=1.0)
+    module = fitted(make_trainer, pruning)
+    assert equal({**pruning.weights_at(4)}, dict(module.state_dict()))
+    with pytest.raises(RuntimeError, match="weights of level 2 are not kept"):
+        pruning.weights_at(2)
+
+
+def test_a_run_that_has_not_ended_is_only_resumed_with_its_epochs(make_trainer):
+    fitted(make_trainer, pruner(tolerance=1.0), ModelCheckpoint(filename="{epoch}", save_top_k=-1))
+    path = make_trainer().default_root_dir + "/checkpoints/epoch=3.ckpt"
+    with pytest.raises(ValueError, match="Pass the at_epoch that it was begun with"):
+        fitted(make_trainer, pruner(at_epoch=None), ckpt_path=path)
+    make_trainer(callbacks=[pruner(at_epoch=None)]).validate(Blobs(), val_loader(), ckpt_path=path, verbose=False)
+
+
+def test_the_same_module_made_dense_again_is_pruned_anew(make_trainer):
+    class Stops(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch == 2:
+                raise RuntimeError("power cut")
+
+    pruning, module = pruner(tolerance=1.0), Blobs()
+    dense = copy.deepcopy(module.state_dict())
+    with pytest.raises(RuntimeError, match="power cut"):
+        fitted(make_trainer, pruning, Stops(), module=module)
+    module.load_state_dict(dense)
+    fitted(make_trainer, pruning, module=module)
+    assert [(level.level, level.epoch) for level in pruning.report.levels] == [(1, 2), (2, 3), (3, 4), (4, 5)]
+
+
+def test_lbfgs_resumes_bit_for_bit(make_trainer, tmp_path):
+    class Quasi(Blobs):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=2)
+
+    whole, resumed = (pruner(tolerance=1.0, at_epoch=[2]) for _ in range(2))
+    module = fitted(
+        make_trainer, ModelCheckpoint(filename="{epoch}", save_top_k=-1), whole, module=Quasi(), max_epochs=5
+    )
+    path = tmp_path / "checkpoints" / "epoch=3.ckpt"
+    again = fitted(make_trainer, resumed, module=Quasi(), max_epochs=5, ckpt_path=path)
+    assert equal(again.state_dict(), module.state_dict())
 
 
 def test_curves_and_table_are_in_the_event_files(make_trainer, tmp_path):
@@ -279,6 +390,7 @@ def test_confirmation_folds_judge_what_others_rank(make_trainer):
         ([3, 2], ValueError, "several epochs must rise"),
         ([-1, 2], ValueError, "an epoch of at_epoch is -1"),
         ([1.5], TypeError, "an epoch of at_epoch is 1.5"),
+        ({2, 3}, TypeError, "must be a number, or a list or range"),
         (["2"], TypeError, "an epoch of at_epoch is '2'"),
         ("2", TypeError, "at_epoch is '2'"),
         (range(0), ValueError, "several epochs must rise"),

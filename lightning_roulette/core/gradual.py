@@ -157,7 +157,8 @@ class Gradual:
         assert self.history is not None
         reason, cuts = StopReason.TRAINING_ENDED, self._cuts
         deepest = self.history.level == self.history.deepest
-        if deepest and cuts.target_sparsity is not None and self.report.sparsity >= cuts.target_sparsity:
+        goal = math.floor((cuts.target_sparsity or 0) * self.report.size + 0.5)
+        if deepest and cuts.target_sparsity is not None and self.report.size - self.report.survivors >= goal:
             reason = StopReason.TARGET_REACHED
         elif deepest and self.history.level == cuts.tree.max_levels:
             reason = StopReason.MAX_LEVELS

@@ -110,13 +110,18 @@ class ZeroHold:
         mask: Which weights are kept.
         optimizers: Every optimizer that steps on the parameters. Those without `register_step_post_hook` are not
             torch's; call `fill` after their steps.
+        afresh: Whether the optimizers may remember the network before it was pruned; else LBFGS forgets nothing.
 
     Attributes:
         misses_steps: Whether there is such an optimizer.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], mask: Mapping[str, Tensor], optimizers: Iterable[Optimizer]
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        mask: Mapping[str, Tensor],
+        optimizers: Iterable[Optimizer],
+        afresh: bool = True,
     ) -> None:
         # needed at every step, a mask is not packed here
         kept = {name: kept.to(parameters[name].device) for name, kept in mask.items()}
@@ -125,7 +130,8 @@ class ZeroHold:
         self.misses_steps = False
         self.fill()
         for optimizer in optimizers:
-            self._forget(optimizer)
+            if afresh or not isinstance(optimizer, LBFGS):
+                self._forget(optimizer)
             if not hasattr(optimizer, "register_step_post_hook"):
                 self.misses_steps = True
             else:

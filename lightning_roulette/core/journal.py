@@ -2,8 +2,9 @@
 
 Chance is counter-based and a refit a function of what it is given: on the same answers a search takes the same way. A
 search that is begun again is given the noted answers as long as it asks the same questions; networks are spun and
-refitted again, not validated. The dense network is validated in any case: if that gives other numbers, bit for bit,
-than were noted, the data or the network are not what they were, and nothing of the journal is used.
+refitted again, not validated. What is asked about first, and the dense network, is validated in any case: if that gives
+other numbers, bit for bit, than were noted, the data or the network are not what they were, and nothing of the journal
+is used.
 
 The file has one JSON object a line: first the search that it belongs to, then a question and its answer each. A line
 that was cut off, and all after it, counts for nothing.
@@ -161,6 +162,7 @@ class Noted:
 
     def __init__(self, evaluate: Evaluator, journal: Journal) -> None:
         self._evaluate, self._journal = evaluate, journal
+        self._asked = False
         self._refitted: tuple[Mapping[str, Tensor], str] = ({}, "")  # what was hashed last: a branch shares it
 
     @property
@@ -186,7 +188,8 @@ class Noted:
         network = self._digest(candidate)
         question = {"asked": what, "network": network, "folds": list(folds)}
         found: Outcomes | None = None
-        if (noted := self._journal.recall(question)) is None or _is_dense(candidate):
+        first, self._asked = not self._asked, True
+        if (noted := self._journal.recall(question)) is None or first or _is_dense(candidate):
             scores, found = evaluate(candidate, folds)
             noted = {"scores": [float(one) for one in (scores.rank, scores.floor, scores.tiebreak)]}
             noted["outcomes"] = _plain(found)

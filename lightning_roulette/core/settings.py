@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral, Real
@@ -221,6 +221,8 @@ def check_epochs(at_epoch: Any, confidence: float | None = None) -> None:
         ValueError: If a number is negative, there is none, or they do not rise; or if several come with a confidence.
     """
     if at_epoch is None or not isinstance(at_epoch, Sequence) or isinstance(at_epoch, str):
+        if isinstance(at_epoch, Iterable) and not isinstance(at_epoch, str):
+            raise TypeError(f"at_epoch is {at_epoch!r}, but must be a number, or a list or range of several.")
         if at_epoch is not None:
             check_count("at_epoch", at_epoch, at_least=0)
         return

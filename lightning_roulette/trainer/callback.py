@@ -57,7 +57,7 @@ from lightning_roulette.trainer.files import (
 from lightning_roulette.trainer.folds import FoldedData, KeptData
 from lightning_roulette.trainer.gradual import BetweenEpochs
 from lightning_roulette.trainer.handover import FromWorker, Handover
-from lightning_roulette.trainer.holding import ZeroHolder, hold_zeros, place_before_checkpoints
+from lightning_roulette.trainer.holding import ZeroHolder, average_becomes, hold_zeros, place_before_checkpoints
 from lightning_roulette.trainer.monitor import Metric, find_metric
 from lightning_roulette.trainer.resuming import as_training_ended, journal_of, size_of_data, warn_of_no_search
 from lightning_roulette.trainer.scoring import (
@@ -109,7 +109,8 @@ class RouletteWheelPruning(ZeroHolder):
             judged; if it keeps the floor, one level more is cut, and training goes on with it. A level that misses the
             floor is trained on without a further cut, and judged again. At the end the slimmest that held is loaded, as
             it was then. The floor is the score before the first cut less `tolerance`. Each cut takes the tree's pruning
-            rate, or what the cubic schedule to `target_sparsity` asks for.
+            rate, or what the cubic schedule to `target_sparsity` asks for. A run that stops before the first of them
+            searches at its end, with the same branches and refit.
         refit: What is done for the accuracy of a level after it was drawn, on inputs of the training data, without
             gradients or labels. `"least_squares"`, or a `LeastSquares`: the survivors of each layer, and its bias, are
             refitted so that its outputs are as close as may be to the dense network's, and running statistics of batch
@@ -178,6 +179,7 @@ class RouletteWheelPruning(ZeroHolder):
         self.include, self.exclude = include, exclude
         self.wheel, self.tree, self.validation = wheel, tree, validation
         self.seed, self.dirpath = seed, dirpath
+        self._saving = self._takes_up = False
         self._restored = self._idle = self._epoch_begins = self._fitting = self._trains = False
         self._handover = Handover()
         self._forget()
@@ -217,6 +219,8 @@ class RouletteWheelPruning(ZeroHolder):
             RuntimeError: If no search has ended in this process: checkpoints hold the weights of the winner alone.
         """
         self.mask_at(level)
+        if self._gradual is not None and self._history is not None and self.report is not None and self.report.gradual:
+            return self._gradual.weights_at(level)
         if self._levels is None:
             raise RuntimeError(
                 "the search ran before this callback was loaded from a checkpoint, or in another process, and what "
@@ -239,6 +243,7 @@ class RouletteWheelPruning(ZeroHolder):
         if not self._fitting:
             return
         self._restored = self._epoch_begins = self._trains = False
+        self._epoch: int | None = None
         self._idle = _nothing_to_do(trainer)
         self._metric = self._files = None  # another Trainer may log other metrics; another fit writes other files
         refuse_trainer(trainer, self, self.validation.keep_callbacks, self.at_epoch)
@@ -264,7 +269,9 @@ class RouletteWheelPruning(ZeroHolder):
                 self._forget()
             self._measured_at_step = trainer.global_step  # of another fit it was
         if self._history is not None:
+            self._takes_up = self._restored
             self._hold_zeros(trainer, pl_module)
+            self._takes_up = False
         if not self._idle and (trainer.num_sanity_val_steps > 0 or not self._validates_first(trainer)):
             self._rehearse(trainer, pl_module, max(1, trainer.num_sanity_val_steps))
 
@@ -276,6 +283,7 @@ class RouletteWheelPruning(ZeroHolder):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search, if `at_epoch` epochs are trained: the checkpoints of the epoch before are written by now."""
+        self._epoch = trainer.current_epoch
         if self._idle:
             return
         if self._gradual is not None:
@@ -299,6 +307,9 @@ class RouletteWheelPruning(ZeroHolder):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The epoch before which the search ran has begun."""
+        # resumed from a file that the last batch of an epoch wrote, Lightning does not say that the next epoch starts
+        if batch_idx == 0 and self._epoch != trainer.current_epoch:
+            self.on_train_epoch_start(trainer, pl_module)
         self._epoch_begins = False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -350,6 +361,11 @@ class RouletteWheelPruning(ZeroHolder):
         """Take up the search that a checkpoint was saved after; to validate another does not replace this one's."""
         if not self._fitting and self._history is not None:
             return
+        if self._fitting and self._gradual is None and not state_dict.get("gradual", {}).get("over", True):
+            raise ValueError(
+                "the checkpoint is of a training that is pruned between epochs and had not ended, but at_epoch is "
+                f"{self.at_epoch}. Pass the at_epoch that it was begun with."
+            )
         self._take_up(state_dict)
         self._restored = True
 
@@ -373,7 +389,9 @@ class RouletteWheelPruning(ZeroHolder):
             self._take_up(found)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save zeros, as weight averaging has put its own weights in."""
+        """Save zeros, as weight averaging has put its own weights in; into our own file what was measured."""
+        if self._saving and "current_model_state" in checkpoint:  # where weight averaging has put the module's own
+            checkpoint["state_dict"] = dict(checkpoint["current_model_state"])
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._epoch_begins:
             let_epoch_begin(checkpoint)
@@ -395,7 +413,7 @@ class RouletteWheelPruning(ZeroHolder):
 
     def _still_holds(self, module: LightningModule) -> bool:
         """Whether `module` is the one pruned before, and still is; a copy of this callback knows it by its zeros."""
-        if (mask := self.mask) is None or not fits(mask, module) or breaks(mask, module):
+        if (mask := self.held()) is None or not fits(mask, module) or breaks(mask, module):
             return False
         return mask.survivors < mask.size if self._module is None else self._module() is module
 
@@ -412,7 +430,7 @@ class RouletteWheelPruning(ZeroHolder):
         if self._hold is not None:
             self._hold.release()
         if (mask := self.held()) is not None:
-            self._hold = hold_zeros(trainer, module, mask)
+            self._hold = hold_zeros(trainer, module, mask, afresh=not self._takes_up)
             self._module = weakref.ref(module)
 
     def _validating(self, trainer: Trainer, module: LightningModule) -> IsolatedValidation:
@@ -482,13 +500,20 @@ class RouletteWheelPruning(ZeroHolder):
                 validation, self.seed, self.validation.cache_bytes, by_rows=self.confidence is not None
             )
         metric = self._found(trainer, module, logged)
-        weights = find_prunable(module, self.include, self.exclude)
+        weights = self._weights(module)
         with validation:
             data = uncut_if_it_matters(validation, data, logged, metric)
             if self._history is None:
                 refuse_if_blind(validation, data, weights)
         evaluate = TrainerEvaluator(trainer, module, validation, data, weights, metric)
         return _Ready(validation, data, metric, weights, evaluate)
+
+    def _weights(self, module: LightningModule) -> dict[str, nn.Parameter]:
+        """The prunable parameters; once levels are cut those of the first, whatever is frozen or thawed since."""
+        if self._gradual is None or (mask := self._gradual.mask) is None:
+            return find_prunable(module, self.include, self.exclude)
+        found = dict(module.named_parameters(remove_duplicate=False))
+        return {name: found[name] for name in mask}
 
     def _search(self, trainer: Trainer, module: LightningModule) -> None:
         ready = self._ready(trainer, module)
@@ -504,6 +529,8 @@ class RouletteWheelPruning(ZeroHolder):
                 self._load(trainer, module, winner, metric, ready.data)
                 if journal is not None:
                     journal.remove()
+                if self._gradual is not None:
+                    self._gradual.over = True
             except BaseException as error:
                 if self._history is None:  # the network is the dense one
                     self._keep_accepted(trainer, watcher.so_far, metric, isinstance(error, KeyboardInterrupt))
@@ -562,6 +589,8 @@ class RouletteWheelPruning(ZeroHolder):
         """Let the network that was cut be what trains from now on."""
         assert self._gradual is not None
         copy_into(named_tensors(module), network.weights)
+        if network.refitted:
+            average_becomes(trainer, module)
         self._take_report(metric)
         self._hold_zeros(trainer, module)
         assert self._gradual.report is not None
@@ -602,6 +631,7 @@ class RouletteWheelPruning(ZeroHolder):
                 held = gradual.judge(ready.weights, ready.evaluate)
             self._note(trainer, module, held, ready.metric, watcher)
             gradual.load_kept(module)
+            average_becomes(trainer, module)
             gradual.over = True
             report = ready.metric.units_of(gradual.ended())
             self._hold_zeros(trainer, module)
@@ -688,6 +718,7 @@ class RouletteWheelPruning(ZeroHolder):
             trainer.save_checkpoint(self._files.dense, weights_only=False)
         self._levels = winner.cpu()
         load(module, winner)
+        average_becomes(trainer, module)
         self.report = metric.units_of(winner.report)
         self._history, self._module = self._levels.history, weakref.ref(module)
         try:
@@ -719,13 +750,17 @@ class RouletteWheelPruning(ZeroHolder):
             return mean_over_processes(trainer, logged.value(monitor))
 
     def _save(self, trainer: Trainer) -> None:
-        if self._files is not None:
-            before, self.best_model_path = self.best_model_path, self._files.pruned  # which the file itself names
-            try:
-                trainer.save_checkpoint(self._files.pruned, weights_only=False)
-            except BaseException:
-                self.best_model_path = before
-                raise
+        if self._files is None:
+            return
+        before, self.best_model_path = self.best_model_path, self._files.pruned  # which the file itself names
+        self._saving = True
+        try:
+            trainer.save_checkpoint(self._files.pruned, weights_only=False)
+        except BaseException:
+            self.best_model_path = before
+            raise
+        finally:
+            self._saving = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from lightning_roulette.core.calibration import Survivors
 from lightning_roulette.core.gradual import Cuts, Gradual
-from lightning_roulette.core.masks import Mask, apply_mask
+from lightning_roulette.core.masks import apply_mask
 from lightning_roulette.core.steps import copy_into, named_tensors
 
 
@@ -42,14 +43,38 @@ class BetweenEpochs(Gradual):
         # survivors are picked into new tensors; the rest would be the network's own
         self._kept = Survivors.of(mask, {name: one if name in mask else one.clone() for name, one in tensors.items()})
 
-    def load_kept(self, module: LightningModule) -> Mask:
+    def load_kept(self, module: LightningModule) -> None:
         """Make the network the slimmest that held, in place."""
         assert self.history is not None
+        tensors = named_tensors(module)
+        for name, value in self._spread().items():
+            there = tensors.get(name)
+            if there is not None and there.shape == value.shape and 0 not in there.stride():
+                copy_into(tensors, {name: value})
+            else:  # a buffer that was replaced since, or whose entries share memory
+                owner, _, attribute = name.rpartition(".")
+                module.get_submodule(owner)._buffers[attribute] = value.to(module.device)
+        apply_mask(module, self.history.mask)
+
+    def weights_at(self, level: int) -> dict[str, Tensor]:
+        """All values of the slimmest network that held, on the CPU.
+
+        Raises:
+            RuntimeError: If that is another level: training went on from it, and its weights are gone.
+        """
+        assert self.history is not None
+        if level != self.history.level or self._kept is None:
+            raise RuntimeError(
+                f"the weights of level {level} are not kept, as training went on from them: only those of level "
+                f"{self.history.level} are, the slimmest that held. The masks of all levels are there: mask_at(level)."
+            )
+        return self._spread()
+
+    def _spread(self) -> dict[str, Tensor]:
+        assert self.history is not None
         assert self._kept is not None
-        tensors, mask = named_tensors(module), self.history.mask
-        copy_into(tensors, self._kept.spread(mask, tensors))
-        apply_mask(module, mask)
-        return mask
+        mask, kept = self.history.mask, self._kept.values
+        return self._kept.spread(mask, {name: kept[name].new_empty(at.shape) for name, at in mask.items()})
 
     def state(self) -> dict[str, Any]:
         """What a resume goes on from, the kept network included."""

@@ -9,25 +9,41 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from torch import Tensor
 
 from lightning_roulette.core.holding import ZeroHold
 from lightning_roulette.core.masks import Mask, apply_mask, breaks, fits
 from lightning_roulette.core.parameters import aliases, prunable_parameters
+from lightning_roulette.core.steps import copy_into, named_tensors
 from lightning_roulette.trainer.evaluation import callbacks_of
 
 _log = logging.getLogger("lightning_roulette")
 
 
-def hold_zeros(trainer: Trainer, module: LightningModule, mask: Mask) -> ZeroHold:
+def hold_zeros(trainer: Trainer, module: LightningModule, mask: Mask, afresh: bool = True) -> ZeroHold:
     """Prune `module` by `mask` and hold its zeros through every optimizer of the Trainer.
+
+    Args:
+        trainer: In a fit.
+        module: What it trains.
+        mask: Which weights are kept.
+        afresh: Whether the optimizers may remember the network before it was pruned.
 
     Raises:
         ValueError: If the mask is not one of this module; then nothing was changed.
     """
     apply_mask(module, mask)
-    return ZeroHold(dict(module.named_parameters(remove_duplicate=False)), mask, trainer.optimizers)
+    return ZeroHold(dict(module.named_parameters(remove_duplicate=False)), mask, trainer.optimizers, afresh)
+
+
+def average_becomes(trainer: Trainer, module: LightningModule) -> None:
+    """Let a WeightAveraging go on from the module as it is: it knows nothing of what was loaded."""
+    for one in callbacks_of(trainer):
+        average = getattr(one, "_average_model", None)  # nothing public leads there
+        if isinstance(one, WeightAveraging) and average is not None:
+            now, averaged = named_tensors(module), named_tensors(average.module)
+            copy_into(averaged, {name: now[name] for name in averaged})
 
 
 def place_before_checkpoints(trainer: Trainer, callback: Callback) -> None:
