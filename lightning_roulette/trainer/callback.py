@@ -43,6 +43,7 @@ from lightning_roulette.trainer.calibration import (
 from lightning_roulette.trainer.checks import (
     find_prunable,
     refuse_foreign_trainer,
+    refuse_sharding,
     refuse_trainer,
     refuse_without_validation,
 )
@@ -241,6 +242,7 @@ class RouletteWheelPruning(ZeroHolder):
         self._restored = self._epoch_begins = self._trains = False
         self._idle = _nothing_to_do(trainer)
         self._metric = self._files = None  # another Trainer may log other metrics; another fit writes other files
+        refuse_sharding(trainer, self.refit, self.wheel.importance, self.at_epoch)
         refuse_trainer(trainer, self, self.validation.keep_callbacks, self.at_epoch)
         if self.confidence is not None and trainer.world_size > 1:
             raise RuntimeError(
@@ -400,8 +402,10 @@ class RouletteWheelPruning(ZeroHolder):
         return mask.survivors < mask.size if self._module is None else self._module() is module
 
     def _warn_of_unpruned(self, trainer: Trainer, module: LightningModule) -> None:
-        loaded = trainer.state.fn != "fit" and trainer.ckpt_path is not None and trainer.is_global_zero
-        if loaded and (mask := self.mask) is not None and fits(mask, module) and breaks(mask, module):
+        loaded = trainer.state.fn != "fit" and trainer.ckpt_path is not None
+        if not loaded or (mask := self.mask) is None or not fits(mask, module):
+            return
+        if breaks(mask, module) and trainer.is_global_zero:
             warnings.warn(
                 "RouletteWheelPruning: the checkpoint that was loaded holds unpruned weights. "
                 f"The pruned ones are in {self.best_model_path or 'no file, as none was to be written'}.",
