@@ -97,7 +97,8 @@ def refuse_sharding(
     if not why and isinstance(at_epoch, Sequence):
         why = f"at_epoch is {at_epoch!r}, and levels are cut between epochs on whole weights alone. Name one epoch."
     if not why and strategy.device_mesh["tensor_parallel"].size() > 1:
-        why = "weights that tensor parallelism shards cannot be pruned. Pass tensor_parallel_size=1."
+        how = f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1"
+        why = f"weights that tensor parallelism shards cannot be pruned. Pass {how}, and fully_shard the module."
     if why:
         raise RuntimeError(f"the strategy is {name}, which shards weights, but {why}")
 
