@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -93,25 +93,39 @@ def whole(module) -> dict[str, torch.Tensor]:
     return {name: full_of(one) for name, one in module.named_parameters()}
 
 
+class Noted(Callback):
+    """The largest gradient and the largest memory of a pruned weight, as an optimizer finds them."""
+
+    def __init__(self, mask: Mask) -> None:
+        self.mask, self.gradient, self.memory = mask, 0.0, 0.0
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        for name, kept in self.mask.items():
+            weight = pl_module.get_parameter(name)
+            self.gradient = max(self.gradient, float(full_of(weight.grad)[~kept].abs().max()))
+            memories = [one for one in optimizer.state.get(weight, {}).values() if one.shape == kept.shape]
+            self.memory = max([self.memory, *(float(full_of(one)[~kept].abs().max()) for one in memories)])
+
+
 def hold(folder: Path, path: str) -> dict:
     """Train on from a pruned file, with the zeros that are found in it."""
-    module, holding = Uneven(0.01), HoldZeros()
+    module, holding, noted = Uneven(0.01), HoldZeros(), Noted(Mask.load(path))
     stored = torch.load(path, weights_only=True)["state_dict"]
     module.load_state_dict(stored)
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=2,
         default_root_dir=folder,
-        callbacks=[holding],
+        callbacks=[holding, noted],
         devices=2,
         strategy=by_rows(whole_files=True),
         accumulate_grad_batches=2,
         gradient_clip_val=0.1,
-        gradient_clip_algorithm="value",
         **QUIET,
     )
     trainer.fit(module, train_loader(), val_loader(batch_size=25))
-    return {"mask": dict(holding.held()), "weights": whole(module), "before": stored}
+    seen = {"gradient": noted.gradient, "memory": noted.memory}
+    return seen | {"mask": dict(holding.held()), "weights": whole(module), "before": stored}
 
 
 def main(folder: Path) -> None:
@@ -219,6 +233,7 @@ def test_training_that_follows_a_search_holds_the_zeros(ranks, trained):
 def test_zeros_of_a_pruned_file_are_found_and_held(ranks):
     first, second = (rank["held"] for rank in ranks)
     assert Mask(first["mask"]) == Mask(second["mask"]) == Mask(ranks[0]["at the end"]["mask"])
+    assert first["gradient"] == first["memory"] == 0.0
     for weight, kept in first["mask"].items():
         assert torch.equal(first["weights"][weight] != 0, kept)
         assert share_moved(first["weights"][weight], first["before"][weight], kept) > 0.8

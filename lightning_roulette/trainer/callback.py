@@ -90,6 +90,11 @@ class RouletteWheelPruning(ZeroHolder):
     resumes the training, `ckpt_path=`, repeats none of them: it ends as if nothing had been, provided that training
     does. A training that had ended without its search is searched when it is resumed.
 
+    Weights may be sharded by FSDP2: under `ModelParallelStrategy`, with `fully_shard` and no tensor parallelism. Each
+    process then draws among its own weights, and all find the mask that one device finds. Magnitude is the only
+    importance there, without a refit: pass `refit=None`. Each process keeps the masks of the whole network, of a large
+    tensor at a bit a weight.
+
     Args:
         branches: Candidates per level. None: 20; 1 if levels are cut between epochs, where training does more for a
             network than choosing does.
@@ -211,7 +216,8 @@ class RouletteWheelPruning(ZeroHolder):
     def weights_at(self, level: int) -> dict[str, Tensor]:
         """The prunable weights of any accepted level, and whatever else refits changed, on the CPU; 0 is dense.
 
-        `module.load_state_dict(pruning.weights_at(level), strict=False)` makes the network that level.
+        `module.load_state_dict(pruning.weights_at(level), strict=False)` makes the network that level. Weights that are
+        sharded are DTensors here, on their own device.
 
         Raises:
             ValueError: If there was no such level.

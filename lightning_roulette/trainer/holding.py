@@ -94,7 +94,8 @@ class HoldZeros(ZeroHolder):
     """Holds pruned weights at zero, exactly, while a `Trainer` fits: to fine-tune a pruned network.
 
     Works through any optimizer (momentum, weight decay, LBFGS), gradient accumulation and clipping, manual
-    optimization, mixed precision and weight averaging. Names in checkpoints stay those of the module.
+    optimization, mixed precision and weight averaging, and on weights that `fully_shard` has sharded (FSDP2). Names in
+    checkpoints stay those of the module.
 
     Args:
         mask: Which weights are kept, by name in the LightningModule; or a file that `Mask.load` reads; or None: the
