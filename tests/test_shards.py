@@ -112,6 +112,18 @@ def test_a_wheel_that_makes_all_again_block_by_block_finds_the_same(sharpness):
     assert held == alone
 
 
+@pytest.mark.parametrize("held", [100, 1 << 24])
+@pytest.mark.parametrize("sharpness", [0.5, 1.0, 16.0, 1e300])
+def test_zeros_race_one_another_wherever_the_smallest_weight_lies(sharpness, held):
+    weights = {"layer": torch.randn(80, 5, generator=torch.Generator().manual_seed(0))}
+    weights["layer"][:, 2:] = 0
+    weights["layer"][0, 0] = 1e-30  # of the first process
+    with patch.object(wheel, "HELD", held):
+        for draws in (20, 120, 239, 240, 241):
+            alone, found = spun(weights, Mask.full(weights), draws, ranks=3, sharpness=sharpness)
+            assert found == [alone] * 3
+
+
 def test_many_weights_of_which_the_first_digits_leave_several():
     weights = {"layer": torch.randn(300, 100, generator=torch.Generator().manual_seed(0))}
     for sharpness in (0.0, 1.0, 16.0, math.inf):
@@ -191,7 +203,9 @@ def test_the_parts_of_a_mask_are_those_of_the_rows_held(ranks):
 
 
 @pytest.mark.parametrize(
-    ("placements", "ndim"), [((Shard(1),), 1), ((Shard(0), Shard(0)), 2), ((Placement(0),), 1)], ids=str
+    ("placements", "ndim"),
+    [((Shard(1),), 1), ((Shard(0), Shard(0)), 2), ((Placement(0),), 1)],
+    ids=["columns", "two dimensions", "not torch's own"],
 )
 def test_weights_that_do_not_lie_by_rows_are_refused(placements, ndim):
     with pytest.raises(ValueError, match=r"shape \(4, 6\) is placed.*fully_shard.*prune on one device"):
