@@ -15,6 +15,7 @@ from lightning_roulette import Mask
 from lightning_roulette.core import masks, wheel
 from lightning_roulette.core.bits import Bits
 from lightning_roulette.core.chance import moved, random_bits
+from lightning_roulette.core.holding import ZeroFill
 from lightning_roulette.core.importance import Magnitudes, magnitude
 from lightning_roulette.core.shards import Shards, hold_shards_alone, is_sharded, local, part_of, start_of
 from lightning_roulette.core.wheel import Sectors
@@ -189,6 +190,9 @@ class Distributed:
     def numel(self) -> int:
         return self.whole.numel()
 
+    def detach(self):
+        return self
+
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
 def test_the_parts_of_a_mask_are_those_of_the_rows_held(ranks):
@@ -200,6 +204,35 @@ def test_the_parts_of_a_mask_are_those_of_the_rows_held(ranks):
         for form in (kept, Bits.of(kept)):
             assert torch.equal(part_of(form, ours), local(ours).remainder(3) == 0)
         assert local(ours).numel() == 0 or start_of(ours) == int(local(ours).flatten()[0])
+
+
+@pytest.mark.parametrize("most", [1 << 20, 4])
+def test_a_part_is_pruned_and_given_back_bit_for_bit(most):
+    """Also of a packed mask, a few rows at a time."""
+    whole = torch.arange(1.0, 36.0).view(7, 5)
+    kept = {"": whole.remainder(3) == 0}
+    with patch.object(masks, "_SMALL", most), patch.object(masks, "_ROWS", 5):
+        mask = Mask(kept)
+        assert isinstance(mask.stored[""], Bits) == (most == 4)
+        for rank in range(5):
+            before = whole.chunk(4)[rank] if rank < 4 else whole[:0]
+            ours = Distributed(whole.clone(), rank, 5 if rank == 4 else 4, (Shard(0),))
+            with masks.applied(mask, {"": ours}):
+                assert torch.equal(ours.held, before.where(before.remainder(3) == 0, 0))
+            assert torch.equal(ours.held, before)
+            masks.fill_pruned({"": ours}, mask)
+            assert torch.equal(ours.held, before.where(before.remainder(3) == 0, 0))
+
+
+def test_zeros_of_a_part_are_filled_again():
+    whole = torch.arange(1.0, 36.0).view(7, 5)
+    for rank in range(3):
+        ours = Distributed(whole.clone(), rank, 3, (Shard(0),))
+        fill = ZeroFill(part_of(whole.remainder(3) == 0, ours), ours)
+        ours.held[0, :] = math.nan
+        fill(ours)
+        expected = whole.chunk(3)[rank].remainder(3) == 0
+        assert torch.equal(ours.held != 0, expected)
 
 
 @pytest.mark.parametrize(
