@@ -149,13 +149,41 @@ def test_a_trainer_of_pytorch_lightning_is_refused_with_the_import_to_change(tmp
         trainer.fit(Foreign(), train_loader(), val_loader())
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
-def test_strategies_that_shard_weights_are_refused_by_name(make_trainer, strategy):
-    pruning = RouletteWheelPruning()
+def setup_under(make_trainer, strategy, pruning):
     trainer = make_trainer(callbacks=[pruning])
     trainer._accelerator_connector.strategy = object.__new__(strategy)  # constructed, they ask for their hardware
-    with pytest.raises(RuntimeError, match=f"{strategy.__name__}, which shards weights.*Use a single device or 'ddp'"):
-        pruning.setup(trainer, Blobs(), "fit")
+    pruning.setup(trainer, Blobs(), "fit")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "why"), [(FSDPStrategy, "into flat buffers"), (DeepSpeedStrategy, "into partitions of its own")]
+)
+def test_strategies_that_shard_weights_out_of_reach_are_refused_by_name(make_trainer, strategy, why):
+    with pytest.raises(RuntimeError, match=f"{strategy.__name__}, which shards weights {why}.*ModelParallelStrategy"):
+        setup_under(make_trainer, strategy, RouletteWheelPruning(refit=None))
+
+
+def _zero(weights):
+    return {name: 0 * weight for name, weight in weights.items()}
+
+
+WHAT_NEEDS_WHOLE_LAYERS = {
+    "the default": ({}, "a refit needs whole layers.*Pass refit=None"),
+    "running statistics": ({"refit": "batch_norm"}, "a refit needs whole layers.*Pass refit=None"),
+    **{
+        kind: ({"refit": None, "wheel": Wheel(importance=kind)}, f"importance '{kind}' needs whole layers.*'magnitude'")
+        for kind in ("lamp", "sensitivity", "activation", "obs")
+    },
+    "a function": ({"refit": None, "wheel": Wheel(importance=_zero)}, "importance by a function needs whole layers"),
+    "several epochs": ({"at_epoch": [1]}, r"at_epoch is \[1\].*Name one epoch"),
+}
+
+
+@pytest.mark.parametrize("name", WHAT_NEEDS_WHOLE_LAYERS)
+def test_what_needs_whole_layers_is_refused_where_they_are_sharded(make_trainer, name):
+    options, why = WHAT_NEEDS_WHOLE_LAYERS[name]
+    with pytest.raises(RuntimeError, match=f"ModelParallelStrategy, which shards weights, but {why}"):
+        setup_under(make_trainer, ModelParallelStrategy, RouletteWheelPruning(**options))
 
 
 def test_two_callbacks_with_one_state_key_are_refused(make_trainer):

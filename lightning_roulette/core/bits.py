@@ -85,11 +85,14 @@ class Bits:
     def write(self, start: int, values: Tensor) -> None:
         """Set flat entries from `start` on, which is a multiple of 8 as is their number, unless they are the last."""
         if len(values) % 8 or values.storage_offset() % 8:
-            padded = values.new_zeros(-(-len(values) // 8) * 8)
-            padded[: len(values)] = values
-            values = padded
-        bytes_of = (values.view(torch.int64) * _TOGETHER).bitwise_right_shift_(56).to(torch.uint8)
+            values = _padded(values, 0)
+        bytes_of = _bytes_of(values)
         self.packed[start // 8 : start // 8 + len(bytes_of)] = bytes_of
+
+    def put(self, start: int, values: Tensor) -> None:
+        """Set flat entries, all of which are False, from any one on."""
+        bytes_of = _bytes_of(_padded(values, start % 8))
+        self.packed[start // 8 : start // 8 + len(bytes_of)] |= bytes_of
 
     def clear(self, places: Tensor) -> None:
         """Set flat entries, all of which are True and each named once, to False."""
@@ -119,6 +122,17 @@ class Bits:
     def equals(self, other: Bits) -> bool:
         """Whether shape and all entries are the same."""
         return self.shape == other.shape and torch.equal(self.packed, other.packed)
+
+
+def _padded(values: Tensor, lead: int) -> Tensor:
+    """Bools after so many False, and before so many that their number is a multiple of 8."""
+    padded = values.new_zeros(-(-(lead + len(values)) // 8) * 8)
+    padded[lead : lead + len(values)] = values
+    return padded
+
+
+def _bytes_of(values: Tensor) -> Tensor:
+    return (values.view(torch.int64) * _TOGETHER).bitwise_right_shift_(56).to(torch.uint8)
 
 
 def flat_part(tensor: Tensor, start: int, stop: int) -> Tensor:

@@ -32,6 +32,11 @@ def stream(seed: int, level: int, candidate: int, name: str) -> int:
     return int.from_bytes(blake2b(payload, digest_size=8, person=b"roulette").digest(), "little", signed=True)
 
 
+def moved(stream: int, start: int) -> int:
+    """The stream under which index 0 draws what index `start` draws under another."""
+    return (stream + start * _GOLDEN + 2**63) % 2**64 - 2**63
+
+
 def random_bits(stream: int | Tensor, index: Tensor) -> Tensor:
     """64 random bits for each index, as int64 of the same shape: the counter `index` under the key `stream`.
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.core.certificate import Batches, Outcomes
-from lightning_roulette.core.masks import Mask
+from lightning_roulette.core.masks import Mask, fill_pruned
 from lightning_roulette.core.report import Scores
+from lightning_roulette.core.shards import is_sharded
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,10 @@ class PrunedWeights:
         value = (self.refitted[name] if name in self.refitted else self.dense[name]).detach()
         if name not in self.mask:
             return value.clone()
+        if is_sharded(value):
+            value = value.clone()
+            fill_pruned({name: value}, {name: self.mask[name]})
+            return value
         return value.masked_fill(~self.mask[name].to(value.device), 0)
 
 

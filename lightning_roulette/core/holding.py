@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_roulette.core.masks import fill_pruned
+from lightning_roulette.core.shards import is_sharded, local, part_of
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> integers of its size
 
@@ -30,12 +31,12 @@ class ZeroFill:
     and -0.0 included, and some ten times as fast. This takes as much memory as the weight does.
 
     Args:
-        kept: Bool, True = kept; on the device of `weight`.
+        kept: Bool, True = kept; on the device of `weight`. Of a sharded weight what concerns this process's part.
         weight: What is to be filled again and again; only its type, shape and memory format count here.
     """
 
     def __init__(self, kept: Tensor, weight: Tensor) -> None:
-        self.kept = kept
+        self.kept, weight = kept, weight if not is_sharded(weight) else local(weight.detach())
         self._type = (weight.dtype, weight.device)
         self._bits: Tensor | None = None
         if type(weight) in (Tensor, nn.Parameter) and weight.is_cpu and weight.is_floating_point():
@@ -47,6 +48,7 @@ class ZeroFill:
         """Fill `tensor`, of the shape of the mask; None has nothing to fill, a sparse tensor the entries it stores."""
         if tensor is None:
             return
+        tensor = local(tensor)
         if self._bits is not None and (tensor.dtype, tensor.device) == self._type and tensor.layout == torch.strided:
             tensor.detach().view(self._bits.dtype).bitwise_and_(self._bits)
         elif tensor.layout == torch.sparse_coo:
@@ -124,7 +126,7 @@ class ZeroHold:
         afresh: bool = True,
     ) -> None:
         # needed at every step, a mask is not packed here
-        kept = {name: kept.to(parameters[name].device) for name, kept in mask.items()}
+        kept = {name: part_of(kept, parameters[name]).to(parameters[name].device) for name, kept in mask.items()}
         self._held = [_HeldWeight(parameters[name], ZeroFill(kept[name], parameters[name])) for name in kept]
         self._hooks: list[Removable] = []
         self.misses_steps = False

@@ -31,6 +31,7 @@ from torch import Tensor
 from lightning_roulette.core.certificate import Batches, Outcomes, Resamples, Singles
 from lightning_roulette.core.evaluator import Evaluator, PrunedWeights
 from lightning_roulette.core.report import Scores
+from lightning_roulette.core.shards import local
 
 _Answer = tuple[Scores, Outcomes | None]
 
@@ -242,7 +243,7 @@ def _take_in(digest: Any, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return local(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _plain(outcomes: Outcomes | None) -> dict[str, Any] | None:

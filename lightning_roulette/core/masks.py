@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_roulette.core.bits import Bits, flat_part
+from lightning_roulette.core.shards import Shards, anywhere, hold_shards_alone, is_sharded, local, part_of, start_of
 
 _SMALL = 1 << 20  # entries of a tensor up to which speed counts for more than memory
 _ROWS = 1 << 20  # entries of a larger one that are looked at together
@@ -53,16 +54,22 @@ class Mask(Mapping[str, Tensor]):
     @classmethod
     def of_nonzeros(cls, weights: Mapping[str, Tensor]) -> Mask:
         """The mask that keeps what is not zero now."""
+        if (shards := Shards.of(weights)) is not None:
+            own = {name: weight != 0 for name, weight in shards.own(weights).items()}
+            return cls(shards.whole(own, {name: weight.shape for name, weight in weights.items()}))
         return cls({name: _stored(weight.detach() != 0) for name, weight in weights.items()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Mask:
         """The mask in a checkpoint of `RouletteWheelPruning` or in the file it leaves when interrupted.
 
+        Of a distributed checkpoint, which is a folder, its `meta.pt` is read.
+
         Raises:
             ValueError: If the file holds no mask.
         """
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        file = os.path.join(path, "meta.pt") if os.path.isdir(path) else path
+        stored = torch.load(file, map_location="cpu", weights_only=True)
         states = [stored, *stored.get("callbacks", {}).values()] if isinstance(stored, dict) else []
         for state in states:
             if isinstance(state, dict) and "pruned_at" in state:
@@ -180,6 +187,7 @@ def apply_mask(module: nn.Module, mask: Mapping[str, Tensor] | str | os.PathLike
         ValueError: If a name is missing or a shape differs; then nothing was changed.
     """
     kept = Mask.load(mask) if isinstance(mask, str | os.PathLike) else Mask(mask)
+    hold_shards_alone(module)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, tensor in kept.items():
         if name not in parameters:
@@ -199,11 +207,15 @@ def fits(mask: Mapping[str, Tensor], module: nn.Module) -> bool:
 
 
 def breaks(mask: Mapping[str, Tensor], module: nn.Module) -> bool:
-    """Whether a weight of `module` that `mask`, which must fit it, prunes is not zero."""
+    """Whether a weight of `module` that `mask`, which must fit it, prunes is not zero.
+
+    Where the weights lie in several processes, all of them must ask.
+    """
+    hold_shards_alone(module)
     found = dict(module.named_parameters(remove_duplicate=False))
-    return any(
-        bool(part[gone].any()) for name, kept in _as_they_lie(mask) for part, gone in _parts(found[name].detach(), kept)
-    )
+    ours = {name: found[name].detach() for name in mask}
+    here = any(bool(part[gone].any()) for name, kept in _as_they_lie(mask) for part, gone in _parts(ours[name], kept))
+    return anywhere(here, ours)
 
 
 @torch.no_grad()
@@ -243,8 +255,12 @@ def applied(mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterat
 def _set_aside(weight: Tensor, kept: Tensor | Bits) -> Tensor:
     """What pruning overwrites: of a large tensor the removed values in order of index."""
     if _is_small(kept):
-        return weight.clone()
-    aside = weight.new_empty(kept.numel() - _count(kept))
+        return local(weight).clone()
+    if is_sharded(weight):
+        removed = sum(int(gone.count_nonzero()) for _, gone in _parts(weight, kept))
+    else:
+        removed = kept.numel() - _count(kept)
+    aside = local(weight).new_empty(removed)
     place = 0
     for part, gone in _parts(weight, kept):
         values = part[gone]
@@ -255,7 +271,7 @@ def _set_aside(weight: Tensor, kept: Tensor | Bits) -> Tensor:
 
 def _put_back(weight: Tensor, kept: Tensor | Bits, aside: Tensor) -> None:
     if _is_small(kept):
-        weight.copy_(aside)
+        local(weight).copy_(aside)
         return
     place = 0
     for part, gone in _parts(weight, kept):
@@ -264,17 +280,20 @@ def _put_back(weight: Tensor, kept: Tensor | Bits, aside: Tensor) -> None:
 
 
 def _parts(tensor: Tensor, kept: Tensor | Bits) -> Iterator[tuple[Tensor, Tensor]]:
-    """A tensor, a large one some rows at a time; and where, on its device, each part is pruned."""
+    """What this process holds of a tensor, a large one some rows at a time; and where each part is pruned."""
+    ours = local(tensor)
     if _is_small(kept):
-        yield tensor, ~_unpacked(kept).to(tensor.device)
+        yield ours, ~part_of(kept, tensor).to(ours.device)
         return
-    row = tensor[0].numel()
+    if not ours.numel():
+        return
+    start, row = start_of(tensor), ours[0].numel()
     rows = max(1, _ROWS // row)
-    for first in range(0, len(tensor), rows):
-        part = tensor[first : first + rows]
-        flat = (first * row, first * row + part.numel())
-        ours = kept.part(*flat) if isinstance(kept, Bits) else flat_part(kept, *flat)
-        yield part, ~ours.view(part.shape).to(tensor.device)
+    for first in range(0, len(ours), rows):
+        part = ours[first : first + rows]
+        flat = (start + first * row, start + first * row + part.numel())
+        stays = kept.part(*flat) if isinstance(kept, Bits) else flat_part(kept, *flat)
+        yield part, ~stays.view(part.shape).to(part.device)
 
 
 def _as_they_lie(mask: Mapping[str, Tensor | Bits]) -> Iterator[tuple[str, Tensor | Bits]]:
@@ -291,8 +310,13 @@ def _stored(kept: Tensor | Bits) -> Tensor | Bits:
 
 def _uniform(value: bool, weight: Tensor) -> Tensor | Bits:
     if _is_small(weight):
-        return torch.full_like(weight, value, dtype=torch.bool)
+        return torch.full_like(weight, value, dtype=torch.bool) if not is_sharded(weight) else _plain(value, weight)
     return Bits.filled(value, weight.shape, _device_of_bits(weight))
+
+
+def _plain(value: bool, weight: Tensor) -> Tensor:
+    """Of the shape of the whole weight, in every process."""
+    return torch.full(weight.shape, value, device=local(weight).device)
 
 
 def _is_small(tensor: Tensor | Bits) -> bool:

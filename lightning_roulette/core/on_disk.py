@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.core.bits import flat_part
+from lightning_roulette.core.shards import is_sharded
 
 _BLOCK = 1 << 22  # entries that are written at a time
 _MOST_BYTES = 2**30  # of copies that are kept in memory
 
 
 def copies_of(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Copies on the CPU: in memory up to a gibibyte, else on disk if there is room."""
+    """Copies on the CPU: in memory up to a gibibyte, else on disk if there is room; of shards where they are."""
+    if any(is_sharded(tensor) for tensor in tensors.values()):
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
     if sum(tensor.nbytes for tensor in tensors.values()) > _MOST_BYTES:
         try:
             return OnDisk(tensors)

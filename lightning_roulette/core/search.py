@@ -57,6 +57,7 @@ from lightning_roulette.core.settings import (
     check_seed,
     refit_of,
 )
+from lightning_roulette.core.shards import Shards
 from lightning_roulette.core.steps import copy_into, named_tensors
 from lightning_roulette.core.wheel import Sectors
 
@@ -165,7 +166,8 @@ def search(
     densest first, and the last before one that misses the floor there is the winner.
 
     Args:
-        weights: Parameter name to tensor, the prunable weights of the dense network. Never changed.
+        weights: Parameter name to tensor, the prunable weights of the dense network. Never changed. Of DTensors, whose
+            rows lie in several processes, all of them search alike, by magnitude alone and without a refit.
         evaluate: An `Evaluator`, or a function from a `Mask` to a score, larger is better: an evaluator of one fold,
             which cannot be confirmed.
         branches: Candidates per level.
@@ -204,6 +206,8 @@ def search(
     if not weights or not any(weight.numel() for weight in weights.values()):
         raise ValueError("weights is empty, but must name at least one tensor with entries.")
     how = refit_of(refit)
+    if (shards := Shards.of(weights)) is not None and (why := beyond_shards(wheel.importance, how)):
+        raise ValueError(f"the weights lie in {shards.ranks} processes, but {why}")
     if calibration is None and (how is not None or wheel.importance in CALIBRATED):
         asked = f"refit is {refit!r}" if how is not None else f"importance is {wheel.importance!r}"
         raise ValueError(f"{asked}, but there are no inputs for it. Pass calibration=Calibration(network, batches).")
@@ -243,6 +247,16 @@ def check_search(
     check_seed(seed)
     if confidence is not None:
         _check_confidence(confidence, tolerance, validation)
+
+
+def beyond_shards(importance: Importance | str | None, how: Refit | None) -> str:
+    """Why weights that lie in several processes cannot be pruned so, and what to do; empty if they can."""
+    if how is not None:
+        return "a refit needs whole layers, which no process has. Pass refit=None."
+    if importance not in (None, "magnitude"):
+        what = f"importance {importance!r}" if isinstance(importance, str) else "importance by a function"
+        return f"{what} needs whole layers, which no process has. Pass wheel=Wheel(importance='magnitude')."
+    return ""
 
 
 def _check_confidence(confidence: float, tolerance: float, validation: Validation) -> None:
@@ -343,6 +357,7 @@ class _Growing:
     ) -> None:
         self.weights, self.judge, self.branches = weights, judge, branches
         self.wheel, self.seed, self.observer, self.refitting = wheel, seed, observer, refitting
+        self.shards = Shards.of(weights)
         self.history = history or History.of_dense(weights)
         self.parent = self.history.mask
         self.allocation, self.importance = (
@@ -492,7 +507,9 @@ class _Growing:
             if self.allocation:
                 leaning = self._leaning(number, index)
                 factors = {name: math.exp(leaning[name]) for name in leaning}
-                sectors = Sectors(weighed(self._importance, factors), self.parent, sharpness=self.wheel.sharpness)
+                sectors = Sectors(
+                    weighed(self._importance, factors), self.parent, sharpness=self.wheel.sharpness, shards=self.shards
+                )
             return sectors.spin(draws, seed=self.seed, level=number, candidate=index)
 
         return Race(candidates, spin, self.refitting.network, self.judge, self.reference, self._teller(sparsity))
@@ -522,10 +539,18 @@ class _Growing:
             self.importance = "magnitude"
             self.report = replace(self.report, importance=f"magnitude, as {error}")
             self._importance = importance_of(of, self.importance)
-        self._sectors = Sectors(self._importance, self.parent, sharpness=self.wheel.sharpness, scope=self.wheel.scope)
+        self._sectors = Sectors(
+            self._importance,
+            self.parent,
+            sharpness=self.wheel.sharpness,
+            scope=self.wheel.scope,
+            shards=self.shards,
+        )
 
     def _weights_of_parent(self) -> dict[str, Tensor]:
         """The weights that importance is taken of: copies, zero where pruned, unless only the dense survivors count."""
+        if self.shards is not None:
+            return self.shards.own(self.weights)
         if self.importance == "magnitude" and not self.refitting.now.values:
             return {name: weight.detach() for name, weight in self.weights.items()}
         parent = self.refitting.network(self.parent).weights

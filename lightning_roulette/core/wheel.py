@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.core.bits import Bits, flat_part
-from lightning_roulette.core.chance import log_clocks, random_bits, stream, uniforms
+from lightning_roulette.core.chance import log_clocks, moved, random_bits, stream, uniforms
 from lightning_roulette.core.importance import HELD, Magnitudes, with_float64
 from lightning_roulette.core.masks import Mask
 from lightning_roulette.core.settings import SCOPES, check_choice, check_number, check_seed
+from lightning_roulette.core.shards import Shards
 
 # log E spans less than 42 (see chance.log_clocks); what lies further below the rest is always drawn before it.
 _BELOW_ALL = 64.0
@@ -82,22 +83,34 @@ class Sectors:
         sharpness: Exponent of the odds.
         scope: `"global"`, one wheel over all parameters, or `"layer"`, one for each, sharing the draws in proportion
             to their survivors.
+        shards: Where the weights lie in several processes, those of this one; `importance` then is that of `shards.own`
+            alone, while masks are those of the whole network. All processes make the wheel, and spin it, alike.
 
     Raises:
         ValueError: If an importance is negative or not finite, or `sharpness` is negative.
     """
 
     def __init__(
-        self, importance: Mapping[str, Tensor], parent: Mask, *, sharpness: float, scope: str = "global"
+        self,
+        importance: Mapping[str, Tensor],
+        parent: Mask,
+        *,
+        sharpness: float,
+        scope: str = "global",
+        shards: Shards | None = None,
     ) -> None:
         check_number("sharpness", sharpness, at_least=0, remedy="Infinity is magnitude pruning.")
         check_choice("scope", scope, SCOPES)
         self.parent = _with_float64(parent)
-        self.sharpness, self.scope = sharpness, scope
+        self.sharpness, self.scope, self._shards = sharpness, scope, shards
         make = _long_arcs if self.parent.size > HELD else _arcs
-        arcs = make(importance, self.parent, sharpness)
+        if shards is None:
+            arcs = make(importance, self.parent, sharpness)
+        else:
+            _check_everywhere(importance, shards)
+            arcs = make(importance, Mask(shards.own_mask(self.parent.stored)), sharpness, shards.least)
         groups = [arcs] if scope == "global" else [{name: arc} for name, arc in arcs.items()]
-        self._wheels = [_Wheel(group) for group in groups]
+        self._wheels = [_Wheel(group) if shards is None else _AgreedWheel(group, shards) for group in groups]
 
     def spin(self, draws: int, *, seed: int, level: int, candidate: int) -> Mask:
         """The parent's mask with exactly `draws` weights fewer.
@@ -123,6 +136,8 @@ class Sectors:
         kept: dict[str, Tensor | Bits] = {}
         for wheel, share in zip(self._wheels, self._shares(draws), strict=True):
             kept |= wheel.spin(share, streams)
+        if self._shards is not None:
+            return Mask(self._shards.whole(kept, {name: at.shape for name, at in self.parent.stored.items()}))
         return Mask({name: _shaped(kept[name], at.shape) for name, at in self.parent.stored.items()})
 
     def _shares(self, draws: int) -> list[int]:
@@ -219,6 +234,10 @@ class _Arc:
             return log_clocks(stream[self.owners[block]], self.own_index[block]).add_(terms)
         return log_clocks(stream, places).add_(terms)
 
+    def all_keys(self, stream: int | None) -> Iterator[Tensor]:
+        """The keys, a block at a time."""
+        return (self.keys(stream, block, self.places(block)) for block in self.blocks())
+
     def cut(self, stream: int | Tensor | None, low: float, high: float) -> _Cut:
         """Keep the survivors whose keys are `low` or more; those among them with keys up to `high` are near."""
         kept = torch.zeros(self.size, dtype=torch.bool, device=self.device)
@@ -275,6 +294,11 @@ class _LongArc:
             index.append(places[part - end])
             terms.append(self.term(values[part - end]))
         return _Arc(self.size, torch.cat(index), torch.cat(terms))
+
+    def all_keys(self, stream: int | None) -> Iterator[Tensor]:
+        """The keys, a block at a time."""
+        for size, places, values in self._blocks():
+            yield _Arc(size, places, self.term(values)).keys(stream, _ALL, places)
 
     def cut(self, stream: int | Tensor | None, low: float, high: float) -> _Cut:
         """Keep the survivors whose keys are `low` or more; those among them with keys up to `high` are near."""
@@ -419,6 +443,92 @@ class _Wheel:
         return guess.low + _ROUNDING < float(keys[drawn].max()) < guess.high - _ROUNDING
 
 
+class _AgreedWheel:
+    """Parameters that share their draws, and whose weights lie in several processes.
+
+    Each process makes the keys of its own weights: chance is counted, so they are those of one device. A histogram of
+    the first digits of all keys, summed over the processes, tells between which two numbers the threshold lies; of the
+    few keys between these, histograms of the further digits tell the threshold itself. Ties at it go to the earlier.
+    """
+
+    def __init__(self, arcs: Mapping[str, _Arc | _LongArc], shards: Shards) -> None:
+        self._arcs, self._shards = arcs, shards
+        self.count = int(shards.add(torch.tensor(sum(arc.count for arc in arcs.values()))))
+
+    def spin(self, draws: int, streams: Mapping[str, int]) -> Mapping[str, Tensor | Bits]:
+        """For each parameter, flat, whether each weight that this process answers for stays."""
+        if draws == 0:
+            return {name: arc.cut(None, -math.inf, -math.inf).kept for name, arc in self._arcs.items()}
+        starts = {name: self._shards.spans[name][0] for name in self._arcs}
+        ours = {name: moved(streams[name], start) if streams else None for name, start in starts.items()}
+        blocks = (keys for name, arc in self._arcs.items() for keys in arc.all_keys(ours[name]))
+        digit, missing = self._digit((_ordered(keys) for keys in blocks), 48, draws)
+        low, high = (digit << 48) - 2**63, ((digit + 1) << 48) - 1 - 2**63
+        cuts = [arc.cut(ours[name], _unordered(low), _unordered(high)) for name, arc in self._arcs.items()]
+        near = [_ordered(cut.keys) for cut in cuts]
+        threshold, missing = self._threshold(near, missing)
+        drawn = [keys < threshold for keys in near]
+        tied = [(keys == threshold).nonzero().flatten() for keys in near]
+        for one, where, count in zip(drawn, tied, self._share_of_ties(tied, missing), strict=True):
+            one[where[:count]] = True
+        return {name: cut.remove(one) for name, cut, one in zip(self._arcs, cuts, drawn, strict=True)}
+
+    def _threshold(self, near: Sequence[Tensor], rank: int) -> tuple[int, int]:
+        """The key of this rank among those near it, and how many equal to it are drawn."""
+        threshold = 0
+        for shift in (48, 32, 16, 0):
+            digit, rank = self._digit(near, shift, rank)
+            threshold = threshold << 16 | digit
+            near = [keys[_digits(keys, shift) == digit] for keys in near]
+        return threshold - 2**63, rank
+
+    def _digit(self, blocks: Iterable[Tensor], shift: int, rank: int) -> tuple[int, int]:
+        """The digit that the key of this rank has, and its rank among the keys of this digit."""
+        counts = torch.zeros(1 << 16, dtype=torch.int64)
+        for keys in blocks:
+            counts += _digits(keys, shift).bincount(minlength=1 << 16).cpu()
+        counts = self._shards.add(counts)
+        up_to = counts.cumsum(0)
+        digit = int((up_to < rank).count_nonzero())
+        return digit, rank - int(up_to[digit] - counts[digit])
+
+    def _share_of_ties(self, tied: Sequence[Tensor], most: int) -> list[int]:
+        """How many of its ties this process draws for each parameter: they go by parameter, then by index."""
+        table = self._shards.each(torch.tensor([len(one) for one in tied]))
+        by_order = table.T.flatten()
+        earlier = (by_order.cumsum(0) - by_order).view(table.T.shape)[:, self._shards.rank]
+        return [min(len(one), max(0, most - before)) for one, before in zip(tied, earlier.tolist(), strict=True)]
+
+
+def _ordered(keys: Tensor) -> Tensor:
+    """Float64 numbers, none of them NaN, as int64 in the same order; 0 and -0 as one."""
+    bits = (keys + 0.0).view(torch.int64)
+    return bits ^ ((bits >> 63) & (2**63 - 1))
+
+
+def _unordered(number: int) -> float:
+    """The float64 that `_ordered` makes this number of."""
+    bits = torch.tensor(number)
+    return float((bits ^ ((bits >> 63) & (2**63 - 1))).view(torch.float64))
+
+
+def _digits(ordered: Tensor, shift: int) -> Tensor:
+    """16 of their bits, as numbers from 0; the sign, which is the first, so that they are in order."""
+    return ((ordered ^ -(2**63)) >> shift) & 0xFFFF
+
+
+def _check_everywhere(importance: Mapping[str, Tensor], shards: Shards) -> None:
+    """Raise in all processes what one finds."""
+    found: ValueError | None = None
+    try:
+        for name, values in importance.items():
+            _check(name, values)
+    except ValueError as error:
+        found = error
+    if shards.anywhere(found is not None):
+        raise found or ValueError("importance has negative, infinite or NaN entries in another process.")
+
+
 def _guess(terms: Tensor, ascending: Tensor, rank: int, draws: int) -> _Guess | None:
     """What the keys about one spin's threshold, which is that of this rank, say of the threshold of others.
 
@@ -485,18 +595,27 @@ def _with_float64(mask: Mask) -> Mask:
     return Mask({n: with_float64(kept) if isinstance(kept, Tensor) else kept for n, kept in mask.stored.items()})
 
 
-def _arcs(importance: Mapping[str, Tensor], parent: Mask, sharpness: float) -> dict[str, _Arc]:
+def _alone(value: float) -> float:
+    """The least of one number."""
+    return value
+
+
+def _arcs(
+    importance: Mapping[str, Tensor], parent: Mask, sharpness: float, least_of: Callable[[float], float] = _alone
+) -> dict[str, _Arc]:
     """Arcs that hold what keys are made of."""
     index = {name: _survivors(kept) for name, kept in parent.items()}
     known = {name: importance[name].detach() for name in parent}
     for name, values in known.items():
         _check(name, values)
     alive = {name: _alive(known[name].to(kept.device), index[name]) for name, kept in parent.stored.items()}
-    terms = _terms(alive, sharpness)
+    terms = _terms(alive, sharpness, least_of)
     return {name: _Arc(kept.numel(), index[name], terms[name]) for name, kept in parent.stored.items()}
 
 
-def _long_arcs(importance: Mapping[str, Tensor], parent: Mask, sharpness: float) -> dict[str, _LongArc]:
+def _long_arcs(
+    importance: Mapping[str, Tensor], parent: Mask, sharpness: float, least_of: Callable[[float], float] = _alone
+) -> dict[str, _LongArc]:
     """Arcs that hold nothing but importance and mask."""
     arcs, least = {}, math.inf
     for name, stored in parent.stored.items():
@@ -505,9 +624,9 @@ def _long_arcs(importance: Mapping[str, Tensor], parent: Mask, sharpness: float)
         blocks = list(kept.blocks(_block_on(kept.device)))
         least = min([least, *(_check(name, read(*block)) for block in blocks)])
         arcs[name] = _LongArc(kept, read, partial(_term, sharpness=sharpness), [kept.count(*block) for block in blocks])
-    if least > 0 or not 0 < sharpness < math.inf:
+    if not 0 < sharpness < math.inf or least_of(least) > 0:
         return arcs
-    bottom = _bottom(terms for arc in arcs.values() for terms in arc.terms())
+    bottom = _bottom((terms for arc in arcs.values() for terms in arc.terms()), least_of)
     return {name: replace(arc, term=partial(_term, sharpness=sharpness, bottom=bottom)) for name, arc in arcs.items()}
 
 
@@ -544,11 +663,15 @@ def _check(name: str, importance: Tensor) -> float:
     return float(least)
 
 
-def _terms(importance: Mapping[str, Tensor], sharpness: float) -> dict[str, Tensor]:
+def _terms(
+    importance: Mapping[str, Tensor], sharpness: float, least_of: Callable[[float], float] = _alone
+) -> dict[str, Tensor]:
     """Importance as it is where sharpness is infinite, else `sharpness * log importance`, zeros below all others."""
     terms = {name: _term(values, sharpness) for name, values in importance.items()}
-    if 0 < sharpness < math.inf and any(bool(values.isneginf().any()) for values in terms.values()):
-        bottom = _bottom(terms.values())
+    if not 0 < sharpness < math.inf:
+        return terms
+    if least_of(-float(any(bool(values.isneginf().any()) for values in terms.values()))) < 0:
+        bottom = _bottom(terms.values(), least_of)
         for values in terms.values():
             values.clamp_(min=bottom)
     return terms
@@ -564,12 +687,13 @@ def _term(importance: Tensor, sharpness: float, bottom: float = -math.inf) -> Te
     return terms if bottom == -math.inf else terms.clamp_(min=bottom)
 
 
-def _bottom(terms: Iterable[Tensor]) -> float:
+def _bottom(terms: Iterable[Tensor], least_of: Callable[[float], float] = _alone) -> float:
     """A number so far below all terms but minus infinity that no clock makes up for it."""
     lowest = 0.0
     for values in terms:
         finite = values[values > -math.inf]
         lowest = min(lowest, float(finite.min())) if len(finite) else lowest
+    lowest = least_of(lowest)
     return min(lowest - _BELOW_ALL, lowest * (1 + 2.0**-50))  # the latter where the sharpness dwarfs the former
 
 

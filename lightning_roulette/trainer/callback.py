@@ -43,6 +43,7 @@ from lightning_roulette.trainer.calibration import (
 from lightning_roulette.trainer.checks import (
     find_prunable,
     refuse_foreign_trainer,
+    refuse_sharding,
     refuse_trainer,
     refuse_without_validation,
 )
@@ -88,6 +89,11 @@ class RouletteWheelPruning(ZeroHolder):
     While it goes on, a search notes its validations in a file beside those checkpoints. If it does not end, a fit that
     resumes the training, `ckpt_path=`, repeats none of them: it ends as if nothing had been, provided that training
     does. A training that had ended without its search is searched when it is resumed.
+
+    Weights may be sharded by FSDP2: under `ModelParallelStrategy`, with `fully_shard` and no tensor parallelism. Each
+    process then draws among its own weights, and all find the mask that one device finds. Magnitude is the only
+    importance there, without a refit: pass `refit=None`. Each process keeps the masks of the whole network, of a large
+    tensor at a bit a weight.
 
     Args:
         branches: Candidates per level. None: 20; 1 if levels are cut between epochs, where training does more for a
@@ -212,7 +218,8 @@ class RouletteWheelPruning(ZeroHolder):
     def weights_at(self, level: int) -> dict[str, Tensor]:
         """The prunable weights of any accepted level, and whatever else refits changed, on the CPU; 0 is dense.
 
-        `module.load_state_dict(pruning.weights_at(level), strict=False)` makes the network that level.
+        `module.load_state_dict(pruning.weights_at(level), strict=False)` makes the network that level. Weights that are
+        sharded are DTensors here, on their own device.
 
         Raises:
             ValueError: If there was no such level.
@@ -246,6 +253,7 @@ class RouletteWheelPruning(ZeroHolder):
         self._epoch: int | None = None
         self._idle = _nothing_to_do(trainer)
         self._metric = self._files = None  # another Trainer may log other metrics; another fit writes other files
+        refuse_sharding(trainer, self.refit, self.wheel.importance, self.at_epoch)
         refuse_trainer(trainer, self, self.validation.keep_callbacks, self.at_epoch)
         if self.confidence is not None and trainer.world_size > 1:
             raise RuntimeError(
@@ -418,8 +426,10 @@ class RouletteWheelPruning(ZeroHolder):
         return mask.survivors < mask.size if self._module is None else self._module() is module
 
     def _warn_of_unpruned(self, trainer: Trainer, module: LightningModule) -> None:
-        loaded = trainer.state.fn != "fit" and trainer.ckpt_path is not None and trainer.is_global_zero
-        if loaded and (mask := self.mask) is not None and fits(mask, module) and breaks(mask, module):
+        loaded = trainer.state.fn != "fit" and trainer.ckpt_path is not None
+        if not loaded or (mask := self.mask) is None or not fits(mask, module):
+            return
+        if breaks(mask, module) and trainer.is_global_zero:
             warnings.warn(
                 "RouletteWheelPruning: the checkpoint that was loaded holds unpruned weights. "
                 f"The pruned ones are in {self.best_model_path or 'no file, as none was to be written'}.",

@@ -11,6 +11,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_roulette.core.parameters import has_lazy_parameters, prunable_parameters, skipped_parameters
+from lightning_roulette.core.search import beyond_shards
+from lightning_roulette.core.settings import Importance, LeastSquares, refit_of
+from lightning_roulette.core.shards import Shards
 from lightning_roulette.trainer.evaluation import callbacks_of
 
 
@@ -35,13 +38,8 @@ def refuse_trainer(
     Raises:
         ValueError: If an epoch of `at_epoch` lies beyond `max_epochs`, or `keep_callbacks` names no callback of the
             Trainer.
-        RuntimeError: If the strategy shards weights, or another callback has the same state key.
+        RuntimeError: If another callback has the same state key.
     """
-    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-        raise RuntimeError(
-            f"the strategy is {type(trainer.strategy).__name__}, which shards weights, but RouletteWheelPruning needs "
-            "whole ones. Use a single device or 'ddp'."
-        )
     twins = [one for one in callbacks_of(trainer) if one.state_key == callback.state_key]
     if len(twins) > 1:
         raise RuntimeError(
@@ -70,6 +68,41 @@ def refuse_trainer(
         )
 
 
+def refuse_sharding(
+    trainer: Trainer,
+    refit: str | LeastSquares | None,
+    importance: Importance | str | None,
+    at_epoch: int | Sequence[int] | None,
+) -> None:
+    """Raise where the strategy shards weights in such a way, or something is asked for, that a shard cannot give.
+
+    Raises:
+        RuntimeError: If that is so.
+    """
+    strategy = trainer.strategy
+    name = type(strategy).__name__
+    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+        how = (
+            "flat buffers, in which entries have lost their places"
+            if isinstance(strategy, FSDPStrategy)
+            else ("partitions of its own, which it gives nobody else to write to")
+        )
+        raise RuntimeError(
+            f"the strategy is {name}, which shards weights into {how}, but RouletteWheelPruning writes to weights by "
+            "their places. Use a single device or 'ddp', or for sharded weights ModelParallelStrategy (FSDP2)."
+        )
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    why = beyond_shards(importance, refit_of(refit))
+    if not why and isinstance(at_epoch, Sequence):
+        why = f"at_epoch is {at_epoch!r}, and levels are cut between epochs on whole weights alone. Name one epoch."
+    if not why and strategy.device_mesh["tensor_parallel"].size() > 1:
+        how = f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1"
+        why = f"weights that tensor parallelism shards cannot be pruned. Pass {how}, and fully_shard the module."
+    if why:
+        raise RuntimeError(f"the strategy is {name}, which shards weights, but {why}")
+
+
 def refuse_without_validation(trainer: Trainer, module: LightningModule) -> None:
     """Raise where candidates could not be validated.
 
@@ -95,11 +128,12 @@ def find_prunable(
     """The prunable parameters; none at all is an error unless some get their shape only at the first forward.
 
     Raises:
-        ValueError: If there is none, or a pattern matches nothing.
+        ValueError: If there is none, a pattern matches nothing, or weights are sharded in another way than by rows.
     """
     found = prunable_parameters(module, include=include, exclude=exclude)
     if not found and not has_lazy_parameters(module):
         skipped = skipped_parameters(module, include=include, exclude=exclude)
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:8]) or "it has no parameters"
         raise ValueError(f"no parameter of {type(module).__name__} is prunable ({reasons}). Name some with include.")
+    Shards.of(found)
     return found

@@ -47,6 +47,7 @@ from torch.nn.parameter import UninitializedBuffer
 from torchmetrics import Metric, MetricCollection, MetricTracker
 
 from lightning_roulette.core.masks import surely
+from lightning_roulette.core.shards import hold_shards_alone
 
 _ABSENT = object()
 
@@ -114,6 +115,7 @@ class IsolatedValidation:
 
     def __enter__(self) -> IsolatedValidation:
         trainer = self.trainer
+        hold_shards_alone(self._module)
         self._loop = _borrowing_loop(trainer)
         self._snapshot = _Snapshot(self._module, self._loop)
         self._results, self._steps = _Results(), None
@@ -459,6 +461,7 @@ class _Snapshot:
     """What a validation may change in the module, its loaders and the world's chance, and the way back."""
 
     def __init__(self, module: LightningModule, loop: _EvaluationLoop) -> None:
+        self._module = module
         parts = list(module.modules())
         self._modes = {part: part.training for part in parts}
         # a validation may make buffers and, with a MetricTracker, modules
@@ -501,6 +504,7 @@ class _Snapshot:
     def restore_module(self, but: Collection[Tensor] = ()) -> None:
         """The module as at first, but for some buffers; what else changed, each validation begins anew."""
         spared = {id(buffer) for buffer in but}
+        hold_shards_alone(self._module)  # else the next validation would see these weights again
         for contents, members in self._made:
             contents.clear()
             contents.update(members)

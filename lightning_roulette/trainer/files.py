@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_roulette.core.masks import History
+from lightning_roulette.core.shards import is_sharded
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,12 @@ def let_epoch_begin(checkpoint: dict[str, Any]) -> None:
 
 
 def checkpoint_with_these_weights(trainer: Trainer, module: LightningModule) -> str | None:
-    """A file of a ModelCheckpoint that holds, bit for bit, what `module` is now; None if there is none."""
+    """A file of a ModelCheckpoint that holds, bit for bit, what `module` is now; None if there is none.
+
+    Where weights lie in several processes no file is looked into.
+    """
     found = None
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and not any(is_sharded(weight) for weight in module.parameters()):
         paths = [
             path
             for one in trainer.checkpoint_callbacks

@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from torch import Tensor
 
 from lightning_roulette.core.holding import ZeroHold
-from lightning_roulette.core.masks import Mask, apply_mask, breaks, fits
+from lightning_roulette.core.masks import Mask, apply_mask, breaks, fill_pruned, fits
 from lightning_roulette.core.parameters import aliases, prunable_parameters
+from lightning_roulette.core.shards import hold_shards_alone
 from lightning_roulette.core.steps import copy_into, named_tensors
 from lightning_roulette.trainer.evaluation import callbacks_of
 
@@ -88,7 +89,8 @@ class ZeroHolder(Callback):
         for name, kept in mask.items():
             for alias in names.get(name, [name]):
                 if alias in weights:
-                    weights[alias] = weights[alias].masked_fill(~kept.to(weights[alias].device), 0)
+                    weights[alias] = weights[alias].clone()
+                    fill_pruned({name: weights[alias]}, {name: kept})
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hold nothing any more; the zeros are in the weights."""
@@ -108,7 +110,8 @@ class HoldZeros(ZeroHolder):
     """Holds pruned weights at zero, exactly, while a `Trainer` fits: to fine-tune a pruned network.
 
     Works through any optimizer (momentum, weight decay, LBFGS), gradient accumulation and clipping, manual
-    optimization, mixed precision and weight averaging. Names in checkpoints stay those of the module.
+    optimization, mixed precision and weight averaging, and on weights that `fully_shard` has sharded (FSDP2). Names in
+    checkpoints stay those of the module.
 
     Args:
         mask: Which weights are kept, by name in the LightningModule; or a file that `Mask.load` reads; or None: the
@@ -148,6 +151,7 @@ class HoldZeros(ZeroHolder):
 
 
 def _found(module: LightningModule) -> Mask:
+    hold_shards_alone(module)
     zeros = Mask.of_nonzeros(prunable_parameters(module))
     with_zeros = {name: kept for name, kept in zeros.items() if not bool(kept.all())}
     return Mask(with_zeros)
