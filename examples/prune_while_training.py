@@ -24,7 +24,7 @@ from torch import nn
 from lightning_roulette import RouletteWheelPruning, Tree
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
-from runs import Row, Runs
+from finished_runs import Row, Runs
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*LeafSpec.*|.*is not empty.*")

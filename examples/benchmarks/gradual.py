@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from finished_runs import Row, Runs
 from on_tensors import NETWORKS, OnTensors, Split, accuracy, dense_weights, mnist
 from torch.nn.functional import cross_entropy
 
@@ -19,7 +20,6 @@ from lightning_roulette import Calibration, LeastSquares, Tree, Wheel
 from lightning_roulette.core.gradual import Cuts, Gradual
 from lightning_roulette.core.holding import ZeroHold
 from lightning_roulette.core.steps import copy_into, named_tensors
-from runs import Row, Runs
 
 EPOCHS, FIRST, BATCH, RATE, INPUTS = 30, 6, 100, 2e-3, 10_000
 WAYS: dict[str, dict] = {

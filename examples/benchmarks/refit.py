@@ -15,12 +15,12 @@ from statistics import mean
 
 import numpy as np
 import torch
+from finished_runs import Runs
 from on_tensors import NETWORKS, OnTensors, Split, accuracy_with, augmented, dense_weights, mnist, small_resnet
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_roulette import Calibration, Mask, Tree, Validation, search
-from runs import Runs
 
 # Levels that leave 2 ** (-1 / 3) of the weights come close to 80, 90, 95 and 98 % after 7, 10, 13 and 17 of them.
 RATE, LEVELS = 1 - 2 ** (-1 / 3), {7: "80", 10: "90", 13: "95", 17: "98"}

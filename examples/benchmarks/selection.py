@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from finished_runs import Runs
 from on_tensors import (
     OnTensors,
     Split,
@@ -29,7 +30,6 @@ from on_tensors import (
 from torch import nn
 
 from lightning_roulette import Calibration, Validation, search
-from runs import Runs
 
 SPARSITIES = [step / 100 for step in range(0, 100)]
 WAYS = {

@@ -21,8 +21,9 @@ from networks import trained
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from finished_runs import Row, Runs
+
 from lightning_roulette import LeastSquares, PrunedWeights, Scores, Tree, Validation, Wheel, search
-from runs import Row, Runs
 
 TASKS = ("mnist", "tid2013", "kadid10k")
 LEFT = (0.2, 0.1, 0.05, 0.03)  # where a search is judged

@@ -19,7 +19,7 @@ from table import show
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-from runs import Row, Runs
+from finished_runs import Row, Runs
 
 SEEDS = {"cifar10": range(3)}
 SEEDS_ELSE = range(5)

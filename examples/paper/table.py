@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-from runs import Row, read
+from finished_runs import Row, read
 
 NUMBERS = ("left", "judge_change", "val_change", "judge", "dense_judge", "rmse", "dense_rmse", "within", "dense_within")
 TICKS = (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
