@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tolerance", type=float, default=0.005)
     parser.add_argument("--dense", action="store_true", help="also train as long without pruning")
-    parser.add_argument("--results", type=Path, default=Path("prune_while_training.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     data, runs = mnist(options.data), Runs(options.results)
