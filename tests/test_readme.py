@@ -20,7 +20,7 @@ def blocks(language):
 @pytest.mark.filterwarnings("ignore")
 def test_the_code_of_the_readme_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    first, fine_tune, choices, plain = blocks("python")
+    first, in_turn, fine_tune, choices, plain = blocks("python")
     x, y = val_loader().dataset.tensors
     names = {"model": Blobs(), "train": train_loader(), "val": val_loader(), "net": tiny_net()}
     names["accuracy"] = lambda net: float((net(x).argmax(1) == y).float().mean())
@@ -35,6 +35,7 @@ def test_the_code_of_the_readme_runs(monkeypatch, tmp_path, capsys):
     for name, kept in names["pruning"].mask.items():
         assert not names["slim"].get_parameter(name)[~kept].any()
 
+    exec(in_turn, names)
     exec(choices, names)
     exec(plain, names)
     assert sparsity({"0": names["net"][0].weight}) > 0

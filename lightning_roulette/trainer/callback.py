@@ -728,7 +728,8 @@ class RouletteWheelPruning(ZeroHolder):
             trainer.save_checkpoint(self._files.dense, weights_only=False)
         self._levels = winner.cpu()
         load(module, winner)
-        average_becomes(trainer, module)
+        if pruned:
+            average_becomes(trainer, module)
         self.report = metric.units_of(winner.report)
         self._history, self._module = self._levels.history, weakref.ref(module)
         try:
