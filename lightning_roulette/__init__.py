@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 from lightning_roulette.core.calibration import Calibration, Refitted
 from lightning_roulette.core.certificate import Batches, Method, Resamples, Singles
 from lightning_roulette.core.evaluator import Evaluator, PrunedWeights
+from lightning_roulette.core.growing import Observer
 from lightning_roulette.core.masks import Mask, apply_mask, sparsity
 from lightning_roulette.core.parameters import prunable_parameters, skipped_parameters
 from lightning_roulette.core.report import Candidate, Level, Scores, SearchReport, StopReason
-from lightning_roulette.core.search import Observer, Winner, search
+from lightning_roulette.core.search import search
 from lightning_roulette.core.settings import LeastSquares, Refit, Tree, Validation, Wheel
 from lightning_roulette.core.wheel import spin
+from lightning_roulette.core.winner import Winner
 
 if TYPE_CHECKING:
     from lightning_roulette.trainer.callback import RouletteWheelPruning

@@ -32,7 +32,8 @@ from lightning_roulette import (
     search,
     sparsity,
 )
-from lightning_roulette.core.search import check_search, level_draws
+from lightning_roulette.core.growing import level_draws
+from lightning_roulette.core.search import check_search
 
 nan = math.nan
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from lightning_roulette.core.calibration import Calibration
 from lightning_roulette.core.evaluator import Evaluator, Judge, PrunedWeights
+from lightning_roulette.core.growing import Growing, Observer
 from lightning_roulette.core.masks import History, Mask
+from lightning_roulette.core.refitting import Refitting
 from lightning_roulette.core.report import SearchReport, StopReason
-from lightning_roulette.core.search import Observer, _Growing, _Refitting
 from lightning_roulette.core.selection import keeps_floor
 from lightning_roulette.core.settings import Refit, Tree, Validation, Wheel
 
@@ -71,7 +72,7 @@ class Gradual:
     def __init__(self, cuts: Cuts) -> None:
         self._cuts = cuts
         self._leaning: dict[str, float] = {}
-        self._growing: _Growing | None = None
+        self._growing: Growing | None = None
         self._counted = 0.0
         self.report: SearchReport | None = None
         self.history: History | None = None
@@ -101,9 +102,9 @@ class Gradual:
         """
         cuts, began = self._cuts, time.monotonic()
         judge = Judge(evaluate, cuts.validation.confirm if cuts.branches > 1 else 0.0)
-        refitting = _Refitting(weights, cuts.refit, calibration)
+        refitting = Refitting(weights, cuts.refit, calibration)
         deepest = None if self.history is None else self.history.won_by(self.history.deepest)
-        growing = _Growing(
+        growing = Growing(
             weights, judge, cuts.branches, cuts.wheel, cuts.seed, observer or Observer(), refitting, deepest
         )
         growing.leaning |= self._leaning
@@ -194,7 +195,7 @@ class Gradual:
             self.history = self.history.won_by(level.level)
         return held
 
-    def _worked(self, growing: _Growing, began: float) -> None:
+    def _worked(self, growing: Growing, began: float) -> None:
         assert self.report is not None
         done, self._counted = growing.judge.validations - self._counted, growing.judge.validations
         seconds = self.report.seconds + time.monotonic() - began

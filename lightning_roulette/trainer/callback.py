@@ -21,7 +21,7 @@ from lightning_roulette.core.gradual import Cuts
 from lightning_roulette.core.journal import Journal, Noted
 from lightning_roulette.core.masks import History, Mask, breaks, fits
 from lightning_roulette.core.report import SearchReport, StopReason
-from lightning_roulette.core.search import Winner, check_search, load, search
+from lightning_roulette.core.search import check_search, search
 from lightning_roulette.core.settings import (
     CALIBRATED,
     LeastSquares,
@@ -35,6 +35,7 @@ from lightning_roulette.core.settings import (
     refit_of,
 )
 from lightning_roulette.core.steps import copy_into, named_tensors
+from lightning_roulette.core.winner import Winner, load
 from lightning_roulette.trainer.calibration import (
     TrainerCalibration,
     calibration_batches,

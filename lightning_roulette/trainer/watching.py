@@ -7,9 +7,10 @@ from typing import TypeVar
 
 from lightning.pytorch import Trainer
 
+from lightning_roulette.core.growing import Observer
 from lightning_roulette.core.masks import Mask
 from lightning_roulette.core.report import Candidate, Level, SearchReport
-from lightning_roulette.core.search import Observer, Winner
+from lightning_roulette.core.winner import Winner
 from lightning_roulette.trainer.curves import Curves
 from lightning_roulette.trainer.monitor import Metric
 from lightning_roulette.trainer.progress import line_of
