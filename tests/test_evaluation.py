@@ -35,7 +35,13 @@ from lightning_roulette.core.evaluator import PrunedWeights
 from lightning_roulette.trainer import evaluation
 from lightning_roulette.trainer.evaluation import IsolatedValidation, Logged
 from lightning_roulette.trainer.monitor import Metric as Judging
-from lightning_roulette.trainer.scoring import OwnLoop, TrainerEvaluator, folded, mean_over_processes
+from lightning_roulette.trainer.scoring import (
+    OwnLoop,
+    RecordingEvaluator,
+    TrainerEvaluator,
+    folded,
+    mean_over_processes,
+)
 from tests.modules import Blobs, blobs, train_loader, val_loader
 
 HOOKS = (
@@ -76,7 +82,7 @@ def judged_by(monitor, mode="max", loss=None, rank_by=None, rank_mode=None):
 def evaluator_of(trainer, module, validation, metric, weights=None, cache_bytes=2**31):
     data, _ = folded(validation, 0, cache_bytes)
     weights = prunable_parameters(module) if weights is None else weights
-    return TrainerEvaluator(trainer, module, validation, data, weights, metric)
+    return RecordingEvaluator(trainer, module, validation, data, weights, metric)
 
 
 def one_level(trainer, module, branches=2, monitor="val_acc", how=BY_DEFAULT):

@@ -78,6 +78,13 @@ class Gradual:
         self.history: History | None = None
 
     @property
+    def found(self) -> tuple[SearchReport, History]:
+        """Report and history, of a network that was shown."""
+        assert self.report is not None
+        assert self.history is not None
+        return self.report, self.history
+
+    @property
     def mask(self) -> Mask | None:
         """That of the deepest level; None before a network was shown."""
         return None if self.history is None else self.history.mask_at(self.history.deepest)

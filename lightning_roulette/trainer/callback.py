@@ -7,18 +7,17 @@ import math
 import os
 import warnings
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar
 from torch import Tensor, nn
 
 from lightning_roulette.core.calibration import Calibration
 from lightning_roulette.core.evaluator import Evaluator, PrunedWeights
 from lightning_roulette.core.gradual import Cuts
-from lightning_roulette.core.journal import Journal, Noted
+from lightning_roulette.core.journal import Noted
 from lightning_roulette.core.masks import History, Mask, breaks, fits
 from lightning_roulette.core.report import SearchReport, StopReason
 from lightning_roulette.core.search import check_search, search
@@ -48,7 +47,7 @@ from lightning_roulette.trainer.checks import (
     refuse_trainer,
     refuse_without_validation,
 )
-from lightning_roulette.trainer.evaluation import IsolatedValidation, Logged, callbacks_of
+from lightning_roulette.trainer.evaluation import IsolatedValidation
 from lightning_roulette.trainer.files import (
     RunFiles,
     checkpoint_with_these_weights,
@@ -56,20 +55,15 @@ from lightning_roulette.trainer.files import (
     refuse_dirpath,
     save_accepted_levels,
 )
-from lightning_roulette.trainer.folds import FoldedData, KeptData
+from lightning_roulette.trainer.folds import FoldedData
 from lightning_roulette.trainer.gradual import BetweenEpochs
 from lightning_roulette.trainer.handover import FromWorker, Handover
 from lightning_roulette.trainer.holding import ZeroHolder, average_becomes, hold_zeros, place_before_checkpoints
-from lightning_roulette.trainer.monitor import Metric, find_metric
+from lightning_roulette.trainer.judging import Judging, Ready
+from lightning_roulette.trainer.monitor import Metric
 from lightning_roulette.trainer.resuming import as_training_ended, journal_of, size_of_data, warn_of_no_search
 from lightning_roulette.trainer.scoring import (
-    TrainerEvaluator,
-    folded,
-    mean_over_processes,
-    refuse_if_blind,
     refuse_too_few_samples,
-    uncut_if_it_matters,
-    validate,
 )
 from lightning_roulette.trainer.watching import EpochWatcher, Watcher, log, speak_up
 
@@ -239,8 +233,7 @@ class RouletteWheelPruning(ZeroHolder):
 
     def held(self) -> Mask | None:
         """The winner's mask; while levels are cut between epochs, that of the deepest."""
-        gradual = self._gradual
-        return self.mask if gradual is None or gradual.over or gradual.mask is None else gradual.mask
+        return self.mask if self._prunes_on is None else self._prunes_on.mask
 
     # ---- when
 
@@ -298,7 +291,7 @@ class RouletteWheelPruning(ZeroHolder):
         if self._gradual is not None:
             if (place := self._gradual.place(trainer.current_epoch)) is not None:
                 self._epoch_begins = True
-                self._prune_on(trainer, pl_module, place)
+                self._prune_on(trainer, pl_module, self._gradual, place)
             return
         due = isinstance(self.at_epoch, int) and trainer.current_epoch >= self.at_epoch
         if due and self._history is None:
@@ -413,12 +406,12 @@ class RouletteWheelPruning(ZeroHolder):
 
     def _conclude(self, trainer: Trainer, module: LightningModule) -> None:
         """What comes after training: a search, or the end of one that training was part of or has followed."""
-        if self._prunes_on:
-            self._end_gradual(trainer, module)
-        elif self._history is None:
+        if (gradual := self._prunes_on) is not None:
+            self._end_gradual(trainer, module, gradual)
+        elif self._history is None or self.report is None:
             self._search(trainer, module)
         else:
-            self._finish(trainer, module)
+            self._finish(trainer, module, self.report)
 
     def _still_holds(self, module: LightningModule) -> bool:
         """Whether `module` is the one pruned before, and still is; a copy of this callback knows it by its zeros."""
@@ -444,9 +437,6 @@ class RouletteWheelPruning(ZeroHolder):
             self._hold = hold_zeros(trainer, module, mask, afresh=not self._takes_up)
             self._module = weakref.ref(module)
 
-    def _validating(self, trainer: Trainer, module: LightningModule) -> IsolatedValidation:
-        return IsolatedValidation(trainer, module, self.validation.keep_callbacks)
-
     def _validates_first(self, trainer: Trainer) -> bool:
         """Whether the Trainer validates before the search comes."""
         every, last = trainer.check_val_every_n_epoch, trainer.max_epochs
@@ -456,31 +446,25 @@ class RouletteWheelPruning(ZeroHolder):
 
     def _rehearse(self, trainer: Trainer, module: LightningModule, batches: float) -> None:
         """Find the metric by a short validation, and refuse what cannot work with it."""
-        with self._validating(trainer, module) as validation:
+        judging = self._judging(trainer, module)
+        with judging.validating() as validation:
             logged, samples = validation.run(batches), validation.samples()
             if self._looks_at_inputs and self._history is None:
                 remedy = "refit=None" if self.refit is not None else "wheel=Wheel(importance='magnitude')"
                 refuse_blind_to_training(trainer, validation, self.seed, remedy)
-        metric = self._found(trainer, module, logged)
+        metric = self._know(trainer, judging.metric(logged))
         if self.confidence is not None and self._history is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             judged_by = logged.metrics.get(metric.monitor)
             refuse_too_few_samples(samples, judged_by, self.confidence, self.tolerance, self.validation.confirm)
 
-    def _found(self, trainer: Trainer, module: LightningModule, logged: Logged) -> Metric:
-        """The metric among what candidates log."""
+    def _judging(self, trainer: Trainer, module: LightningModule) -> Judging:
         # what an earlier search was judged by is what its winner is measured by
         monitor, mode = (
             (self.report.monitor, self.report.mode) if self._history and self.report else (self.monitor, self.mode)
         )
-        try:
-            metric = find_metric(logged, trainer, monitor, mode, self.tolerance, self.validation.rank_by)
-        except RuntimeError as error:
-            if (name := self._who_logs(trainer, module, monitor, logged)) is None:
-                raise
-            raise RuntimeError(
-                f"{error} Your callback {name} logs it, but callbacks do not see candidates unless asked to: "
-                f"pass validation=Validation(keep_callbacks=[{name!r}])."
-            ) from None
+        return Judging(trainer, module, self.validation, monitor, mode, self.tolerance, self.seed, self)
+
+    def _know(self, trainer: Trainer, metric: Metric) -> Metric:
         if metric != self._metric and trainer.is_global_zero:
             log.info(
                 f"RouletteWheelPruning: judged by {metric.monitor} ({metric.mode}, {metric.why}), ranked by "
@@ -489,35 +473,24 @@ class RouletteWheelPruning(ZeroHolder):
         self._metric = metric
         return metric
 
-    def _who_logs(self, trainer: Trainer, module: LightningModule, monitor: str | None, logged: Logged) -> str | None:
-        """The class of a callback that logs the metric, if it is missing and one does."""
-        if monitor in logged.values or (monitor is None and logged.values):
-            return None
-        unlikely = (RouletteWheelPruning, Checkpoint, EarlyStopping, ProgressBar)
-        others = [one for one in callbacks_of(trainer) if not isinstance(one, unlikely)]
-        for name in dict.fromkeys(type(one).__name__ for one in others):
-            with contextlib.suppress(Exception):  # what a callback alone may stumble over is not what is asked
-                with IsolatedValidation(trainer, module, [*self.validation.keep_callbacks, name]) as validation:
-                    found = validation.run(1).values
-                if monitor in found or (monitor is None and found):
-                    return name
-        return None
+    def _ready(self, trainer: Trainer, module: LightningModule) -> Ready:
+        """What judges the candidates of a search."""
+        by_rows, first = self.confidence is not None, self._history is None
+        ready = self._judging(trainer, module).dealt(lambda: self._weights(module), by_rows, first)
+        self._know(trainer, ready.metric)
+        return ready
 
-    def _ready(self, trainer: Trainer, module: LightningModule) -> _Ready:
-        validation = self._validating(trainer, module)
-        with validation:
-            # after which lazy parameters have their shape
-            data, logged = folded(
-                validation, self.seed, self.validation.cache_bytes, by_rows=self.confidence is not None
-            )
-        metric = self._found(trainer, module, logged)
-        weights = self._weights(module)
-        with validation:
-            data = uncut_if_it_matters(validation, data, logged, metric)
-            if self._history is None:
-                refuse_if_blind(validation, data, weights)
-        evaluate = TrainerEvaluator(trainer, module, validation, data, weights, metric)
-        return _Ready(validation, data, metric, weights, evaluate)
+    def _ready_between_epochs(self, trainer: Trainer, module: LightningModule) -> Ready:
+        """What judges a network as trained, and the candidates of a cut; where there is one, nothing is dealt."""
+        if self.branches > 1:
+            return self._ready(trainer, module)
+        judging = self._judging(trainer, module)
+        if self._metric is None:
+            with judging.validating() as validation:
+                logged = validation.run(1)
+            self._know(trainer, judging.metric(logged))
+        assert self._metric is not None
+        return judging.whole(self._metric, self._weights(module), self._history is None)
 
     def _weights(self, module: LightningModule) -> dict[str, nn.Parameter]:
         """The prunable parameters; once levels are cut those of the first, whatever is frozen or thawed since."""
@@ -528,27 +501,47 @@ class RouletteWheelPruning(ZeroHolder):
 
     def _search(self, trainer: Trainer, module: LightningModule) -> None:
         ready = self._ready(trainer, module)
-        metric = ready.metric
         self._files = RunFiles.next_to(trainer, self.dirpath)
-        with Watcher(trainer, metric) as watcher:
+        with Watcher(trainer, ready.metric) as watcher, self._handing_over(trainer):
             try:
-                with ready.validation:
-                    calibration = self._calibration(trainer, module, ready.validation)
-                    journal = self._journal(trainer, module, ready)
-                    noted = ready.evaluate if journal is None else Noted(ready.evaluate, journal)
-                    winner = self._find_winner(trainer, ready.weights, noted, calibration, watcher)
-                self._load(trainer, module, winner, metric, ready.data)
-                if journal is not None:
-                    journal.remove()
+                with self._noting(trainer, module, ready) as evaluate:
+                    with ready.validation:
+                        calibration = self._calibration(trainer, module, ready.validation)
+                        winner = search(
+                            ready.weights,
+                            evaluate,
+                            calibration=calibration,
+                            observer=watcher,
+                            **self._settings(trainer),
+                        )
+                    report = self._load(trainer, module, winner, ready.metric, ready.data)
                 if self._gradual is not None:
                     self._gradual.over = True
             except BaseException as error:
                 if self._history is None:  # the network is the dense one
-                    self._keep_accepted(trainer, watcher.so_far, metric, isinstance(error, KeyboardInterrupt))
-                self._hand_over(trainer)  # as no other hook is called in a worker process
+                    self._keep_accepted(trainer, watcher.so_far, ready.metric, isinstance(error, KeyboardInterrupt))
                 raise
-        assert self.report is not None
-        watcher.on_end(self.report)
+        watcher.on_end(report)
+
+    @contextlib.contextmanager
+    def _noting(self, trainer: Trainer, module: LightningModule, ready: Ready) -> Iterator[Evaluator]:
+        """Inside the block the evaluator's answers are noted in a file, which goes when the block ends well."""
+        with ready.validation:
+            size = size_of_data(ready.validation)
+        facts = [self._settings(trainer), *ready.weights, ready.metric, ready.data.folds, size]
+        journal = journal_of(trainer, module, self._files, facts)
+        yield ready.evaluate if journal is None else Noted(ready.evaluate, journal)
+        if journal is not None:
+            journal.remove()
+
+    @contextlib.contextmanager
+    def _handing_over(self, trainer: Trainer) -> Iterator[None]:
+        """Of a block that fails in a worker process hand over what was found: no other hook is called there."""
+        try:
+            yield
+        except BaseException:
+            self._hand_over(trainer)
+            raise
 
     # ---- between epochs
 
@@ -570,77 +563,68 @@ class RouletteWheelPruning(ZeroHolder):
         return BetweenEpochs(cuts, self.at_epoch)
 
     @property
-    def _prunes_on(self) -> bool:
-        """Whether further levels may be cut."""
-        return self._gradual is not None and not self._gradual.over and self._gradual.mask is not None
+    def _prunes_on(self) -> BetweenEpochs | None:
+        """What further levels may be cut by."""
+        gradual = self._gradual
+        return None if gradual is None or gradual.over or gradual.mask is None else gradual
 
-    def _prune_on(self, trainer: Trainer, module: LightningModule, place: int) -> None:
+    def _prune_on(self, trainer: Trainer, module: LightningModule, gradual: BetweenEpochs, place: int) -> None:
         """Judge the network as it is trained, and if it keeps the floor cut one level more."""
-        assert self._gradual is not None
-        ready, epoch = self._ready(trainer, module), trainer.current_epoch
+        ready, epoch = self._ready_between_epochs(trainer, module), trainer.current_epoch
         self._files = self._files or RunFiles.next_to(trainer, self.dirpath)
-        with EpochWatcher(trainer, ready.metric, epoch) as watcher:
+        with (
+            EpochWatcher(trainer, ready.metric, epoch) as watcher,
+            self._handing_over(trainer),
+            self._noting(trainer, module, ready) as evaluate,
+        ):
             with ready.validation:
-                journal = self._journal(trainer, module, ready)
-                noted = ready.evaluate if journal is None else Noted(ready.evaluate, journal)
                 calibration = self._calibration(trainer, module, ready.validation)
-                held = self._gradual.judge(ready.weights, noted, calibration, watcher)
-            self._note(trainer, module, held, ready.metric, watcher)
+                held = gradual.judge(ready.weights, evaluate, calibration, watcher)
+            self._note(trainer, module, gradual, held, watcher)
             if held:
                 with ready.validation:
-                    network = self._gradual.cut(place, epoch)
+                    network = gradual.cut(place, epoch)
                 if network is not None:
-                    self._train_on(trainer, module, network, ready.metric, watcher)
-        if journal is not None:
-            journal.remove()
+                    self._train_on(trainer, module, gradual, network, watcher)
 
     def _train_on(
-        self, trainer: Trainer, module: LightningModule, network: PrunedWeights, metric: Metric, watcher: EpochWatcher
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        gradual: BetweenEpochs,
+        network: PrunedWeights,
+        watcher: EpochWatcher,
     ) -> None:
         """Let the network that was cut be what trains from now on."""
-        assert self._gradual is not None
         copy_into(named_tensors(module), network.weights)
         if network.refitted:
             average_becomes(trainer, module)
-        self._take_report(metric)
+        report, self._history = gradual.found
+        self.report = watcher.on_cut(report, network.mask)
         self._hold_zeros(trainer, module)
-        assert self._gradual.report is not None
-        watcher.on_cut(self._gradual.report, network.mask)
 
     def _note(
-        self, trainer: Trainer, module: LightningModule, held: bool, metric: Metric, watcher: EpochWatcher
+        self, trainer: Trainer, module: LightningModule, gradual: BetweenEpochs, held: bool, watcher: EpochWatcher
     ) -> None:
         """Take note of a judgement; keep and save a network that held, the dense one at first."""
-        gradual = self._gradual
-        assert gradual is not None
-        assert gradual.report is not None
-        assert gradual.mask is not None
-        self._take_report(metric)
-        if held:
-            gradual.keep(module)
-        if gradual.report.levels:
-            watcher.on_judged(gradual.report)
-        else:
-            watcher.on_start(gradual.report, gradual.mask)
-        if held and gradual.report.levels:
+        report, self._history = gradual.found
+        self.report = watcher.on_judged(report, self._history.mask)
+        if not held:
+            return
+        gradual.keep(module)
+        if self.report.levels:
             self._save(trainer)
-        elif held and self._files is not None:
+        elif self._files is not None:
             trainer.save_checkpoint(self._files.dense, weights_only=False)
 
-    def _take_report(self, metric: Metric) -> None:
-        assert self._gradual is not None
-        assert self._gradual.report is not None
-        self.report, self._history = metric.units_of(self._gradual.report), self._gradual.history
-
-    def _end_gradual(self, trainer: Trainer, module: LightningModule) -> None:
+    def _end_gradual(self, trainer: Trainer, module: LightningModule, gradual: BetweenEpochs) -> None:
         """Judge the last level, load the slimmest that held, and save it."""
-        gradual, ready = self._gradual, self._ready(trainer, module)
-        assert gradual is not None
+        ready = self._ready_between_epochs(trainer, module)
         self._files = self._files or RunFiles.next_to(trainer, self.dirpath)
-        with EpochWatcher(trainer, ready.metric, trainer.current_epoch) as watcher:
+        with EpochWatcher(trainer, ready.metric, trainer.current_epoch) as watcher, self._handing_over(trainer):
             with ready.validation:
                 held = gradual.judge(ready.weights, ready.evaluate)
-            self._note(trainer, module, held, ready.metric, watcher)
+            self._note(trainer, module, gradual, held, watcher)
             gradual.load_kept(module)
             average_becomes(trainer, module)
             gradual.over = True
@@ -648,21 +632,11 @@ class RouletteWheelPruning(ZeroHolder):
             self._hold_zeros(trainer, module)
             score = self._measure(trainer, module, report.monitor, ready.data)
             self.report, self._measured_at_step = replace(report, score=score), trainer.global_step
-        if self.report.winner is not None:
-            self._save(trainer)
+            if self.report.winner is not None:
+                self._save(trainer)
         watcher.on_end(self.report)
 
     # ---- parts
-
-    def _journal(self, trainer: Trainer, module: LightningModule, ready: _Ready) -> Journal | None:
-        facts = [
-            self._settings(trainer),
-            *ready.weights,
-            ready.metric,
-            ready.data.folds,
-            size_of_data(ready.validation),
-        ]
-        return journal_of(trainer, module, self._files, facts)
 
     @property
     def _looks_at_inputs(self) -> bool:
@@ -678,17 +652,6 @@ class RouletteWheelPruning(ZeroHolder):
         most = 1 if trainer.fast_dev_run else how.batches  # type: ignore[attr-defined]
         batches = calibration_batches(trainer, validation, most, self.seed)
         return TrainerCalibration(trainer, module, validation, batches, self.seed)
-
-    def _find_winner(
-        self,
-        trainer: Trainer,
-        weights: dict[str, nn.Parameter],
-        evaluate: Evaluator,
-        calibration: Calibration | None,
-        watcher: Watcher,
-    ) -> Winner:
-        settings = self._settings(trainer)
-        return search(weights, evaluate, calibration=calibration, observer=watcher, **settings)
 
     def _settings(self, trainer: Trainer) -> dict[str, Any]:
         """What the search is asked for."""
@@ -721,7 +684,7 @@ class RouletteWheelPruning(ZeroHolder):
 
     def _load(
         self, trainer: Trainer, module: LightningModule, winner: Winner, metric: Metric, data: FoldedData
-    ) -> None:
+    ) -> SearchReport:
         """Load the winner in place, measure it once more, and save it; the dense network first."""
         pruned = winner.report.winner is not None
         # while training goes on, a ModelCheckpoint may remove its file
@@ -731,10 +694,10 @@ class RouletteWheelPruning(ZeroHolder):
         load(module, winner)
         if pruned:
             average_becomes(trainer, module)
-        self.report = metric.units_of(winner.report)
+        self.report = report = metric.units_of(winner.report)
         self._history, self._module = self._levels.history, weakref.ref(module)
         try:
-            self.report = replace(self.report, score=self._measure(trainer, module, metric.monitor, data))
+            self.report = report = replace(report, score=self._measure(trainer, module, metric.monitor, data))
             self._measured_at_step = trainer.global_step
         except BaseException:
             if pruned and trainer.world_size == 1:  # one of several processes would wait for the others
@@ -742,12 +705,12 @@ class RouletteWheelPruning(ZeroHolder):
             raise
         if pruned:
             self._save(trainer)
+        return report
 
-    def _finish(self, trainer: Trainer, module: LightningModule) -> None:
+    def _finish(self, trainer: Trainer, module: LightningModule, report: SearchReport) -> None:
         """Measure and save the winner as further training has made it."""
-        assert self.report is not None
-        trained_score = self._measure(trainer, module, self.report.monitor)
-        self.report, self._measured_at_step = replace(self.report, trained_score=trained_score), trainer.global_step
+        trained_score = self._measure(trainer, module, report.monitor)
+        self.report, self._measured_at_step = replace(report, trained_score=trained_score), trainer.global_step
         self._files = self._files or RunFiles.next_to(trainer, self.dirpath)
         if self.report.winner is not None:
             self._save(trainer)
@@ -755,11 +718,7 @@ class RouletteWheelPruning(ZeroHolder):
     def _measure(
         self, trainer: Trainer, module: LightningModule, monitor: str, data: FoldedData | None = None
     ) -> float:
-        """The score on all the data: that which is kept, or as the Trainer's own loop reads it."""
-        with self._validating(trainer, module) as validation:
-            kept = data if isinstance(data, KeptData) else None
-            logged = validate(validation, kept, range(kept.folds)) if kept else validation.run()
-            return mean_over_processes(trainer, logged.value(monitor))
+        return self._judging(trainer, module).measured(monitor, data)
 
     def _save(self, trainer: Trainer) -> None:
         if self._files is None:
@@ -773,17 +732,6 @@ class RouletteWheelPruning(ZeroHolder):
             raise
         finally:
             self._saving = False
-
-
-@dataclass(frozen=True, eq=False)
-class _Ready:
-    """What judges pruned networks, and what it looks at."""
-
-    validation: IsolatedValidation
-    data: FoldedData
-    metric: Metric
-    weights: dict[str, nn.Parameter]
-    evaluate: TrainerEvaluator
 
 
 def _nothing_to_do(trainer: Trainer) -> bool:

@@ -26,10 +26,16 @@ from lightning_roulette.trainer.recording import Call, batches_of, calls_of, is_
 
 
 class OwnLoop:
-    """Validation data that only the Trainer's own loop can read: one fold."""
+    """Validation data that the Trainer's own loop reads, all of it for each validation: one fold.
+
+    Args:
+        why: Why it is not dealt; empty if that was not asked for.
+    """
 
     folds = at_once = at_least = 1
-    whole = "validation_step takes the iterator over the loaders, so that its batches cannot be dealt"
+
+    def __init__(self, why: str = "") -> None:
+        self.whole = why
 
     def of(self, folds: Sequence[int]) -> Iterator[tuple[Any, int]]:
         """Nothing: a validation reads it itself."""
@@ -56,7 +62,8 @@ def folded(
     """
     lengths = validation.lengths()
     if validation.hands_over_iterator:
-        return OwnLoop(), validation.run()
+        why = "validation_step takes the iterator over the loaders, so that its batches cannot be dealt"
+        return OwnLoop(why), validation.run()
     data = dealt(validation.read, lengths, seed, cache_bytes, by_rows=by_rows)
     logged = validate(validation, data, _tried(data))
     if _anywhere(validation.trainer, data.altered()):  # the module writes into its batches
@@ -152,23 +159,12 @@ class TrainerEvaluator:
         self._data, self._weights, self._metric = data, weights, metric
         self.folds, self.whole = data.folds, data.whole
         self.at_once, self.at_least = data.at_once, data.at_least
-        self._warned, self._probed = not trainer.is_global_zero, False
-        self._object: TorchMetric | None = None
+        self._warned = not trainer.is_global_zero
 
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
         """Lend the network to the validation with the candidate's weights."""
         with self._as(candidate):
             return self._scores(validate(self._validation, self._data, folds))
-
-    def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, Outcomes | None]:
-        """The same, with what is known of single samples, or else of single batches."""
-        if self._trainer.world_size > 1:  # a process sees its own samples alone
-            return self(candidate, folds), None
-        judged_by = self._judged_by()
-        with self._as(candidate), ExitStack() as stack:
-            heard = [] if judged_by is None else stack.enter_context(calls_of(judged_by, self._module, self._loader))
-            logged = self._validate(folds, recorded=judged_by is None)
-        return self._scores(logged), self._outcomes(judged_by, heard, logged)
 
     @contextmanager
     def _as(self, candidate: PrunedWeights) -> Iterator[None]:
@@ -182,6 +178,41 @@ class TrainerEvaluator:
             copy_into(tensors, candidate.refitted)
             fill_pruned(self._weights, candidate.mask)
             yield
+
+    def _scores(self, logged: Logged) -> Scores:
+        metric = self._metric
+        rank = metric.rank_sign * self._agreed(logged.value(metric.rank_by))
+        floor = metric.sign * self._agreed(logged.value(metric.monitor))
+        tiebreak = floor if metric.tiebreak is None else -self._agreed(logged.value(metric.tiebreak))
+        return Scores(rank, floor, tiebreak)
+
+    def _agreed(self, value: Tensor) -> float:
+        mean = mean_over_processes(self._trainer, value)
+        if not self._warned and abs(mean - float(value)) > 1e-6 * abs(mean):
+            self._warned = True
+            warnings.warn(
+                "RouletteWheelPruning: the processes logged different values of the metric; their mean is used. "
+                "Log it with sync_dist=True.",
+                stacklevel=2,
+            )
+        return mean
+
+
+class RecordingEvaluator(TrainerEvaluator):
+    """The same, which tells the outcomes behind the scores too."""
+
+    _probed = False
+    _object: TorchMetric | None = None
+
+    def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, Outcomes | None]:
+        """The same, with what is known of single samples, or else of single batches."""
+        if self._trainer.world_size > 1:  # a process sees its own samples alone
+            return self(candidate, folds), None
+        judged_by = self._judged_by()
+        with self._as(candidate), ExitStack() as stack:
+            heard = [] if judged_by is None else stack.enter_context(calls_of(judged_by, self._module, self._loader))
+            logged = self._validate(folds, recorded=judged_by is None)
+        return self._scores(logged), self._outcomes(judged_by, heard, logged)
 
     def _outcomes(self, judged_by: TorchMetric | None, heard: Sequence[Call], logged: Logged) -> Outcomes | None:
         name, sign = self._metric.monitor, self._metric.sign
@@ -217,24 +248,6 @@ class TrainerEvaluator:
     def _by_fold(self, folds: Sequence[int]) -> list[tuple[Any, int]]:
         """Batches that hold samples of one fold each, so that there are at least as many as folds."""
         return sorted((one for fold in folds for one in self._data.of([fold])), key=lambda one: one[1])
-
-    def _scores(self, logged: Logged) -> Scores:
-        metric = self._metric
-        rank = metric.rank_sign * self._agreed(logged.value(metric.rank_by))
-        floor = metric.sign * self._agreed(logged.value(metric.monitor))
-        tiebreak = floor if metric.tiebreak is None else -self._agreed(logged.value(metric.tiebreak))
-        return Scores(rank, floor, tiebreak)
-
-    def _agreed(self, value: Tensor) -> float:
-        mean = mean_over_processes(self._trainer, value)
-        if not self._warned and abs(mean - float(value)) > 1e-6 * abs(mean):
-            self._warned = True
-            warnings.warn(
-                "RouletteWheelPruning: the processes logged different values of the metric; their mean is used. "
-                "Log it with sync_dist=True.",
-                stacklevel=2,
-            )
-        return mean
 
 
 def refuse_if_blind(validation: IsolatedValidation, data: FoldedData, weights: Mapping[str, nn.Parameter]) -> None:

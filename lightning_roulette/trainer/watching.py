@@ -117,15 +117,19 @@ class EpochWatcher(Watcher):
     def on_level(self, level: Level, so_far: Winner) -> None:
         """Nothing: the level is judged when training has gone on."""
 
-    def on_start(self, report: SearchReport, mask: Mask) -> None:
-        """Say the dense score; draw it."""
-        ours = self._metric.units_of(report)
-        self._say(f"after {self._epoch} epochs {ours.monitor} is {ours.gated_dense:.6g}, floor {ours.gated_floor:.6g}.")
-        self._curves.draw_dense(ours, mask)
+    def on_judged(self, report: SearchReport, mask: Mask) -> SearchReport:
+        """Say the dense score, or whether the deepest level holds; draw it. Returns the report in the metric's units.
 
-    def on_judged(self, report: SearchReport) -> None:
-        """Say whether the deepest level holds; draw its point."""
+        Args:
+            report: In which scores are the evaluator's.
+            mask: Of the slimmest network that held.
+        """
         ours = self._metric.units_of(report)
+        if not ours.levels:
+            score, floor = ours.gated_dense, ours.gated_floor
+            self._say(f"after {self._epoch} epochs {ours.monitor} is {score:.6g}, floor {floor:.6g}.")
+            self._curves.draw_dense(ours, mask)
+            return ours
         level = ours.levels[-1]
         verdict = "held" if level.held else f"below the floor {ours.gated_floor:.6g}"
         self._say(
@@ -133,10 +137,12 @@ class EpochWatcher(Watcher):
             f"{level.gated:.6g}, {verdict}"
         )
         self._curves.draw_confirmed(level)
+        return ours
 
-    def on_cut(self, report: SearchReport, mask: Mask) -> None:
-        """Say how slim the network is now; draw it."""
+    def on_cut(self, report: SearchReport, mask: Mask) -> SearchReport:
+        """Say how slim the network is now; draw it. Returns the report in the units of the metric."""
         ours = self._metric.units_of(report)
         level = ours.levels[-1]
         self._say(f"cut to level {level.level}: sparsity {level.sparsity:.2%}, {ours.monitor} {level.score:.6g}")
         self._curves.draw_level(level, ours.floor, mask.densities)
+        return ours
