@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 import re
 
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, Wheel, prunable_parameters, sparsity
+from lightning_roulette.core.report import StopReason
 from tests.modules import Blobs, blobs, val_loader
 
 pytestmark = [
@@ -200,6 +202,72 @@ def test_a_second_fit_holds_the_winner_and_cuts_no_more(make_trainer):
     assert pruning.mask == mask
     assert pruning.report.levels == levels
     assert pruning.report.trained_score is not None
+
+
+def test_a_second_fit_says_that_it_cuts_no_more(make_trainer, caplog):
+    pruning = pruner()
+    module = fitted(make_trainer, pruning)
+    with caplog.at_level(logging.INFO, "lightning_roulette"):
+        fitted(make_trainer, pruning, module=module)
+    (line,) = [one for one in caplog.messages if "pruned before" in one]
+    assert f"{pruning.mask.sparsity:.2%}" in line
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_the_report_of_a_training_that_broke_off_says_so(make_trainer, error):
+    class Breaks(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 3:
+                raise error
+
+    pruning = pruner(tolerance=1.0)
+    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
+        fitted(make_trainer, Breaks(), pruning)
+    assert pruning.report.stop_reason is StopReason.BROKEN_OFF
+    assert len(pruning.report.levels) == 2
+
+
+def test_a_resume_with_another_tolerance_keeps_the_floor_and_says_so(make_trainer, tmp_path):
+    path = str(tmp_path / "begun.ckpt")
+
+    class Saves(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 3:
+                trainer.save_checkpoint(path)
+
+    first, second = pruner(tolerance=1.0), pruner(tolerance=0.0)
+    fitted(make_trainer, Saves(), first)
+    with pytest.warns(UserWarning, match=r"tolerance is 0\.0, but .* begun with 1\.0, and keeps its floor"):
+        fitted(make_trainer, second, ckpt_path=path)
+    assert without_time(second) == without_time(first)
+
+
+def test_one_candidate_a_cut_takes_two_validations(make_trainer):
+    seen = []
+
+    class Counts(Blobs):
+        def validation_step(self, *arguments):
+            seen.append(arguments)
+            super().validation_step(*arguments)
+
+    class BetweenEpochs(Callback):
+        def __init__(self) -> None:
+            self.batches = []
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            seen.clear()
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0:
+                self.batches.append(len(seen))
+
+    counts = BetweenEpochs()
+    fitted(
+        make_trainer, counts, pruner(branches=1, tolerance=1.0, wheel=Wheel(importance="magnitude")), module=Counts()
+    )
+    once = len(val_loader())
+    # before the first cut it is also seen that validation sees the weights
+    assert counts.batches == [0, 0, 4 * once, 2 * once, 2 * once, 2 * once, 0, 0]
 
 
 def test_a_fit_of_another_module_begins_anew(make_trainer):

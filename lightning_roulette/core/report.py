@@ -23,6 +23,7 @@ class StopReason(Enum):
     INTERRUPTED = "The search was interrupted. The network is dense; the levels up to here had been accepted."
     TRAINING_ENDED = "Training ended."
     FAILED = "An error ended the search. The network is dense; the levels up to here had been accepted."
+    BROKEN_OFF = "Training was broken off between cuts. The network is as it was then; a resumed training prunes on."
 
 
 @dataclass(frozen=True)

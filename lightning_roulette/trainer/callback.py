@@ -180,7 +180,7 @@ class RouletteWheelPruning(ZeroHolder):
         self.include, self.exclude = include, exclude
         self.wheel, self.tree, self.validation = wheel, tree, validation
         self.seed, self.dirpath = seed, dirpath
-        self._saving = self._takes_up = False
+        self._saving = False
         self._restored = self._idle = self._epoch_begins = self._fitting = self._trains = False
         self._handover = Handover()
         self._forget()
@@ -271,9 +271,12 @@ class RouletteWheelPruning(ZeroHolder):
                 self._forget()
             self._measured_at_step = trainer.global_step  # of another fit it was
         if self._history is not None:
-            self._takes_up = self._restored
-            self._hold_zeros(trainer, pl_module)
-            self._takes_up = False
+            self._hold_zeros(trainer, pl_module, afresh=not self._restored)
+            if self._prunes_on is None and self._history.mask.sparsity > 0 and trainer.is_global_zero:
+                log.info(
+                    f"RouletteWheelPruning: this network was pruned before ({self._history.mask.sparsity:.2%}). Its "
+                    "zeros are held, and no more are made. To prune it further, pass a new RouletteWheelPruning."
+                )
         if not self._idle and (trainer.num_sanity_val_steps > 0 or not self._validates_first(trainer)):
             self._rehearse(trainer, pl_module, max(1, trainer.num_sanity_val_steps))
 
@@ -342,6 +345,12 @@ class RouletteWheelPruning(ZeroHolder):
         with as_training_ended(trainer, pl_module):
             self._conclude(trainer, pl_module)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say in the report that a training with cuts did not end."""
+        if self._prunes_on is not None and self.report is not None and self.report.stop_reason is None:
+            self.report = replace(self.report, stop_reason=StopReason.BROKEN_OFF)
+        super().on_exception(trainer, pl_module, exception)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hold nothing any more; from a worker process, hand over what was found."""
         super().teardown(trainer, pl_module, stage)
@@ -370,6 +379,12 @@ class RouletteWheelPruning(ZeroHolder):
             )
         self._take_up(state_dict)
         self._restored = True
+        if self._fitting and self._prunes_on and self.report is not None and self.report.tolerance != self.tolerance:
+            warnings.warn(
+                f"RouletteWheelPruning: tolerance is {self.tolerance}, but the training that is resumed was begun with "
+                f"{self.report.tolerance}, and keeps its floor. To use another, begin a new training.",
+                stacklevel=2,
+            )
 
     def _take_up(self, found: dict[str, Any]) -> None:
         self._forget()
@@ -430,11 +445,11 @@ class RouletteWheelPruning(ZeroHolder):
                 stacklevel=2,
             )
 
-    def _hold_zeros(self, trainer: Trainer, module: LightningModule) -> None:
+    def _hold_zeros(self, trainer: Trainer, module: LightningModule, afresh: bool = True) -> None:
         if self._hold is not None:
             self._hold.release()
         if (mask := self.held()) is not None:
-            self._hold = hold_zeros(trainer, module, mask, afresh=not self._takes_up)
+            self._hold = hold_zeros(trainer, module, mask, afresh)
             self._module = weakref.ref(module)
 
     def _validates_first(self, trainer: Trainer) -> bool:
@@ -519,7 +534,8 @@ class RouletteWheelPruning(ZeroHolder):
                     self._gradual.over = True
             except BaseException as error:
                 if self._history is None:  # the network is the dense one
-                    self._keep_accepted(trainer, watcher.so_far, ready.metric, isinstance(error, KeyboardInterrupt))
+                    reason = StopReason.INTERRUPTED if isinstance(error, KeyboardInterrupt) else StopReason.FAILED
+                    self._keep_accepted(trainer, watcher.so_far, ready.metric, reason)
                 raise
         watcher.on_end(report)
 
@@ -667,11 +683,10 @@ class RouletteWheelPruning(ZeroHolder):
         same = ("target_sparsity", "refit", "wheel", "validation", "seed")
         return limits | {name: getattr(self, name) for name in same}
 
-    def _keep_accepted(self, trainer: Trainer, so_far: Winner | None, metric: Metric, interrupted: bool) -> None:
+    def _keep_accepted(self, trainer: Trainer, so_far: Winner | None, metric: Metric, reason: StopReason) -> None:
         """Of a search that did not end keep the report, and the masks in a file."""
         if so_far is None:
             return
-        reason = StopReason.INTERRUPTED if interrupted else StopReason.FAILED
         self.report = replace(metric.units_of(so_far.report), stop_reason=reason)
         if self._files is not None and self.report.accepted and trainer.is_global_zero:
             weights = so_far.weights if so_far.refits else {}
