@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -63,3 +65,12 @@ class Blobs(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+def trained(module: LightningModule, folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a module that has learned something."""
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    torch.manual_seed(0)
+    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=2, default_root_dir=folder, **quiet)
+    trainer.fit(module, train_loader(), val_loader())
+    return module.state_dict()

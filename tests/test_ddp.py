@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -15,7 +13,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.functional import cross_entropy
 
 from lightning_roulette import HoldZeros, Mask, RouletteWheelPruning, Tree, Validation, prunable_parameters
-from tests.modules import Blobs, train_loader, val_loader
+from tests.modules import Blobs, train_loader, trained, val_loader
+from tests.together import two_processes
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -126,27 +125,14 @@ def main(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Weights of a network that has learned something."""
-    module = Judged(synchronised=True, lr=0.01)
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    torch.manual_seed(0)
-    Trainer(accelerator="cpu", devices=1, max_epochs=2, default_root_dir=tmp_path_factory.mktemp("dense"), **quiet).fit(
-        module, train_loader(), val_loader()
-    )
-    return module.state_dict()
+def dense(tmp_path_factory):
+    return trained(Judged(synchronised=True, lr=0.01), tmp_path_factory.mktemp("dense"))
 
 
 @pytest.fixture(scope="module")
-def ranks(trained, tmp_path_factory):
+def ranks(dense, tmp_path_factory):
     """What the two processes found in each run."""
-    folder = tmp_path_factory.mktemp("ddp")
-    torch.save(trained, folder / "trained.pt")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(folder)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return two_processes(__file__, tmp_path_factory.mktemp("ddp"), dense)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -167,8 +153,8 @@ def test_the_weights_of_both_ranks_and_of_the_file_have_the_zeros(ranks, name):
         assert all(torch.equal(weights[weight] != 0, kept) for weight, kept in ranks[0][name]["mask"].items())
 
 
-def test_two_processes_find_the_winner_of_one_where_the_metric_is_synchronised(ranks, trained, tmp_path):
-    alone, both = fit("all data", tmp_path, trained, devices=1), ranks[0]["all data"]
+def test_two_processes_find_the_winner_of_one_where_the_metric_is_synchronised(ranks, dense, tmp_path):
+    alone, both = fit("all data", tmp_path, dense, devices=1), ranks[0]["all data"]
     assert Mask(both["mask"]) == Mask(alone["mask"])
     for one, two in zip(alone["report"]["levels"], both["report"]["levels"], strict=True):
         assert one["winner"] == two["winner"]
@@ -195,7 +181,7 @@ def test_training_that_follows_the_search_is_measured_the_same_on_both_ranks(ran
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
-def test_held_zeros_are_the_same_on_both_ranks(ranks, trained, name):
+def test_held_zeros_are_the_same_on_both_ranks(ranks, dense, name):
     first, second = (rank[f"held, {name}"] for rank in ranks)
     assert first["steps"] == second["steps"] == 4
     for one, other in zip(first["weights"].items(), second["weights"].items(), strict=True):
@@ -203,7 +189,7 @@ def test_held_zeros_are_the_same_on_both_ranks(ranks, trained, name):
         assert torch.equal(one[1], other[1])
     for weight, kept in first["mask"].items():
         assert torch.equal(first["weights"][weight] != 0, kept)
-        assert (first["weights"][weight] != trained[weight])[kept].all()
+        assert (first["weights"][weight] != dense[weight])[kept].all()
     for rank in (first, second):
         assert rank["weight"] == rank["memory"] == rank["gradient"] == 0.0
 

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, prunable_parameters, sparsity
 from lightning_roulette.trainer.handover import Handover
 from lightning_roulette.trainer.scoring import TrainerEvaluator
+from tests.failing import Fails, counting
 from tests.modules import Blobs, blobs, train_loader, val_loader
 
 ROOT = Path(__file__).parents[1]
@@ -28,28 +29,10 @@ def pruner(**options) -> RouletteWheelPruning:
     return RouletteWheelPruning(**{"branches": 2, "tolerance": 0.2, "tree": Tree(0.2, max_levels=2)} | options)
 
 
-class Fails(Blobs):
-    """An error at the nth candidate, in every process; from each, how many there were, in a file."""
-
-    folder: Path | None = None
-    at: int | None = None
-    judged = 0
-
-
-def count_candidates() -> None:
-    """In this process and those that it forks."""
-    lend = TrainerEvaluator._as
-
-    def counting(evaluator, candidate):
-        module = evaluator._module
-        if isinstance(module, Fails) and candidate.mask.survivors < candidate.mask.size:
-            module.judged += 1
-            if module.judged == module.at:
-                raise RuntimeError("power cut")
-            (module.folder / f"judged{evaluator._trainer.global_rank}").write_text(str(module.judged))
-        return lend(evaluator, candidate)
-
-    TrainerEvaluator._as = counting
+def note(evaluator) -> None:
+    """How many candidates there were in a process, in a file."""
+    module = evaluator._module
+    (module.folder / f"judged{evaluator._trainer.global_rank}").write_text(str(module.judged))
 
 
 def fit(folder: Path, strategy: str, pruning, module, ckpt_path=None, **options) -> Trainer:
@@ -96,7 +79,7 @@ def spawned(folder: Path) -> dict:
 
 def cut_short(folder: Path) -> dict:
     """A search that fails in both processes, is resumed, and is compared with one that did not fail."""
-    count_candidates()
+    TrainerEvaluator._as = counting(note)
     results = {}
     for name, at, ckpt_path in (("whole", None, False), ("cut", 6, False), ("resumed", None, True)):
         pruning, module = pruner(refit=None), Fails()

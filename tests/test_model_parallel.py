@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -17,7 +15,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.fsdp import fully_shard
 
 from lightning_roulette import HoldZeros, Mask, RouletteWheelPruning, Tree, Validation, Wheel
-from tests.modules import Blobs, train_loader, val_loader
+from tests.modules import Blobs, train_loader, trained, val_loader
+from tests.together import two_processes
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -141,42 +140,30 @@ def main(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Weights of a network that has learned something."""
-    module = Uneven(0.01)
-    torch.manual_seed(0)
-    Trainer(accelerator="cpu", devices=1, max_epochs=2, default_root_dir=tmp_path_factory.mktemp("dense"), **QUIET).fit(
-        module, train_loader(), val_loader()
-    )
-    return module.state_dict()
+def dense(tmp_path_factory):
+    return trained(Uneven(0.01), tmp_path_factory.mktemp("dense"))
 
 
 @pytest.fixture(scope="module")
-def ranks(trained, tmp_path_factory):
+def ranks(dense, tmp_path_factory):
     """What the two processes found in each run."""
-    folder = tmp_path_factory.mktemp("sharded")
-    torch.save(trained, folder / "trained.pt")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(folder)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return two_processes(__file__, tmp_path_factory.mktemp("sharded"), dense)
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_both_ranks_have_the_same_mask_of_the_whole_network_and_the_same_report(ranks, trained, name):
+def test_both_ranks_have_the_same_mask_of_the_whole_network_and_the_same_report(ranks, dense, name):
     first, second = (rank[name] for rank in ranks)
     assert Mask(first["mask"]) == Mask(second["mask"])
     assert {weight: kept.shape for weight, kept in first["mask"].items()} == {
-        weight: trained[weight].shape for weight in ("net.0.weight", "net.2.weight", "net.4.weight")
+        weight: dense[weight].shape for weight in ("net.0.weight", "net.2.weight", "net.4.weight")
     }
     assert 0.1 < Mask(first["mask"]).sparsity < 0.9
     assert first["report"] == second["report"]
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_they_find_what_one_process_with_whole_weights_finds(ranks, trained, tmp_path, name):
-    alone, both = fit(name, tmp_path, trained, devices=1), ranks[0][name]
+def test_they_find_what_one_process_with_whole_weights_finds(ranks, dense, tmp_path, name):
+    alone, both = fit(name, tmp_path, dense, devices=1), ranks[0][name]
     assert len(both["masks"]) == 4
     assert [Mask(one) for one in both["masks"]] == [Mask(one) for one in alone["masks"]]
     assert all(torch.equal(both["weights"][weight], value) for weight, value in alone["weights"].items())
@@ -222,12 +209,12 @@ def share_moved(after, before, kept) -> float:
     return float((after != before)[kept].float().mean())
 
 
-def test_training_that_follows_a_search_holds_the_zeros(ranks, trained):
+def test_training_that_follows_a_search_holds_the_zeros(ranks, dense):
     found = ranks[0]["at epoch"]
     assert found["report"]["trained_score"] is not None
     for weight, kept in found["mask"].items():
         assert torch.equal(found["weights"][weight] != 0, kept)
-        assert share_moved(found["weights"][weight], trained[weight], kept) > 0.8
+        assert share_moved(found["weights"][weight], dense[weight], kept) > 0.8
 
 
 def test_zeros_of_a_pruned_file_are_found_and_held(ranks):

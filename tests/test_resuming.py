@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_roulette import Mask, StopReason, Tree, Validation, prunable_parameters, sparsity
 from lightning_roulette.trainer.scoring import TrainerEvaluator
+from tests.failing import Fails, counting
 from tests.modules import Blobs, blobs, train_loader, val_loader
 from tests.test_checkpoints import equal, load, pruner
 
@@ -26,28 +27,10 @@ pytestmark = [
 ]
 
 
-class Fails(Blobs):
-    """An error, as from a power cut, at the nth candidate that a search judges; their number is kept."""
-
-    def __init__(self, at: int | None = None) -> None:
-        super().__init__()
-        self.at, self.judged = at, 0
-
-
 @pytest.fixture(autouse=True)
 def counted(monkeypatch):
     """Have candidates counted, those of the dense network aside."""
-    lend = TrainerEvaluator._as
-
-    def counting(evaluator, candidate):
-        module = evaluator._module
-        if isinstance(module, Fails) and candidate.mask.survivors < candidate.mask.size:
-            module.judged += 1
-            if module.judged == module.at:
-                raise RuntimeError("power cut")
-        return lend(evaluator, candidate)
-
-    monkeypatch.setattr(TrainerEvaluator, "_as", counting)
+    monkeypatch.setattr(TrainerEvaluator, "_as", counting())
 
 
 def fitted(make_trainer, *callbacks, module=None, ckpt_path=None, **options):
@@ -106,8 +89,8 @@ def test_a_search_that_was_cut_short_is_taken_up_where_it_was(make_trainer, tmp_
 
 def test_a_search_may_be_cut_short_again_and_again(make_trainer, tmp_path):
     options = {"tree": Tree(0.2, max_levels=3)}
-    whole, counting = pruner(**options), Fails()
-    weights = fitted(make_trainer, whole, module=counting, enable_checkpointing=False, max_epochs=3).state_dict()
+    whole, counts = pruner(**options), Fails()
+    weights = fitted(make_trainer, whole, module=counts, enable_checkpointing=False, max_epochs=3).state_dict()
     path, judged = cut_short(make_trainer, tmp_path / "cut", 3, **options), 2
     for number in range(100):
         resumed, module = pruner(dirpath=tmp_path / str(number), **options), Fails(3)
@@ -118,7 +101,7 @@ def test_a_search_may_be_cut_short_again_and_again(make_trainer, tmp_path):
             assert "power cut" in str(error)  # noqa: PT017
             judged += 2
             assert journals(tmp_path)[0].parent == tmp_path / "cut"
-    assert counting.judged - judged in (0, 1, 2)
+    assert counts.judged - judged in (0, 1, 2)
     assert equal(module.state_dict(), weights)
     assert told(resumed) == told(whole)
     assert journals(tmp_path) == []

@@ -1,9 +1,13 @@
-"""Processes that are threads: each has its shard, and sums with the others."""
+"""Several processes: threads that each have a shard and sum with the others, and two real ones under Lightning."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,3 +74,19 @@ def on_shards(
         return work(shards, own)
 
     return together(ranks, one)
+
+
+def two_processes(script: str, folder: Path, weights: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """What each of two processes has put into `folder`, as `rank0.pt` and `rank1.pt`.
+
+    Args:
+        script: A file of tests, which is run with `folder` and starts the second process itself.
+        folder: Where the weights are, as `trained.pt`.
+        weights: Of a trained network.
+    """
+    torch.save(weights, folder / "trained.pt")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script, str(folder)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_roulette.core.importance import with_float64
-from lightning_roulette.core.parameters import aliases, owners_of, parts_of_metrics
+from lightning_roulette.core.parameters import CONVOLUTIONS, LINEAR_MAPS, aliases, owners_of, parts_of_metrics
 
 # From the arguments of a module's forward to the input of one of its layers.
 Inputs = Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
@@ -55,7 +55,7 @@ class Layer:
             chosen: From how many rows there are to the indices of those wanted. A row is one position of one sample.
         """
         inputs = self.inputs(arguments, named).detach()
-        if isinstance(self.module, _CONVOLUTIONS):
+        if isinstance(self.module, CONVOLUTIONS):
             found = _patches(self.module, inputs, chosen)
         else:
             flat = inputs.reshape(-1, inputs.shape[-1])
@@ -110,11 +110,10 @@ def channels(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
 
 
 _ALL = slice(0, None)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _layers(part: nn.Module, path: str, shared: Collection[str]) -> list[Layer]:
-    if isinstance(part, (nn.Linear, *_CONVOLUTIONS)):
+    if isinstance(part, LINEAR_MAPS):
         groups = 1 if isinstance(part, nn.Linear) else part.groups
         bias = _free(part, path, "bias", shared)
         return [Layer(f"{path}weight", part, bias, _ALL, _ALL, groups, _argument(0, "input"))]

@@ -15,7 +15,9 @@ from torch.nn.utils import parametrize
 from lightning_roulette.core.settings import check_words
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LINEAR_MAPS = (nn.Linear, *CONVOLUTIONS)  # each output comes of one row of the weight
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ATTENTION_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 Patterns = Sequence[str]
@@ -137,7 +139,7 @@ def owners_of(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 def _kind(owner: nn.Module, own: str) -> str | None:
     """None where the owner makes the parameter prunable, else what it is instead."""
-    weight = own == "weight" and isinstance(owner, (nn.Linear, *_CONVOLUTIONS))
+    weight = own == "weight" and isinstance(owner, (*LINEAR_MAPS, *TRANSPOSED))
     projection = own in _ATTENTION_PROJECTIONS and isinstance(owner, nn.MultiheadAttention)
     recurrent = own.startswith("weight_") and isinstance(owner, nn.RNNBase | nn.RNNCellBase)
     return None if weight or projection or recurrent else f"{own} of {type(owner).__name__}"

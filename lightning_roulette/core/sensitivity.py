@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from lightning_roulette.core.chance import random_bits, stream
 from lightning_roulette.core.holding import Removable
 from lightning_roulette.core.importance import with_float64
-from lightning_roulette.core.parameters import aliases, owners_of
+from lightning_roulette.core.parameters import CONVOLUTIONS, LINEAR_MAPS, TRANSPOSED, aliases, owners_of
 from lightning_roulette.core.steps import Enough, every_call_seen
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _SHARE = 1 / 2  # of the inputs: see Sensitivity.scales
 
 
@@ -212,7 +211,7 @@ def _scale(shape: torch.Size, owned: Sequence[tuple[nn.Module, bool]], seen: dic
         if one is None or one.derivatives is None:
             continue
         inputs, derivatives = (one.inputs / one.rows).sqrt(), one.derivatives
-        if itself and isinstance(part, (nn.Linear, *_CONVOLUTIONS)):
+        if itself and isinstance(part, LINEAR_MAPS):
             groups = 1 if isinstance(part, nn.Linear) else part.groups
             flat = (len(derivatives), -1, *[1] * (len(shape) - 2))
             by_output = inputs.view(groups, -1).repeat_interleave(len(derivatives) // groups, 0)
@@ -226,7 +225,7 @@ def _scale(shape: torch.Size, owned: Sequence[tuple[nn.Module, bool]], seen: dic
 def _by_channel(part: nn.Module, values: Tensor) -> Tensor:
     """Sums of squares over all but the channels, float64."""
     channel = values.dim() - 1
-    if isinstance(part, (*_CONVOLUTIONS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+    if isinstance(part, (*CONVOLUTIONS, *TRANSPOSED)):
         channel -= len(part.kernel_size)
     squares = with_float64(values.detach()).to(torch.float64).square()
     return squares.movedim(channel, 0).flatten(1).sum(1) if values.dim() > 1 else squares
