@@ -1,6 +1,7 @@
 """Prune LeNet-300-100 and LeNet-5 on MNIST in turn with training, and put what is left beside published numbers.
 
-10,000 of the 60,000 training images choose (the validation data); the 10,000 test images only judge. The learning rate
+With `--cifar10` a small ResNet too. 10,000 of the 60,000 training images of MNIST, 5,000 of the 50,000 of CIFAR-10,
+choose (the validation data); the 10,000 test images only judge. The learning rate
 falls to zero under a cosine, so that the dense network is trained out before the first cut, where its validation score
 sets the floor; then it starts once more, and falls to zero while the network is pruned. Beside the pruned network stand
 that dense one, and with `--dense` one that is trained on to the end without pruning.
@@ -19,12 +20,13 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from mnist import NETWORKS, Classifier, Split, accuracy, batches, mnist
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_roulette import RouletteWheelPruning, Tree
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 from finished_runs import Row, Runs
+from on_tensors import augmented, cifar10, small_resnet
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*LeafSpec.*|.*is not empty.*")
@@ -37,13 +39,19 @@ class Recipe:
     epochs: int
     at_epoch: range
     pruning_rate: float
-    lr: float = 2e-3
+    lr: float  # where the first cosine begins
+    lr_while_pruning: float  # where the second begins
+    weight_decay: float
+    batch: int = 100
+    val_batch: int = 1000
 
 
 RECIPES = {
-    "lenet-300-100": Recipe(60, range(12, 50), 0.15),
-    "lenet-5": Recipe(36, range(8, 31), 0.25),
+    "lenet-300-100": Recipe(120, range(16, 110), 0.08, 2e-3, 1.5e-3, 1e-4),
+    "lenet-5": Recipe(32, range(8, 29), 0.25, 2e-3, 1e-3, 1e-4, val_batch=250),
+    "resnet": Recipe(30, range(10, 27), 0.15, 5e-3, 3e-3, 5e-4, batch=128, val_batch=250),
 }
+NETS = {name: maker for name, (maker, _) in NETWORKS.items()} | {"resnet": small_resnet}
 # compression and test error in %, of Molchanov, Ashukha and Vetrov, "Variational dropout sparsifies deep neural
 # networks" (ICML 2017), its table of other methods included
 PUBLISHED = {
@@ -61,42 +69,49 @@ PUBLISHED = {
         "soft weight-sharing, 2017": (200, 0.97),
         "sparse variational dropout, 2017": (280, 0.75),
     },
+    "resnet": {},
 }
 
 DENSE = {"dense_test": "dense, before the first cut", "dense_to_the_end": "dense, trained on to the end"}
 
 
 class Annealed(Classifier):
-    """Adam under two cosines to zero.
+    """Adam under two cosines to zero; colour images are shifted and mirrored.
 
     Args:
         net: The network.
-        lr: Where each begins.
-        dense_epochs: How many epochs the first one takes.
+        recipe: How it is trained.
+        seed: Of the shifts.
     """
 
-    def __init__(self, net: nn.Module, lr: float, dense_epochs: int) -> None:
+    def __init__(self, net: nn.Module, recipe: Recipe, seed: int = 0) -> None:
         super().__init__(net)
-        self.lr, self.dense_epochs = lr, dense_epochs
+        self.recipe, self.chance = recipe, torch.Generator().manual_seed(seed)
+
+    def training_step(self, batch: Split, batch_idx: int) -> Tensor:
+        """Cross entropy."""
+        images, classes = batch
+        return super().training_step((augmented(images, self.chance) if images.shape[1] == 3 else images, classes), 0)
 
     def configure_optimizers(self) -> dict:
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
+        """Adam with weight decay (L2)."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=1.0, weight_decay=self.recipe.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
-        first = steps * self.dense_epochs // self.trainer.max_epochs
+        first = steps * self.recipe.at_epoch[0] // self.recipe.epochs
 
-        def factor(step: int) -> float:
-            done = step / first if step < first else (step - first) / (steps - first)
-            return (1 + math.cos(math.pi * done)) / 2
+        def rate(step: int) -> float:
+            if step < first:
+                return self.recipe.lr * (1 + math.cos(math.pi * step / first)) / 2
+            return self.recipe.lr_while_pruning * (1 + math.cos(math.pi * (step - first) / (steps - first))) / 2
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def trained(name: str, seed: int, data: dict[str, Split], recipe: Recipe, *callbacks: RouletteWheelPruning) -> Annealed:
     """The network after the recipe."""
     seed_everything(seed, verbose=False)
-    network, val_batch = NETWORKS[name]
-    module = Annealed(network(), recipe.lr, recipe.at_epoch[0])
+    module = Annealed(NETS[name]().to(memory_format=torch.channels_last), recipe, seed)
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=recipe.epochs,
@@ -104,7 +119,7 @@ def trained(name: str, seed: int, data: dict[str, Split], recipe: Recipe, *callb
         logger=TensorBoardLogger("runs", f"{name}-while-training"),
         enable_model_summary=False,
     )
-    trainer.fit(module, batches(data["train"], 100, shuffle=True), batches(data["val"], val_batch))
+    trainer.fit(module, batches(data["train"], recipe.batch, shuffle=True), batches(data["val"], recipe.val_batch))
     return module
 
 
@@ -136,12 +151,12 @@ def trained_before_the_first_cut(pruning: RouletteWheelPruning, recipe: Recipe, 
     """The dense network that set the floor, from the file beside that of the winner."""
     winner = Path(pruning.best_model_path)
     path = winner.with_name(winner.name.replace("pruned", "dense"))
-    return Annealed.load_from_checkpoint(path, net=NETWORKS[name][0](), lr=recipe.lr, dense_epochs=recipe.at_epoch[0])
+    return Annealed.load_from_checkpoint(path, net=NETS[name](), recipe=recipe)
 
 
 def show(name: str, rows: list[Row]) -> None:
     """One table, the densest first."""
-    print(f"\n{name}: compression, and error on the test images in %")
+    print(f"\n{name}: compression (weights before over weights kept), and error on the test images in %")
     for method, (times, error) in PUBLISHED[name].items():
         print(f"  {method:34} {times:5}x  {error:5.2f}   published")
     for key, words in DENSE.items():
@@ -161,20 +176,24 @@ def spread(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="mnist.npz in the layout of Keras; fetched from OpenML if left out")
-    parser.add_argument("--network", choices=list(NETWORKS), action="append", help="both if left out")
+    parser.add_argument("--cifar10", type=Path, help="cifar10.npz in the layout of Keras, for the ResNet")
+    parser.add_argument(
+        "--network", choices=list(NETS), action="append", help="those whose data is at hand if left out"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--tolerance", type=float, default=0.005)
+    parser.add_argument("--tolerance", type=float, default=0.004)
     parser.add_argument("--dense", action="store_true", help="also train as long without pruning")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    data, runs = mnist(options.data), Runs(options.results)
-    for name in options.network or NETWORKS:
-        for seed in options.seeds:
-            key = {"network": name, "seed": seed, "tolerance": options.tolerance}
-            if not runs.has(**key):
-                runs.add(**key, **run(name, seed, data, RECIPES[name], options.tolerance, options.dense))
-        show(name, [row for row in runs.of(network=name, tolerance=options.tolerance) if row["seed"] in options.seeds])
+    runs, names = Runs(options.results), options.network or [*NETWORKS, *(["resnet"] if options.cifar10 else [])]
+    for name in names:
+        keys = [{"network": name, "seed": seed, "tolerance": options.tolerance} for seed in options.seeds]
+        if missing := [key for key in keys if not runs.has(**key)]:
+            data = cifar10(options.cifar10, 5_000) if name == "resnet" else mnist(options.data)
+            for key in missing:
+                runs.add(**key, **run(name, key["seed"], data, RECIPES[name], options.tolerance, options.dense))
+        show(name, [row for key in keys for row in runs.of(**key)])
     print("\ncurves: .venv/bin/tensorboard --logdir runs")
 
 

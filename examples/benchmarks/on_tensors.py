@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ __all__ = [
     "accuracy",
     "accuracy_with",
     "augmented",
+    "cifar10",
     "dense_weights",
     "digits",
     "magnitude_curve",
@@ -84,6 +86,23 @@ def digits(seed: int, validation: int) -> dict[str, Split]:
     x, y = torch.tensor(images, dtype=torch.float32)[order] / 16, torch.tensor(classes)[order]
     parts = {"train": slice(0, 1000), "val": slice(1000, 1000 + validation), "test": slice(1400, 1797)}
     return {name: (x[part], y[part]) for name, part in parts.items()}
+
+
+def cifar10(path: Path, val: int) -> dict[str, Split]:
+    """45,000 images to train on, up to 5,000 to validate, 10,000 to test; normalised, in channels-last memory.
+
+    Args:
+        path: An .npz in the layout of Keras.
+        val: How many images validate.
+    """
+    with np.load(path) as arrays:
+        images = np.concatenate([arrays["x_train"], arrays["x_test"]])
+        classes = np.concatenate([arrays["y_train"], arrays["y_test"]]).reshape(-1)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255)
+    x = (x - x[:45_000].mean((0, 2, 3), keepdim=True)) / x[:45_000].std((0, 2, 3), keepdim=True)
+    y = torch.from_numpy(classes.astype(np.int64))
+    parts = {"train": slice(0, 45_000), "val": slice(45_000, 45_000 + val), "test": slice(50_000, 60_000)}
+    return {part: (x[where].contiguous(memory_format=torch.channels_last), y[where]) for part, where in parts.items()}
 
 
 def digits_mlp() -> nn.Module:

@@ -13,10 +13,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
-import numpy as np
 import torch
 from finished_runs import Runs
-from on_tensors import NETWORKS, OnTensors, Split, accuracy_with, augmented, dense_weights, mnist, small_resnet
+from on_tensors import (
+    NETWORKS,
+    OnTensors,
+    Split,
+    accuracy_with,
+    augmented,
+    cifar10,
+    dense_weights,
+    mnist,
+    small_resnet,
+)
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -34,18 +43,6 @@ TRAINING = {"lenet-300-100": (12, 100, 1e-3), "lenet-5": (8, 100, 1e-3), "resnet
 def network(name: str) -> nn.Module:
     """One of three, untrained: 266,200, 430,500 and 77,808 prunable weights."""
     return small_resnet() if name == "resnet" else NETWORKS[name][0]()
-
-
-def cifar10(path: Path) -> dict[str, Split]:
-    """45,000 images to train on, 2,500 to validate, 10,000 to test, normalised; from an .npz in the layout of Keras."""
-    with np.load(path) as arrays:
-        images = np.concatenate([arrays["x_train"], arrays["x_test"]])
-        classes = np.concatenate([arrays["y_train"], arrays["y_test"]]).reshape(-1)
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255)
-    x = (x - x[:45_000].mean((0, 2, 3), keepdim=True)) / x[:45_000].std((0, 2, 3), keepdim=True)
-    y = torch.from_numpy(classes.astype(np.int64))
-    parts = {"train": slice(0, 45_000), "val": slice(45_000, 47_500), "test": slice(50_000, 60_000)}
-    return {part: (x[where].contiguous(memory_format=torch.channels_last), y[where]) for part, where in parts.items()}
 
 
 def trained(name: str, seed: int, split: Split, folder: Path) -> nn.Module:
@@ -184,7 +181,7 @@ def main() -> None:
     for name in asked:
         if name == "resnet" and options.cifar10 is None:
             continue
-        data = cifar10(options.cifar10) if name == "resnet" else mnist(options.data)
+        data = cifar10(options.cifar10, 2_500) if name == "resnet" else mnist(options.data)
         for seed in options.seeds:
             case = Case(name, seed, data, options.networks)
             print(name, seed, case.dense, flush=True)
