@@ -183,6 +183,32 @@ def test_the_slimmest_that_holds_anywhere_is_kept(stride):
     assert next(left for left, _ in found.path) == 1
 
 
+@pytest.mark.parametrize("opinion", [False, True])
+def test_whether_a_network_holds_is_told_by_as_few_rows_as_may_be(monkeypatch, opinion):
+    monkeypatch.setattr(methods, "BLOCK", 7)
+    case = a_case(opinion)
+    magnitude = PEERS["Lightning ModelPruning l1"](case)
+    asked = []
+    for survivors in case.grid:
+        values = case.masked(magnitude(survivors))
+        score = case.score(values, case.val)
+        for floor in (score, math.nextafter(score, 2) + 1e-5, 0.9):
+            before = case.validations
+            assert case.holds(values, floor) == (score >= floor)
+            asked.append((score >= floor, case.validations - before))
+    assert all(work == pytest.approx(1) for held, work in asked if held or opinion)
+    assert opinion or any(work < 0.6 for _, work in asked)
+
+
+def test_a_curve_ends_where_the_score_has_fallen():
+    case = a_case()
+    path = [(left, {}) for left in (1.0, 0.5, 0.25, 0.125, 0.1)]
+    scores = iter([0.9, 0.4, 0.8, 0.6, 0.5])
+    case.score = lambda values, part: next(scores)
+    found = methods.Found(0.25, {}, path, 1.0)
+    assert run.curve(case, found, 0.7) == [(1.0, 0.9), (0.5, 0.4), (0.25, 0.8), (0.125, 0.6)]
+
+
 def test_nothing_a_method_does_changes_the_network_or_what_it_knows_of_judges():
     case = a_case()
     before = {name: one.clone() for name, one in case.net.state_dict().items()}

@@ -26,7 +26,7 @@ def images(shape: tuple[int, ...]) -> dict[str, tuple[torch.Tensor, torch.Tensor
 @pytest.mark.parametrize(("name", "shape"), [("lenet-300-100", (1, 28, 28)), ("resnet", (3, 32, 32))])
 def test_a_network_is_pruned_and_put_into_the_table(tmp_path, monkeypatch, capsys, name, shape):
     monkeypatch.chdir(tmp_path)
-    recipe = example.Recipe(4, range(1, 4), 0.3, 1e-3, 5e-4, 1e-4)
+    recipe = example.Recipe(4, range(1, 4), 1e-3, 5e-4, 1e-4, None, pruning_rate=0.3)
     row = example.run(name, 3, images(shape), recipe, tolerance=1.0, dense=True)
     assert row["left"] == pytest.approx(0.7**3, abs=0.01)
     assert row["levels"] == 3
@@ -38,7 +38,7 @@ def test_a_network_is_pruned_and_put_into_the_table(tmp_path, monkeypatch, capsy
 
 def test_the_learning_rate_falls_to_zero_twice(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = example.Recipe(4, range(2, 4), 0.3, 1e-3, 5e-4, 0.0)
+    recipe = example.Recipe(4, range(2, 4), 1e-3, 5e-4, 0.0, 0.9)
     module = example.Annealed(example.NETS["lenet-300-100"](), recipe)
     module.trainer = type("Stub", (), {"estimated_stepping_batches": 400})()
     schedule = module.configure_optimizers()["lr_scheduler"]["scheduler"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from data import SOURCES, TASKS, load
-from methods import METHODS, QUICK, Case, Size, applied
+from methods import METHODS, QUICK, Case, Found, Size, applied
 from networks import trained
 from table import show
 from tqdm import tqdm
@@ -23,6 +23,7 @@ from finished_runs import Row, Runs
 
 SEEDS = {"cifar10": range(3)}
 SEEDS_ELSE = range(5)
+FALLEN = 0.3  # curves end where the score has fallen by this
 
 
 def measured(case: Case, method: str) -> Row:
@@ -42,8 +43,18 @@ def measured(case: Case, method: str) -> Row:
         "validations": slim.validations,
         "seconds": seconds,
         "device": case.train.x.device.type,
-        "curve": [(left, case.score(values, case.judge)) for left, values in slim.path],
+        "curve": curve(case, slim, dense["judge"] - FALLEN),
     }
+
+
+def curve(case: Case, slim: Found, least: float) -> list[tuple[float, float]]:
+    """Judged scores over shares of weights left, from all weights down to the slimmest and the first below `least`."""
+    found: list[tuple[float, float]] = []
+    for left, values in slim.path:
+        found.append((left, case.score(values, case.judge)))
+        if found[-1][1] < least and left < slim.left:
+            break
+    return found
 
 
 def run(

@@ -111,7 +111,8 @@ class RouletteWheelPruning(ZeroHolder):
             floor is trained on without a further cut, and judged again. At the end the slimmest that held is loaded, as
             it was then. The floor is the score before the first cut less `tolerance`. Each cut takes the tree's pruning
             rate, or what the cubic schedule to `target_sparsity` asks for. A run that stops before the first of them
-            searches at its end, with the same branches and refit.
+            searches at its end, with the same branches and refit. With a callback that averages weights, the module's
+            own are judged between epochs, the averaged ones at the end.
         refit: What is done for the accuracy of a level after it was drawn, on inputs of the training data, without
             gradients or labels. `"least_squares"`, or a `LeastSquares`: the survivors of each layer, and its bias, are
             refitted so that its outputs are as close as may be to the dense network's, and running statistics of batch
