@@ -25,6 +25,8 @@ bench: $(VENV)/.demo
 	$(VENV)/bin/python examples/benchmarks/holding.py
 	$(VENV)/bin/python examples/benchmarks/selection.py $(MNIST)
 	$(VENV)/bin/python examples/benchmarks/refit.py $(MNIST)
+	$(VENV)/bin/python examples/benchmarks/gradual.py $(MNIST)
+	$(VENV)/bin/python examples/benchmarks/memory.py
 
 # torch goes first, as its pinned version names a build that the constraint alone might not prefer
 $(VENV)/.torch: constraints.txt
