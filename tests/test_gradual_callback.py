@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, Wheel, prunable_parameters, sparsity
 from lightning_roulette.core.report import StopReason
@@ -36,10 +36,10 @@ def in_order() -> DataLoader:
     return DataLoader(blobs(400, 1), batch_size=50)
 
 
-def fitted(make_trainer, *callbacks, module=None, ckpt_path=None, **options):
+def fitted(make_trainer, *callbacks, module=None, ckpt_path=None, val=None, **options):
     module = module or Blobs()
     trainer = make_trainer(**{"callbacks": list(callbacks), "enable_checkpointing": True, "max_epochs": 8} | options)
-    trainer.fit(module, in_order(), val_loader(), ckpt_path=ckpt_path)
+    trainer.fit(module, in_order(), val or val_loader(), ckpt_path=ckpt_path)
     return module
 
 
@@ -213,6 +213,15 @@ def test_a_second_fit_says_that_it_cuts_no_more(make_trainer, caplog):
     assert f"{pruning.mask.sparsity:.2%}" in line
 
 
+def test_a_resume_after_a_search_says_nothing_of_the_kind(make_trainer, caplog, tmp_path):
+    saved = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    fitted(make_trainer, pruner(at_epoch=2), saved, max_epochs=4)
+    again = ModelCheckpoint(tmp_path)
+    with caplog.at_level(logging.INFO, "lightning_roulette"):
+        fitted(make_trainer, pruner(at_epoch=2), again, ckpt_path=tmp_path / "epoch=2.ckpt", max_epochs=4)
+    assert not any("pruned before" in one for one in caplog.messages)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_the_report_of_a_training_that_broke_off_says_so(make_trainer, error):
     class Breaks(Callback):
@@ -225,6 +234,29 @@ def test_the_report_of_a_training_that_broke_off_says_so(make_trainer, error):
         fitted(make_trainer, Breaks(), pruning)
     assert pruning.report.stop_reason is StopReason.BROKEN_OFF
     assert len(pruning.report.levels) == 2
+
+
+def test_a_training_that_is_taken_up_again_is_not_broken_off(make_trainer, tmp_path):
+    class Breaks(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 3:
+                raise RuntimeError("power cut")
+
+        def on_exception(self, trainer, pl_module, exception):
+            first.on_exception(trainer, pl_module, exception)
+            trainer.save_checkpoint(tmp_path / "broken off.ckpt")
+
+    class Reads(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            reasons.append(resumed.report.stop_reason)
+
+    reasons, first, resumed = [], pruner(tolerance=1.0), pruner(tolerance=1.0)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fitted(make_trainer, Breaks(), first)
+    fitted(make_trainer, Reads(), resumed, ckpt_path=tmp_path / "broken off.ckpt")
+    assert reasons
+    assert set(reasons) == {None}
+    assert resumed.report.stop_reason is StopReason.TRAINING_ENDED
 
 
 def test_a_resume_with_another_tolerance_keeps_the_floor_and_says_so(make_trainer, tmp_path):
@@ -242,8 +274,13 @@ def test_a_resume_with_another_tolerance_keeps_the_floor_and_says_so(make_traine
     assert without_time(second) == without_time(first)
 
 
-def test_one_candidate_a_cut_takes_two_validations(make_trainer):
-    seen = []
+def test_one_candidate_a_cut_takes_two_validations_of_data_that_is_read_once(make_trainer):
+    seen, read = [], []
+
+    class Reads(TensorDataset):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
 
     class Counts(Blobs):
         def validation_step(self, *arguments):
@@ -252,22 +289,43 @@ def test_one_candidate_a_cut_takes_two_validations(make_trainer):
 
     class BetweenEpochs(Callback):
         def __init__(self) -> None:
-            self.batches = []
+            self.batches, self.read = [], []
 
         def on_train_epoch_start(self, trainer, pl_module):
             seen.clear()
+            read.clear()
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if batch_idx == 0:
                 self.batches.append(len(seen))
+                self.read.append(len(read))
 
-    counts = BetweenEpochs()
-    fitted(
-        make_trainer, counts, pruner(branches=1, tolerance=1.0, wheel=Wheel(importance="magnitude")), module=Counts()
-    )
+    counts, data = BetweenEpochs(), Reads(*blobs(200, 2).tensors)
+    pruning = pruner(branches=1, tolerance=1.0, wheel=Wheel(importance="magnitude"))
+    fitted(make_trainer, counts, pruning, module=Counts(), val=DataLoader(data, batch_size=64))
     once = len(val_loader())
     # before the first cut it is also seen that validation sees the weights
     assert counts.batches == [0, 0, 4 * once, 2 * once, 2 * once, 2 * once, 0, 0]
+    assert counts.read == [0, 0, *[len(data)] * 4, 0, 0]
+
+
+def test_a_killed_cut_leaves_a_journal_that_its_resume_takes_away(make_trainer, tmp_path):
+    class Fails(Blobs):
+        def validation_step(self, *arguments):
+            if self.trainer.global_step == 32 and sparsity(prunable_parameters(self)) > 0.8:
+                raise RuntimeError("power cut")
+            super().validation_step(*arguments)
+
+    choices = {"monitor": None, "branches": 1, "tolerance": 1.0, "tree": Tree(0.5), "refit": None}
+    with pytest.raises(RuntimeError, match="power cut"):
+        fitted(make_trainer, pruner(**choices), ModelCheckpoint(tmp_path, save_top_k=-1), module=Fails())
+    assert len(list(tmp_path.glob("search-*.jsonl"))) == 1
+    last = max(tmp_path.glob("epoch*.ckpt"), key=lambda path: path.stat().st_mtime)
+    resumed, whole = pruner(**choices), pruner(**choices)
+    fitted(make_trainer, resumed, ModelCheckpoint(tmp_path, save_top_k=-1), ckpt_path=last)
+    assert not list(tmp_path.glob("search-*.jsonl"))
+    fitted(make_trainer, whole)
+    assert without_time(resumed) == without_time(whole)
 
 
 def test_a_fit_of_another_module_begins_anew(make_trainer):

@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, prunable_parameters, sparsity
+from lightning_roulette.core.report import StopReason
 from lightning_roulette.trainer.handover import Handover
 from lightning_roulette.trainer.scoring import TrainerEvaluator
 from tests.failing import Fails, counting
@@ -226,3 +227,16 @@ def test_a_single_process_hands_nothing_over(make_trainer, tmp_path, monkeypatch
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+
+
+def test_the_report_of_cuts_that_a_worker_did_not_finish_says_so(make_trainer):
+    original = pruner(at_epoch=[1, 2, 3], tolerance=1.0, refit=None)
+    worker = pickle.loads(pickle.dumps(original))
+    trainer = make_trainer(callbacks=[worker], max_epochs=4)
+    trainer.fit(Blobs(), train_loader(), val_loader())
+    found = worker.state_dict()
+    found["gradual"]["over"] = False
+    worker._handover.send({**found, "report": found["report"] | {"stop_reason": None}})
+    original.on_exception(trainer, None, RuntimeError())
+    assert original.report.stop_reason is StopReason.BROKEN_OFF
+    assert original.report.levels == worker.report.levels

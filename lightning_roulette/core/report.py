@@ -23,7 +23,7 @@ class StopReason(Enum):
     INTERRUPTED = "The search was interrupted. The network is dense; the levels up to here had been accepted."
     TRAINING_ENDED = "Training ended."
     FAILED = "An error ended the search. The network is dense; the levels up to here had been accepted."
-    BROKEN_OFF = "Training was broken off between cuts. The network is as it was then; a resumed training prunes on."
+    BROKEN_OFF = "Training was broken off. The network is as it was then; a training that is resumed prunes on."
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Level:
         winner: Index of the best candidate, None if no score was a number.
         accepted: Whether the winner kept the floor on the ranking folds and became the next parent.
         error: Paired standard error of `score` less the dense score (with `epoch`, the parent's before the cut); NaN if
-            it cannot be told.
+            it cannot be told, or if a cut between epochs had one candidate.
         gated: The score on the confirmation folds, in the metric's own units; None if the level was not judged there.
             It ranked nothing, but decided where the chain of accepted levels ends, and so is slightly optimistic.
         gated_error: Paired standard error of `gated` less the dense score on the same folds; NaN if it cannot be told.
@@ -380,7 +380,7 @@ class SearchReport:
         columns = list(zip(*rows, strict=True))
         epochs = ("epoch", *("-" if level.epoch is None else str(level.epoch) for level in self.levels))
         judged = ("judged", *columns[_GATED][1:])
-        shown = columns[1 : _ACCEPTED if self.branches > 1 else _SPREAD]
+        shown = columns[1 : _ACCEPTED if self.branches > 1 else _ERROR]
         return [list(row) for row in zip(columns[0], epochs, *shown, judged, columns[-1], strict=True)]
 
 
@@ -397,7 +397,7 @@ _HEADINGS: tuple[str, ...] = (
     "accepted",
 )
 _HEADINGS += ("gated", "s.e.", "held")
-_SPREAD, _ACCEPTED, _GATED = (_HEADINGS.index(name) for name in ("branch min", "accepted", "gated"))
+_ERROR, _ACCEPTED, _GATED = (_HEADINGS.index(name) for name in ("s.e.", "accepted", "gated"))
 
 
 def _row(level: Level) -> list[str]:

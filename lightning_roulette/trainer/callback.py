@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -267,13 +268,16 @@ class RouletteWheelPruning(ZeroHolder):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hold the zeros of an earlier search; else see that the metric will be there when it is needed."""
         self._trains = True
+        if self._prunes_on is not None and self.report is not None:
+            self.report = replace(self.report, stop_reason=None)
         if not self._restored:
             if not self._still_holds(pl_module):
                 self._forget()
             self._measured_at_step = trainer.global_step  # of another fit it was
         if self._history is not None:
             self._hold_zeros(trainer, pl_module, afresh=not self._restored)
-            if self._prunes_on is None and self._history.mask.sparsity > 0 and trainer.is_global_zero:
+            ended = self._prunes_on is None and self._history.mask.sparsity > 0
+            if ended and not self._restored and trainer.is_global_zero:
                 log.info(
                     f"RouletteWheelPruning: this network was pruned before ({self._history.mask.sparsity:.2%}). Its "
                     "zeros are held, and no more are made. To prune it further, pass a new RouletteWheelPruning."
@@ -348,7 +352,8 @@ class RouletteWheelPruning(ZeroHolder):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say in the report that a training with cuts did not end."""
-        if self._prunes_on is not None and self.report is not None and self.report.stop_reason is None:
+        self.receive()
+        if self._prunes_on is not None and self.report is not None:
             self.report = replace(self.report, stop_reason=StopReason.BROKEN_OFF)
         super().on_exception(trainer, pl_module, exception)
 
@@ -380,10 +385,11 @@ class RouletteWheelPruning(ZeroHolder):
             )
         self._take_up(state_dict)
         self._restored = True
-        if self._fitting and self._prunes_on and self.report is not None and self.report.tolerance != self.tolerance:
-            warnings.warn(
+        begun = self.report if self._fitting and self._prunes_on else None
+        if begun is not None and begun.tolerance != self.tolerance:
+            rank_zero_warn(
                 f"RouletteWheelPruning: tolerance is {self.tolerance}, but the training that is resumed was begun with "
-                f"{self.report.tolerance}, and keeps its floor. To use another, begin a new training.",
+                f"{begun.tolerance}, and keeps its floor. To use another, begin a new training.",
                 stacklevel=2,
             )
 
@@ -497,7 +503,7 @@ class RouletteWheelPruning(ZeroHolder):
         return ready
 
     def _ready_between_epochs(self, trainer: Trainer, module: LightningModule) -> Ready:
-        """What judges a network as trained, and the candidates of a cut; where there is one, nothing is dealt."""
+        """What judges a network as trained, and the candidates of a cut; where there is one, data is not divided."""
         if self.branches > 1:
             return self._ready(trainer, module)
         judging = self._judging(trainer, module)
@@ -545,7 +551,8 @@ class RouletteWheelPruning(ZeroHolder):
         """Inside the block the evaluator's answers are noted in a file, which goes when the block ends well."""
         with ready.validation:
             size = size_of_data(ready.validation)
-        facts = [self._settings(trainer), *ready.weights, ready.metric, ready.data.folds, size]
+        metric = replace(ready.metric, why="")  # a resumed fit may have found it in another way
+        facts = [self._settings(trainer), *ready.weights, metric, ready.data.folds, size]
         journal = journal_of(trainer, module, self._files, facts)
         yield ready.evaluate if journal is None else Noted(ready.evaluate, journal)
         if journal is not None:

@@ -26,7 +26,7 @@ class Curves:
     | `roulette/sparsity` | share of prunable weights removed |
     | `roulette/score`, `roulette/floor` | the accepted winner's score on the ranking folds, and the worst it might be |
     | `roulette/gated` | the same network's score on the confirmation folds, as far as these were asked |
-    | `roulette/score_error`, `roulette/gated_error` | paired standard errors of the two against the dense network |
+    | `roulette/score_error`, `roulette/gated_error` | their paired standard errors against the dense score, if known |
     | `roulette/branch/min`, `/median`, `/max` | spread of the scores of the accepted winner's branch |
     | `roulette/density/<parameter>` | share of the parameter's weights that is kept |
 

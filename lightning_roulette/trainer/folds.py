@@ -52,6 +52,7 @@ def dealt(
     cache_bytes: int,
     copies: bool = False,
     by_rows: bool = False,
+    whole: str = "",
 ) -> KeptData | StreamedData:
     """The data of some loaders, dealt to folds.
 
@@ -66,6 +67,7 @@ def dealt(
         copies: Whether to give out copies of the tensors that are kept: for a module that writes into its batches.
         by_rows: Whether to deal single samples wherever batches can be split: of batches in some order, by class say,
             whole ones are no independent samples.
+        whole: Why the data is not to be divided: then it is one fold. Empty if it is.
     """
     kept: dict[int, list[Any]] = {loader: [] for loader in range(len(lengths))}
     sizes: dict[int, list[int]] = {loader: [] for loader in range(len(lengths))}
@@ -78,8 +80,8 @@ def dealt(
         else:
             kept = {loader: [] for loader in kept}
     if total <= cache_bytes:
-        return KeptData(kept, lengths, seed, copies, by_rows=by_rows)
-    return StreamedData(read, sizes, lengths, seed, cache_bytes, copies)
+        return KeptData(kept, lengths, seed, copies, whole, by_rows)
+    return StreamedData(read, sizes, lengths, seed, cache_bytes, copies, whole)
 
 
 class KeptData:

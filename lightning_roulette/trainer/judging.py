@@ -15,13 +15,13 @@ from lightning_roulette.trainer.evaluation import IsolatedValidation, Logged, ca
 from lightning_roulette.trainer.folds import FoldedData, KeptData
 from lightning_roulette.trainer.monitor import Metric, find_metric
 from lightning_roulette.trainer.scoring import (
-    OwnLoop,
     RecordingEvaluator,
     TrainerEvaluator,
     folded,
     mean_over_processes,
     refuse_if_blind,
     uncut_if_it_matters,
+    undivided,
     validate,
 )
 
@@ -122,7 +122,7 @@ class Judging:
         return Ready(validation, data, judged_by, prunable, evaluate)
 
     def whole(self, metric: Metric, weights: _Weights, first: bool) -> Ready:
-        """The validation data as the Trainer's own loop reads it, for networks that nothing ranks.
+        """All the validation data in one fold, for networks that nothing ranks.
 
         Args:
             metric: What judges.
@@ -130,11 +130,12 @@ class Judging:
             first: See `dealt`.
 
         Raises:
-            RuntimeError: If validation does not see the weights.
+            RuntimeError: If there is no validation data, or it does not see the weights.
         """
-        data, validation = OwnLoop(), self.validating()
-        if first:
-            with validation:
+        with self.validating() as validation:
+            why = "a cut has one candidate, so that nothing ranks"
+            data = undivided(validation, self.seed, self.choices.cache_bytes, why)
+            if first:
                 refuse_if_blind(validation, data, weights)
         evaluate = TrainerEvaluator(self.trainer, self.module, validation, data, weights, metric)
         return Ready(validation, data, metric, weights, evaluate)

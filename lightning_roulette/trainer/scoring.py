@@ -26,16 +26,10 @@ from lightning_roulette.trainer.recording import Call, batches_of, calls_of, is_
 
 
 class OwnLoop:
-    """Validation data that the Trainer's own loop reads, all of it for each validation: one fold.
-
-    Args:
-        why: Why it is not dealt; empty if that was not asked for.
-    """
+    """Validation data that only the Trainer's own loop can read: one fold."""
 
     folds = at_once = at_least = 1
-
-    def __init__(self, why: str = "") -> None:
-        self.whole = why
+    whole = "validation_step takes the iterator over the loaders, so that its batches cannot be dealt"
 
     def of(self, folds: Sequence[int]) -> Iterator[tuple[Any, int]]:
         """Nothing: a validation reads it itself."""
@@ -62,14 +56,32 @@ def folded(
     """
     lengths = validation.lengths()
     if validation.hands_over_iterator:
-        why = "validation_step takes the iterator over the loaders, so that its batches cannot be dealt"
-        return OwnLoop(why), validation.run()
+        return OwnLoop(), validation.run()
     data = dealt(validation.read, lengths, seed, cache_bytes, by_rows=by_rows)
     logged = validate(validation, data, _tried(data))
     if _anywhere(validation.trainer, data.altered()):  # the module writes into its batches
         data = dealt(validation.read, lengths, seed, cache_bytes, copies=True, by_rows=by_rows)
         logged = validate(validation, data, _tried(data))
     return _in_step(validation.trainer, data), logged
+
+
+def undivided(validation: IsolatedValidation, seed: int, cache_bytes: int, why: str) -> FoldedData:
+    """The validation data of a Trainer in one fold, read within an entered `IsolatedValidation`, not yet validated on.
+
+    Args:
+        validation: See `folded`.
+        seed: See `dealt`.
+        cache_bytes: See `dealt`.
+        why: Why it is not divided.
+
+    Raises:
+        RuntimeError: If there is none.
+    """
+    lengths = validation.lengths()
+    if validation.hands_over_iterator:
+        return OwnLoop()
+    # whether the module writes into its batches is not known yet
+    return dealt(validation.read, lengths, seed, cache_bytes, copies=True, whole=why)
 
 
 def _tried(data: KeptData | StreamedData) -> range:
