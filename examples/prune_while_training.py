@@ -50,7 +50,7 @@ class Recipe:
 RECIPES = {
     "lenet-300-100": Recipe(80, range(12, 60), 2e-3, 2e-3, 1e-4, 1 - 1 / 72),
     "lenet-5": Recipe(45, range(6, 28), 2e-3, 2e-3, 5e-5, 1 - 1 / 205, val_batch=250),
-    "resnet": Recipe(30, range(10, 27), 5e-3, 3e-3, 5e-4, None, batch=128, val_batch=250),
+    "resnet": Recipe(20, range(7, 18), 5e-3, 3e-3, 5e-4, None, pruning_rate=0.25, batch=128, val_batch=250),
 }
 NETS = {name: maker for name, (maker, _) in NETWORKS.items()} | {"resnet": small_resnet}
 # compression and test error in %, of Molchanov, Ashukha and Vetrov, "Variational dropout sparsifies deep neural
