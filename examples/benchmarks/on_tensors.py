@@ -13,17 +13,19 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, pad
 
 sys.path.append(str(Path(__file__).parent.parent))
-from mnist import NETWORKS, Split, accuracy, mnist
+from mnist import NETWORKS, Classifier, Split, accuracy, batches, mnist
 
 from lightning_roulette import PrunedWeights, Scores, Singles, apply_mask, prunable_parameters
 
 __all__ = [
     "NETWORKS",
+    "Classifier",
     "OnTensors",
     "Split",
     "accuracy",
     "accuracy_with",
     "augmented",
+    "batches",
     "cifar10",
     "dense_weights",
     "digits",
