@@ -22,6 +22,7 @@ from statistics import median
 import torch
 from lightning.pytorch import Callback, Trainer
 from on_tensors import NETWORKS, Classifier, batches, small_resnet
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 
@@ -42,15 +43,21 @@ OPTIMIZERS = {"Adam": partial(Adam, lr=1e-7), "fused Adam": partial(Adam, lr=1e-
 Step = Callable[[], None]
 
 
+def pruned(net: nn.Module) -> Mask:
+    """Prune 90 % of a network at random, in place; the mask."""
+    chance, weights = torch.Generator().manual_seed(0), prunable_parameters(net)
+    mask = Mask({name: torch.rand(weight.shape, generator=chance) < 0.1 for name, weight in weights.items()})
+    apply_mask(net, mask)
+    return mask
+
+
 def one_step(name: str, optimized_by: str, held: bool) -> Step:
     """A function that takes one training step of a new network."""
     make, shape, batch = CASES[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net, images, classes = make(), torch.randn(batch, *shape), torch.randint(10, (batch,))
-    chance, weights = torch.Generator().manual_seed(0), prunable_parameters(net)
-    mask = Mask({name: torch.rand(weight.shape, generator=chance) < 0.1 for name, weight in weights.items()})
-    apply_mask(net, mask)
+    mask = pruned(net)
     optimizer = OPTIMIZERS[optimized_by](net.parameters())
     if held:
         ZeroHold(dict(net.named_parameters()), mask, [optimizer])
@@ -95,14 +102,17 @@ def in_trainer(optimized_by: str, held: bool, epochs: int) -> list[float]:
         torch.manual_seed(0)
         module, images, classes = Classifier(make()), torch.randn(10_000, *shape), torch.randint(10, (10_000,))
     module.configure_optimizers = lambda: OPTIMIZERS[optimized_by](module.parameters())
-    chance, weights = torch.Generator().manual_seed(0), prunable_parameters(module)
-    mask = Mask({name: torch.rand(weight.shape, generator=chance) < 0.1 for name, weight in weights.items()})
-    apply_mask(module, mask)
+    mask = pruned(module)
     timed, quiet = Timed(), dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
     callbacks = [timed, HoldZeros(mask)] if held else [timed]
     trainer = Trainer(accelerator="cpu", max_epochs=epochs, callbacks=callbacks, enable_model_summary=False, **quiet)
     trainer.fit(module, batches((images, classes), batch, shuffle=True))
     return [after - before for before, after in pairwise(timed.began)]
+
+
+def show(name: str, optimized_by: str, held: float, free: float, again: float) -> None:
+    """One line of the table."""
+    print(f"{name:15}{optimized_by:12}{1e3 * free:>9.2f} ms{held / free:>14.4f}{again / free:>14.4f}", flush=True)
 
 
 def main() -> None:
@@ -115,17 +125,13 @@ def main() -> None:
     for name in CASES:
         for optimized_by in OPTIMIZERS:
             steps = [one_step(name, optimized_by, held) for held in (True, False, False)]
-            held, free, again = seconds(steps, options.seconds)
-            ratios = f"{held / free:>14.4f}{again / free:>14.4f}"
-            print(f"{name:15}{optimized_by:12}{1e3 * free:>9.2f} ms{ratios}", flush=True)
+            show(name, optimized_by, *seconds(steps, options.seconds))
     for optimized_by in OPTIMIZERS:
         taken: list[list[float]] = [[], [], []]
         for _ in range(4):
             for times, held in zip(taken, (True, False, False), strict=True):
                 times += in_trainer(optimized_by, held, epochs=math.ceil(options.seconds / 2))
-        held_for, free, again = (median(times) for times in taken)
-        ratios = f"{held_for / free:>14.4f}{again / free:>14.4f}"
-        print(f"{'in a Trainer':15}{optimized_by:12}{1e3 * free:>9.2f} ms{ratios}", flush=True)
+        show("in a Trainer", optimized_by, *map(median, taken))
 
 
 if __name__ == "__main__":

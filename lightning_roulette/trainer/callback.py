@@ -507,12 +507,11 @@ class RouletteWheelPruning(ZeroHolder):
         if self.branches > 1:
             return self._ready(trainer, module)
         judging = self._judging(trainer, module)
-        if self._metric is None:
+        if (metric := self._metric) is None:
             with judging.validating() as validation:
                 logged = validation.run(1)
-            self._know(trainer, judging.metric(logged))
-        assert self._metric is not None
-        return judging.whole(self._metric, self._weights(module), self._history is None)
+            metric = self._know(trainer, judging.metric(logged))
+        return judging.whole(metric, self._weights(module), self._history is None)
 
     def _weights(self, module: LightningModule) -> dict[str, nn.Parameter]:
         """The prunable parameters; once levels are cut those of the first, whatever is frozen or thawed since."""
