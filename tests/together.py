@@ -30,17 +30,45 @@ def rows_of(
     return spans
 
 
+class _Meeting:
+    """Where all threads wait for one another, until one leaves for good.
+
+    Unlike `threading.Barrier`, whose `abort` also reaches threads that were released and have not yet woken.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks, self._waiting, self._round, self._left = ranks, 0, 0, False
+        self._changed = threading.Condition()
+
+    def wait(self) -> None:
+        """Until all are here; raises `ConnectionError` if one is gone."""
+        with self._changed:
+            this, self._waiting = self._round, self._waiting + 1
+            if self._waiting == self._ranks:
+                self._waiting, self._round = 0, this + 1
+                self._changed.notify_all()
+            self._changed.wait_for(lambda: self._left or self._round > this, timeout=60)
+            if self._round == this:
+                raise ConnectionError("another process is gone")
+
+    def leave(self) -> None:
+        """For good."""
+        with self._changed:
+            self._left = True
+            self._changed.notify_all()
+
+
 def together(ranks: int, work: Callable[[int, Callable[[Tensor], Tensor]], Any]) -> list[Any]:
     """What `work` returns, or raises, in each of so many processes; it is given its number and what sums."""
-    barrier, given, found = threading.Barrier(ranks, timeout=60), [torch.empty(0)] * ranks, [None] * ranks
+    meeting, given, found = _Meeting(ranks), [torch.empty(0)] * ranks, [None] * ranks
 
     def adder(rank: int) -> Callable[[Tensor], Tensor]:
         def add(values: Tensor) -> Tensor:
             given[rank] = values
-            barrier.wait()
+            meeting.wait()
             assert len({(one.shape, one.dtype) for one in given}) == 1
             total = torch.stack(given).sum(0, dtype=values.dtype)
-            barrier.wait()
+            meeting.wait()
             return total
 
         return add
@@ -50,7 +78,7 @@ def together(ranks: int, work: Callable[[int, Callable[[Tensor], Tensor]], Any])
             found[rank] = work(rank, adder(rank))
         except Exception as error:
             found[rank] = error
-            barrier.abort()
+            meeting.leave()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
     for thread in threads:
