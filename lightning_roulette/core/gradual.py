@@ -139,8 +139,6 @@ class Gradual:
         """
         growing, cuts, began = self._growing, self._cuts, time.monotonic()
         assert growing is not None
-        assert self.report is not None
-        assert self.history is not None
         goal = None if cuts.target_sparsity is None else cubic(cuts.target_sparsity, place / cuts.number)
         rate = cuts.tree.pruning_rate if goal is None else _ALL_THAT_IS_ASKED
         if growing.end(goal, cuts.tree) is not None:
@@ -153,24 +151,23 @@ class Gradual:
             return None
         if goal is not None:
             level = replace(level, pruning_rate=1 - level.survivors / before)
-        levels = (*self.report.levels, replace(level, held=False, epoch=epoch))
-        self.report = replace(self.report, levels=levels, importance=growing.report.importance)
-        self.history = growing.history.won_by(self.history.level)
+        report, history = self.found
+        levels = (*report.levels, replace(level, held=False, epoch=epoch))
+        self.report = replace(report, levels=levels, importance=growing.report.importance)
+        self.history = growing.history.won_by(history.level)
         self._leaning = dict(growing.leaning)
         return growing.refitting.network(growing.parent)
 
     def ended(self) -> SearchReport:
         """The report when training is over, and the last network was shown."""
-        assert self.report is not None
-        assert self.history is not None
-        reason, cuts = StopReason.TRAINING_ENDED, self._cuts
-        deepest = self.history.level == self.history.deepest
-        goal = math.floor((cuts.target_sparsity or 0) * self.report.size + 0.5)
-        if deepest and cuts.target_sparsity is not None and self.report.size - self.report.survivors >= goal:
+        (report, history), cuts = self.found, self._cuts
+        reason, deepest = StopReason.TRAINING_ENDED, history.level == history.deepest
+        goal = math.floor((cuts.target_sparsity or 0) * report.size + 0.5)
+        if deepest and cuts.target_sparsity is not None and report.size - report.survivors >= goal:
             reason = StopReason.TARGET_REACHED
-        elif deepest and self.history.level == cuts.tree.max_levels:
+        elif deepest and history.level == cuts.tree.max_levels:
             reason = StopReason.MAX_LEVELS
-        self.report = replace(self.report, stop_reason=reason)
+        self.report = replace(report, stop_reason=reason)
         return self.report
 
     def __getstate__(self) -> dict[str, Any]:
@@ -190,23 +187,22 @@ class Gradual:
 
     def _judged(self, now: float) -> bool:
         """Note the score of the deepest level; one that has held before stays as it was when it held."""
-        assert self.report is not None
-        assert self.history is not None
-        *before, level = self.report.levels or (None,)
+        report, history = self.found
+        *before, level = report.levels or (None,)
         if level is None:
             return True
-        held = keeps_floor(now, self.report.gated_floor if self.report.gated_floor is not None else math.nan)
+        held = keeps_floor(now, report.gated_floor if report.gated_floor is not None else math.nan)
         if held or not level.held:
-            self.report = replace(self.report, levels=(*before, replace(level, gated=now, held=held)))
+            self.report = replace(report, levels=(*before, replace(level, gated=now, held=held)))
         if held:
-            self.history = self.history.won_by(level.level)
+            self.history = history.won_by(level.level)
         return held
 
     def _worked(self, growing: Growing, began: float) -> None:
-        assert self.report is not None
+        report, _ = self.found
         done, self._counted = growing.judge.validations - self._counted, growing.judge.validations
-        seconds = self.report.seconds + time.monotonic() - began
-        self.report = replace(self.report, validations=self.report.validations + done, seconds=seconds)
+        seconds = report.seconds + time.monotonic() - began
+        self.report = replace(report, validations=report.validations + done, seconds=seconds)
 
 
 def cubic(target_sparsity: float, share: float) -> float:
