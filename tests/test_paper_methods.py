@@ -285,10 +285,13 @@ def test_a_quick_run_of_every_method_is_done_once(folder, capsys):
     last, before = json.loads(again[-1]), json.loads(whole[-1])
     assert {**last, "seconds": 0} == {**before, "seconds": 0}
 
-    table.main([str(results), "--quick", "--csv", str(folder / "t.csv"), "--figure", str(folder / "t.png")])
-    lines = (folder / "t.csv").read_text().splitlines()
-    assert len(lines) == 1 + 2 * len(methods.METHODS)
-    assert (folder / "t.png").stat().st_size > 10_000
+    for name, make in (("results/runs", None), ("t", table.main)):
+        if make:
+            make([str(results), "--quick", "--to", str(folder / name)])
+        lines = (folder / f"{name}.csv").read_text().splitlines()
+        assert len(lines) == 1 + 2 * len(methods.METHODS)
+        assert (folder / f"{name}.md").read_text() == printed
+        assert (folder / f"{name}.png").stat().st_size > 10_000
 
 
 def test_a_line_cut_short_is_dropped_wherever_it_is(tmp_path):
@@ -305,10 +308,10 @@ def test_a_line_cut_short_is_dropped_wherever_it_is(tmp_path):
 def a_row(method, left, change, **more):
     score = 0.9 + change
     return {
-        "task": "t", "method": method, "seed": 0, "held_out": False, "quick": False, "opinion": False, "left": left,
+        "task": "mnist", "method": method, "seed": 0, "held_out": False, "quick": False, "opinion": False, "left": left,
         "judge_change": change, "val_change": 0.0, "judge": score, "dense_judge": 0.9, "rmse": None,
         "dense_rmse": None, "within": None, "dense_within": None, "validations": 10, "seconds": 1.0,
-        "curve": [(1.0, 0.9), (left, score)], **more,
+        "weights": 1000, "curve": [(1.0, 0.9), (left, score)], **more,
     }  # fmt: skip
 
 
@@ -323,7 +326,31 @@ def test_the_summary_has_mean_and_range_the_slimmest_first():
     assert (a["method"], b["method"]) == ("a", "b")
     assert (b["left"], b["left_min"], b["left_max"], b["seeds"]) == (pytest.approx(0.2), 0.1, 0.3, 2)
     assert (b["judge_change"], b["judge_change_min"]) == (pytest.approx(-0.01), -0.02)
-    assert "| b | 20.00 (10.00 to 30.00) | -1.00 (-2.00 to +0.00) | 89.00 | 10 | 1.0 | 2 |" in table.markdown([b, a])
+    assert "| b | 20.00 (10.00 to 30.00) | -1.00 (-2.00 to +0.00) | 89.00 | 10 | 1.0 | 2 |" in table.markdown(rows[:3])
+
+
+def test_ours_is_set_against_the_slimmest_peer_that_takes_nothing_of_ours():
+    curve = [(1.0, 0.9), (0.3, 0.89), (0.2, 0.895), (0.1, 0.87)]
+    rows = [
+        a_row("ours", 0.1, -0.03, curve=curve),
+        a_row("ours", 0.2, -0.01, curve=curve[:3], seed=1),
+        a_row("one-shot l1, our refit", 0.2, 0.0),
+        a_row("LAMP", 0.5, -0.015),
+        a_row("Wanda", 0.6, 0.0),
+        a_row("Wanda", 0.6, 0.0, task="koniqpp"),
+    ]
+    head, _, *lines = table.brief(rows).splitlines()
+    assert head.count("|") == 11
+    assert lines == [
+        "| mnist | 1,000 | 90.00 | 15.00 (10.00 to 20.00) | -2.00 (-3.00 to -1.00) "
+        "| LAMP | 50.00 (50.00 to 50.00) | -1.50 (-1.50 to -1.50) | 0.30 | 20.00 |"
+    ]
+
+
+@pytest.mark.parametrize(("least", "left"), [(0.95, 1.0), (0.9, 1.0), (0.895, 1.0), (0.89, 0.2), (0.8, 0.1)])
+def test_a_curve_holds_down_to_its_first_fall_below(least, left):
+    row = a_row("ours", 0.1, 0, curve=[(0.2, 0.895), (1.0, 0.9), (0.1, 0.87), (0.3, 0.89)])
+    assert table.left_at(row, least) == left
 
 
 def test_a_curve_is_a_mean_where_all_seeds_have_been():

@@ -1,8 +1,8 @@
 """The paper's evaluation: every method on every task, from the same trained networks, by the same rules.
 
 Finished runs are lines of JSON in the file of results and are not done again; a run that was killed starts anew. Ends
-with the table. `--held-out` judges by training data that neither trained nor chose, as defaults are to be settled
-without the test data.
+with the tables and the figure, beside the results. `--held-out` judges by training data that neither trained nor chose,
+as defaults are to be settled without the test data.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 from data import SOURCES, TASKS, load
 from methods import METHODS, QUICK, Case, Found, Size, applied
 from networks import trained
-from table import show
+from table import chosen, publish
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.quick,
         options.device,
     )
-    show(results.rows, options.held_out, options.quick)
+    publish(chosen(results.rows, options.held_out, options.quick), options.results)
 
 
 if __name__ == "__main__":

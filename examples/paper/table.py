@@ -1,10 +1,12 @@
-"""The table, the CSV and the figure of the paper's evaluation, from the lines of JSON that `run.py` keeps.
+"""The tables, the CSV and the figure of the paper's evaluation, from the lines of JSON that `run.py` keeps.
 
-Accuracies are in percent and their changes in points; correlations are as they are.
+One table sets ours against the best peer of each task, and one for each task has all methods. Accuracies are in percent
+and their changes in points; correlations are as they are.
 """
 
 import argparse
 import csv
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,10 +14,12 @@ from statistics import mean
 
 import matplotlib.pyplot as plt
 import numpy as np
+from data import SOURCES
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from finished_runs import Row, read
 
+OURS = "ours"
 NUMBERS = ("left", "judge_change", "val_change", "judge", "dense_judge", "rmse", "dense_rmse", "within", "dense_within")
 TICKS = (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 SHOWN = 0.1  # what a panel shows below the dense network's score
@@ -23,8 +27,9 @@ COSTS = ("validations", "seconds")
 
 
 def chosen(rows: Iterable[Row], held_out: bool = False, quick: bool = False) -> list[Row]:
-    """The runs that one table is about."""
-    return [row for row in rows if row["held_out"] == held_out and row["quick"] == quick]
+    """The runs that one table is about, task by task."""
+    found = [row for row in rows if row["held_out"] == held_out and row["quick"] == quick]
+    return sorted(found, key=lambda row: list(SOURCES).index(row["task"]))
 
 
 def summary(rows: Iterable[Row]) -> list[Row]:
@@ -60,33 +65,81 @@ def write_csv(found: Sequence[Row], path: Path) -> None:
             )
 
 
-def markdown(found: Sequence[Row]) -> str:
-    """One table for each task."""
-    return "\n\n".join(
-        _table([one for one in found if one["task"] == task]) for task in dict.fromkeys(one["task"] for one in found)
-    )
+def markdown(rows: Sequence[Row]) -> str:
+    """Ours against the best peers, and a table of all methods for each task."""
+    found = summary(rows)
+    tasks = [[one for one in found if one["task"] == task] for task in dict.fromkeys(one["task"] for one in found)]
+    return "\n\n".join([brief(rows), *(_table(of_task) for of_task in tasks)])
+
+
+def brief(rows: Sequence[Row]) -> str:
+    """Ours against the best peer of each task: of the methods that take nothing of ours the one that keeps least.
+
+    The last column is where the test scores of ours, level by level, first fall by more than that peer's mean change.
+    """
+    heads = ["task", "weights", "dense", "ours keeps, % (range)", "change (range)"]
+    heads += ["best peer", "keeps, % (range)", "change (range)", "ours / peer", "ours at the peer's change, %"]
+    lines = [heads, ["---", *["---:"] * 4, "---", *["---:"] * 4]]
+    of_task: dict[str, list[Row]] = {}
+    for one in summary(rows):
+        of_task.setdefault(one["task"], []).append(one)
+    for task, found in of_task.items():
+        ours = [one for one in found if one["method"] == OURS]
+        peers = [one for one in found if not takes_ours(one["method"])]
+        if not ours or not peers:
+            continue
+        our, peer = ours[0], peers[0]
+        runs = [row for row in rows if row["task"] == task and row["method"] == OURS]
+        line = [task, f"{runs[0]['weights']:,}", _number(our, "dense_judge"), _left(our), _change(our)]
+        line += [peer["method"], _left(peer), _change(peer), f"{our['left'] / peer['left']:.2f}"]
+        alike = mean(left_at(row, row["dense_judge"] + peer["judge_change"]) for row in runs)
+        lines.append([*line, f"{100 * alike:.2f}"])
+    return _lines(lines)
+
+
+def takes_ours(method: str) -> bool:
+    """Whether a method is ours, or has something of ours in it."""
+    return "our" in method
+
+
+def left_at(row: Row, least: float) -> float:
+    """The share of weights to which the curve of a run goes down before it first falls below a score."""
+    held = [left for left, score in itertools.takewhile(lambda point: point[1] >= least, sorted(row["curve"])[::-1])]
+    return held[-1] if held else 1.0
+
+
+def _number(one: Row, name: str, sign: str = "") -> str:
+    factor, digits = (1, 4) if one["opinion"] else (100, 2)
+    return f"{factor * one[name]:{sign}.{digits}f}"
+
+
+def _left(one: Row) -> str:
+    return f"{100 * one['left']:.2f} ({100 * one['left_min']:.2f} to {100 * one['left_max']:.2f})"
+
+
+def _change(one: Row) -> str:
+    mean, low, high = (_number(one, f"judge_change{end}", "+") for end in ("", "_min", "_max"))
+    return f"{mean} ({low} to {high})"
+
+
+def _lines(lines: Iterable[Sequence[object]]) -> str:
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def _table(found: Sequence[Row]) -> str:
     first = found[0]
-    factor, digits, unit = (1, 4, "Spearman") if first["opinion"] else (100, 2, "accuracy, %")
+    unit = "Spearman" if first["opinion"] else "accuracy, %"
     extra = [name for name in ("rmse", "within") if first[name] is not None]
-
-    def number(one: Row, name: str, sign: str = "") -> str:
-        return f"{factor * one[name]:{sign}.{digits}f}"
-
     heads = ["weights left, % (range)", "change (range)", "score", *extra, "validations", "seconds", "seeds"]
     lines = [[f"{first['task']}: {unit}", *heads], ["---", *["---:"] * len(heads)]]
     aside = {"rmse": "{:.4f}", "within": "{:.1%}"}
-    dense = ["dense", "100", "", number(first, "dense_judge"), *(aside[n].format(first[f"dense_{n}"]) for n in extra)]
+    dense = ["dense", "100", "", _number(first, "dense_judge"), *(aside[n].format(first[f"dense_{n}"]) for n in extra)]
     lines.append([*dense, "", "", ""])
     for one in found:
-        left = f"{100 * one['left']:.2f} ({100 * one['left_min']:.2f} to {100 * one['left_max']:.2f})"
-        ends = f"{number(one, 'judge_change_min', '+')} to {number(one, 'judge_change_max', '+')}"
-        line = [one["method"], left, f"{number(one, 'judge_change', '+')} ({ends})", number(one, "judge")]
+        line = [one["method"], _left(one), _change(one), _number(one, "judge")]
         line += [aside[name].format(one[name]) for name in extra]
         lines.append([*line, f"{one['validations']:.0f}", f"{one['seconds']:.1f}", one["seeds"]])
-    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return _lines(lines)
 
 
 def curve(rows: Sequence[Row], points: int = 80) -> tuple[np.ndarray, np.ndarray]:
@@ -135,32 +188,26 @@ def _line(axes: plt.Axes, rows: Sequence[Row], colour: object) -> None:
     axes.plot(*marks, marker="*" if is_ours else ".", color=colour, zorder=4)
 
 
-def show(rows: Iterable[Row], held_out: bool = False, quick: bool = False) -> None:
-    """Print the table."""
-    found = summary(chosen(rows, held_out, quick))
-    print(markdown(found) if found else "no runs")
+def publish(rows: Sequence[Row], to: Path) -> None:
+    """Print the tables, and write them, the summary and the figure to files of this name: .md, .csv and .png."""
+    tables = markdown(rows)
+    print(tables)
+    to.with_suffix(".md").write_text(tables + "\n")
+    write_csv(summary(rows), to.with_suffix(".csv"))
+    draw(rows, to.with_suffix(".png"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="+", help="files of JSON lines")
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--markdown", type=Path)
-    parser.add_argument("--figure", type=Path, help="a PNG")
+    parser.add_argument("--to", type=Path, help="name of the files written; default: that of the first file")
     parser.add_argument("--held-out", action="store_true", help="the runs judged by held-out training data")
     parser.add_argument("--quick", action="store_true", help="the runs in miniature")
     options = parser.parse_args(arguments)
     rows = chosen((row for path in options.results for row in read(path)), options.held_out, options.quick)
     if not rows:
         parser.error("there are no such runs.")
-    found = summary(rows)
-    print(markdown(found))
-    if options.csv:
-        write_csv(found, options.csv)
-    if options.markdown:
-        options.markdown.write_text(markdown(found) + "\n")
-    if options.figure:
-        draw(rows, options.figure)
+    publish(rows, options.to or options.results[0])
 
 
 if __name__ == "__main__":
