@@ -340,9 +340,9 @@ def test_ours_is_set_against_the_slimmest_peer_that_takes_nothing_of_ours():
         a_row("Wanda", 0.6, 0.0, task="koniqpp"),
     ]
     head, _, *lines = table.brief(rows).splitlines()
-    assert head.count("|") == 11
+    assert head.count("|") == 12
     assert lines == [
-        "| mnist | 1,000 | 90.00 | 15.00 (10.00 to 20.00) | -2.00 (-3.00 to -1.00) "
+        "| MNIST, LeNet-300-100: accuracy, % | 2 | 1,000 | 90.00 | 15.00 (10.00 to 20.00) | -2.00 (-3.00 to -1.00) "
         "| LAMP | 50.00 (50.00 to 50.00) | -1.50 (-1.50 to -1.50) | 0.30 | 20.00 |"
     ]
 

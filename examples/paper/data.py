@@ -20,6 +20,7 @@ QUICK = 300  # rows of a part, in miniature
 class Source:
     """Where a task comes from, and what is made of it; `val` is how many rows choose (at most a fifth)."""
 
+    title: str
     file: str
     network: str
     opinion: bool
@@ -37,17 +38,19 @@ PHOTOS = "BIQ2021 (Ahmed and Asif 2022), split as its authors do, x: each photo 
 KONIQPP = "the scores of KonIQ++ (Su et al. 2021), x: share of voters that name each of five flaws, and their mean"
 
 SOURCES = {
-    "mnist": Source("mnist.npz", "lenet-300-100", False, MNIST, val=10_000),
-    "mnist-lenet-5": Source("mnist.npz", "lenet-5", False, MNIST, val=10_000),
-    "cifar10": Source("cifar10.npz", "resnet-8", False, CIFAR10, val=5_000),
-    "tid2013": Source("tid2013.npz", "mlp", True, TID2013, spread=False),
-    "kadid10k": Source("kadid10k.npz", "mlp", True, KADID10K),
-    "biq2021": Source("biq2021_features.npz", "mlp", True, BIQ2021),
-    "biq2021-photos": Source("biq2021_photos.npz", "photo-cnn", True, PHOTOS),
-    "koniqpp": Source("koniqpp.npz", "mlp", True, KONIQPP),
+    "mnist": Source("MNIST, LeNet-300-100", "mnist.npz", "lenet-300-100", False, MNIST, val=10_000),
+    "mnist-lenet-5": Source("MNIST, LeNet-5", "mnist.npz", "lenet-5", False, MNIST, val=10_000),
+    "cifar10": Source("CIFAR-10, ResNet-8", "cifar10.npz", "resnet-8", False, CIFAR10, val=5_000),
+    "tid2013": Source("TID2013, MLP", "tid2013.npz", "mlp", True, TID2013, spread=False),
+    "kadid10k": Source("KADID-10k, MLP", "kadid10k.npz", "mlp", True, KADID10K),
+    "biq2021": Source("BIQ2021 statistics, MLP", "biq2021_features.npz", "mlp", True, BIQ2021),
+    "biq2021-photos": Source("BIQ2021 photos, CNN", "biq2021_photos.npz", "photo-cnn", True, PHOTOS),
+    "koniqpp": Source("KonIQ++, MLP", "koniqpp.npz", "mlp", True, KONIQPP),
 }
 TASKS = tuple(SOURCES)
-SOURCES["cifar10-resnet-20"] = Source("cifar10.npz", "resnet-20", False, CIFAR10, val=5_000)  # for a GPU
+SOURCES["cifar10-resnet-20"] = Source(  # for a GPU
+    "CIFAR-10, ResNet-20", "cifar10.npz", "resnet-20", False, CIFAR10, val=5_000
+)
 
 
 @dataclass(frozen=True, eq=False)

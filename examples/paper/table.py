@@ -77,9 +77,9 @@ def brief(rows: Sequence[Row]) -> str:
 
     The last column is where the test scores of ours, level by level, first fall by more than that peer's mean change.
     """
-    heads = ["task", "weights", "dense", "ours keeps, % (range)", "change (range)"]
+    heads = ["", "seeds", "weights", "dense", "ours keeps, % (range)", "change (range)"]
     heads += ["best peer", "keeps, % (range)", "change (range)", "ours / peer", "ours at the peer's change, %"]
-    lines = [heads, ["---", *["---:"] * 4, "---", *["---:"] * 4]]
+    lines = [heads, ["---", *["---:"] * 5, "---", *["---:"] * 4]]
     of_task: dict[str, list[Row]] = {}
     for one in summary(rows):
         of_task.setdefault(one["task"], []).append(one)
@@ -90,7 +90,8 @@ def brief(rows: Sequence[Row]) -> str:
             continue
         our, peer = ours[0], peers[0]
         runs = [row for row in rows if row["task"] == task and row["method"] == OURS]
-        line = [task, f"{runs[0]['weights']:,}", _number(our, "dense_judge"), _left(our), _change(our)]
+        title = f"{SOURCES[task].title}: {_unit(our)}"
+        line = [title, our["seeds"], f"{runs[0]['weights']:,}", _number(our, "dense_judge"), _left(our), _change(our)]
         line += [peer["method"], _left(peer), _change(peer), f"{our['left'] / peer['left']:.2f}"]
         alike = mean(left_at(row, row["dense_judge"] + peer["judge_change"]) for row in runs)
         lines.append([*line, f"{100 * alike:.2f}"])
@@ -113,6 +114,10 @@ def _number(one: Row, name: str, sign: str = "") -> str:
     return f"{factor * one[name]:{sign}.{digits}f}"
 
 
+def _unit(one: Row) -> str:
+    return "Spearman" if one["opinion"] else "accuracy, %"
+
+
 def _left(one: Row) -> str:
     return f"{100 * one['left']:.2f} ({100 * one['left_min']:.2f} to {100 * one['left_max']:.2f})"
 
@@ -128,10 +133,9 @@ def _lines(lines: Iterable[Sequence[object]]) -> str:
 
 def _table(found: Sequence[Row]) -> str:
     first = found[0]
-    unit = "Spearman" if first["opinion"] else "accuracy, %"
     extra = [name for name in ("rmse", "within") if first[name] is not None]
     heads = ["weights left, % (range)", "change (range)", "score", *extra, "validations", "seconds", "seeds"]
-    lines = [[f"{first['task']}: {unit}", *heads], ["---", *["---:"] * len(heads)]]
+    lines = [[f"{SOURCES[first['task']].title}: {_unit(first)}", *heads], ["---", *["---:"] * len(heads)]]
     aside = {"rmse": "{:.4f}", "within": "{:.1%}"}
     dense = ["dense", "100", "", _number(first, "dense_judge"), *(aside[n].format(first[f"dense_{n}"]) for n in extra)]
     lines.append([*dense, "", "", ""])
@@ -167,7 +171,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 _line(axes, group, colours[method])
         axes.axhline(dense, color="gray", lw=0.7, ls=":")
         best = max(np.max(line.get_ydata()) for line in axes.get_lines())
-        axes.set(xscale="log", title=task, ylim=(dense - SHOWN, max(best, dense) + SHOWN / 20))
+        axes.set(xscale="log", title=SOURCES[task].title, ylim=(dense - SHOWN, max(best, dense) + SHOWN / 20))
         axes.set(xlabel="weights left, %", ylabel="Spearman" if of_task[0]["opinion"] else "accuracy")
         axes.set_xticks(TICKS, [f"{100 * one:g}" for one in TICKS])
         axes.minorticks_off()
