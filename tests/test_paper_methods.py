@@ -357,3 +357,13 @@ def test_a_curve_is_a_mean_where_all_seeds_have_been():
     left, scores = table.curve([a_row("b", 0.1, -0.1), a_row("b", 0.01, -0.2)], points=3)
     assert left == pytest.approx([0.1, math.sqrt(0.1), 1])
     assert scores == pytest.approx([0.8, 0.85, 0.9])
+
+
+def test_the_published_tables_are_those_of_the_finished_runs(tmp_path):
+    project = Path(__file__).parent.parent
+    rows = table.chosen(rows_of(project / "examples/paper/results.jsonl"))
+    assert table.brief(rows) in (project / "README.md").read_text()
+    published = project / "examples" / "paper" / "results"
+    assert published.with_suffix(".md").read_text() == table.markdown(rows) + "\n"
+    table.write_csv(table.summary(rows), tmp_path / "results.csv")
+    assert published.with_suffix(".csv").read_text() == (tmp_path / "results.csv").read_text()

@@ -52,10 +52,18 @@ def test_the_yaml_of_the_readme_builds_the_callback():
     assert (callback.refit.batches, callback.validation.rank_by) == (200, "val_loss")
 
 
-def test_every_link_into_the_project_leads_somewhere():
-    linked = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert linked
-    assert all((Path(__file__).parent.parent / path).exists() for path in linked)
+@pytest.mark.parametrize("page", ["README.md", "docs/measurements.md", "docs/published.md"])
+def test_every_link_into_the_project_leads_somewhere(page):
+    path = Path(__file__).parent.parent / page
+    links = re.findall(r"\]\(([^):]*)\)", path.read_text())
+    assert links
+    for link in links:
+        there, _, heading = link.partition("#")
+        aim = path.parent / there if there else path
+        assert aim.exists(), link
+        if heading:
+            headings = re.findall(r"(?m)^#+ (.*)$", aim.read_text())
+            assert heading in [one.lower().replace(" ", "-") for one in headings], link
 
 
 def test_torch_is_seeded_by_nobody():

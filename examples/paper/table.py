@@ -21,7 +21,7 @@ from finished_runs import Row, read
 
 OURS = "ours"
 NUMBERS = ("left", "judge_change", "val_change", "judge", "dense_judge", "rmse", "dense_rmse", "within", "dense_within")
-TICKS = (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
+TICKS = (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001)
 SHOWN = 0.1  # what a panel shows below the dense network's score
 COSTS = ("validations", "seconds")
 
@@ -155,7 +155,8 @@ def curve(rows: Sequence[Row], points: int = 80) -> tuple[np.ndarray, np.ndarray
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """One panel for each task: a curve and, where the search ended, a mark for each method."""
-    tasks, methods = (list(dict.fromkeys(row[name] for row in rows)) for name in ("task", "method"))
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    methods = sorted({row["method"] for row in rows}, key=lambda one: (one != OURS, not takes_ours(one), one))
     colours = dict(zip(methods, plt.get_cmap("tab20").colors * (1 + len(methods) // 20), strict=False))
     columns = min(len(tasks), 4)
     lines, words = -(-len(tasks) // columns), max(1, 7 * columns // 4)  # of panels, and of the legend in a line
@@ -173,9 +174,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         best = max(np.max(line.get_ydata()) for line in axes.get_lines())
         axes.set(xscale="log", title=SOURCES[task].title, ylim=(dense - SHOWN, max(best, dense) + SHOWN / 20))
         axes.set(xlabel="weights left, %", ylabel="Spearman" if of_task[0]["opinion"] else "accuracy")
-        axes.set_xticks(TICKS, [f"{100 * one:g}" for one in TICKS])
+        least = min(left for row in of_task for left, _ in row["curve"])
+        ticks = TICKS if least > 1e-3 else TICKS[::3]
+        axes.set_xticks(ticks, [f"{100 * one:g}" for one in ticks])
         axes.minorticks_off()
-        axes.set_xlim(1.1, min(left for row in of_task for left, _ in row["curve"]) / 1.1)
+        axes.set_xlim(1.1, least / 1.1)
     handles = {
         line.get_label(): line for axes in panels.flat for line in axes.get_lines() if line.get_label() in methods
     }
