@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -112,6 +113,43 @@ def test_wanda_keeps_the_same_share_of_each_output_by_weight_times_input():
         assert row[kept].min() >= row[~kept].max()
 
 
+def test_wanda_by_layer_keeps_the_same_share_of_each_layer_by_weight_times_input():
+    case = a_case()
+    case.size = methods.Size()
+    mask = PEERS["Wanda, by layer"](case)(case.total // 2)
+    inputs = case.net[:3](case.train.x)
+    scores = case.weights["3.weight"].abs() * inputs.square().mean(0).sqrt()
+    assert scores[mask["3.weight"]].min() >= scores[~mask["3.weight"]].max()
+    assert all(abs(int(kept.sum()) - kept.numel() / 2) <= 1 for kept in mask.values())
+    rows = mask["3.weight"].sum(1)
+    assert rows.max() - rows.min() > 1
+
+
+@pytest.mark.parametrize(
+    ("peer", "score"),
+    [
+        ("gradient |g|", lambda w, each: each.mean(0).abs()),
+        ("gradient |w g|", lambda w, each: (w * each.mean(0)).abs()),
+        ("Taylor |w| mean |g|", lambda w, each: w.abs() * each.abs().mean(0)),
+        ("OBD diagonal Fisher", lambda w, each: w.square() * each.square().mean(0)),
+    ],
+)
+def test_a_gradient_peer_is_its_definition(monkeypatch, peer, score):
+    monkeypatch.setattr(methods, "GRADIENT_BATCH", 1)
+    case = a_case()
+    each = {name: [] for name in case.weights}
+    for x, y in zip(case.train.x.split(1), case.train.y.split(1), strict=True):
+        case.net.zero_grad()
+        nn.functional.cross_entropy(case.net(x), y).backward()
+        for name, found in each.items():
+            found.append(case.net.get_parameter(name).grad.clone())
+    case.net.zero_grad()
+    scores = {name: score(weight, torch.stack(each[name])) for name, weight in case.weights.items()}
+    ordered = torch.cat([one.flatten() for one in scores.values()]).sort(descending=True).values
+    mask, middle = PEERS[peer](case)(200), (ordered[199] + ordered[200]) / 2
+    assert mask == Mask({name: one > middle for name, one in scores.items()})
+
+
 @pytest.mark.parametrize("opinion", [False, True])
 def test_gradients_are_those_of_the_training_loss(opinion):
     case = a_case(opinion)
@@ -156,6 +194,18 @@ def test_annealing_never_ends_worse_than_magnitude():
         assert losses[0] <= losses[1]
         assert mask != magnitude
     assert case.validations == 2 * (10 + 3)
+
+
+def test_annealing_goes_on_from_the_next_larger_number():
+    case = a_case()
+    case.size = methods.Size(branches=10)
+    pruner, ordered = PEERS["simulated annealing"](case), Falling({n: one.abs() for n, one in case.weights.items()})
+    mask = pruner(300)
+    for survivors in (299, 298):
+        start = Falling({name: one.abs() * mask[name] for name, one in case.weights.items()})(survivors)
+        mask = pruner(survivors)
+        assert case.loss(case.masked(mask), case.val) <= case.loss(case.masked(start), case.val)
+    assert (mask.survivors, mask != ordered(298)) == (298, True)
 
 
 def test_the_grid_falls_by_the_step_to_its_least():
@@ -288,10 +338,10 @@ def test_a_quick_run_of_every_method_is_done_once(folder, capsys):
     for name, make in (("results/runs", None), ("t", table.main)):
         if make:
             make([str(results), "--quick", "--to", str(folder / name)])
-        lines = (folder / f"{name}.csv").read_text().splitlines()
+        lines = (folder / f"{name}-quick.csv").read_text().splitlines()
         assert len(lines) == 1 + 2 * len(methods.METHODS)
-        assert (folder / f"{name}.md").read_text() == printed
-        assert (folder / f"{name}.png").stat().st_size > 10_000
+        assert (folder / f"{name}-quick.md").read_text() == printed
+        assert (folder / f"{name}-quick.png").stat().st_size > 10_000
 
 
 def test_a_line_cut_short_is_dropped_wherever_it_is(tmp_path):
@@ -329,25 +379,43 @@ def test_the_summary_has_mean_and_range_the_slimmest_first():
     assert "| b | 20.00 (10.00 to 30.00) | -1.00 (-2.00 to +0.00) | 89.00 | 10 | 1.0 | 2 |" in table.markdown(rows[:3])
 
 
-def test_ours_is_set_against_the_slimmest_peer_that_takes_nothing_of_ours():
+def test_ours_is_set_against_the_slimmest_peer_of_the_same_seeds_that_takes_nothing_of_ours():
     curve = [(1.0, 0.9), (0.3, 0.89), (0.2, 0.895), (0.1, 0.87)]
-    rows = [
-        a_row("ours", 0.1, -0.03, curve=curve),
-        a_row("ours", 0.2, -0.01, curve=curve[:3], seed=1),
-        a_row("one-shot l1, our refit", 0.2, 0.0),
-        a_row("LAMP", 0.5, -0.015),
-        a_row("Wanda", 0.6, 0.0),
-        a_row("Wanda", 0.6, 0.0, task="koniqpp"),
-    ]
+    rows = [a_row("ours", 0.1, -0.03, curve=curve), a_row("ours", 0.2, -0.01, curve=curve[:3], seed=1)]
+    for seed in (0, 1):
+        rows += [a_row("one-shot l1, our refit", 0.3, 0.0, seed=seed), a_row("Wanda", 0.6, 0.0, seed=seed)]
+        rows.append(a_row("LAMP", 0.5, -0.015, curve=[(1, 0.9), (0.75, 0.885), (0.5, 0.88)], seed=seed))
+    rows += [a_row("simulated annealing", 0.01, 0.0), a_row("Wanda", 0.6, 0.0, task="koniqpp")]
     head, _, *lines = table.brief(rows).splitlines()
-    assert head.count("|") == 12
+    assert head.count("|") == 13
     assert lines == [
-        "| MNIST, LeNet-300-100: accuracy, % | 2 | 1,000 | 90.00 | 15.00 (10.00 to 20.00) | -2.00 (-3.00 to -1.00) "
-        "| LAMP | 50.00 (50.00 to 50.00) | -1.50 (-1.50 to -1.50) | 0.30 | 20.00 |"
+        "| MNIST, LeNet-300-100: accuracy, % | 1,000 | 2 | 90.00 | 15.00 (10.00 to 20.00) | -2.00 (-3.00 to -1.00) "
+        "| LAMP, of 2 | 50.00 | -1.50 | 0.30 | ≤ 0.27 | 30.00 |"
     ]
 
 
-@pytest.mark.parametrize(("least", "left"), [(0.95, 1.0), (0.9, 1.0), (0.895, 1.0), (0.89, 0.2), (0.8, 0.1)])
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--results", "kept.csv"], "--results is kept.csv, which the tables would be written to"),
+        (["--tasks", "mnist", "tid2013"], "tid2013.npz is not in .*leave tid2013 out of --tasks"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(folder, capsys, arguments, told):
+    with pytest.raises(SystemExit):
+        run.main(["--data", str(folder), *arguments])
+    assert re.search(told, " ".join(capsys.readouterr().err.split()))
+
+
+def test_a_run_that_is_there_twice_is_refused():
+    with pytest.raises(ValueError, match="mnist, LAMP, seed 0 is there 2 times"):
+        table.summary([a_row("LAMP", 0.5, 0.0), a_row("LAMP", 0.4, 0.0)])
+
+
+@pytest.mark.parametrize(
+    ("least", "left"),
+    [(0.95, (1.0, True)), (0.9, (1.0, True)), (0.895, (1.0, True)), (0.89, (0.2, True)), (0.8, (0.1, False))],
+)
 def test_a_curve_holds_down_to_its_first_fall_below(least, left):
     row = a_row("ours", 0.1, 0, curve=[(0.2, 0.895), (1.0, 0.9), (0.1, 0.87), (0.3, 0.89)])
     assert table.left_at(row, least) == left
@@ -364,6 +432,6 @@ def test_the_published_tables_are_those_of_the_finished_runs(tmp_path):
     rows = table.chosen(rows_of(project / "examples/paper/results.jsonl"))
     assert table.brief(rows) in (project / "README.md").read_text()
     published = project / "examples" / "paper" / "results"
-    assert published.with_suffix(".md").read_text() == table.markdown(rows) + "\n"
+    assert published.with_suffix(".md").read_text() == table.text(rows) + "\n"
     table.write_csv(table.summary(rows), tmp_path / "results.csv")
     assert published.with_suffix(".csv").read_text() == (tmp_path / "results.csv").read_text()

@@ -131,6 +131,7 @@ def load(name: str, folder: Path, held_out: bool = False, quick: bool = False) -
     Raises:
         FileNotFoundError: If the file is not in the folder.
     """
+    check_there(name, folder)
     source = SOURCES[name]
     arrays = _arrays(source, folder, ("train",) if held_out else ("train", "test"))
     rows = _part(arrays, "train", source)
@@ -146,17 +147,26 @@ def load(name: str, folder: Path, held_out: bool = False, quick: bool = False) -
     return Task(name, source.opinion, source.network, *_normalised(parts), centre, scale, held_out)
 
 
+def check_there(name: str, folder: Path) -> None:
+    """See that the file of a task is in the folder, or can be fetched.
+
+    Raises:
+        FileNotFoundError: If not.
+    """
+    source = SOURCES[name]
+    if source.original != MNIST and not (folder / source.file).exists():
+        raise FileNotFoundError(
+            f"{source.file} is not in {folder}, but must be there in the layout of Keras' mnist.npz. "
+            f"The public original: {source.original}."
+        )
+
+
 def _arrays(source: Source, folder: Path, parts: Sequence[str]) -> Arrays:
     """The arrays of the parts named; others are not read."""
     path = folder / source.file
     if path.exists():
         with np.load(path) as arrays:
             return {key: arrays[key] for key in arrays.files if key.rpartition("_")[2] in parts}
-    if source.original != MNIST:
-        raise FileNotFoundError(
-            f"{source.file} is not in {folder}, but must be there in the layout of Keras' mnist.npz. "
-            f"The public original: {source.original}."
-        )
     from sklearn.datasets import fetch_openml
 
     images, digits = fetch_openml("mnist_784", version=1, return_X_y=True, as_frame=False)

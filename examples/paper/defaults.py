@@ -95,13 +95,13 @@ def measured(case: Case, variant: str) -> Row:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """For each variant the mean change, and its difference from where it began with its standard error."""
+    """For each variant the mean change, and its paired difference from where it began with its standard error."""
     for task in dict.fromkeys(row["task"] for row in rows):
         of = {(row["variant"], row["seed"]): row for row in rows if row["task"] == task}
-        seeds = sorted({seed for _, seed in of})
         print(f"\n{task}: change at {', '.join(f'{100 * one:g}' for one in LEFT)} % of the weights, x 100; mean")
         for variant in VARIANTS:
-            if not all((variant, seed) in of for seed in seeds):
+            seeds = sorted(seed for name, seed in of if name == variant and ("start", seed) in of)
+            if not seeds:
                 continue
             changes = 100 * np.array([of[variant, seed]["changes"] for seed in seeds])
             base = 100 * np.array([of["start", seed]["changes"] for seed in seeds])
@@ -109,7 +109,8 @@ def show(rows: Sequence[Row]) -> None:
             error = f" (s.e. {stdev(apart) / math.sqrt(len(apart)):.2f})" if len(apart) > 1 else ""
             cells = "  ".join(f"{one:7.2f}" for one in changes.mean(0))
             seconds = mean(of[variant, seed]["seconds"] for seed in seeds)
-            print(f"  {variant:44} {cells}  {changes.mean():7.2f}  {apart.mean():+6.2f}{error}  {seconds:5.0f} s")
+            found = f"{cells}  {changes.mean():7.2f}  {apart.mean():+6.2f}{error}"
+            print(f"  {variant:44} {found}, {len(seeds)} seeds, {seconds:.0f} s")
 
 
 def main() -> None:
@@ -119,7 +120,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("defaults.jsonl"))
-    parser.add_argument("--networks", type=Path, default=Path("networks"), help="folder of trained networks")
+    parser.add_argument("--networks", type=Path, default=Path("runs/paper/networks"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = Runs(options.results)

@@ -2,13 +2,14 @@
 
 Training data may be used for gradients and calibration inputs, validation data for choosing, and what judges does
 nothing else. A peer orders the weights in its own way; how many may go is then chosen for it on the validation data:
-of all numbers of survivors on a fine grid the smallest that keeps the floor, even if a larger one does not. No method
-trains the pruned network.
+of all numbers of survivors on a fine grid the smallest that keeps the floor, even if a larger one does not. Where each
+number takes many validations or a refit, one in `STRIDE` of the grid is tried, and then those between the smallest that
+holds and the next. No method trains the pruned network, and no peer chooses the survivors' values anew.
 """
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -47,6 +48,7 @@ NOISE = 0.1  # in units of a layer's root mean square weight
 NEAR, EXCHANGED, HEAT = 0.2, 0.1, 0.02
 BLOCK = 500  # validation rows that are looked at together
 STRIDE = 4  # a curve shows every fourth point of the grid
+SINGLES = 2_000  # training rows that are derived one by one
 
 Values = Mapping[str, Tensor]
 Pruner = Callable[[int], Mask]
@@ -206,7 +208,7 @@ class OnPart:
 
 
 def paper(case: Case) -> Found:
-    """The literal paper: the roulette of sharpness 1, branches ranked and levels accepted by the validation score."""
+    """The paper as its abstract reads: a roulette of sharpness 1, branches ranked and levels accepted by the score."""
     return _of(
         case,
         search(
@@ -344,6 +346,16 @@ def by_sensitivity(case: Case) -> Pruner:
     return Falling({name: (case.weights[name] * mean).abs() for name, (mean, _) in gradients(case).items()})
 
 
+def by_taylor(case: Case) -> Pruner:
+    """`|w|` times the mean of `|g|` over single training rows, whose gradients do not cancel as their mean's do."""
+    order = _shuffled(case)[:SINGLES]
+    sums = {name: torch.zeros_like(weight) for name, weight in case.weights.items()}
+    for found in _derived(case, order.split(1)):
+        for name, one in found.items():
+            sums[name] += one.abs()
+    return Falling({name: (case.weights[name] * one).abs() for name, one in sums.items()})
+
+
 def by_fisher(case: Case) -> Pruner:
     """`w ** 2` times the mean squared gradient of a batch: optimal brain damage with Fisher's diagonal as curvature."""
     return Falling({name: case.weights[name].square() * square for name, (_, square) in gradients(case).items()})
@@ -357,15 +369,25 @@ def by_lamp(case: Case) -> Pruner:
 def wanda(case: Case) -> Pruner:
     """`|w|` times the root mean square of its input, compared within each output (Sun et al. 2024).
 
-    As there, every output keeps the same share of its weights, up to one. There embeddings and head stay dense; here
-    all layers are pruned, as by every other method.
+    As there, every output keeps the same share of its weights, up to one. There embeddings and head stay dense, and
+    inputs are those of the pruned layers before; here all layers are pruned, as by every other method, by the inputs of
+    the dense network.
     """
+    return _within_groups(case, groups=len)
+
+
+def wanda_by_layer(case: Case) -> Pruner:
+    """The same scores compared within each layer, so that units which training has left dead may go whole."""
+    return _within_groups(case, groups=lambda weight: 1)
+
+
+def _within_groups(case: Case, groups: Callable[[Tensor], int]) -> Pruner:
     scales = case.calibration.scales("activation", Mask.full(case.weights), {})
     shares = {}
     for name, weight in case.weights.items():
-        rows = (weight.abs() * scales[name]).flatten(1)
-        place = rows.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        shares[name] = (-(place + 0.5) / rows.shape[1]).view(weight.shape)
+        scores = (weight.abs() * scales[name]).reshape(groups(weight), -1)
+        place = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        shares[name] = (-(place + 0.5) / scores.shape[1]).view(weight.shape)
     return Falling(shares)
 
 
@@ -395,58 +417,70 @@ def noisy(case: Case) -> Pruner:
 
 
 def annealed(case: Case) -> Pruner:
-    """Simulated annealing from magnitude pruning: the best mask seen by validation loss at each number of survivors.
+    """Simulated annealing over masks: the best one seen by validation loss at each number of survivors.
 
-    A step exchanges some survivors for as many pruned weights, drawn among those of about the threshold's magnitude.
-    There are as many steps as a branch has candidates, so that as much is validated as a search without a race would.
+    It starts from that of the next larger number, less the smallest of its weights; the first from all weights. A step
+    exchanges some survivors for as many pruned weights, drawn among those of about the threshold's magnitude. There are
+    as many steps as a branch has candidates, so that as much is validated as in a search without a race.
     """
-    known: dict[int, Mask] = {}
+    known = {case.total: torch.ones(case.total, dtype=torch.bool)}  # in the order of falling magnitude
     ordered = Falling({name: one.abs() for name, one in case.weights.items()})
 
     def pruner(survivors: int) -> Mask:
         if survivors not in known:
-            known[survivors] = _anneal(case, ordered, survivors)
-        return known[survivors]
+            larger = known[min(size for size in known if size > survivors)]
+            start = torch.zeros_like(larger)
+            start[larger.nonzero().flatten()[:survivors]] = True
+            known[survivors] = _anneal(case, ordered, survivors, start)
+        return ordered.mask(known[survivors])
 
     return pruner
 
 
-def _anneal(case: Case, ordered: Falling, survivors: int) -> Mask:
-    kept = torch.arange(case.total) < survivors  # in the order of falling magnitude
+def _anneal(case: Case, ordered: Falling, survivors: int, kept: Tensor) -> Tensor:
     near = min(round(NEAR * survivors), case.total - survivors)
     if not near:
-        return ordered.mask(kept)
+        return kept
     chance = torch.Generator().manual_seed(_seed(case.seed, survivors))
     best = now = case.loss(case.masked(ordered.mask(kept)), case.val)
     found, hottest = kept, HEAT * max(now, 1e-12)
     for step in range(case.size.branches):
         proposed, middle = kept.clone(), slice(survivors - near, survivors + near)
-        for side in (True, False):
-            there = (kept[middle] == side).nonzero().flatten() + middle.start
-            drawn = torch.randperm(len(there), generator=chance)[: math.ceil(EXCHANGED * near)]
-            proposed[there[drawn]] = not side
+        sides = [(kept[middle] == side).nonzero().flatten() + middle.start for side in (True, False)]
+        number = min(math.ceil(EXCHANGED * near), *map(len, sides))
+        for side, there in zip((True, False), sides, strict=True):
+            proposed[there[torch.randperm(len(there), generator=chance)[:number]]] = not side
         loss = case.loss(case.masked(ordered.mask(proposed)), case.val)
         heat = hottest * (1 - step / case.size.branches)
         if loss <= now or float(torch.rand((), generator=chance)) < math.exp((now - loss) / heat):
             kept, now = proposed, loss
         if loss < best:
             found, best = proposed, loss
-    return ordered.mask(found)
+    return found
 
 
 def gradients(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
     """For each weight the mean over batches of training data of the loss's gradient, and of its square."""
-    net, count = copy.deepcopy(case.net), len(case.train)
+    sums = {name: (torch.zeros_like(one), torch.zeros_like(one)) for name, one in case.weights.items()}
+    batches = _shuffled(case).split(GRADIENT_BATCH)
+    for batch, found in zip(batches, _derived(case, batches), strict=True):
+        for name, one in found.items():
+            sums[name][0].add_(one, alpha=len(batch) / len(case.train))
+            sums[name][1].addcmul_(one, one, value=1 / len(batches))
+    return sums
+
+
+def _shuffled(case: Case) -> Tensor:
+    return torch.randperm(len(case.train), generator=torch.Generator().manual_seed(case.seed)).to(case.train.y.device)
+
+
+def _derived(case: Case, batches: Iterable[Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The gradient of the loss of each batch of training rows."""
+    net = copy.deepcopy(case.net)
     weights = prunable_parameters(net)
-    sums = {name: (torch.zeros_like(one), torch.zeros_like(one)) for name, one in weights.items()}
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(case.seed)).to(case.train.y.device)
-    batches = order.split(GRADIENT_BATCH)
     for batch in batches:
         loss = losses(net(case.train.x[batch]), case.task, case.train.y[batch]).mean()
-        for name, found in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
-            sums[name][0].add_(found, alpha=len(batch) / count)
-            sums[name][1].addcmul_(found, found, value=1 / len(batches))
-    return sums
+        yield dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
 
 
 PEERS: dict[str, Callable[[Case], Pruner]] = {
@@ -455,9 +489,11 @@ PEERS: dict[str, Callable[[Case], Pruner]] = {
     "torch layer-wise l1": layer_wise,
     "gradient |w g|": by_sensitivity,
     "gradient |g|": by_gradient,
+    "Taylor |w| mean |g|": by_taylor,
     "LAMP": by_lamp,
-    "OBS diagonal Fisher": by_fisher,
+    "OBD diagonal Fisher": by_fisher,
     "Wanda": wanda,
+    "Wanda, by layer": wanda_by_layer,
     "Gaussian noise": noisy,
     "simulated annealing": annealed,
 }

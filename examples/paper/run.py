@@ -1,6 +1,7 @@
 """The paper's evaluation: every method on every task, from the same trained networks, by the same rules.
 
-Finished runs are lines of JSON in the file of results and are not done again; a run that was killed starts anew. Ends
+Finished runs are lines of JSON in the file of results and are not done again, whatever has changed since; a run that
+was killed starts anew. One process writes to a file. Ends
 with the tables and the figure, beside the results. `--held-out` judges by training data that neither trained nor chose,
 as defaults are to be settled without the test data.
 """
@@ -8,11 +9,11 @@ as defaults are to be settled without the test data.
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from data import SOURCES, TASKS, load
+from data import SOURCES, TASKS, check_there, load
 from methods import METHODS, QUICK, Case, Found, Size, applied
 from networks import trained
 from table import chosen, publish
@@ -58,9 +59,9 @@ def curve(case: Case, slim: Found, least: float) -> list[tuple[float, float]]:
 
 
 def run(
-    tasks: Sequence[str],
-    methods: Sequence[str],
-    seeds: Sequence[int] | None,
+    tasks: Iterable[str],
+    methods: Iterable[str],
+    seeds: Iterable[int] | None,
     results: Runs,
     data: Path,
     networks: Path,
@@ -96,18 +97,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=SOURCES, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 4, of cifar10 0 to 2")
-    parser.add_argument("--results", type=Path, default=Path("results.jsonl"))
-    parser.add_argument("--networks", type=Path, default=Path("networks"), help="folder of trained networks")
+    parser.add_argument("--results", type=Path, default=Path("runs/paper/results.jsonl"))
+    parser.add_argument("--networks", type=Path, default=Path("runs/paper/networks"))
     parser.add_argument("--held-out", action="store_true", help="judge by held-out training data, not by test data")
     parser.add_argument("--quick", action="store_true", help="everything in miniature")
     parser.add_argument("--device", default="cpu", help="where the pruning is done")
     options = parser.parse_args(arguments)
+    if options.results.suffix in (".md", ".csv", ".png"):
+        parser.error(f"--results is {options.results}, which the tables would be written to. Name a .jsonl file.")
+    for name in options.tasks:
+        try:
+            check_there(name, options.data)
+        except FileNotFoundError as error:
+            parser.error(f"{error} Or leave {name} out of --tasks.")
     torch.set_num_threads(1)
     results = Runs(options.results)
     run(
-        options.tasks,
-        options.methods,
-        options.seeds,
+        dict.fromkeys(options.tasks),
+        dict.fromkeys(options.methods),
+        None if options.seeds is None else dict.fromkeys(options.seeds),
         results,
         options.data,
         options.networks,

@@ -8,6 +8,7 @@ import argparse
 import csv
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -19,7 +20,7 @@ from data import SOURCES
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from finished_runs import Row, read
 
-OURS = "ours"
+OURS, REFIT_ALONE = "ours", "one-shot l1, our refit"
 NUMBERS = ("left", "judge_change", "val_change", "judge", "dense_judge", "rmse", "dense_rmse", "within", "dense_within")
 TICKS = (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001)
 SHOWN = 0.1  # what a panel shows below the dense network's score
@@ -33,10 +34,18 @@ def chosen(rows: Iterable[Row], held_out: bool = False, quick: bool = False) -> 
 
 
 def summary(rows: Iterable[Row]) -> list[Row]:
-    """For each task and method the mean, least and largest of each number over the seeds, the slimmest method first."""
+    """For each task and method the mean, least and largest of each number over the seeds, the slimmest method first.
+
+    Raises:
+        ValueError: If a run is there twice.
+    """
     groups: dict[tuple[object, object], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["task"], row["method"]), []).append(row)
+    for (task, method), group in groups.items():
+        for seed, times in Counter(row["seed"] for row in group).items():
+            if times > 1:
+                raise ValueError(f"{task}, {method}, seed {seed} is there {times} times, but each run counts once.")
     found = [_summed(group) for group in groups.values()]
     order = {task: place for place, task in enumerate(dict.fromkeys(one["task"] for one in found))}
     return sorted(found, key=lambda one: (order[one["task"]], one["left"]))
@@ -75,27 +84,39 @@ def markdown(rows: Sequence[Row]) -> str:
 def brief(rows: Sequence[Row]) -> str:
     """Ours against the best peer of each task: of the methods that take nothing of ours the one that keeps least.
 
-    The last column is where the test scores of ours, level by level, first fall by more than that peer's mean change.
+    Methods that were not run with all seeds of ours are not looked at. "At equal loss" is the share of weights left of
+    ours over that of the peer, each where its test scores, from level to level or along the grid, first fall by more
+    than the peer's mean change: read off the curves. It is a bound where a search ended before that.
     """
-    heads = ["", "seeds", "weights", "dense", "ours keeps, % (range)", "change (range)"]
-    heads += ["best peer", "keeps, % (range)", "change (range)", "ours / peer", "ours at the peer's change, %"]
-    lines = [heads, ["---", *["---:"] * 5, "---", *["---:"] * 4]]
-    of_task: dict[str, list[Row]] = {}
-    for one in summary(rows):
-        of_task.setdefault(one["task"], []).append(one)
-    for task, found in of_task.items():
-        ours = [one for one in found if one["method"] == OURS]
+    heads = ["", "weights", "seeds", "dense", "ours keeps, % (range)", "change (range)", "best peer", "keeps, %"]
+    heads += ["change", "ours / peer", "at equal loss", "refit alone keeps, %"]
+    lines = [heads, ["---", *["---:"] * 5, "---", *["---:"] * 5]]
+    by_task: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], {}).setdefault(row["method"], []).append(row)
+    for task, by_method in by_task.items():
+        seeds = {row["seed"] for row in by_method.get(OURS, [])}
+        whole = {method: runs for method, runs in by_method.items() if {row["seed"] for row in runs} == seeds}
+        found = summary(row for runs in whole.values() for row in runs)
         peers = [one for one in found if not takes_ours(one["method"])]
-        if not ours or not peers:
+        if not peers:
             continue
-        our, peer = ours[0], peers[0]
-        runs = [row for row in rows if row["task"] == task and row["method"] == OURS]
-        title = f"{SOURCES[task].title}: {_unit(our)}"
-        line = [title, our["seeds"], f"{runs[0]['weights']:,}", _number(our, "dense_judge"), _left(our), _change(our)]
-        line += [peer["method"], _left(peer), _change(peer), f"{our['left'] / peer['left']:.2f}"]
-        alike = mean(left_at(row, row["dense_judge"] + peer["judge_change"]) for row in runs)
-        lines.append([*line, f"{100 * alike:.2f}"])
+        our, alone = (next((one for one in found if one["method"] == name), None) for name in (OURS, REFIT_ALONE))
+        peer, runs = peers[0], whole[OURS]
+        line = [f"{SOURCES[task].title}: {_unit(our)}", f"{runs[0]['weights']:,}", len(seeds)]
+        line += [_number(our, "dense_judge"), _left(our), _change(our), f"{peer['method']}, of {len(peers)}"]
+        line += [f"{100 * peer['left']:.2f}", _number(peer, "judge_change", "+"), f"{our['left'] / peer['left']:.2f}"]
+        line += [_at_equal_loss(runs, whole[peer["method"]], peer["judge_change"])]
+        lines.append([*line, f"{100 * alone['left']:.2f}" if alone else ""])
     return _lines(lines)
+
+
+def _at_equal_loss(ours: Sequence[Row], peers: Sequence[Row], change: float) -> str:
+    (our, fell), (peer, _) = (
+        map(mean, zip(*(left_at(row, row["dense_judge"] + change) for row in runs), strict=True))
+        for runs in (ours, peers)
+    )
+    return f"{'' if fell == 1 else '≤ '}{our / peer:.2f}"
 
 
 def takes_ours(method: str) -> bool:
@@ -103,10 +124,11 @@ def takes_ours(method: str) -> bool:
     return "our" in method
 
 
-def left_at(row: Row, least: float) -> float:
-    """The share of weights to which the curve of a run goes down before it first falls below a score."""
-    held = [left for left, score in itertools.takewhile(lambda point: point[1] >= least, sorted(row["curve"])[::-1])]
-    return held[-1] if held else 1.0
+def left_at(row: Row, least: float) -> tuple[float, bool]:
+    """The share of weights to which the curve of a run goes down before it first falls below a score; if it does."""
+    points = sorted(row["curve"])[::-1]
+    held = [left for left, score in itertools.takewhile(lambda point: point[1] >= least, points)]
+    return (held[-1] if held else 1.0), len(held) < len(points)
 
 
 def _number(one: Row, name: str, sign: str = "") -> str:
@@ -195,13 +217,27 @@ def _line(axes: plt.Axes, rows: Sequence[Row], colour: object) -> None:
     axes.plot(*marks, marker="*" if is_ours else ".", color=colour, zorder=4)
 
 
+def text(rows: Sequence[Row]) -> str:
+    """All tables, and how they are to be read; the runs are of one kind."""
+    judged = "training data that was held out for it" if rows[0]["held_out"] else "test data"
+    notes = [f"Judged by {judged}, which chose nothing; means over seeds of training and search."]
+    notes.append("Validations count neither gradients nor refits; seconds are of one thread of a shared machine.")
+    if rows[0]["quick"]:
+        notes = ["In miniature: the numbers mean nothing.", *notes]
+    return "\n".join(notes) + "\n\n" + markdown(rows)
+
+
 def publish(rows: Sequence[Row], to: Path) -> None:
-    """Print the tables, and write them, the summary and the figure to files of this name: .md, .csv and .png."""
-    tables = markdown(rows)
+    """Print the tables of runs of one kind, and write them, the summary and the figure to NAME.md, .csv and .png.
+
+    The name of what is no final result ends in `-held-out` or `-quick`.
+    """
+    tables = text(rows)
     print(tables)
-    to.with_suffix(".md").write_text(tables + "\n")
-    write_csv(summary(rows), to.with_suffix(".csv"))
-    draw(rows, to.with_suffix(".png"))
+    path = to.with_name(to.stem + "-held-out" * rows[0]["held_out"] + "-quick" * rows[0]["quick"])
+    path.with_suffix(".md").write_text(tables + "\n")
+    write_csv(summary(rows), path.with_suffix(".csv"))
+    draw(rows, path.with_suffix(".png"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -211,6 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", action="store_true", help="the runs judged by held-out training data")
     parser.add_argument("--quick", action="store_true", help="the runs in miniature")
     options = parser.parse_args(arguments)
+    if missing := [str(path) for path in options.results if not path.exists()]:
+        parser.error(f"there is no {', '.join(missing)}.")
     rows = chosen((row for path in options.results for row in read(path)), options.held_out, options.quick)
     if not rows:
         parser.error("there are no such runs.")
