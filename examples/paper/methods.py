@@ -42,10 +42,10 @@ from lightning_roulette.core.selection import keeps_floor
 TOLERANCE = 0.005
 INPUTS = {"lenet-5": 10_000, "photo-cnn": 10_000, "resnet-8": 2_500, "resnet-20": 2_500}  # that calibrate, at most
 GRADIENT_BATCH = 100
-NOISE = 0.1  # in units of a layer's root mean square weight
+NOISE = 0.03  # in units of a layer's root mean square weight
 # of simulated annealing: the magnitudes that may be exchanged, as a share of the survivors on either side of the
 # threshold; what share of these a step exchanges; and the first temperature, in units of the first loss
-NEAR, EXCHANGED, HEAT = 0.2, 0.1, 0.02
+NEAR, EXCHANGED, HEAT = 0.05, 0.3, 0.002
 BLOCK = 500  # validation rows that are looked at together
 STRIDE = 4  # a curve shows every fourth point of the grid
 SINGLES = 2_000  # training rows that are derived one by one
