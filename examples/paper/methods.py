@@ -3,7 +3,7 @@
 Training data may be used for gradients and calibration inputs, validation data for choosing, and what judges does
 nothing else. A peer orders the weights in its own way; how many may go is then chosen for it on the validation data:
 of all numbers of survivors on a fine grid the smallest that keeps the floor, even if a larger one does not. Where each
-number takes many validations or a refit, one in `STRIDE` of the grid is tried, and then those between the smallest that
+number takes many validations, a long one or a refit, one in `STRIDE` of the grid is tried, and then those between the smallest that
 holds and the next. No method trains the pruned network, and no peer chooses the survivors' values anew.
 """
 
@@ -498,6 +498,7 @@ PEERS: dict[str, Callable[[Case], Pruner]] = {
     "simulated annealing": annealed,
 }
 DEAR = ("Gaussian noise", "simulated annealing")  # each number of survivors takes them many validations
+LONG = ("photo-cnn",)  # a validation takes long, and none can be broken off, as ranks are of all rows
 OURS: dict[str, Callable[[Case], Found]] = {
     "ours, paper": paper,
     "ours, no refit": lambda case: ours(case, refit=False),
@@ -511,7 +512,8 @@ def applied(case: Case, method: str) -> Found:
     """What a method makes of a network."""
     if method in OURS:
         return OURS[method](case)
-    return slimmest(case, PEERS[method](case), STRIDE if method in DEAR else 1)
+    stride = STRIDE if method in DEAR or case.task.network in LONG else 1
+    return slimmest(case, PEERS[method](case), stride)
 
 
 def _seed(*numbers: int) -> int:
