@@ -3,8 +3,8 @@
 Training data may be used for gradients and calibration inputs, validation data for choosing, and what judges does
 nothing else. A peer orders the weights in its own way; how many may go is then chosen for it on the validation data:
 of all numbers of survivors on a fine grid the smallest that keeps the floor, even if a larger one does not. Where each
-number takes many validations, a long one or a refit, one in `STRIDE` of the grid is tried, and then those between the smallest that
-holds and the next. No method trains the pruned network, and no peer chooses the survivors' values anew.
+number takes many validations, a long one or a refit, one in `STRIDE` of the grid is tried, and then those between the
+smallest that holds and the next. No method trains the pruned network, and no peer chooses the survivors' values anew.
 """
 
 import copy
