@@ -145,8 +145,8 @@ def _left(one: Row) -> str:
 
 
 def _change(one: Row) -> str:
-    mean, low, high = (_number(one, f"judge_change{end}", "+") for end in ("", "_min", "_max"))
-    return f"{mean} ({low} to {high})"
+    middle, low, high = (_number(one, f"judge_change{end}", "+") for end in ("", "_min", "_max"))
+    return f"{middle} ({low} to {high})"
 
 
 def _lines(lines: Iterable[Sequence[object]]) -> str:
@@ -154,7 +154,7 @@ def _lines(lines: Iterable[Sequence[object]]) -> str:
 
 
 def _table(found: Sequence[Row]) -> str:
-    first = found[0]
+    first = max(found, key=lambda one: one["seeds"])
     extra = [name for name in ("rmse", "within") if first[name] is not None]
     heads = ["weights left, % (range)", "change (range)", "score", *extra, "validations", "seconds", "seeds"]
     lines = [[f"{SOURCES[first['task']].title}: {_unit(first)}", *heads], ["---", *["---:"] * len(heads)]]
