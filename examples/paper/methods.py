@@ -126,13 +126,17 @@ class Case:
         """The dense network's validation score, under `val`, and what judges it."""
         return {"val": self.score({}, self.val), **self.judged({})}
 
+    @cached_property
+    def shuffled(self) -> Tensor:
+        """The training rows in an order that is the seed's."""
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.seed))
+        return order.to(self.train.y.device)
+
     @property
     def calibration(self) -> Calibration:
         """Training inputs, without their targets."""
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.seed))
         inputs = min(self.size.inputs, INPUTS.get(self.task.network, self.size.inputs))
-        chosen = order[:inputs].to(self.train.x.device)
-        return Calibration(self.net, [self.train.x[chosen]], seed=self.seed)
+        return Calibration(self.net, [self.train.x[self.shuffled[:inputs]]], seed=self.seed)
 
     def outputs(self, values: Values, part: Part) -> Tensor:
         """Of the network with some of its values replaced."""
@@ -348,7 +352,7 @@ def by_sensitivity(case: Case) -> Pruner:
 
 def by_taylor(case: Case) -> Pruner:
     """`|w|` times the mean of `|g|` over single training rows, whose gradients do not cancel as their mean's do."""
-    order = _shuffled(case)[:SINGLES]
+    order = case.shuffled[:SINGLES]
     sums = {name: torch.zeros_like(weight) for name, weight in case.weights.items()}
     for found in _derived(case, order.split(1)):
         for name, one in found.items():
@@ -462,16 +466,12 @@ def _anneal(case: Case, ordered: Falling, survivors: int, kept: Tensor) -> Tenso
 def gradients(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
     """For each weight the mean over batches of training data of the loss's gradient, and of its square."""
     sums = {name: (torch.zeros_like(one), torch.zeros_like(one)) for name, one in case.weights.items()}
-    batches = _shuffled(case).split(GRADIENT_BATCH)
+    batches = case.shuffled.split(GRADIENT_BATCH)
     for batch, found in zip(batches, _derived(case, batches), strict=True):
         for name, one in found.items():
             sums[name][0].add_(one, alpha=len(batch) / len(case.train))
             sums[name][1].addcmul_(one, one, value=1 / len(batches))
     return sums
-
-
-def _shuffled(case: Case) -> Tensor:
-    return torch.randperm(len(case.train), generator=torch.Generator().manual_seed(case.seed)).to(case.train.y.device)
 
 
 def _derived(case: Case, batches: Iterable[Tensor]) -> Iterator[dict[str, Tensor]]:

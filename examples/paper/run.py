@@ -1,9 +1,8 @@
 """The paper's evaluation: every method on every task, from the same trained networks, by the same rules.
 
 Finished runs are lines of JSON in the file of results and are not done again, whatever has changed since; a run that
-was killed starts anew. One process writes to a file. Ends
-with the tables and the figure, beside the results. `--held-out` judges by training data that neither trained nor chose,
-as defaults are to be settled without the test data.
+was killed starts anew. One process writes to a file. Ends with the tables and the figure, beside the results.
+`--held-out` judges by training data that neither trained nor chose, as defaults are to be settled without test data.
 """
 
 import argparse

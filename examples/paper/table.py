@@ -101,8 +101,8 @@ def brief(rows: Sequence[Row]) -> str:
         peers = [one for one in found if not takes_ours(one["method"])]
         if not peers:
             continue
-        our, alone = (next((one for one in found if one["method"] == name), None) for name in (OURS, REFIT_ALONE))
-        peer, runs = peers[0], whole[OURS]
+        of = {one["method"]: one for one in found}
+        our, alone, peer, runs = of[OURS], of.get(REFIT_ALONE), peers[0], whole[OURS]
         line = [f"{SOURCES[task].title}: {_unit(our)}", f"{runs[0]['weights']:,}", len(seeds)]
         line += [_number(our, "dense_judge"), _left(our), _change(our), f"{peer['method']}, of {len(peers)}"]
         line += [f"{100 * peer['left']:.2f}", _number(peer, "judge_change", "+"), f"{our['left'] / peer['left']:.2f}"]
