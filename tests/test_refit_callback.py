@@ -24,7 +24,9 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     RandomSampler,
+    SubsetRandomSampler,
     TensorDataset,
+    WeightedRandomSampler,
     get_worker_info,
 )
 
@@ -561,6 +563,60 @@ def test_training_data_is_read_in_whatever_form_it_comes(make_trainer, name):
     assert pruning.report.winner.undone == {}
     winner = pruning.weights_at(pruning.report.winner.level)
     assert equal({one: module.state_dict()[one] for one in winner}, winner)
+
+
+class OwnIterator(DataLoader):
+    """Gives something else than its data set."""
+
+    def __iter__(self):
+        return ([x + 0.0, y] for x, y in super().__iter__() if len(y) == 50)
+
+
+class Quarters(BatchSampler):
+    """Has a size, and more to its batches than that."""
+
+    def __iter__(self):
+        return (batch for batch in super().__iter__() if max(batch) < 100)
+
+
+def chosen(**more):
+    return SubsetRandomSampler(range(100), **more)
+
+
+PARTS = {
+    "subset": lambda data: DataLoader(data, 50, sampler=chosen()),
+    "subset, own generator": lambda data: DataLoader(data, 50, sampler=chosen(generator=torch.Generator())),
+    "weights": lambda data: DataLoader(data, 50, sampler=WeightedRandomSampler([1.0] * 100 + [0.0] * 300, 400)),
+    "indices": lambda data: DataLoader(data, 50, sampler=range(100)),
+    "plain, over a part": lambda data: DataLoader(data, 50, sampler=RandomSampler(range(100))),
+    "dropped rest": lambda data: DataLoader(data, 99, sampler=range(100), drop_last=True),
+    "batches of indices": lambda data: DataLoader(data, batch_sampler=BatchSampler(chosen(), 50, False)),
+    "own batches": lambda data: DataLoader(data, batch_sampler=Quarters(range(400), 50, False)),
+    "own iterator": lambda data: OwnIterator(data, 50, sampler=range(100), num_workers=0),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_only_what_the_sampler_gives_is_calibrated_on(make_trainer, name):
+    data = blobs(400, 1)
+    module, pruning = Calibrated(), pruner()
+    fitted(make_trainer, pruning, module=module, train=PARTS[name](data))
+    seen = rows(torch.cat(module.calibrated[1:]))
+    assert seen <= rows(data.tensors[0][:100])
+    assert len(seen) == {"weights": len(seen), "dropped rest": 99}.get(name, 100)
+    assert len(seen) > 90
+
+
+def test_the_rows_of_the_calibration_do_not_depend_on_the_state_of_chance(make_trainer):
+    seen = []
+    for turn in range(2):
+        torch.manual_seed(turn)
+        module = Calibrated()
+        loader = DataLoader(blobs(400, 1), 50, sampler=WeightedRandomSampler([1.0] * 400, 200))
+        make_trainer(callbacks=[pruner()], max_epochs=1).fit(module, loader, val_loader())
+        seen.append(rows(torch.cat(module.calibrated[1:])))
+    assert seen[0] == seen[1]
+    assert len(seen[0]) < 200
 
 
 class Locked(Dataset):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+)
 
 from lightning_roulette.core.calibration import Calibration, Refitted
 from lightning_roulette.core.chance import random_bits, stream
@@ -28,6 +37,7 @@ _DRAINED = (
     "RouletteWheelPruning: the training data is {}, of which a refit would take batches away. Pass a DataLoader over a "
     "data set that can be read again, or refit=None."
 )
+_MOST_SAMPLES = 2**20  # that a sampler without a length is asked for
 _JOINED_BYTES = 2**25  # of several batches made one, which takes fewer runs
 
 
@@ -167,22 +177,69 @@ def _own(loader: Any, seed: int) -> Iterable[Any]:
         if (again := cast(Any, data)) is iter(again):
             raise RuntimeError(_DRAINED.format("a data set that is its own iterator"))
         return DataLoader(data, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
-    order = random_bits(stream(seed, 0, 0, "calibration"), torch.arange(len(data))).argsort().tolist()
+    if any(getattr(type(loader), name) is not getattr(DataLoader, name) for name in ("__iter__", "_get_iterator")):
+        return _quiet(loader)  # a class that makes its batches in a way of its own
     if loader.batch_sampler is not None:
-        size = loader.batch_size or _batch_size(loader.batch_sampler)
-        if size is not None:
-            return DataLoader(data, batch_size=size, sampler=order, collate_fn=loader.collate_fn)
-        # which has a reason for its batches, such as samples of like length; the copy draws chance of its own
-        batches = copy.deepcopy(loader.batch_sampler, {id(data): data})
-        return DataLoader(data, batch_sampler=batches, collate_fn=loader.collate_fn)
-    size = _batch_size(loader.sampler)  # of a data set that is asked for whole batches
-    sampler = order if size is None else BatchSampler(order, size, drop_last=False)
+        return DataLoader(data, batch_sampler=_batches(loader.batch_sampler, data, seed), collate_fn=loader.collate_fn)
+    whole = isinstance(loader.sampler, BatchSampler)  # of a data set that is asked for whole batches
+    sampler = _batches(loader.sampler, data, seed) if whole else _Reordered(loader.sampler, data, seed)
     return DataLoader(data, batch_size=None, sampler=sampler, collate_fn=loader.collate_fn)
 
 
-def _batch_size(sampler: Any) -> int | None:
-    size = getattr(sampler, "batch_size", None)
-    return size if isinstance(size, int) else None
+def _batches(sampler: Any, data: Any, seed: int) -> Any:
+    """Plain batches in an order of ours; others as a copy of the sampler makes them: they have their reason."""
+    if type(sampler) is BatchSampler:
+        return BatchSampler(_Reordered(sampler.sampler, data, seed), sampler.batch_size, sampler.drop_last)
+    return _copied(sampler, data)
+
+
+class _Reordered(Sampler[int]):
+    """The samples that a sampler gives, and no others, in a seeded order that is the same in all processes.
+
+    Args:
+        sampler: Which is not asked itself, but a copy of it.
+        data: That it samples, which is not copied.
+        seed: Of the order.
+    """
+
+    def __init__(self, sampler: Iterable[int], data: Any, seed: int) -> None:
+        within = getattr(getattr(sampler, "dataset", None), "_sampler", None)
+        if isinstance(sampler, DistributedSampler) and within is not None:  # Lightning's, around the user's
+            sampler = within
+        self._sampler, self._data, self._seed = sampler, data, seed
+
+    def __iter__(self) -> Iterator[int]:
+        given = self._given()
+        order = random_bits(stream(self._seed, 0, 0, "calibration"), torch.arange(len(given))).argsort().tolist()
+        return (given[place] for place in order)
+
+    def _given(self) -> Sequence[int]:
+        if type(self._sampler) in (RandomSampler, SequentialSampler, DistributedSampler):
+            source = cast(Any, self._sampler)
+            return range(len(source.dataset if hasattr(source, "dataset") else source.data_source))
+        # one that never ends tells no length
+        most = len(self._sampler) if isinstance(self._sampler, Sized) else _MOST_SAMPLES
+        return list(islice(_copied(self._sampler, self._data), most))
+
+
+def _copied(sampler: Any, data: Any) -> Any:
+    """A copy of a sampler, over the same data, that draws chance of its own."""
+    known: dict[int, Any] = {id(data): data}
+    for holder in (sampler, getattr(sampler, "sampler", None)):
+        for one in getattr(holder, "__dict__", {}).values():
+            if isinstance(one, torch.Generator):
+                known[id(one)] = torch.Generator(one.device)
+                known[id(one)].set_state(one.get_state())
+    return copy.deepcopy(sampler, known)
+
+
+def _quiet(loader: DataLoader[Any]) -> Iterable[Any]:
+    """The same loader without workers, and with samplers and chance of its own."""
+    twin = copy.copy(loader)
+    samplers = {name: _copied(getattr(loader, name), loader.dataset) for name in ("sampler", "batch_sampler")}
+    alone = {"num_workers": 0, "timeout": 0, "persistent_workers": False, "_iterator": None, "generator": None}
+    vars(twin).update(samplers | alone)  # which a loader does not let anyone assign
+    return twin
 
 
 def _fewer(batches: Sequence[Any]) -> list[Any]:
