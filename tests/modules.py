@@ -20,8 +20,8 @@ def blobs(count: int, seed: int) -> TensorDataset:
     return TensorDataset(centres[classes] + 0.6 * torch.randn(count, 16, generator=chance), classes)
 
 
-def train_loader(**options) -> DataLoader:
-    return DataLoader(blobs(400, 1), batch_size=50, shuffle=True, **options)
+def train_loader(batch_size: int = 50, **options) -> DataLoader:
+    return DataLoader(blobs(400, 1), batch_size=batch_size, shuffle=True, **options)
 
 
 def val_loader(batch_size: int = 64, **options) -> DataLoader:

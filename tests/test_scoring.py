@@ -845,6 +845,40 @@ def test_batches_that_tell_something_else_when_cut_are_not_cut(make_trainer):
     assert pruning.report.score == pytest.approx(said, abs=1e-6)
 
 
+class Fixed(Blobs):
+    """Takes batches of 25 only."""
+
+    def forward(self, x):
+        return super().forward(x + torch.zeros(25, 16))
+
+
+def test_a_module_that_needs_its_batch_size_is_judged_on_its_batches(make_trainer):
+    pruning = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=2))
+    trainer = make_trainer(callbacks=[pruning], max_epochs=1)
+    trainer.fit(Fixed(), train_loader(batch_size=25), val_loader(batch_size=25))
+    assert pruning.report.folds == (1, 0)
+    assert pruning.report.shared.startswith("validation fails on batches that are cut anew (RuntimeError: The size of")
+    assert pruning.report.winner.undone == {}
+    assert pruning.report.left_alone == {}
+
+
+class Squeezes(Blobs):
+    """Takes any number of samples but one."""
+
+    def forward(self, x):
+        scores = super().forward(x)
+        assert scores.squeeze().dim() == 2
+        return scores
+
+
+@pytest.mark.parametrize("count", [130, 131])
+def test_no_fold_leaves_a_batch_of_one_sample(make_trainer, count):
+    pruning = RouletteWheelPruning(2, tolerance=1.0, refit=None, tree=Tree(0.2, max_levels=1))
+    loader = DataLoader(blobs(count, 2), 32)
+    make_trainer(callbacks=[pruning], max_epochs=1).fit(Squeezes(), train_loader(), loader)
+    assert pruning.report.folds == (8, 8)
+
+
 @dataclass
 class Held:
     x: torch.Tensor

@@ -44,7 +44,7 @@ def pieces_of(batches: Sequence[Any], samples: int = 2**11, at_a_time: int = 2**
 
     Args:
         batches: As many as there are.
-        samples: How many in all; a batch of unknown size counts as `at_a_time`.
+        samples: How many in all, up to the rest of a small batch; one of unknown size counts as `at_a_time`.
         at_a_time: How many in one at most.
     """
     found: list[Any] = []
@@ -52,7 +52,7 @@ def pieces_of(batches: Sequence[Any], samples: int = 2**11, at_a_time: int = 2**
         rows = rows_of(batch)
         if samples <= 0:
             break
-        if rows is None:
+        if rows is None or rows <= at_a_time:
             found.append(batch)
         else:
             ends = min(rows, samples)

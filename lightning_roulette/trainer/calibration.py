@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import (
     BatchSampler,
@@ -25,12 +25,16 @@ from torch.utils.data import (
 
 from lightning_roulette.core.calibration import Calibration, Refitted
 from lightning_roulette.core.chance import random_bits, stream
+from lightning_roulette.core.holding import Removable
 from lightning_roulette.core.layers import batch_norms_of
 from lightning_roulette.core.masks import Mask
-from lightning_roulette.core.rows import bytes_of, joined, pieces_of, rows_of
+from lightning_roulette.core.parameters import parts_of_metrics
+from lightning_roulette.core.rows import bytes_of, joined, pieces_of, rows_of, tensors_of
 from lightning_roulette.core.settings import Refit
+from lightning_roulette.core.steps import every_call_seen
 from lightning_roulette.trainer.evaluation import IsolatedValidation
 from lightning_roulette.trainer.folds import rebuilt
+from lightning_roulette.trainer.scoring import rounding
 
 _MOST_BYTES = 2**28  # of all batches that are kept; at least one is
 _DRAINED = (
@@ -44,7 +48,9 @@ _JOINED_BYTES = 2**25  # of several batches made one, which takes fewer runs
 class TrainerCalibration(Calibration):
     """A module seen at work on batches of its training data, within an entered `IsolatedValidation`.
 
-    With several processes each looks at the same batches, and what the first finds counts.
+    Batches are joined where the network gives the same on them; what takes the memory of a training step looks at no
+    more samples at a time than training does. With several processes each looks at the same batches, and what the first
+    finds counts.
 
     Args:
         trainer: The Trainer.
@@ -63,14 +69,15 @@ class TrainerCalibration(Calibration):
         seed: int,
     ) -> None:
         self._trainer = trainer
+        whole, pieces = _fewer(trainer, validation, module, batches), _few_at_a_time(trainer, validation, batches)
         statistics: list[Tensor] = []
         for part in batch_norms_of(module).values():
             statistics += [cast(Tensor, part.running_mean), cast(Tensor, part.running_var)]
         super().__init__(
             module,
-            len(batches),
-            run=lambda number: _see(validation, batches[number], statistics),
-            pieces=[partial(_see, validation, piece, statistics) for piece in pieces_of(batches)],
+            len(whole),
+            run=lambda number: _see(validation, whole[number], statistics),
+            pieces=[partial(_see, validation, piece, statistics) for piece in pieces],
             seed=seed,
         )
 
@@ -98,7 +105,7 @@ def _see(validation: IsolatedValidation, batch: Any, spared: Sequence[Tensor]) -
 def calibration_batches(trainer: Trainer, validation: IsolatedValidation, most: int, seed: int) -> list[Any]:
     """Some batches of the training data, in a seeded order, as the module's steps take them.
 
-    The user's loaders, their workers and iterators are left alone. Batches are joined where they can be.
+    The user's loaders, their workers and iterators are left alone.
 
     Args:
         trainer: In a fit.
@@ -118,7 +125,7 @@ def calibration_batches(trainer: Trainer, validation: IsolatedValidation, most: 
         found.append(batch)
     if not found:
         raise RuntimeError("RouletteWheelPruning: the training data gives no batch to refit on. Pass refit=None.")
-    return _fewer(found)
+    return found
 
 
 def refuse_blind_to_training(trainer: Trainer, validation: IsolatedValidation, seed: int, remedy: str) -> None:
@@ -242,20 +249,84 @@ def _quiet(loader: DataLoader[Any]) -> Iterable[Any]:
     return twin
 
 
-def _fewer(batches: Sequence[Any]) -> list[Any]:
-    """The same samples in fewer batches, where they can be joined."""
-    found: list[list[Any]] = []
+def _fewer(
+    trainer: Trainer, validation: IsolatedValidation, module: LightningModule, batches: Sequence[Any]
+) -> list[Any]:
+    """The same samples in fewer batches, where they can be joined and the network takes them so."""
+    groups: list[list[Any]] = []
     size = 0
     for batch in batches:
         size += bytes_of(batch)
-        if found and size <= _JOINED_BYTES and rows_of(batch) is not None and rows_of(found[-1][-1]) is not None:
-            found[-1].append(batch)
+        if groups and size <= _JOINED_BYTES and rows_of(batch) is not None and rows_of(groups[-1][-1]) is not None:
+            groups[-1].append(batch)
         else:
-            found.append([batch])
+            groups.append([batch])
             size = bytes_of(batch)
-    return [one for group in found for one in _whole(group)]
+    found = [one for group in groups for one in _whole(group)]
+    if len(found) == len(batches):
+        return found
+    first = next(group for group in groups if len(_whole(group)) < len(group))
+    alike = _gives_the_same(validation, module, first, _whole(first))
+    return found if trainer.strategy.broadcast(alike) else list(batches)
+
+
+def _few_at_a_time(trainer: Trainer, validation: IsolatedValidation, batches: Sequence[Any]) -> list[Any]:
+    """The first samples in batches that are small, unless the network takes none that are cut."""
+    pieces = pieces_of(batches)
+    try:
+        _see(validation, pieces[0], ())
+    except Exception:
+        works = False
+    else:
+        works = True
+    whole = max(rows_of(batch) or 1 for batch in batches)
+    return pieces if trainer.strategy.broadcast(works) else pieces_of(batches, at_a_time=whole)
 
 
 def _whole(group: list[Any]) -> list[Any]:
     whole = joined(group) if len(group) > 1 else None
     return group if whole is None else [whole]
+
+
+def _gives_the_same(
+    validation: IsolatedValidation, module: LightningModule, one: Sequence[Any], other: Sequence[Any]
+) -> bool:
+    """Whether the network's parts give the same, in sum, on the same samples in other batches, and fail on neither.
+
+    They do not where a step needs its batch size, where the first dimension is not that of samples, or where the memory
+    of the device does not hold so many.
+    """
+    try:
+        sums = [_sums(validation, module, batches) for batches in (one, other)]
+    except Exception:
+        return False
+    return sums[0].keys() == sums[1].keys() and all(
+        torch.allclose(sums[0][part], sums[1][part], rtol=rounding(validation.trainer), atol=1e-6, equal_nan=True)
+        for part in sums[0]
+    )
+
+
+def _sums(validation: IsolatedValidation, module: LightningModule, batches: Sequence[Any]) -> dict[nn.Module, Tensor]:
+    """Sums of the outputs' absolute values and of their squares, of each part that has parameters of its own."""
+    found: dict[nn.Module, Tensor] = {}
+    others = parts_of_metrics(module)  # a loss or a metric is a mean over its batch
+    parts = [one for one in module.modules() if one not in others and list(one.parameters(recurse=False))]
+
+    def meet(part: nn.Module, _: Any, output: Any) -> None:
+        values = [one.detach() for one in tensors_of(output) if one.is_floating_point()]
+        both = [
+            sum(float(torch.linalg.vector_norm(one, order, dtype=torch.float64)) ** order for one in values)
+            for order in (1, 2)
+        ]
+        found[part] = found.get(part, 0) + torch.tensor(both, dtype=torch.float64)
+
+    hooks: list[Removable] = []
+    try:
+        hooks += [part.register_forward_hook(meet) for part in parts]
+        with every_call_seen():
+            for batch in batches:
+                _see(validation, batch, ())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

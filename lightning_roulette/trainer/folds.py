@@ -277,11 +277,13 @@ class SplitRows:
         return max(1, self.most // rows) if len(self.pools) == 1 else 1
 
     def of(self, folds: Sequence[int]) -> Iterator[Any]:
-        """Batches cut from the pools, neighbouring folds as one."""
+        """Batches cut from the pools, neighbouring folds as one; of like size, as not every module takes one sample."""
         for pool, ends in zip(self.pools, self.ends, strict=True):
             for first, last in _stretches(folds):
-                for start in range(ends[first], ends[last + 1], self.most):
-                    yield taken(pool, slice(start, min(start + self.most, ends[last + 1])))
+                start, rows = ends[first], ends[last + 1] - ends[first]
+                count = math.ceil(rows / self.most)
+                for part in range(count):
+                    yield taken(pool, slice(start + rows * part // count, start + rows * (part + 1) // count))
 
     def contents(self) -> list[Any]:
         """What is kept."""

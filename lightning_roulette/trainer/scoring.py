@@ -57,10 +57,9 @@ def folded(
     lengths = validation.lengths()
     if validation.hands_over_iterator:
         return OwnLoop(), validation.run()
-    data = dealt(validation.read, lengths, seed, cache_bytes, by_rows=by_rows)
-    logged = validate(validation, data, _tried(data))
+    data, logged = _seen_to_work(validation, dealt(validation.read, lengths, seed, cache_bytes, by_rows=by_rows))
     if _anywhere(validation.trainer, data.altered()):  # the module writes into its batches
-        data = dealt(validation.read, lengths, seed, cache_bytes, copies=True, by_rows=by_rows)
+        data = dealt(validation.read, lengths, seed, cache_bytes, copies=True, by_rows=by_rows, whole=data.whole)
         logged = validate(validation, data, _tried(data))
     return _in_step(validation.trainer, data), logged
 
@@ -82,6 +81,20 @@ def undivided(validation: IsolatedValidation, seed: int, cache_bytes: int, why: 
         return OwnLoop()
     # whether the module writes into its batches is not known yet
     return dealt(validation.read, lengths, seed, cache_bytes, copies=True, whole=why)
+
+
+def _seen_to_work(
+    validation: IsolatedValidation, data: KeptData | StreamedData
+) -> tuple[KeptData | StreamedData, Logged]:
+    """The data, and what the module logs on it; in one fold if the module takes no batches that are cut anew."""
+    if not isinstance(data, KeptData) or data.uncut is None or validation.trainer.world_size > 1:
+        return data, validate(validation, data, _tried(data))
+    try:
+        validate(validation, data, [0])  # as small as a batch may be
+        return data, validate(validation, data, _tried(data))
+    except Exception as error:
+        uncut = data.undivided(f"validation fails on batches that are cut anew ({type(error).__name__}: {error})")
+    return uncut, validate(validation, uncut, _tried(uncut))
 
 
 def _tried(data: KeptData | StreamedData) -> range:
@@ -122,7 +135,7 @@ def uncut_if_it_matters(validation: IsolatedValidation, data: FoldedData, logged
     if not isinstance(data, KeptData) or data.uncut is None:
         return data
     uncut = data.undivided("the module logs something else on batches that are cut anew")
-    names, rtol = {metric.monitor, metric.rank_by}, _rounding(validation)
+    names, rtol = {metric.monitor, metric.rank_by}, rounding(validation.trainer)
     before = validate(validation, uncut, range(1))
     apart = any(not _close(logged.value(name), before.value(name), rtol) for name in names)
     data.uncut = None
@@ -133,10 +146,10 @@ def _close(one: Tensor, other: Tensor, rtol: float) -> bool:
     return torch.allclose(one.double(), other.double(), rtol=rtol, atol=1e-6, equal_nan=True)
 
 
-def _rounding(validation: IsolatedValidation) -> float:
-    """How far, relatively, a logged value may be off as batches of other sizes are summed in another order."""
-    numbers = {one.dtype for one in validation.trainer.lightning_module.parameters() if one.is_floating_point()}
-    if "bf16" in str(validation.trainer.precision):
+def rounding(trainer: Trainer) -> float:
+    """How far, relatively, what a network gives may be off as batches of other sizes are summed in another order."""
+    numbers = {one.dtype for one in trainer.lightning_module.parameters() if one.is_floating_point()}
+    if "bf16" in str(trainer.precision):
         numbers.add(torch.bfloat16)
     return max([1e-3, *(2 * torch.finfo(one).eps for one in numbers)])
 
