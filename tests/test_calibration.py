@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad, unfold
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_roulette.core import steps
 from lightning_roulette.core.calibration import Calibration, Survivors
@@ -736,6 +737,31 @@ def test_a_layer_that_is_never_called_is_left_alone():
     found = calibration.refit(mask, LeastSquares())
     assert torch.equal(found.values["spare.weight"], changed(net, mask).spare.weight)
     assert torch.equal(found.values["spare.bias"], net.spare.bias)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv", "attention"])
+def test_biases_are_pruned_like_weights(kind):
+    net, batches = network_and_batches(kind)
+    weights = prunable_parameters(net)
+    biases = {name: one for name, one in net.named_parameters() if name.endswith("bias") and one.dim() == 1}
+    norms = {f"{name}.bias" for name, part in net.named_modules() if isinstance(part, _BatchNorm)}
+    biases = {name: one for name, one in biases.items() if name not in norms}
+    mask = Mask({**mask_of(net), **{name: torch.arange(len(one)) % 2 == 0 for name, one in biases.items()}})
+    calibration = Calibration(net, batches)
+    found = calibration.refit(mask, LeastSquares())
+    assert biases.keys() <= found.values.keys()
+    assert all(not found.values[name][~mask[name]].any() for name in mask)
+    some = [name for name in biases if not torch.equal(found.values[name][mask[name]], biases[name][mask[name]])]
+    assert some
+    seen = {name: weights[name] for name in weights if name not in calibration.left_alone(mask, LeastSquares())}
+    scales = calibration.scales("activation", Mask.full(seen | {name: biases[name] for name in some}), {})
+    assert all(torch.equal(scales[name], torch.ones_like(scales[name])) for name in some)
+
+
+@pytest.mark.parametrize("batches", [DataLoader(TensorDataset(numbers(8, 4)), 2), numbers(8, 4), None])
+def test_batches_are_a_list(batches):
+    with pytest.raises(TypeError, match=f"batches is a {type(batches).__name__}, but must be a list of batches"):
+        Calibration(nn.Linear(4, 2).double(), batches)
 
 
 def test_what_has_no_layer_is_left_alone():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear
+from torch.nn.utils.parametrize import register_parametrization
 from torchmetrics import Metric
 
 from lightning_roulette.core.layers import batch_norms_of, channels, layers_of
@@ -162,6 +163,61 @@ def test_a_tied_bias_may_not_change():
     module = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
     module[1].bias = module[0].bias
     assert [layer.bias for layer in layers_of(module, ["0.weight", "1.weight"])[0]] == [None, None]
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return linear(x, 0.1 * self.weight, self.bias)
+
+
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+class Attends(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x)
+
+
+def patched():
+    layer = nn.Linear(2, 2)
+    layer.forward = lambda x: linear(x, 2 * layer.weight)
+    return layer
+
+
+@pytest.mark.parametrize("part", [Scaled(2, 2), Standardised(1, 2, 3), Attends(4, 2), patched()])
+def test_a_class_with_a_forward_of_its_own_may_be_another_map(part):
+    name = "in_proj_weight" if isinstance(part, nn.MultiheadAttention) else "weight"
+    layers, left = layers_of(part, [name])
+    assert layers == []
+    assert left == {name: f"{name} of {type(part).__name__}: its forward is its own"}
+
+
+def test_a_class_that_adds_no_forward_is_the_layer_it_derives_from():
+    class Named(nn.Linear):
+        pass
+
+    assert [layer.name for layer in layers_of(Named(2, 2), ["weight"])[0]] == ["weight"]
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_a_bias_that_is_computed_from_others_may_not_change():
+    part = nn.Linear(2, 2)
+    register_parametrization(part, "bias", Doubled())
+    layers, left = layers_of(part, ["weight"])
+    assert [(layer.name, layer.bias) for layer in layers] == [("weight", None)]
+    assert left == {}
+
+
+def test_a_bias_belongs_to_the_layer_of_its_weight():
+    part = nn.Linear(2, 2)
+    assert layers_of(part, ["weight", "bias"])[1] == {}
+    assert layers_of(part, ["bias"])[1] == {"bias": "bias of Linear: its inputs cannot be seen"}
 
 
 def test_layers_are_found_by_name_at_any_depth():

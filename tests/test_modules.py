@@ -271,10 +271,10 @@ def test_the_search_uses_all_validation_batches_whatever_the_sanity_check_took(m
 
     pruning, module = pruner(validation=Validation(confirm=0, race=False)), Counts()
     fitted(make_trainer, pruning, module, num_sanity_val_steps=1)
-    # all twice to find the metric and see that cut batches tell the same, one fold of 12 samples three times to see
-    # that it minds and what it is; then all, for the dense network, two branches of two, the winner of each again, and
-    # the last once it is loaded
-    assert module.samples == 2 * 200 + 3 * 12 + 200 * (1 + 2 * (2 + 1) + 1)
+    # all twice to find the metric and see that cut batches tell the same, one fold of 12 samples four times to see
+    # that it is taken, that it minds and what it is; then all, for the dense network, two branches of two, the winner
+    # of each again, and the last once it is loaded
+    assert module.samples == 2 * 200 + 4 * 12 + 200 * (1 + 2 * (2 + 1) + 1)
 
 
 class TwoLoaders(Blobs):

@@ -665,10 +665,25 @@ def test_the_network_is_bit_for_bit_what_it_was_when_it_fails_on_a_calibration_b
     weights = {name: one for name, one in module.named_parameters() if one.dim() > 1}
     options = {"branches": 4, "tolerance": math.inf, "tree": LEVELS}
     with pytest.raises(error):
-        search(weights, lambda mask: 1.0, refit="least_squares", calibration=Calibration(module, inputs()), **options)
+        search(weights, Constant(), refit="least_squares", calibration=Calibration(module, inputs()), **options)
     assert content(module) == before
     assert all(part.training for part in module.modules())
     assert not any(part._forward_pre_hooks for part in module.modules())
+
+
+class Constant:
+    """Every network is as good as any."""
+
+    folds = 1
+
+    def __call__(self, candidate, folds):
+        return Scores(1.0, 1.0)
+
+
+def test_a_function_of_a_mask_does_not_see_a_refit():
+    net = network()
+    with pytest.raises(ValueError, match="does not see what a refit makes of a network. Pass an Evaluator"):
+        search(weights_of(net), lambda mask: 1.0, refit="batch_norm", calibration=Calibration(net, inputs()))
 
 
 def test_what_was_found_so_far_has_the_refitted_weights():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import random
 import subprocess
@@ -880,6 +881,29 @@ def test_a_large_batch_is_cut_for_derivatives_unless_the_network_needs_it_whole(
     fitted(make_trainer, pruning, module=module, train=train_loader(batch_size=size, drop_last=True))
     assert (Counter(len(x) for x in module.calibrated)[256] == 1) == (size == 400)  # seen to fail once
     assert pruning.report.importance == "sensitivity"
+
+
+@pytest.mark.parametrize("options", [{}, {"refit": None, "at_epoch": [1], "branches": None}])
+def test_biases_that_are_included_are_pruned(make_trainer, options):
+    pruning = pruner(**{"include": ["net.*.weight", "net.*.bias"], "tolerance": 1.0} | options)
+    module = fitted(make_trainer, pruning, module=Blobs(), max_epochs=2)
+    assert pruning.report.importance == "sensitivity"
+    parameters = dict(module.named_parameters())
+    assert {name for name in pruning.mask if name.endswith("bias")} == {"net.0.bias", "net.2.bias"}
+    assert all(torch.equal(parameters[name] != 0, kept) for name, kept in pruning.mask.items())
+    assert pruning.report.left_alone == {}
+
+
+@pytest.mark.parametrize("at_epoch", [None, np.int64(1), [np.int64(1)]])
+def test_numbers_of_numpy_are_as_good_as_any(make_trainer, at_epoch):
+    found = []
+    for number, count in ((np.float64, np.int64), (float, int)):
+        pruning = pruner(branches=count(2), tolerance=number(0.5), seed=count(3), at_epoch=at_epoch, refit=None)
+        fitted(make_trainer, pruning, max_epochs=2)
+        assert load(pruning.best_model_path)
+        assert SearchReport.from_dict(json.loads(json.dumps(pruning.report.to_dict()))) == pruning.report
+        found.append(pruning)
+    assert all(torch.equal(kept, found[1].mask[name]) for name, kept in found[0].mask.items())
 
 
 class Delegates(Pictures):

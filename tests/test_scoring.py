@@ -845,6 +845,14 @@ def test_batches_that_tell_something_else_when_cut_are_not_cut(make_trainer):
     assert pruning.report.score == pytest.approx(said, abs=1e-6)
 
 
+def test_loaders_that_are_read_side_by_side_are_dealt_as_one(make_trainer):
+    pruning = RouletteWheelPruning(2, monitor="val_loss", tolerance=9.0, refit=None, tree=Tree(0.2, max_levels=1))
+    trainer = make_trainer(callbacks=[pruning], max_epochs=1)
+    loaders = CombinedLoader({"a": val_loader(10), "b": DataLoader(blobs(90, 3), 5)}, "max_size_cycle")
+    trainer.fit(Together(), train_loader(), loaders)
+    assert pruning.report.folds == (8, 8)
+
+
 class Fixed(Blobs):
     """Takes batches of 25 only."""
 

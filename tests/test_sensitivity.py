@@ -112,6 +112,17 @@ def test_the_derivatives_of_the_last_layer_are_exact():
     assert torch.allclose(scales(net, x)["4.weight"].square(), inputs * derivatives[:, None])
 
 
+@pytest.mark.parametrize(("first", "width"), [(nn.Linear(3, 5), 5), (nn.Conv1d(3, 6, 2, groups=3), 18)])
+def test_a_bias_is_worth_what_a_weight_with_an_input_of_one_is(first, width):
+    net = known(nn.Sequential(first, nn.Tanh(), nn.Flatten(), nn.Linear(width, 2)))
+    x = numbers(20, 3, 4).sign()
+    x = x if isinstance(net[0], nn.Conv1d) else x[..., 0]
+    found = scales(net, x, Mask.full(prunable_parameters(net, include=["*"])))
+    assert found["0.bias"].shape == net[0].bias.shape
+    weight = found["0.weight"].expand_as(net[0].weight)
+    assert torch.allclose(weight, found["0.bias"].view(-1, *[1] * (weight.dim() - 1)).expand_as(weight))
+
+
 def test_a_dead_unit_is_worth_nothing():
     net = mlp()
     with torch.no_grad():

@@ -85,7 +85,7 @@ class Calibration:
         batches: How many there are.
 
     Raises:
-        TypeError: If `batches` is a number and there is no `run`.
+        TypeError: If `batches` is neither a list nor a number, or a number and there is no `run`.
         ValueError: If there is no batch.
     """
 
@@ -99,6 +99,9 @@ class Calibration:
         rows: int = 2**16,
         seed: int = 0,
     ) -> None:
+        if not isinstance(batches, int | Sequence):
+            kind = type(batches).__name__
+            raise TypeError(f"batches is a {kind}, but must be a list of batches, or a number. Pass list(...) of it.")
         self._module, self._rows, self._seed = module, rows, seed
         self.batches = batches if isinstance(batches, int) else len(batches)
         if self.batches < 1:
@@ -200,6 +203,8 @@ class Calibration:
                 scales = torch.where(moments.gram.diagonal(dim1=1, dim2=2).unsqueeze(1) > 0, scales, 0.0)
             part = found[layer.name][layer.outputs]
             part.copy_(scales[..., : part[0].numel()].reshape(part.shape))
+            if layer.bias in found:
+                found[layer.bias][layer.offsets] = scales[..., -1].flatten()
         return found
 
     def _sensitivity(self, mask: Mask, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

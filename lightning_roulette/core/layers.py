@@ -79,14 +79,27 @@ def layers_of(module: nn.Module, names: Collection[str]) -> tuple[list[Layer], d
         found += [one for one in _layers(part, path, shared) if one.name in names and one.name not in shared]
     covered = {one.name for one in found}
     owners = owners_of(module)
-    others = {
-        name: "tied: several modules use it"
-        if name in shared
-        else f"{owners[name][1]} of {type(owners[name][0]).__name__}: its inputs cannot be seen"
-        for name in names
-        if name not in covered
-    }
+    biases = {one.bias for one in found}
+    others = {name: _why_not(*owners[name], name in shared) for name in names if name not in covered | biases}
     return found, others
+
+
+def _why_not(owner: nn.Module, own: str, shared: bool) -> str:
+    """Why a parameter is not the weight of a layer."""
+    kind = type(owner).__name__
+    if shared:
+        return "tied: several modules use it"
+    if isinstance(owner, (*LINEAR_MAPS, nn.MultiheadAttention)) and not _computes_as_usual(owner):
+        return f"{own} of {kind}: its forward is its own"
+    return f"{own} of {kind}: its inputs cannot be seen"
+
+
+def _computes_as_usual(part: nn.Module) -> bool:
+    """Whether a layer's outputs are those of the class of torch that it is, or derives from."""
+    usual = next(kind for kind in (*LINEAR_MAPS, nn.MultiheadAttention) if isinstance(part, kind))
+    names = ("forward", "_conv_forward")
+    own = any(name in vars(part) for name in names)
+    return not own and all(getattr(type(part), name, None) is getattr(usual, name, None) for name in names)
 
 
 def batch_norms_of(module: nn.Module) -> dict[str, _BatchNorm]:
@@ -113,6 +126,8 @@ _ALL = slice(0, None)
 
 
 def _layers(part: nn.Module, path: str, shared: Collection[str]) -> list[Layer]:
+    if isinstance(part, (*LINEAR_MAPS, nn.MultiheadAttention)) and not _computes_as_usual(part):
+        return []
     if isinstance(part, LINEAR_MAPS):
         groups = 1 if isinstance(part, nn.Linear) else part.groups
         bias = _free(part, path, "bias", shared)
@@ -134,8 +149,8 @@ def _projections(part: nn.MultiheadAttention, path: str, shared: Collection[str]
 
 
 def _free(part: nn.Module, path: str, own: str, shared: Collection[str]) -> str | None:
-    """The name of a bias, if there is one that is neither frozen nor shared."""
-    bias, name = getattr(part, own), f"{path}{own}"
+    """The name of a bias, if there is one that is neither frozen nor shared, nor computed from others."""
+    bias, name = part._parameters.get(own), f"{path}{own}"
     return name if bias is not None and bias.requires_grad and name not in shared else None
 
 

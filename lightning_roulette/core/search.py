@@ -68,7 +68,7 @@ def search(
         weights: Parameter name to tensor, the prunable weights of the dense network. Never changed. Of DTensors, whose
             rows lie in several processes, all of them search alike, by magnitude alone and without a refit.
         evaluate: An `Evaluator`, or a function from a `Mask` to a score, larger is better: an evaluator of one fold,
-            which cannot be confirmed.
+            which cannot be confirmed, and sees no refit.
         branches: Candidates per level.
         tolerance: How far below the dense score a winner may be; infinity leaves the score out of it.
         target_sparsity: A further end of the search, in (0, 1); the last level is cut to reach it exactly.
@@ -93,7 +93,8 @@ def search(
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If an argument is out of range, `weights` is empty, an importance is not a finite non-negative
-            number, the dense score is NaN, or the confirmation folds cannot certify anything.
+            number, the dense score is NaN, the confirmation folds cannot certify anything, or `evaluate` cannot see a
+            refit.
 
     Example:
         >>> weights = {"layer": Tensor([0.1, -2.0, 0.01, 3.0])}
@@ -110,6 +111,11 @@ def search(
     if calibration is None and (how is not None or wheel.importance in CALIBRATED):
         asked = f"refit is {refit!r}" if how is not None else f"importance is {wheel.importance!r}"
         raise ValueError(f"{asked}, but there are no inputs for it. Pass calibration=Calibration(network, batches).")
+    if how is not None and not hasattr(evaluate, "folds"):
+        raise ValueError(
+            f"refit is {refit!r}, but a function from a mask to a score does not see what a refit makes of a network. "
+            "Pass an Evaluator, which is given the weights too, or refit=None."
+        )
     judge = Judge(evaluate, validation.confirm)
     refitting = Refitting(weights, how, calibration)
     growing = Growing(weights, judge, int(branches), wheel, int(seed), observer or Observer(), refitting)

@@ -90,8 +90,9 @@ class Sensitivity:
         matrix with inputs and derivatives taken as independent (as in Martens and Grosse 2015). What a weight gives
         through its input is in part made up for by the layer's other inputs once they are refitted, so it counts half.
 
-        Of other modules, and where a module is not called itself but one around it, both factors are means over all
-        channels. A weight of which there is no derivative gets the mean of all others.
+        The bias of such a layer has an input of 1. Of other modules, and where a module is not called itself but one
+        around it, both factors are means over all channels. A weight of which there is no derivative gets the mean of
+        all others.
 
         Returns:
             Float64, each of a shape that broadcasts to that of its weight.
@@ -211,7 +212,9 @@ def _scale(shape: torch.Size, owned: Sequence[tuple[nn.Module, bool]], seen: dic
         if one is None or one.derivatives is None:
             continue
         inputs, derivatives = (one.inputs / one.rows).sqrt(), one.derivatives
-        if itself and isinstance(part, LINEAR_MAPS):
+        if itself and isinstance(part, LINEAR_MAPS) and len(shape) == 1:
+            here = derivatives  # of a bias, whose input is 1
+        elif itself and isinstance(part, LINEAR_MAPS):
             groups = 1 if isinstance(part, nn.Linear) else part.groups
             flat = (len(derivatives), -1, *[1] * (len(shape) - 2))
             by_output = inputs.view(groups, -1).repeat_interleave(len(derivatives) // groups, 0)

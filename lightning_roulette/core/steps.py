@@ -158,9 +158,12 @@ class Steps:
         return torch.cat([maps, bias.view(*maps.shape[:2], 1)], 2)
 
     def kept(self, layer: Layer, mask: Mapping[str, Tensor]) -> Tensor:
-        """Which entries of `maps` a mask keeps; biases always."""
+        """Which entries of `maps` a mask keeps; biases that it does not name always."""
         kept = layer.matrices(with_float64(mask[layer.name]))
-        return kept if layer.bias is None else torch.cat([kept, kept.new_ones(*kept.shape[:2], 1)], 2)
+        if layer.bias is None:
+            return kept
+        biases = mask[layer.bias][layer.offsets].to(kept) if layer.bias in mask else kept.new_ones(kept.shape[:2])
+        return torch.cat([kept, biases.view(*kept.shape[:2], 1)], 2)
 
     @torch.no_grad()
     def write(self, layer: Layer, maps: Tensor) -> None:

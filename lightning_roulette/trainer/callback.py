@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
@@ -163,7 +164,7 @@ class RouletteWheelPruning(ZeroHolder):
         dirpath: str | os.PathLike[str] | None = None,
     ) -> None:
         check_epochs(at_epoch, confidence)
-        several = at_epoch is not None and not isinstance(at_epoch, int)
+        several = at_epoch is not None and not isinstance(at_epoch, Integral)
         branches = (1 if several else 20) if branches is None else branches
         refit = (None if several else "least_squares") if refit == "auto" else refit
         check_search(branches, tolerance, target_sparsity, confidence, wheel, tree, validation, seed)
@@ -176,12 +177,15 @@ class RouletteWheelPruning(ZeroHolder):
                 check_words(name, patterns, "patterns over parameter names")
         refit_of(refit)
         refuse_dirpath(dirpath)
-        self.branches, self.tolerance = branches, tolerance
-        self.target_sparsity, self.confidence = target_sparsity, confidence
-        self.monitor, self.mode, self.at_epoch, self.refit = monitor, mode, at_epoch, refit
+        # plain numbers, as checkpoints hold no others
+        self.branches, self.tolerance = int(branches), float(tolerance)
+        self.target_sparsity = None if target_sparsity is None else float(target_sparsity)
+        self.confidence = None if confidence is None else float(confidence)
+        self.monitor, self.mode, self.refit = monitor, mode, refit
+        self.at_epoch = int(at_epoch) if isinstance(at_epoch, Integral) else at_epoch
         self.include, self.exclude = include, exclude
         self.wheel, self.tree, self.validation = wheel, tree, validation
-        self.seed, self.dirpath = seed, dirpath
+        self.seed, self.dirpath = int(seed), dirpath
         self._saving = False
         self._restored = self._idle = self._epoch_begins = self._fitting = self._trains = False
         self._handover = Handover()

@@ -177,14 +177,19 @@ class IsolatedValidation:
             surely(self._snapshot.restore)
 
     def lengths(self) -> list[float]:
-        """How many batches each loader gives; infinity where it does not say."""
+        """How many batches each loader gives, or all at once if they are read side by side; infinity if unknown."""
         self._set_up()
-        return list(self._loop._max_batches)
+        counts = list(self._loop._max_batches)
+        if self._loop._is_sequential:
+            return counts
+        assert self._loop._combined_loader is not None
+        return [min(counts) if self._loop._combined_loader._mode == "min_size" else max(counts)]
 
     def samples(self) -> int | None:
         """How many samples the loaders give in all; None where one does not tell."""
+        self._set_up()
         loaders = self._loop._combined_loader.flattened if self._loop._combined_loader is not None else []
-        counts = [_samples(loader, most) for loader, most in zip(loaders, self.lengths(), strict=True)]
+        counts = [_samples(loader, most) for loader, most in zip(loaders, self._loop._max_batches, strict=True)]
         return None if None in counts else sum(count or 0 for count in counts)
 
     @property
