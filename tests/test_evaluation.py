@@ -8,6 +8,7 @@ import itertools
 import math
 import random
 import signal
+import warnings
 from functools import partial
 from types import SimpleNamespace
 
@@ -835,6 +836,102 @@ def test_what_a_validation_logged_is_not_overwritten_by_the_next(way, make_train
     assert before == after
 
 
+class Schedules(Blobs):
+    """Steps its scheduler when a validation ends."""
+
+    tensor = False
+
+    def configure_optimizers(self):
+        rate = torch.tensor(0.1) if self.tensor else 0.1
+        optimizer = torch.optim.SGD(self.parameters(), rate)
+        halves, decays = (
+            torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
+            torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
+        )
+        chained = torch.optim.lr_scheduler.SequentialLR(optimizer, [halves, decays], [3])
+        return [optimizer], [chained]
+
+    def on_validation_epoch_end(self):
+        self.trainer.optimizers[0].param_groups[0]["momentum"] += 0.125
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.trainer.lr_scheduler_configs[0].scheduler.step()
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_learning_rates_that_a_validation_changes_are_given_back(make_trainer, tensor):
+    def states(trainer):
+        scheduler = trainer.lr_scheduler_configs[0].scheduler
+        group = {name: one for name, one in trainer.optimizers[0].param_groups[0].items() if name != "params"}
+        return copy.deepcopy([scheduler.state_dict(), [one.state_dict() for one in scheduler._schedulers], group])
+
+    def act(trainer, module):
+        kept = id(trainer.optimizers[0].param_groups[0]["lr"])
+        with IsolatedValidation(trainer, module) as validation:
+            before = states(trainer)
+            for way in (validation.run, lambda: validation.run_on(list(validation.read()))):
+                way()
+                assert str(states(trainer)) == str(before)
+        assert str(states(trainer)) == str(before)
+        assert not tensor or id(trainer.optimizers[0].param_groups[0]["lr"]) == kept
+        seen.append(before)
+
+    seen, module = [], Schedules()
+    module.tensor = tensor
+    make_trainer(callbacks=[within("on_train_end", act)], max_epochs=2).fit(module, train_loader(), val_loader())
+    assert len(seen) == 1
+
+
+class Reads(Blobs):
+    """Reads in a validation what training has logged, and what it was told."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = []
+
+    def on_validation_epoch_end(self):
+        if not self.trainer.sanity_checking:
+            self.read.append(float(self.trainer.callback_metrics["train_loss"]))
+            self.log("gap", self.trainer.callback_metrics["train_loss"] - self.trainer.callback_metrics["val_loss"])
+
+
+def test_a_validation_may_read_what_training_logged(make_trainer):
+    def act(trainer, module):
+        before = dict(trainer.callback_metrics)
+        with IsolatedValidation(trainer, module) as validation:
+            for way in (validation.run, lambda: validation.run_on(list(validation.read()))):
+                logged.append(way())
+        assert dict(trainer.callback_metrics) == before
+
+    logged, module = [], Reads()
+    acts = [within(hook, act) for hook in ("on_train_start", "on_train_end")]
+    make_trainer(callbacks=acts, max_epochs=1).fit(module, train_loader(), val_loader())
+    assert all(one.values.keys() == {"val_loss", "val_acc", "gap"} for one in logged)
+    first, *_, last = module.read
+    assert math.isnan(first)  # nothing was trained yet
+    assert not math.isnan(last)
+    assert logged[-1].values["gap"] == pytest.approx(last - float(logged[-1].values["val_loss"]), abs=1e-6)
+
+
+def test_a_metric_that_training_did_not_log_is_missing_as_ever(make_trainer):
+    class Asks(Blobs):
+        asks = False
+
+        def on_validation_epoch_end(self):
+            if self.asks:
+                self.trainer.callback_metrics["no such thing"]
+
+    def act(trainer, module):
+        module.asks = True
+        with IsolatedValidation(trainer, module) as validation, pytest.raises(KeyError, match="no such thing"):
+            validation.run()
+        seen.append(True)
+
+    seen = []
+    make_trainer(callbacks=[within("on_train_end", act)], max_epochs=1).fit(Asks(), train_loader(), val_loader())
+    assert seen == [True]
+
+
 # ---- training goes on as before
 
 
@@ -863,9 +960,9 @@ def test_candidates_are_validated_in_eval_mode_and_without_gradients_as_within_f
 
     search = within("on_train_batch_end", partial(one_level, how=ON_ALL))
     make_trainer(callbacks=[search], num_sanity_val_steps=0).fit(Noting(), train_loader(), val_loader())
-    # three searches: once all and once one batch to see what is logged, the dense network, two candidates, the winner;
-    # two epochs
-    assert len(found) == 3 * (1 + 5 * VAL_BATCHES) + 2 * VAL_BATCHES
+    # three searches: once all, once one batch and once one fold to see what is logged, the dense network, two
+    # candidates, the winner; two epochs
+    assert len(found) == 3 * (2 + 5 * VAL_BATCHES) + 2 * VAL_BATCHES
     assert set(found) == {((False,) * 4, "fit", "validate")}
 
 

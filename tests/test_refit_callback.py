@@ -906,6 +906,34 @@ def test_numbers_of_numpy_are_as_good_as_any(make_trainer, at_epoch):
     assert all(torch.equal(kept, found[1].mask[name]) for name, kept in found[0].mask.items())
 
 
+class Buffered(Blobs):
+    """Holds a buffer that cannot be written to as a plain tensor can."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        eye = torch.eye(16)
+        made = {"coo": eye.to_sparse(), "csr": eye.to_sparse_csr(), "expanded": torch.ones(1, 16).expand(4, 16)}
+        self.kind = kind
+        self.register_buffer("held", made[kind], persistent=kind != "expanded")  # torch itself could not load that
+
+    def forward(self, x):
+        return super().forward(x * self.held[0] if self.kind == "expanded" else (self.held @ x.T).T)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("options", [{}, {"at_epoch": 1}, {"at_epoch": [1], "branches": None}])
+@pytest.mark.parametrize("kind", ["coo", "csr", "expanded"])
+def test_buffers_of_other_layouts_are_given_back(make_trainer, kind, options):
+    pruning, module = pruner(**{"tolerance": 1.0} | options), Buffered(kind)
+    held, before = module.held, module.held.to_dense().clone()
+    fitted(make_trainer, pruning, module=module, max_epochs=2)
+    assert module.held is held
+    assert torch.equal(module.held.to_dense(), before)
+    assert pruning.report.winner is not None
+    assert torch.equal(Buffered.load_from_checkpoint(pruning.best_model_path, kind=kind).held.to_dense(), before)
+
+
 class Delegates(Pictures):
     """The shortest way to write a calibration step."""
 

@@ -853,6 +853,36 @@ def test_loaders_that_are_read_side_by_side_are_dealt_as_one(make_trainer):
     assert pruning.report.folds == (8, 8)
 
 
+class Last(Blobs):
+    """Logs when it sees the last batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.right = []
+
+    def validation_step(self, batch, batch_idx):
+        self.right.append((self(batch[0]).argmax(1) == batch[1]).float())
+        if batch_idx == self.trainer.num_val_batches[0] - 1:
+            self.log("val_acc", torch.cat(self.right).mean(), batch_size=1)
+            self.right.clear()
+
+
+@pytest.mark.parametrize("cache_bytes", [2**31, 0, 5000])
+@pytest.mark.parametrize("size", [64, 10])
+def test_a_step_is_told_which_batch_is_the_last(make_trainer, size, cache_bytes):
+    if size == 64 and cache_bytes < 2**31:
+        pytest.skip("too few batches to stream")
+    validation = Validation(cache_bytes=cache_bytes)
+    pruning = RouletteWheelPruning(2, tolerance=1.0, refit=None, tree=Tree(0.2, max_levels=1), validation=validation)
+    trainer, module = make_trainer(callbacks=[pruning], max_epochs=1), Last()
+    trainer.fit(module, train_loader(), val_loader(size))
+    assert pruning.report.folds == (8, 8)
+    assert pruning.report.score == pytest.approx(
+        trainer.validate(module, val_loader(size), verbose=False)[0]["val_acc"]
+    )
+    assert not module.right
+
+
 class Fixed(Blobs):
     """Takes batches of 25 only."""
 
@@ -891,6 +921,44 @@ def test_no_fold_leaves_a_batch_of_one_sample(make_trainer, count):
 class Held:
     x: torch.Tensor
     y: torch.Tensor
+
+
+@dataclass(slots=True)
+class Slotted:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Frozen:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("kind", [Held, Slotted, Frozen])
+def test_batches_may_be_data_classes_of_any_kind(make_trainer, kind, writes):
+    class Takes(Blobs):
+        def transfer_batch_to_device(self, batch, device, dataloader_idx):
+            return batch
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch.x, batch.y), batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step((batch.x, batch.y), batch_idx)
+            if writes:
+                batch.x.zero_()
+
+    def held(rows):
+        return kind(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
+
+    pruning = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=1))
+    trainer, module = make_trainer(callbacks=[pruning], max_epochs=1), Takes()
+    trainer.fit(module, train_loader(collate_fn=held), val_loader(10, collate_fn=held))
+    assert pruning.report.folds == (8, 8)
+    said = trainer.validate(module, val_loader(10, collate_fn=held), verbose=False)[0]["val_acc"]
+    assert pruning.report.score == pytest.approx(said, abs=1e-6)
 
 
 def test_what_a_validation_step_binds_in_a_batch_object_is_forgotten(make_trainer):

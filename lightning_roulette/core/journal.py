@@ -239,6 +239,10 @@ def _is_dense(candidate: PrunedWeights) -> bool:
 def _take_in(digest: Any, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.layout != torch.strided:
+            sparse = tensor.detach().to_sparse_coo().coalesce()
+            digest.update(_bytes(sparse.indices()))
+            tensor = sparse.values()
         digest.update(_bytes(tensor))
 
 

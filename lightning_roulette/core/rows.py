@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -142,5 +143,11 @@ def tensors_of(batch: Any) -> list[Tensor]:
         elif isinstance(one, list | tuple | set):
             waiting += one
         else:
-            waiting += getattr(one, "__dict__", {}).values()
+            waiting += attributes_of(one).values()
     return found
+
+
+def attributes_of(one: Any) -> dict[str, Any]:
+    """The attributes of an object, also where it is a dataclass with slots."""
+    names = [field.name for field in fields(one)] if is_dataclass(one) else []
+    return {name: getattr(one, name) for name in names if hasattr(one, name)} | getattr(one, "__dict__", {})

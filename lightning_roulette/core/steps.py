@@ -267,7 +267,17 @@ def lent(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 def copy_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Write values into tensors, in place."""
     for name, value in values.items():
-        tensors[name].copy_(value)
+        write(tensors[name], value)
+
+
+@torch.no_grad()
+def write(tensor: Tensor, value: Tensor) -> None:
+    """Write a value into a tensor, in place; of an expanded one into the entries that stand for all."""
+    if tensor.layout == torch.strided and 0 in tensor.stride():
+        for dim, step in enumerate(tensor.stride()):
+            if step == 0 and tensor.shape[dim] > 1:
+                tensor, value = tensor.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+    tensor.copy_(value)
 
 
 @contextmanager

@@ -48,6 +48,7 @@ from torchmetrics import Metric, MetricCollection, MetricTracker
 
 from lightning_roulette.core.masks import surely
 from lightning_roulette.core.shards import hold_shards_alone
+from lightning_roulette.core.steps import write
 
 _ABSENT = object()
 
@@ -117,7 +118,8 @@ class IsolatedValidation:
         trainer = self.trainer
         hold_shards_alone(self._module)
         self._loop = _borrowing_loop(trainer)
-        self._snapshot = _Snapshot(self._module, self._loop)
+        self._snapshot = _Snapshot(trainer, self._module, self._loop)
+        self._users = trainer._logger_connector
         self._results, self._steps = _Results(), None
         callbacks = [one if type(one).__name__ in self._keep else _muted(one) for one in callbacks_of(trainer)]
         replacements: list[tuple[Any, str, Any]] = [
@@ -163,15 +165,14 @@ class IsolatedValidation:
             RuntimeError: If the loaders give no batch.
         """
         self._snapshot.rewind()
-        self.trainer._logger_connector = _LoggerConnector(self.trainer)
+        connector = self.trainer._logger_connector = self._connector()
         self._loop._results.clear()
         self._set_up()
         all_batches = self._loop._max_batches
         try:
             self._loop._max_batches = [min(count, max_batches) for count in all_batches]
             self._loop.run()
-            values = {name: _own(value) for name, value in self.trainer.callback_metrics.items()}
-            return Logged(values, _directions(self._loop._results), _metrics(self._loop._results))
+            return Logged(_logged(connector), _directions(self._loop._results), _metrics(self._loop._results))
         finally:
             self._loop._max_batches = all_batches
             surely(self._snapshot.restore)
@@ -237,7 +238,9 @@ class IsolatedValidation:
             yield call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=loader), loader
 
     @torch.no_grad()
-    def run_on(self, batches: Iterable[tuple[Any, int]], recorded: bool = False) -> Logged:
+    def run_on(
+        self, batches: Iterable[tuple[Any, int]], recorded: bool = False, counts: Sequence[int] | None = None
+    ) -> Logged:
         """Validate the module as it is now on batches that `read` gave, through all its own hooks.
 
         What the Trainer's loop does besides is left out: progress, and what bars and loggers get after each batch.
@@ -245,19 +248,20 @@ class IsolatedValidation:
         Args:
             batches: Each with the number of its loader, in the order of the loaders.
             recorded: Whether to note what is logged for each batch.
+            counts: How many batches of each loader these are, for a module that asks; None: as many as it gives.
 
         Returns:
             What was logged.
         """
         trainer, loop, steps = self.trainer, self._loop, self._prepared()
         self._snapshot.rewind()
-        connector = trainer._logger_connector = _LoggerConnector(trainer)
+        connector = trainer._logger_connector = self._connector()
         results = loop._results = _Recording() if recorded else self._results
         self._running = True
         try:
             loop._on_evaluation_model_eval()
-            steps.run(batches)
-            values = {name: _own(value) for name, value in connector._callback_metrics.items()}
+            steps.run(batches, counts)
+            values = _logged(connector)
             logged = Logged(values, _directions(results), _metrics(results), getattr(results, "updates", {}))
             steps.end()
             loop._on_evaluation_model_train()
@@ -281,9 +285,9 @@ class IsolatedValidation:
         """
         trainer, loop, steps = self.trainer, self._loop, self._prepared()
         self._snapshot.rewind()
-        trainer._logger_connector = _LoggerConnector(trainer)
+        trainer._logger_connector = self._connector()
         results = loop._results = _Results()
-        self._running, gathered = True, _Attributes(self._module)
+        self._running, gathered = True, _Attributes([vars(part) for part in self._module.modules()])
         try:
             loop._on_evaluation_model_eval()
             if (step := getattr(self._module, "calibration_step", None)) is None:
@@ -319,6 +323,14 @@ class IsolatedValidation:
         finally:
             surely(self._snapshot.restore)
 
+    def _connector(self) -> _LoggerConnector:
+        """One that knows what was logged before, as a module may read it."""
+        fresh = _LoggerConnector(self.trainer)
+        fresh._callback_metrics = _Metrics(self._users._callback_metrics)
+        fresh._logged_metrics = dict(self._users._logged_metrics)
+        fresh._progress_bar_metrics = dict(self._users._progress_bar_metrics)
+        return fresh
+
     def _prepared(self) -> _Steps:
         if self._steps is None:
             self._set_up()
@@ -352,14 +364,19 @@ class _Steps:
         self._takes_index = is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2)
         self._hooks = frozenset(hook for hook in _HOOKS if _is_somebodys(hook, trainer))
 
-    def run(self, batches: Iterable[tuple[Any, int]]) -> None:
-        """Validate batches, each with the number of its loader, and note what they came to."""
+    def run(self, batches: Iterable[tuple[Any, int]], counts: Sequence[int] | None = None) -> None:
+        """Validate batches, each with the number of its loader, and note what they came to.
+
+        Args:
+            batches: In the order of the loaders.
+            counts: How many of each loader a step is told that there are.
+        """
         connector = self._trainer._logger_connector
         if "on_validation_start" in self._hooks:
             self._loop._on_evaluation_start()
         if "on_validation_epoch_start" in self._hooks:
             self._loop._on_evaluation_epoch_start()
-        self._each(batches)
+        self._each(batches, counts)
         connector.epoch_end_reached()
         if self._several:  # what the last loader's batches came to
             connector.update_eval_epoch_metrics()
@@ -384,15 +401,21 @@ class _Steps:
         else:
             self._trainer._logger_connector.reset_results()
 
-    def _each(self, batches: Iterable[tuple[Any, int]]) -> None:
+    def _each(self, batches: Iterable[tuple[Any, int]], counts: Sequence[int] | None) -> None:
         connector, last, index = self._trainer._logger_connector, None, -1
+        every = self._loop._max_batches  # of which batches may be read between steps
+        told = every if counts is None else list(counts) if self._loop._is_sequential else [*counts] * len(every)
         for batch, loader in batches:
             if last is not None and loader != last:
                 connector.epoch_end_reached()
                 connector.update_eval_epoch_metrics()
             index = index + 1 if loader == last else 0
             last = loader
-            self._step(batch, index, loader)
+            self._loop._max_batches = told
+            try:
+                self._step(batch, index, loader)
+            finally:
+                self._loop._max_batches = every
 
     def _step(self, batch: Any, index: int, loader: int) -> None:
         trainer = self._trainer
@@ -420,6 +443,38 @@ def _is_somebodys(hook: str, trainer: Trainer) -> bool:
     owners = [(trainer.lightning_module, LightningModule), (trainer.strategy, Strategy)]
     owners += [(one, Callback) for one in callbacks_of(trainer) if getattr(one, hook, None) is not None]
     return any(is_overridden(hook, owner, parent) for owner, parent in owners if hasattr(parent, hook))
+
+
+class _Metrics(dict[str, Any]):
+    """Callback metrics: those of before, and those that a validation logs, which are told apart.
+
+    Where there are none of before, training has not begun, and what it will log is NaN.
+
+    Args:
+        before: Those of before.
+    """
+
+    def __init__(self, before: Mapping[str, Any]) -> None:
+        super().__init__(before)
+        self._begun = bool(before)
+        self.logged: dict[str, None] = {}
+
+    def __missing__(self, name: str) -> Tensor:
+        if self._begun:
+            raise KeyError(name)
+        return torch.tensor(math.nan)
+
+    def update(self, metrics: Mapping[str, Any]) -> None:  # type: ignore[override]  # as a connector calls it
+        """Note what is logged."""
+        self.logged |= dict.fromkeys(metrics)
+        super().update(metrics)
+
+
+def _logged(connector: _LoggerConnector) -> dict[str, Any]:
+    """What a validation logged."""
+    metrics = connector.callback_metrics
+    assert isinstance(metrics, _Metrics)
+    return {name: _own(metrics[name]) for name in metrics.logged}
 
 
 class _Results(_ResultCollection):
@@ -463,17 +518,21 @@ class _Recording(_Results):
 
 
 class _Snapshot:
-    """What a validation may change in the module, its loaders and the world's chance, and the way back."""
+    """What a validation may change in the module, its learning rates, its loaders and the world's chance; and back."""
 
-    def __init__(self, module: LightningModule, loop: _EvaluationLoop) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, loop: _EvaluationLoop) -> None:
         self._module = module
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        schedulers = _with_inner([config.scheduler for config in trainer.lr_scheduler_configs])
+        self._schedules = _Attributes([*groups, *(vars(one) for one in schedulers)])
+        rates = [one for group in groups for one in group.values() if isinstance(one, Tensor)]
         parts = list(module.modules())
         self._modes = {part: part.training for part in parts}
         # a validation may make buffers and, with a MetricTracker, modules
         holders: list[dict[str, Any]] = [one for part in parts for one in (part._buffers, part._modules)]
         self._made = [(holder, dict(holder)) for holder in holders]
         buffers = {id(one): one for part in parts for one in part._buffers.values() if _has_values(one)}
-        self._values = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
+        self._values = [(one, one.detach().clone()) for one in (*buffers.values(), *rates)]
         self._metrics = [
             (part, {name: _shallow(value) for name, value in vars(part).items() if name not in _MODULE_PARTS})
             for part in parts
@@ -516,11 +575,12 @@ class _Snapshot:
         with torch.no_grad():
             for buffer, values in self._values:
                 if id(buffer) not in spared:
-                    buffer.copy_(values)
+                    write(buffer, values)
         for metric, state in self._metrics:
             vars(metric).update({name: _shallow(value) for name, value in state.items()})
         for part, training in self._modes.items():
             vars(part)["training"] = training  # what assigning does, without the checks of a Module
+        self._schedules.restore()
         torch.set_grad_enabled(self._grad)
 
     def _restore_chance(self) -> None:
@@ -533,12 +593,15 @@ _MODULE_PARTS = frozenset(vars(nn.Module()))
 
 
 class _Attributes:
-    """The plain attributes of a module's parts, with what is in their lists, dicts and sets."""
+    """The plain attributes of some objects, with what is in their lists, dicts and sets.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        holders: The `vars` of each; those of a module's own machinery are left alone.
+    """
+
+    def __init__(self, holders: Sequence[dict[str, Any]]) -> None:
         self._before = [
-            (vars(part), {name: one for name, one in vars(part).items() if name not in _MODULE_PARTS})
-            for part in module.modules()
+            (holder, {name: one for name, one in holder.items() if name not in _MODULE_PARTS}) for holder in holders
         ]
         self._contents: dict[int, tuple[Any, Any]] = {}  # of each container: itself, and a copy
         for _, before in self._before:
@@ -565,6 +628,12 @@ class _Attributes:
             elif type(one) in _CONTAINERS and id(one) not in self._contents:
                 self._contents[id(one)] = one, copy.copy(one)
                 waiting += one.values() if isinstance(one, dict) else one
+
+
+def _with_inner(schedulers: Sequence[Any]) -> list[Any]:
+    """Learning rate schedulers, and those that they are made of."""
+    inner = [one for outer in schedulers for one in getattr(outer, "_schedulers", ())]
+    return [*schedulers, *(_with_inner(inner) if inner else [])]
 
 
 _CONTAINERS = (list, dict, set, deque, defaultdict, OrderedDict)

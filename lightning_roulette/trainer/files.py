@@ -129,10 +129,10 @@ def _holds(path: str, module: LightningModule) -> bool:
     try:
         with get_filesystem(path).open(path, "rb") as file:
             stored = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception:  # gone, or with contents that only a trusting load would read
+        now = module.state_dict()
+        return stored.keys() == now.keys() and all(_equal(stored[name], value) for name, value in now.items())
+    except Exception:  # gone, with contents that only a trusting load would read, or that cannot be compared
         return False
-    now = module.state_dict()
-    return stored.keys() == now.keys() and all(_equal(stored[name], value) for name, value in now.items())
 
 
 def _equal(stored: Any, value: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.core.chance import random_bits, stream
-from lightning_roulette.core.rows import bytes_of, joined, rows_of, taken, tensors_of
+from lightning_roulette.core.rows import attributes_of, bytes_of, joined, rows_of, taken, tensors_of
 
 FOLDS = 16
 
@@ -38,6 +38,10 @@ class FoldedData(Protocol):
 
     def of(self, folds: Sequence[int]) -> Iterator[tuple[Any, int]]:
         """The batches of some folds, each with the number of its loader; in the order of the loaders."""
+        ...
+
+    def counts(self, folds: Sequence[int]) -> list[int]:
+        """How many batches of each loader those are."""
         ...
 
     def altered(self) -> bool:
@@ -129,6 +133,10 @@ class KeptData:
         found = ((batch, loader) for loader, portion in self._portions.items() for batch in portion.of(folds))
         return ((rebuilt(batch, self._copies), loader) for batch, loader in found)
 
+    def counts(self, folds: Sequence[int]) -> list[int]:
+        """See `FoldedData`."""
+        return [portion.count(folds) for portion in self._portions.values()]
+
     def altered(self) -> bool:
         """See `FoldedData`."""
         return _states(self._tensors) != self._before
@@ -192,6 +200,10 @@ class StreamedData:
         found = sorted((one for fold in folds for one in self._kept[fold]), key=lambda one: one[:2])
         return ((rebuilt(batch, self._copies), loader) for loader, _, batch in found)
 
+    def counts(self, folds: Sequence[int]) -> list[int]:
+        """See `FoldedData`."""
+        return [sum(fold in folds for fold in found) for found in self._fold_of.values()]
+
     def altered(self) -> bool:
         """See `FoldedData`."""
         return _states(self._tensors) != self._before
@@ -238,6 +250,10 @@ class WholeBatches:
         """The batches of these folds, in the order of the loader."""
         return (batch for batch, fold in zip(self.batches, self.folds, strict=True) if fold in folds)
 
+    def count(self, folds: Sequence[int]) -> int:
+        """How many those are."""
+        return sum(fold in folds for fold in self.folds)
+
     def contents(self) -> list[Any]:
         """What is kept."""
         return list(self.batches)
@@ -279,11 +295,14 @@ class SplitRows:
     def of(self, folds: Sequence[int]) -> Iterator[Any]:
         """Batches cut from the pools, neighbouring folds as one; of like size, as not every module takes one sample."""
         for pool, ends in zip(self.pools, self.ends, strict=True):
-            for first, last in _stretches(folds):
-                start, rows = ends[first], ends[last + 1] - ends[first]
+            for start, rows in _parts(ends, folds):
                 count = math.ceil(rows / self.most)
                 for part in range(count):
                     yield taken(pool, slice(start + rows * part // count, start + rows * (part + 1) // count))
+
+    def count(self, folds: Sequence[int]) -> int:
+        """How many those are."""
+        return sum(math.ceil(rows / self.most) for ends in self.ends for _, rows in _parts(ends, folds))
 
     def contents(self) -> list[Any]:
         """What is kept."""
@@ -324,6 +343,11 @@ def _order(count: int, seed: int, what: str) -> Tensor:
     return random_bits(stream(seed, 0, 0, what), torch.arange(count)).argsort()
 
 
+def _parts(ends: Sequence[int], folds: Sequence[int]) -> list[tuple[int, int]]:
+    """Where the runs of neighbouring folds begin in a pool, and how many rows they have."""
+    return [(ends[first], ends[last + 1] - ends[first]) for first, last in _stretches(folds)]
+
+
 def _stretches(folds: Sequence[int]) -> list[tuple[int, int]]:
     """The runs of neighbouring folds, each by its first and last."""
     runs: list[tuple[int, int]] = []
@@ -351,7 +375,8 @@ def rebuilt(batch: Any, copies: bool) -> Any:
         return copy.deepcopy(batch)
     twin = copy.copy(batch)
     if is_dataclass(twin):
-        vars(twin).update({name: rebuilt(value, copies) for name, value in vars(batch).items()})
+        for name, value in attributes_of(batch).items():
+            object.__setattr__(twin, name, rebuilt(value, copies))  # also of a frozen one
     return twin
 
 

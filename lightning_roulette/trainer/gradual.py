@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_roulette.core.calibration import Survivors
 from lightning_roulette.core.gradual import Cuts, Gradual
 from lightning_roulette.core.masks import apply_mask
-from lightning_roulette.core.steps import copy_into, named_tensors
+from lightning_roulette.core.steps import named_tensors, write
 
 
 class BetweenEpochs(Gradual):
@@ -49,9 +49,9 @@ class BetweenEpochs(Gradual):
         tensors = named_tensors(module)
         for name, value in self._spread().items():
             there = tensors.get(name)
-            if there is not None and there.shape == value.shape and 0 not in there.stride():
-                copy_into(tensors, {name: value})
-            else:  # a buffer that was replaced since, or whose entries share memory
+            if there is not None and there.shape == value.shape:
+                write(there, value)
+            else:  # a buffer that was replaced since
                 owner, _, attribute = name.rpartition(".")
                 module.get_submodule(owner)._buffers[attribute] = value.to(module.device)
         apply_mask(module, self.history.mask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -33,6 +34,10 @@ class OwnLoop:
 
     def of(self, folds: Sequence[int]) -> Iterator[tuple[Any, int]]:
         """Nothing: a validation reads it itself."""
+        raise NotImplementedError
+
+    def counts(self, folds: Sequence[int]) -> list[int]:
+        """Nothing: a validation counts them itself."""
         raise NotImplementedError
 
     def altered(self) -> bool:
@@ -156,7 +161,9 @@ def rounding(trainer: Trainer) -> float:
 
 def validate(validation: IsolatedValidation, data: FoldedData, folds: Sequence[int]) -> Logged:
     """What the module logs on some folds."""
-    return validation.run() if isinstance(data, OwnLoop) else validation.run_on(data.of(folds))
+    if isinstance(data, OwnLoop):
+        return validation.run()
+    return validation.run_on(data.of(folds), counts=data.counts(folds))
 
 
 class TrainerEvaluator:
@@ -266,8 +273,12 @@ class RecordingEvaluator(TrainerEvaluator):
 
     def _validate(self, folds: Sequence[int], recorded: bool = False) -> Logged:
         if recorded and not isinstance(self._data, OwnLoop):
-            batches = self._by_fold(folds) if isinstance(self._data, KeptData) else self._data.of(folds)
-            return self._validation.run_on(batches, recorded=True)
+            counts = self._data.counts(folds)
+            if not isinstance(self._data, KeptData):
+                return self._validation.run_on(self._data.of(folds), True, counts)
+            batches = self._by_fold(folds)
+            found = Counter(loader for _, loader in batches)
+            return self._validation.run_on(batches, True, [found[loader] for loader in range(len(counts))])
         return validate(self._validation, self._data, folds)
 
     def _by_fold(self, folds: Sequence[int]) -> list[tuple[Any, int]]:
