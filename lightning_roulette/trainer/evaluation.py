@@ -404,7 +404,9 @@ class _Steps:
     def _each(self, batches: Iterable[tuple[Any, int]], counts: Sequence[int] | None) -> None:
         connector, last, index = self._trainer._logger_connector, None, -1
         every = self._loop._max_batches  # of which batches may be read between steps
-        told = every if counts is None else list(counts) if self._loop._is_sequential else [*counts] * len(every)
+        told = every
+        if counts is not None:
+            told = [*counts] if self._loop._is_sequential else [*counts] * len(every)
         for batch, loader in batches:
             if last is not None and loader != last:
                 connector.epoch_end_reached()
