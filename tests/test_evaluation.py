@@ -892,6 +892,7 @@ class Reads(Blobs):
     def on_validation_epoch_end(self):
         if not self.trainer.sanity_checking:
             self.read.append(float(self.trainer.callback_metrics["train_loss"]))
+            self.trainer.callback_metrics["put"] = torch.tensor(2.0)
             self.log("gap", self.trainer.callback_metrics["train_loss"] - self.trainer.callback_metrics["val_loss"])
 
 
@@ -906,7 +907,7 @@ def test_a_validation_may_read_what_training_logged(make_trainer):
     logged, module = [], Reads()
     acts = [within(hook, act) for hook in ("on_train_start", "on_train_end")]
     make_trainer(callbacks=acts, max_epochs=1).fit(module, train_loader(), val_loader())
-    assert all(one.values.keys() == {"val_loss", "val_acc", "gap"} for one in logged)
+    assert all(one.values.keys() == {"val_loss", "val_acc", "gap", "put"} for one in logged)
     first, *_, last = module.read
     assert math.isnan(first)  # nothing was trained yet
     assert not math.isnan(last)

@@ -180,12 +180,13 @@ def _own(loader: Any, seed: int) -> Iterable[Any]:
             raise RuntimeError(_DRAINED.format("an iterator"))
         return cast(Iterable[Any], loader)
     data = loader.dataset
-    if isinstance(data, IterableDataset) or not isinstance(data, Sized):
-        if (again := cast(Any, data)) is iter(again):
-            raise RuntimeError(_DRAINED.format("a data set that is its own iterator"))
-        return DataLoader(data, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
+    streams = isinstance(data, IterableDataset) or not isinstance(data, Sized)
+    if streams and (again := cast(Any, data)) is iter(again):
+        raise RuntimeError(_DRAINED.format("a data set that is its own iterator"))
     if any(getattr(type(loader), name) is not getattr(DataLoader, name) for name in ("__iter__", "_get_iterator")):
         return _quiet(loader)  # a class that makes its batches in a way of its own
+    if streams:
+        return DataLoader(data, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
     if loader.batch_sampler is not None:
         return DataLoader(data, batch_sampler=_batches(loader.batch_sampler, data, seed), collate_fn=loader.collate_fn)
     whole = isinstance(loader.sampler, BatchSampler)  # of a data set that is asked for whole batches
@@ -263,10 +264,8 @@ def _fewer(
             groups.append([batch])
             size = bytes_of(batch)
     found = [one for group in groups for one in _whole(group)]
-    if len(found) == len(batches):
-        return found
-    first = next(group for group in groups if len(_whole(group)) < len(group))
-    alike = _gives_the_same(validation, module, first, _whole(first))
+    first = next((group for group in groups if len(_whole(group)) < len(group)), None)
+    alike = first is not None and _gives_the_same(validation, module, first, _whole(first))
     return found if trainer.strategy.broadcast(alike) else list(batches)
 
 

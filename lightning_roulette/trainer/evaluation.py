@@ -165,14 +165,15 @@ class IsolatedValidation:
             RuntimeError: If the loaders give no batch.
         """
         self._snapshot.rewind()
-        connector = self.trainer._logger_connector = self._connector()
+        self.trainer._logger_connector = self._connector()
         self._loop._results.clear()
         self._set_up()
         all_batches = self._loop._max_batches
         try:
             self._loop._max_batches = [min(count, max_batches) for count in all_batches]
             self._loop.run()
-            return Logged(_logged(connector), _directions(self._loop._results), _metrics(self._loop._results))
+            values = _logged(self.trainer.callback_metrics)
+            return Logged(values, _directions(self._loop._results), _metrics(self._loop._results))
         finally:
             self._loop._max_batches = all_batches
             surely(self._snapshot.restore)
@@ -261,7 +262,7 @@ class IsolatedValidation:
         try:
             loop._on_evaluation_model_eval()
             steps.run(batches, counts)
-            values = _logged(connector)
+            values = _logged(connector._callback_metrics)
             logged = Logged(values, _directions(results), _metrics(results), getattr(results, "updates", {}))
             steps.end()
             loop._on_evaluation_model_train()
@@ -466,15 +467,18 @@ class _Metrics(dict[str, Any]):
             raise KeyError(name)
         return torch.tensor(math.nan)
 
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.logged[name] = None
+        super().__setitem__(name, value)
+
     def update(self, metrics: Mapping[str, Any]) -> None:  # type: ignore[override]  # as a connector calls it
         """Note what is logged."""
         self.logged |= dict.fromkeys(metrics)
         super().update(metrics)
 
 
-def _logged(connector: _LoggerConnector) -> dict[str, Any]:
+def _logged(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What a validation logged."""
-    metrics = connector.callback_metrics
     assert isinstance(metrics, _Metrics)
     return {name: _own(metrics[name]) for name in metrics.logged}
 
