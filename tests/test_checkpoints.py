@@ -418,8 +418,9 @@ def test_after_a_search_a_checkpoint_of_another_network_can_be_validated(make_tr
 
 
 # Validations before the search judges the dense network. On all the data: to find the metric, and on the batches as
-# they were read. On one fold: as the network is, with all weights at zero, and to see what is logged as the metric.
-REHEARSALS = 5
+# they were read. On one fold: to see that it is taken, as the network is, with all weights at zero, and to see what is
+# logged as the metric.
+REHEARSALS = 6
 # Then come, on all the data: the dense network; of each level two candidates, and the winner of them again.
 ON_ALL = Validation(confirm=0, race=False)
 

@@ -194,7 +194,7 @@ def test_a_point_is_on_disk_when_its_level_is_done(make_trainer, tmp_path):
     pruning = pruner(branches=2, validation=Validation(race=False))
     trainer = make_trainer(callbacks=[pruning], logger=logger, max_epochs=3, log_every_n_steps=2)
     trainer.fit(Watches(), train_loader(), val_loader())
-    # five validations come before the dense one, on each half of the data; a level is two candidates and the winner on
+    # six validations come before the dense one, on each half of the data; a level is two candidates and the winner on
     # one half, and later the winner on the other; at last comes the loaded network
     levels = [(level, 1) for level in (1, 2, 3) for _ in range(3)]
-    assert seen == [(0, 0)] * 7 + levels + [(4, 1), (4, 2), (4, 3), (4, 4)]
+    assert seen == [(0, 0)] * 8 + levels + [(4, 1), (4, 2), (4, 3), (4, 4)]

@@ -577,7 +577,8 @@ def test_without_confirmation_a_refit_at_the_end_that_gains_nothing_is_not_taken
 
 def test_a_search_that_accepts_nothing_refits_nothing_at_the_end():
     net = network()
-    winner = ranked(net, LeastSquares(each_level=False), lambda mask: float(mask.sparsity == 0), tolerance=0.5)
+    dense_alone = Asked(lambda candidate, folds: candidate.mask.sparsity == 0)
+    winner = ranked(net, LeastSquares(each_level=False), dense_alone, tolerance=0.5)
     assert sorted(winner.refits) == [0]
     assert equal(winner.weights, winner.weights_at(0))
 
@@ -982,7 +983,7 @@ def test_the_report_names_the_weights_that_cannot_be_refitted(each_level):
     weights = {name: one for name, one in net.named_parameters() if one.dim() > 1}
     winner = search(
         weights,
-        lambda mask: 1.0,
+        Constant(),
         branches=3,
         tolerance=math.inf,
         tree=LEVELS,
@@ -1018,7 +1019,7 @@ def test_the_report_names_the_weights_whose_refit_was_undone():
     calibration = Calibration(net, batches)
     winner = search(
         {name: net.net.weight},
-        lambda mask: float(bool(mask[name][0, 0])),
+        Asked(lambda candidate, folds: bool(candidate.mask[name][0, 0]), 1),
         refit=LeastSquares(damping=0.0),
         calibration=calibration,
         branches=8,

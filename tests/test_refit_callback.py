@@ -934,6 +934,25 @@ def test_buffers_of_other_layouts_are_given_back(make_trainer, kind, options):
     assert torch.equal(Buffered.load_from_checkpoint(pruning.best_model_path, kind=kind).held.to_dense(), before)
 
 
+def test_what_is_calibrated_on_does_not_depend_on_the_epoch_of_the_sampler(make_trainer):
+    class ByEpoch(SubsetRandomSampler):
+        def __init__(self, epoch):
+            super().__init__(range(100))
+            self.epoch = epoch
+
+        def __iter__(self):
+            order = torch.Generator().manual_seed(self.epoch)
+            return iter(torch.randperm(100, generator=order).tolist())
+
+    seen = []
+    for epoch in range(2):
+        module = Calibrated()
+        loader = DataLoader(blobs(400, 1), 50, sampler=ByEpoch(epoch))
+        fitted(make_trainer, pruner(), module=module, train=loader)
+        seen.append(max(module.calibrated, key=len))
+    assert torch.equal(*seen)
+
+
 class Delegates(Pictures):
     """The shortest way to write a calibration step."""
 

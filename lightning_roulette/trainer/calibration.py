@@ -227,7 +227,9 @@ class _Reordered(Sampler[int]):
             return range(len(source.dataset if hasattr(source, "dataset") else source.data_source))
         # one that never ends tells no length
         most = len(self._sampler) if isinstance(self._sampler, Sized) else _MOST_SAMPLES
-        return list(islice(_copied(self._sampler, self._data), most))
+        given = list(islice(_copied(self._sampler, self._data), most))
+        # in an order of their own, whatever epoch the sampler is at
+        return sorted(given) if all(isinstance(one, int) for one in given) else given
 
 
 def _copied(sampler: Any, data: Any) -> Any:
