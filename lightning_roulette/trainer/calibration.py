@@ -265,10 +265,10 @@ def _fewer(
         else:
             groups.append([batch])
             size = bytes_of(batch)
-    found = [one for group in groups for one in _whole(group)]
-    first = next((group for group in groups if len(_whole(group)) < len(group)), None)
-    alike = first is not None and _gives_the_same(validation, module, first, _whole(first))
-    return found if trainer.strategy.broadcast(alike) else list(batches)
+    wholes = [_whole(group) for group in groups]
+    first = next((pair for pair in zip(groups, wholes, strict=True) if len(pair[1]) < len(pair[0])), None)
+    alike = first is not None and _gives_the_same(validation, module, *first)
+    return [one for whole in wholes for one in whole] if trainer.strategy.broadcast(alike) else list(batches)
 
 
 def _few_at_a_time(trainer: Trainer, validation: IsolatedValidation, batches: Sequence[Any]) -> list[Any]:
