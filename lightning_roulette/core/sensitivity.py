@@ -68,7 +68,7 @@ class Sensitivity:
         self._calls: list[Counter[nn.Module]] = []
         for piece in pieces:
             calls: Counter[nn.Module] = Counter()
-            _listening(dict.fromkeys(around.values()), partial(_count, calls), piece)
+            listening(dict.fromkeys(around.values()), partial(_count, calls), piece)
             self._calls.append(calls)
         called = {one for calls in self._calls for one in calls}
         self._heard = {
@@ -147,7 +147,7 @@ class _Backwards:
 
     def run(self, piece: Callable[[], object]) -> None:
         if self._left:
-            _listening(self._parts, self._meet, piece)
+            listening(self._parts, self._meet, piece)
 
     def _meet(self, part: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         if torch.is_inference_mode_enabled():
@@ -261,11 +261,12 @@ def _count(calls: Counter[nn.Module], part: nn.Module, arguments: tuple[Any, ...
     calls[part] += 1
 
 
-def _listening(
+def listening(
     parts: Sequence[nn.Module] | dict[nn.Module, None],
     meet: Callable[[nn.Module, tuple[Any, ...], Any], Any],
     piece: Callable[[], object],
 ) -> None:
+    """Run a network on some samples; `meet` is told of each call of these parts, and may give another output."""
     hooks: list[Removable] = []
     try:
         for part in parts:

@@ -25,13 +25,12 @@ from torch.utils.data import (
 
 from lightning_roulette.core.calibration import Calibration, Refitted
 from lightning_roulette.core.chance import random_bits, stream
-from lightning_roulette.core.holding import Removable
 from lightning_roulette.core.layers import batch_norms_of
 from lightning_roulette.core.masks import Mask
 from lightning_roulette.core.parameters import parts_of_metrics
 from lightning_roulette.core.rows import bytes_of, joined, pieces_of, rows_of, tensors_of
+from lightning_roulette.core.sensitivity import listening
 from lightning_roulette.core.settings import Refit
-from lightning_roulette.core.steps import every_call_seen
 from lightning_roulette.trainer.evaluation import IsolatedValidation
 from lightning_roulette.trainer.folds import rebuilt
 from lightning_roulette.trainer.scoring import rounding
@@ -321,13 +320,6 @@ def _sums(validation: IsolatedValidation, module: LightningModule, batches: Sequ
         ]
         found[part] = found.get(part, 0) + torch.tensor(both, dtype=torch.float64)
 
-    hooks: list[Removable] = []
-    try:
-        hooks += [part.register_forward_hook(meet) for part in parts]
-        with every_call_seen():
-            for batch in batches:
-                _see(validation, batch, ())
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for batch in batches:
+        listening(parts, meet, partial(_see, validation, batch, ()))
     return found
