@@ -89,14 +89,16 @@ def _why_not(owner: nn.Module, own: str, shared: bool) -> str:
     kind = type(owner).__name__
     if shared:
         return "tied: several modules use it"
-    if isinstance(owner, (*LINEAR_MAPS, nn.MultiheadAttention)) and not _computes_as_usual(owner):
+    if not _computes_as_usual(owner):
         return f"{own} of {kind}: its forward is its own"
     return f"{own} of {kind}: its inputs cannot be seen"
 
 
 def _computes_as_usual(part: nn.Module) -> bool:
-    """Whether a layer's outputs are those of the class of torch that it is, or derives from."""
-    usual = next(kind for kind in (*LINEAR_MAPS, nn.MultiheadAttention) if isinstance(part, kind))
+    """Whether a layer's outputs are those of the class of torch that it is, or derives from; others are no layers."""
+    usual = next((kind for kind in (*LINEAR_MAPS, nn.MultiheadAttention) if isinstance(part, kind)), None)
+    if usual is None:
+        return True
     names = ("forward", "_conv_forward")
     own = any(name in vars(part) for name in names)
     return not own and all(getattr(type(part), name, None) is getattr(usual, name, None) for name in names)
@@ -126,7 +128,7 @@ _ALL = slice(0, None)
 
 
 def _layers(part: nn.Module, path: str, shared: Collection[str]) -> list[Layer]:
-    if isinstance(part, (*LINEAR_MAPS, nn.MultiheadAttention)) and not _computes_as_usual(part):
+    if not _computes_as_usual(part):
         return []
     if isinstance(part, LINEAR_MAPS):
         groups = 1 if isinstance(part, nn.Linear) else part.groups

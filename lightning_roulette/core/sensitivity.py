@@ -212,15 +212,15 @@ def _scale(shape: torch.Size, owned: Sequence[tuple[nn.Module, bool]], seen: dic
         if one is None or one.derivatives is None:
             continue
         inputs, derivatives = (one.inputs / one.rows).sqrt(), one.derivatives
-        if itself and isinstance(part, LINEAR_MAPS) and len(shape) == 1:
+        if not itself or not isinstance(part, LINEAR_MAPS):
+            here = derivatives.mean() * inputs.mean() ** (2 * _SHARE)
+        elif len(shape) == 1:
             here = derivatives  # of a bias, whose input is 1
-        elif itself and isinstance(part, LINEAR_MAPS):
+        else:
             groups = 1 if isinstance(part, nn.Linear) else part.groups
             flat = (len(derivatives), -1, *[1] * (len(shape) - 2))
             by_output = inputs.view(groups, -1).repeat_interleave(len(derivatives) // groups, 0)
             here = derivatives.view(-1, 1).mul(by_output ** (2 * _SHARE)).view(flat)
-        else:
-            here = derivatives.mean() * inputs.mean() ** (2 * _SHARE)
         squares = here if squares is None else squares + here
     return None if squares is None else squares.sqrt()
 

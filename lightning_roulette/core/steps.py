@@ -263,7 +263,6 @@ def lent(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         surely(lambda: copy_into(tensors, before))
 
 
-@torch.no_grad()
 def copy_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Write values into tensors, in place."""
     for name, value in values.items():

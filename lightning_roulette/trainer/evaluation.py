@@ -578,10 +578,9 @@ class _Snapshot:
         for contents, members in self._made:
             contents.clear()
             contents.update(members)
-        with torch.no_grad():
-            for buffer, values in self._values:
-                if id(buffer) not in spared:
-                    write(buffer, values)
+        for buffer, values in self._values:
+            if id(buffer) not in spared:
+                write(buffer, values)
         for metric, state in self._metrics:
             vars(metric).update({name: _shallow(value) for name, value in state.items()})
         for part, training in self._modes.items():

@@ -294,15 +294,20 @@ class SplitRows:
 
     def of(self, folds: Sequence[int]) -> Iterator[Any]:
         """Batches cut from the pools, neighbouring folds as one; of like size, as not every module takes one sample."""
-        for pool, ends in zip(self.pools, self.ends, strict=True):
-            for start, rows in _parts(ends, folds):
-                count = math.ceil(rows / self.most)
-                for part in range(count):
-                    yield taken(pool, slice(start + rows * part // count, start + rows * (part + 1) // count))
+        return (taken(pool, rows) for pool, rows in self._cuts(folds))
 
     def count(self, folds: Sequence[int]) -> int:
         """How many those are."""
-        return sum(math.ceil(rows / self.most) for ends in self.ends for _, rows in _parts(ends, folds))
+        return sum(1 for _ in self._cuts(folds))
+
+    def _cuts(self, folds: Sequence[int]) -> Iterator[tuple[Any, slice]]:
+        """The pool of each batch, and which of its rows."""
+        for pool, ends in zip(self.pools, self.ends, strict=True):
+            for first, last in _stretches(folds):
+                start, rows = ends[first], ends[last + 1] - ends[first]
+                count = math.ceil(rows / self.most)
+                for part in range(count):
+                    yield pool, slice(start + rows * part // count, start + rows * (part + 1) // count)
 
     def contents(self) -> list[Any]:
         """What is kept."""
@@ -341,11 +346,6 @@ def _resists(loader: int, batches: Sequence[Any]) -> str:
 
 def _order(count: int, seed: int, what: str) -> Tensor:
     return random_bits(stream(seed, 0, 0, what), torch.arange(count)).argsort()
-
-
-def _parts(ends: Sequence[int], folds: Sequence[int]) -> list[tuple[int, int]]:
-    """Where the runs of neighbouring folds begin in a pool, and how many rows they have."""
-    return [(ends[first], ends[last + 1] - ends[first]) for first, last in _stretches(folds)]
 
 
 def _stretches(folds: Sequence[int]) -> list[tuple[int, int]]:

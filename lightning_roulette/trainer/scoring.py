@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -273,12 +272,9 @@ class RecordingEvaluator(TrainerEvaluator):
 
     def _validate(self, folds: Sequence[int], recorded: bool = False) -> Logged:
         if recorded and not isinstance(self._data, OwnLoop):
-            counts = self._data.counts(folds)
-            if not isinstance(self._data, KeptData):
-                return self._validation.run_on(self._data.of(folds), True, counts)
-            batches = self._by_fold(folds)
-            found = Counter(loader for _, loader in batches)
-            return self._validation.run_on(batches, True, [found[loader] for loader in range(len(counts))])
+            batches = self._by_fold(folds) if isinstance(self._data, KeptData) else self._data.of(folds)
+            counts = [sum(ours) for ours in zip(*(self._data.counts([fold]) for fold in folds), strict=True)]
+            return self._validation.run_on(batches, recorded=True, counts=counts)
         return validate(self._validation, self._data, folds)
 
     def _by_fold(self, folds: Sequence[int]) -> list[tuple[Any, int]]:
