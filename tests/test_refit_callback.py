@@ -850,6 +850,13 @@ def test_batches_are_joined_where_the_network_takes_them_so(make_trainer, most, 
     assert pruning.report.importance == "sensitivity"
 
 
+def test_nothing_is_joined_where_no_layer_is_asked_what_it_is_given(make_trainer):
+    module, pruning = Calibrated(), pruner(None, at_epoch=[1], branches=None)
+    fitted(make_trainer, pruning, module=module, max_epochs=2)
+    assert pruning.report.importance == "sensitivity"
+    assert {len(x) for x in module.calibrated} == {50}
+
+
 def test_no_more_samples_are_derived_at_a_time_than_training_takes(make_trainer):
     class Derived(Calibrated):
         sizes = Record()

@@ -57,6 +57,7 @@ class TrainerCalibration(Calibration):
         validation: Lets the module take its steps.
         batches: Which `calibration_batches` gave.
         seed: See `Calibration`.
+        by_layer: Whether it will be asked what layers are given; only then is it worth joining batches.
     """
 
     def __init__(
@@ -66,9 +67,11 @@ class TrainerCalibration(Calibration):
         validation: IsolatedValidation,
         batches: Sequence[Any],
         seed: int,
+        by_layer: bool = True,
     ) -> None:
         self._trainer = trainer
-        whole, pieces = _fewer(trainer, validation, module, batches), _few_at_a_time(trainer, validation, batches)
+        whole = _fewer(trainer, validation, module, batches) if by_layer else batches
+        pieces = _few_at_a_time(trainer, validation, batches)
         statistics: list[Tensor] = []
         for part in batch_norms_of(module).values():
             statistics += [cast(Tensor, part.running_mean), cast(Tensor, part.running_var)]

@@ -678,7 +678,8 @@ class RouletteWheelPruning(ZeroHolder):
         how = refit_of(self.refit) or Refit()
         most = 1 if trainer.fast_dev_run else how.batches  # type: ignore[attr-defined]
         batches = calibration_batches(trainer, validation, most, self.seed)
-        return TrainerCalibration(trainer, module, validation, batches, self.seed)
+        by_layer = self.refit is not None or self.wheel.importance in ("activation", "obs")
+        return TrainerCalibration(trainer, module, validation, batches, self.seed, by_layer)
 
     def _settings(self, trainer: Trainer) -> dict[str, Any]:
         """What the search is asked for."""
