@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_roulette.core.calibration import Calibration, Refitted
-from lightning_roulette.core.certificate import Batches, Method, Resamples, Singles
-from lightning_roulette.core.evaluator import Evaluator, PrunedWeights
-from lightning_roulette.core.growing import Observer
-from lightning_roulette.core.masks import Mask, apply_mask, sparsity
-from lightning_roulette.core.parameters import prunable_parameters, skipped_parameters
-from lightning_roulette.core.report import Candidate, Level, Scores, SearchReport, StopReason
-from lightning_roulette.core.search import search
-from lightning_roulette.core.settings import LeastSquares, Refit, Tree, Validation, Wheel
-from lightning_roulette.core.wheel import spin
-from lightning_roulette.core.winner import Winner
+from lightning_roulette.judge.certificate import Batches, Method, Resamples, Singles
+from lightning_roulette.judge.evaluator import Evaluator, PrunedWeights
+from lightning_roulette.mask.mask import Mask, apply_mask, sparsity
+from lightning_roulette.network.parameters import prunable_parameters, skipped_parameters
+from lightning_roulette.refit.calibration import Calibration, Refitted
+from lightning_roulette.report.report import Candidate, Level, Scores, SearchReport, StopReason
+from lightning_roulette.search.growing import Observer
+from lightning_roulette.search.search import search
+from lightning_roulette.search.winner import Winner
+from lightning_roulette.settings import LeastSquares, Refit, Tree, Validation, Wheel
+from lightning_roulette.wheel.wheel import spin
 
 if TYPE_CHECKING:
     from lightning_roulette.trainer.callback import RouletteWheelPruning
-    from lightning_roulette.trainer.holding import HoldZeros
+    from lightning_roulette.trainer.hold_zeros import HoldZeros
 
 __version__ = "0.1.0"
 
@@ -62,7 +62,7 @@ def __getattr__(name: str) -> Any:
 
         return RouletteWheelPruning
     if name == "HoldZeros":
-        from lightning_roulette.trainer.holding import HoldZeros
+        from lightning_roulette.trainer.hold_zeros import HoldZeros
 
         return HoldZeros
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,10 +43,10 @@ from lightning_roulette import (
     prunable_parameters,
     search,
 )
-from lightning_roulette.core.race import rungs
-from lightning_roulette.trainer.evaluation import IsolatedValidation
-from lightning_roulette.trainer.monitor import find_metric
-from lightning_roulette.trainer.scoring import TrainerEvaluator, folded
+from lightning_roulette.judge.race import rungs
+from lightning_roulette.trainer.evaluator import TrainerEvaluator, folded
+from lightning_roulette.trainer.isolation import IsolatedValidation
+from lightning_roulette.trainer.metric import find_metric
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore")

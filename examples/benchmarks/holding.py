@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 
 from lightning_roulette import HoldZeros, Mask, apply_mask, prunable_parameters
-from lightning_roulette.core.holding import ZeroHold
+from lightning_roulette.network.zeros import ZeroHold
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*val_dataloader.*|.*LeafSpec.*")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_roulette import Mask
-from lightning_roulette.core.wheel import Sectors
+from lightning_roulette.wheel.wheel import Sectors
 
 COLUMNS = (
     "spin",

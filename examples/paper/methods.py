@@ -36,8 +36,8 @@ from lightning_roulette import (
     prunable_parameters,
     search,
 )
-from lightning_roulette.core.importance import lamp
-from lightning_roulette.core.selection import keeps_floor
+from lightning_roulette.judge.selection import keeps_floor
+from lightning_roulette.wheel.importance import lamp
 
 TOLERANCE = 0.005
 INPUTS = {"lenet-5": 10_000, "photo-cnn": 10_000, "resnet-8": 2_500, "resnet-20": 2_500}  # that calibrate, at most

@@ -16,14 +16,16 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_roulette.core.calibration import Calibration
-from lightning_roulette.core.evaluator import Evaluator, PrunedWeights
-from lightning_roulette.core.gradual import Cuts
-from lightning_roulette.core.journal import Noted
-from lightning_roulette.core.masks import History, Mask, breaks, fits
-from lightning_roulette.core.report import SearchReport, StopReason
-from lightning_roulette.core.search import check_search, search
-from lightning_roulette.core.settings import (
+from lightning_roulette.judge.evaluator import Evaluator, PrunedWeights
+from lightning_roulette.judge.journal import Noted
+from lightning_roulette.mask.mask import History, Mask, breaks, fits
+from lightning_roulette.refit.calibration import Calibration
+from lightning_roulette.refit.traversal import copy_into, named_tensors
+from lightning_roulette.report.report import SearchReport, StopReason
+from lightning_roulette.search.gradual import Cuts
+from lightning_roulette.search.search import check_search, search
+from lightning_roulette.search.winner import Winner, load
+from lightning_roulette.settings import (
     CALIBRATED,
     LeastSquares,
     Refit,
@@ -35,21 +37,11 @@ from lightning_roulette.core.settings import (
     check_words,
     refit_of,
 )
-from lightning_roulette.core.steps import copy_into, named_tensors
-from lightning_roulette.core.winner import Winner, load
-from lightning_roulette.trainer.calibration import (
-    TrainerCalibration,
-    calibration_batches,
-    refuse_blind_to_training,
+from lightning_roulette.trainer.between_epochs import BetweenEpochs
+from lightning_roulette.trainer.data import FoldedData
+from lightning_roulette.trainer.evaluator import (
+    refuse_too_few_samples,
 )
-from lightning_roulette.trainer.checks import (
-    find_prunable,
-    refuse_foreign_trainer,
-    refuse_sharding,
-    refuse_trainer,
-    refuse_without_validation,
-)
-from lightning_roulette.trainer.evaluation import IsolatedValidation
 from lightning_roulette.trainer.files import (
     RunFiles,
     checkpoint_with_these_weights,
@@ -57,17 +49,25 @@ from lightning_roulette.trainer.files import (
     refuse_dirpath,
     save_accepted_levels,
 )
-from lightning_roulette.trainer.folds import FoldedData
-from lightning_roulette.trainer.gradual import BetweenEpochs
-from lightning_roulette.trainer.handover import FromWorker, Handover
-from lightning_roulette.trainer.holding import ZeroHolder, average_becomes, hold_zeros, place_before_checkpoints
+from lightning_roulette.trainer.hold_zeros import ZeroHolder, average_becomes, hold_zeros, place_before_checkpoints
+from lightning_roulette.trainer.isolation import IsolatedValidation
 from lightning_roulette.trainer.judging import Judging, Ready
-from lightning_roulette.trainer.monitor import Metric
-from lightning_roulette.trainer.resuming import as_training_ended, journal_of, size_of_data, warn_of_no_search
-from lightning_roulette.trainer.scoring import (
-    refuse_too_few_samples,
+from lightning_roulette.trainer.metric import Metric
+from lightning_roulette.trainer.preflight import (
+    find_prunable,
+    refuse_foreign_trainer,
+    refuse_sharding,
+    refuse_trainer,
+    refuse_without_validation,
 )
-from lightning_roulette.trainer.watching import EpochWatcher, Watcher, log, speak_up
+from lightning_roulette.trainer.resuming import as_training_ended, journal_of, size_of_data, warn_of_no_search
+from lightning_roulette.trainer.show.watcher import EpochWatcher, Watcher, log, speak_up
+from lightning_roulette.trainer.spawned import FromWorker, Handover
+from lightning_roulette.trainer.training_inputs import (
+    TrainerCalibration,
+    calibration_batches,
+    refuse_blind_to_training,
+)
 
 
 class RouletteWheelPruning(ZeroHolder):

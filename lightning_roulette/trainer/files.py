@@ -12,8 +12,8 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_roulette.core.masks import History
-from lightning_roulette.core.shards import is_sharded
+from lightning_roulette.large.shards import is_sharded
+from lightning_roulette.mask.mask import History
 
 
 @dataclass(frozen=True)

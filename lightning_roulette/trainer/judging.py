@@ -10,11 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
 from torch import nn
 
-from lightning_roulette.core.settings import Validation
-from lightning_roulette.trainer.evaluation import IsolatedValidation, Logged, callbacks_of
-from lightning_roulette.trainer.folds import FoldedData, KeptData
-from lightning_roulette.trainer.monitor import Metric, find_metric
-from lightning_roulette.trainer.scoring import (
+from lightning_roulette.settings import Validation
+from lightning_roulette.trainer.data import FoldedData, KeptData
+from lightning_roulette.trainer.evaluator import (
     RecordingEvaluator,
     TrainerEvaluator,
     folded,
@@ -24,6 +22,8 @@ from lightning_roulette.trainer.scoring import (
     undivided,
     validate,
 )
+from lightning_roulette.trainer.isolation import IsolatedValidation, Logged, callbacks_of
+from lightning_roulette.trainer.metric import Metric, find_metric
 
 _Weights = dict[str, nn.Parameter]
 

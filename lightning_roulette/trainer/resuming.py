@@ -12,10 +12,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
 
-from lightning_roulette.core.journal import Journal, fingerprint, lines_in
-from lightning_roulette.trainer.evaluation import callbacks_of
+from lightning_roulette.judge.journal import Journal, fingerprint, lines_in
 from lightning_roulette.trainer.files import RunFiles
-from lightning_roulette.trainer.watching import log
+from lightning_roulette.trainer.isolation import callbacks_of
+from lightning_roulette.trainer.show.watcher import log
 
 
 def journal_of(

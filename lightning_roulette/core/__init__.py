@@ -1,1 +1,0 @@
-"""The method itself, on torch alone: importance, wheel, masks, selection, search and its report."""

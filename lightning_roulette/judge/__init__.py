@@ -1,0 +1,1 @@
+"""What scores pruned networks, and what may be concluded from the scores."""

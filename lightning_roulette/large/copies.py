@@ -1,0 +1,78 @@
+"""Copies of tensors that would take too much memory, in a temporary file."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_roulette.large.bits import flat_part
+from lightning_roulette.large.shards import is_sharded
+
+_BLOCK = 1 << 22  # entries that are written at a time
+_MOST_BYTES = 2**30  # of copies that are kept in memory
+
+
+def copies_of(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Copies on the CPU: in memory up to a gibibyte, else on disk if there is room; of shards where they are."""
+    if any(is_sharded(tensor) for tensor in tensors.values()):
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    if sum(tensor.nbytes for tensor in tensors.values()) > _MOST_BYTES:
+        try:
+            return OnDisk(tensors)
+        except OSError:  # no room, or no folder for temporary files
+            pass
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+class OnDisk(Mapping[str, Tensor]):
+    """Copies of tensors in a temporary file, which goes when this object does; each is read when it is asked for.
+
+    Args:
+        tensors: Copied now, in order of index, whatever their memory format.
+
+    Raises:
+        OSError: If they cannot be written.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        self._starts: dict[str, int] = {}
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # it is open as long as this object lives
+        weakref.finalize(self, self._file.close)
+        for name, tensor in tensors.items():
+            self._starts[name] = self._file.tell()
+            for start in range(0, tensor.numel(), _BLOCK):
+                stop = min(start + _BLOCK, tensor.numel())
+                self._file.write(_bytes_of(flat_part(tensor.detach(), start, stop).cpu()))
+        self._file.flush()
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape, dtype = self._kinds[name]
+        found = torch.empty(shape, dtype=dtype)
+        self._file.seek(self._starts[name])
+        if self._file.readinto(_bytes_of(found.view(-1))) != found.nbytes:
+            raise OSError(f"the temporary file with the weights of {name!r} was cut short by somebody.")
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._kinds  # that of a Mapping would make the tensor to tell
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kinds)
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return OnDisk, (dict(self),)
+
+
+def _bytes_of(flat: Tensor) -> memoryview:
+    """The bytes of a flat tensor on the CPU, not copied."""
+    found: memoryview = flat.contiguous().view(torch.uint8).numpy().data
+    return found

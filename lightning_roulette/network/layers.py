@@ -1,0 +1,181 @@
+"""What a layer multiplies: its weight as matrices, and the rows of input that they see."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_roulette.network.parameters import CONVOLUTIONS, LINEAR_MAPS, aliases, owners_of, parts_of_metrics
+from lightning_roulette.wheel.importance import with_float64
+
+# From the arguments of a module's forward to the input of one of its layers.
+Inputs = Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """An affine map `y = W x + b` that a module applies to rows `x` of its input; one for each group of channels.
+
+    Attributes:
+        name: Of the parameter that holds `W`.
+        module: Whose forward applies it.
+        bias: Name of the parameter that holds `b`; None without one that may change.
+        outputs: Which entries of the first dimension of the weight it covers.
+        offsets: Which entries of the bias.
+        groups: How many maps there are, each with inputs of its own.
+        inputs: What the forward takes that they are applied to.
+    """
+
+    name: str
+    module: nn.Module
+    bias: str | None
+    outputs: slice
+    offsets: slice
+    groups: int
+    inputs: Inputs
+
+    def matrices(self, weight: Tensor) -> Tensor:
+        """`W` as matrices, shape `(groups, outputs, inputs)`; a view where `weight` is contiguous."""
+        part = weight.detach()[self.outputs]
+        return part.reshape(self.groups, len(part) // self.groups, -1)
+
+    def rows(self, arguments: tuple[Any, ...], named: Mapping[str, Any], chosen: Callable[[int], Tensor]) -> Tensor:
+        """Some rows of input, float64, shape `(groups, rows, inputs)`.
+
+        Args:
+            arguments: Of the module's forward.
+            named: See `arguments`.
+            chosen: From how many rows there are to the indices of those wanted. A row is one position of one sample.
+        """
+        inputs = self.inputs(arguments, named).detach()
+        if isinstance(self.module, CONVOLUTIONS):
+            found = _patches(self.module, inputs, chosen)
+        else:
+            flat = inputs.reshape(-1, inputs.shape[-1])
+            found = flat[chosen(len(flat)).to(flat.device)].unsqueeze(0)
+        return with_float64(found).to(torch.float64)
+
+
+def layers_of(module: nn.Module, names: Collection[str]) -> tuple[list[Layer], dict[str, str]]:
+    """The layers of a network whose weights have these names, and of the other weights why they are none.
+
+    Layers are those of Linear, Conv1d to Conv3d, and the projections of queries, keys and values in MultiheadAttention.
+
+    Args:
+        module: The network.
+        names: Of some of its parameters.
+    """
+    shared = {name for known in aliases(module).values() if len(known) > 1 for name in known}
+    found: list[Layer] = []
+    for prefix, part in module.named_modules():
+        path = f"{prefix}." if prefix else ""
+        found += [one for one in _layers(part, path, shared) if one.name in names and one.name not in shared]
+    covered = {one.name for one in found}
+    owners = owners_of(module)
+    biases = {one.bias for one in found}
+    others = {name: _why_not(*owners[name], name in shared) for name in names if name not in covered | biases}
+    return found, others
+
+
+def _why_not(owner: nn.Module, own: str, shared: bool) -> str:
+    """Why a parameter is not the weight of a layer."""
+    kind = type(owner).__name__
+    if shared:
+        return "tied: several modules use it"
+    if not _computes_as_usual(owner):
+        return f"{own} of {kind}: its forward is its own"
+    return f"{own} of {kind}: its inputs cannot be seen"
+
+
+def _computes_as_usual(part: nn.Module) -> bool:
+    """Whether a layer's outputs are those of the class of torch that it is, or derives from; others are no layers."""
+    usual = next((kind for kind in (*LINEAR_MAPS, nn.MultiheadAttention) if isinstance(part, kind)), None)
+    if usual is None:
+        return True
+    names = ("forward", "_conv_forward")
+    own = any(name in vars(part) for name in names)
+    return not own and all(getattr(type(part), name, None) is getattr(usual, name, None) for name in names)
+
+
+def batch_norms_of(module: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch normalisations that keep running statistics, by the prefix of their buffers' names.
+
+    Not those whose scale is frozen, nor those inside metrics: they belong to networks that are not pruned.
+    """
+    inside = parts_of_metrics(module)
+    return {
+        f"{prefix}." if prefix else "": part
+        for prefix, part in module.named_modules()
+        if isinstance(part, _BatchNorm) and part.running_mean is not None and part.running_var is not None
+        if part not in inside and (part.weight is None or part.weight.requires_grad)
+    }
+
+
+def channels(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    """What a batch normalisation is given, float64, shape `(rows, channels)`."""
+    inputs = with_float64(_argument(0, "input")(arguments, named).detach()).to(torch.float64)
+    return inputs.movedim(1, -1).reshape(-1, inputs.shape[1])
+
+
+_ALL = slice(0, None)
+
+
+def _layers(part: nn.Module, path: str, shared: Collection[str]) -> list[Layer]:
+    if not _computes_as_usual(part):
+        return []
+    if isinstance(part, LINEAR_MAPS):
+        groups = 1 if isinstance(part, nn.Linear) else part.groups
+        bias = _free(part, path, "bias", shared)
+        return [Layer(f"{path}weight", part, bias, _ALL, _ALL, groups, _argument(0, "input"))]
+    if isinstance(part, nn.MultiheadAttention):
+        return _projections(part, path, shared)
+    return []
+
+
+def _projections(part: nn.MultiheadAttention, path: str, shared: Collection[str]) -> list[Layer]:
+    """Those of queries, keys and values. That of outputs is applied without a call of its module."""
+    found, bias = [], _free(part, path, "in_proj_bias", shared)
+    for place, word in enumerate(("query", "key", "value")):
+        offsets = slice(place * part.embed_dim, (place + 1) * part.embed_dim)
+        joint = part.in_proj_weight is not None
+        name, outputs = ("in_proj_weight", offsets) if joint else (f"{word[0]}_proj_weight", _ALL)
+        found.append(Layer(f"{path}{name}", part, bias, outputs, offsets, 1, _argument(place, word)))
+    return found
+
+
+def _free(part: nn.Module, path: str, own: str, shared: Collection[str]) -> str | None:
+    """The name of a bias, if there is one that is neither frozen nor shared, nor computed from others."""
+    bias, name = part._parameters.get(own), f"{path}{own}"
+    return name if bias is not None and bias.requires_grad and name not in shared else None
+
+
+def _argument(place: int, name: str) -> Inputs:
+    def inputs(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+        found = arguments[place] if len(arguments) > place else named[name]
+        assert isinstance(found, Tensor)
+        return found
+
+    return inputs
+
+
+def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, chosen: Callable[[int], Tensor]) -> Tensor:
+    """What the kernel lies on at some positions, shape `(groups, rows, inputs)`."""
+    dims = len(module.kernel_size)
+    batch = inputs if inputs.dim() == dims + 2 else inputs.unsqueeze(0)
+    border = module._reversed_padding_repeated_twice
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    windows = pad(batch, border, mode=mode) if any(border) else batch
+    for dim in range(dims):
+        reach = (module.kernel_size[dim] - 1) * module.dilation[dim] + 1
+        windows = windows.unfold(dim + 2, reach, module.stride[dim])[..., :: module.dilation[dim]]
+    positions = (batch.shape[0], *windows.shape[2 : 2 + dims])  # (samples, channels, positions..., kernel...)
+    where = torch.unravel_index(chosen(math.prod(positions)).to(batch.device), positions)
+    rows = windows.movedim(1, 1 + dims)[where]  # (rows, channels, kernel...)
+    return rows.reshape(len(rows), module.groups, -1).movedim(1, 0)

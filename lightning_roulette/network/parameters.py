@@ -1,0 +1,174 @@
+"""Which parameters of a module are prunable, under which names, and why the others are not."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from lightning_roulette.settings import check_words
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LINEAR_MAPS = (nn.Linear, *CONVOLUTIONS)  # each output comes of one row of the weight
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_ATTENTION_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+Patterns = Sequence[str]
+
+
+def prunable_parameters(
+    module: nn.Module, *, include: Patterns | None = None, exclude: Patterns | None = None
+) -> dict[str, nn.Parameter]:
+    """The parameters whose weights may be pruned, by their names in `module.named_parameters()`.
+
+    By default: weights of Linear, of Conv1d to Conv3d and their transposed kin, of attention projections and recurrent
+    layers. Never biases, normalisation layers, embeddings (nor what is tied to one), frozen, quantised, parametrised,
+    lazy, meta or empty parameters, nor networks inside metrics. A tied weight is listed once, under its first name.
+
+    Args:
+        module: Any module.
+        include: Glob patterns over parameter names that replace the default choice. Frozen parameters, biases,
+            embeddings and normalisation layers can be named here; what cannot hold a mask is left out still.
+        exclude: Glob patterns over parameter names to leave out.
+
+    Returns:
+        Name to parameter, in the module's order.
+
+    Raises:
+        TypeError: If `include` or `exclude` is no list of patterns.
+        ValueError: If a pattern matches no parameter.
+
+    Example:
+        >>> list(prunable_parameters(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 1)), exclude=["2.*"]))
+        ['0.weight']
+    """
+    parameters, reasons = dict(module.named_parameters()), _reasons(module, include, exclude)
+    return {name: parameters[name] for name in parameters if reasons[name] is None}
+
+
+def skipped_parameters(
+    module: nn.Module, *, include: Patterns | None = None, exclude: Patterns | None = None
+) -> dict[str, str]:
+    """The parameters that `prunable_parameters` leaves out, each with its reason.
+
+    Raises:
+        TypeError: If `include` or `exclude` is no list of patterns.
+        ValueError: If a pattern matches no parameter.
+    """
+    return {n: reason for n, reason in _reasons(module, include, exclude).items() if reason is not None}
+
+
+def aliases(module: nn.Module) -> dict[str, list[str]]:
+    """For the first name of every parameter all names under which the module holds it (more than one: tied)."""
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    names: dict[str, list[str]] = {name: [] for name in first.values()}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names[first[id(parameter)]].append(name)
+    return names
+
+
+def has_lazy_parameters(module: nn.Module) -> bool:
+    """Whether some parameter gets its shape only at the first forward."""
+    return any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters())
+
+
+def _reasons(module: nn.Module, include: Patterns | None, exclude: Patterns | None) -> dict[str, str | None]:
+    """Name of each parameter (tied ones once) to None if prunable, else to why not."""
+    parameters, names = dict(module.named_parameters()), aliases(module)
+    _check_patterns("include", include, names)
+    _check_patterns("exclude", exclude, names)
+    owners = owners_of(module)
+    inside_metrics = {id(one) for part in parts_of_metrics(module) for one in part.parameters(recurse=False)}
+
+    def reason(name: str) -> str | None:
+        parameter = parameters[name]
+        if id(parameter) in inside_metrics:
+            return "belongs to a metric"
+        if (unfit := _unfit(parameter, *owners[name])) is not None:
+            return unfit
+        if exclude is not None and _matches(names[name], exclude):
+            return "excluded"
+        if include is not None:
+            return None if _matches(names[name], include) else "not included"
+        if not parameter.requires_grad:
+            return "frozen"
+        kinds = (_kind(*owners[alias]) for alias in names[name])
+        return next((kind for kind in kinds if kind is not None), None)
+
+    return {name: reason(name) for name in parameters}
+
+
+def _unfit(parameter: nn.Parameter, owner: nn.Module, own: str) -> str | None:
+    """Why no mask can be held on the parameter, whoever asks for it."""
+    checks = (
+        (isinstance(parameter, UninitializedParameter), "lazy: it has no shape yet"),
+        (parameter.is_meta, "on the meta device: it has no values"),
+        (isinstance(owner, parametrize.ParametrizationList), "parametrised: another tensor is computed from it"),
+        (
+            _is_source(owner, own),
+            "torch computes another tensor from it (prune, weight_norm, spectral_norm): remove that",
+        ),
+        (parameter.dtype not in _DTYPES, "neither a float nor a half: quantised or complex"),
+    )
+    found = next((why for holds, why in checks if holds), None)
+    return "empty" if found is None and parameter.numel() == 0 else found
+
+
+def _is_source(owner: nn.Module, own: str) -> bool:
+    """Whether a hook computes a plain attribute of the owner from this parameter, as older torch utilities do."""
+    stems = [own.removesuffix(tail) for tail in ("_orig", "_g", "_v") if own.endswith(tail)]
+    return any(stem not in owner._parameters and hasattr(owner, stem) for stem in stems)
+
+
+def owners_of(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Every name of every parameter to the module that holds it and its name there."""
+    return {
+        f"{prefix}.{own}" if prefix else own: (owner, own)
+        for prefix, owner in module.named_modules(remove_duplicate=False)
+        for own, parameter in owner._parameters.items()
+        if parameter is not None
+    }
+
+
+def _kind(owner: nn.Module, own: str) -> str | None:
+    """None where the owner makes the parameter prunable, else what it is instead."""
+    weight = own == "weight" and isinstance(owner, (*LINEAR_MAPS, *TRANSPOSED))
+    projection = own in _ATTENTION_PROJECTIONS and isinstance(owner, nn.MultiheadAttention)
+    recurrent = own.startswith("weight_") and isinstance(owner, nn.RNNBase | nn.RNNCellBase)
+    return None if weight or projection or recurrent else f"{own} of {type(owner).__name__}"
+
+
+def parts_of_metrics(module: nn.Module) -> set[nn.Module]:
+    """All modules within the torchmetrics objects that a module holds."""
+    # where torchmetrics was never imported there is no metric; the core does not import it
+    metric = getattr(sys.modules.get("torchmetrics"), "Metric", None)
+    metrics = [part for part in module.modules() if metric is not None and isinstance(part, metric)]
+    return {part for one in metrics for part in one.modules()}
+
+
+def _matches(names: Sequence[str], patterns: Patterns) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _check_patterns(argument: str, patterns: Patterns | None, names: dict[str, list[str]]) -> None:
+    if patterns is not None:
+        check_words(argument, patterns, "patterns over parameter names")
+    everything = [alias for each in names.values() for alias in each]
+    for pattern in patterns or ():
+        if not _matches(everything, [pattern]):
+            raise ValueError(
+                f"{argument} has the pattern {pattern!r}, which matches no parameter name. "
+                f"Names like it: {', '.join(_closest(pattern, everything)) or 'none'}."
+            )
+
+
+def _closest(pattern: str, names: Sequence[str]) -> Iterator[str]:
+    close = difflib.get_close_matches(pattern, names, n=5, cutoff=0.3) or names[:5]
+    return (repr(name) for name in close)

@@ -1,0 +1,1 @@
+"""Survivors solved on inputs, without training."""

@@ -1,0 +1,1 @@
+"""What people see of a search: log lines, the progress bar, curves."""

@@ -1,0 +1,295 @@
+"""The journal of a search: cut off anywhere, and the search that takes it up ends as if nothing had been."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_roulette import Batches, Calibration, PrunedWeights, Resamples, Scores, Singles, Tree, Wheel, search
+from lightning_roulette.judge.journal import Journal, Noted, fingerprint, lines_in
+from tests.support.evaluators import Logged, Sampled, Telling, key_of, noise
+
+SEARCH = "0" * 32
+
+
+def weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    chance = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(size, generator=chance) for name, size in (("a", (6, 8)), ("b", (40,)))}
+
+
+def few_wrong(mask, fold: int) -> int:
+    return int((1 - mask.survivors / mask.size) * 6 + 2 * noise(mask, fold))
+
+
+class Resampled(Logged):
+    """Tells outcomes that are scored by their samples."""
+
+    def recorded(self, candidate: PrunedWeights, folds) -> tuple[Scores, Resamples]:
+        values = torch.tensor([self.score(candidate.mask, fold) for fold in folds for _ in range(3)])
+        return self(candidate, folds), Resamples(lambda index: float(values[index].median()), len(values))
+
+
+class Batched(Logged):
+    """Tells outcomes of batches, of unequal size."""
+
+    def recorded(self, candidate: PrunedWeights, folds) -> tuple[Scores, Batches]:
+        values = torch.tensor([self.score(candidate.mask, fold) for fold in folds])
+        return self(candidate, folds), Batches(values, torch.arange(1, len(values) + 1))
+
+
+def slope(mask, fold: int) -> float:
+    return mask.survivors / mask.size / 7 + 0.1 * noise(mask, fold)
+
+
+EVALUATORS = {
+    "plain": lambda: Logged(slope, 8),
+    "few at once": lambda: Logged(slope, 8, at_once=2),
+    "telling nothing": lambda: Telling(slope, 8),
+    "singles": lambda: Sampled(few_wrong, 8, 30),
+    "batches": lambda: Batched(slope, 8),
+    "resamples": lambda: Resampled(slope, 8),
+    "nan": lambda: Logged(lambda mask, fold: math.nan if mask.survivors < 60 else slope(mask, fold), 8),
+}
+
+
+def run(evaluate, **options):
+    settings = {"branches": 4, "tolerance": 0.1, "tree": Tree(0.15, patience=2, max_levels=5), "seed": 3}
+    return search(weights(), evaluate, **settings | options)
+
+
+def found(winner) -> tuple:
+    """All of a winner that is to be equal, bit for bit."""
+    report = winner.report.to_dict() | {"seconds": None}
+    return repr(report), key_of(winner.mask), {name: one.tolist() for name, one in winner.weights.items()}
+
+
+def work(evaluate: Logged) -> int:
+    """How many times networks that are not dense were validated."""
+    return sum(mask.survivors < mask.size for mask, _ in evaluate.log)
+
+
+def resumed(path: Path, evaluate, **options):
+    return run(Noted(evaluate, Journal(str(path), SEARCH, lines_in(str(path), SEARCH))), **options)
+
+
+@pytest.mark.parametrize("kind", EVALUATORS)
+def test_a_noted_search_is_the_search(tmp_path, kind):
+    noted, plain = EVALUATORS[kind](), EVALUATORS[kind]()
+    assert found(resumed(tmp_path / "a" / "journal", noted)) == found(run(plain))
+    assert [(key_of(mask), folds) for mask, folds in noted.log] == [(key_of(mask), folds) for mask, folds in plain.log]
+
+
+@pytest.mark.parametrize(
+    ("kind", "confidence"), [*((kind, None) for kind in EVALUATORS), ("batches", 0.9), ("resamples", 0.9)]
+)
+def test_what_was_noted_is_not_validated_again(tmp_path, kind, confidence):
+    path, options = tmp_path / "journal", {"confidence": confidence, "tolerance": 0.4}
+    first, again = EVALUATORS[kind](), EVALUATORS[kind]()
+    whole = resumed(path, first, **options)
+    content = path.read_bytes()
+    assert found(resumed(path, again, **options)) == found(whole) == found(run(EVALUATORS[kind](), **options))
+    assert work(again) == 0 < work(first)
+    assert again.log  # the dense network is validated in any case
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("kind", EVALUATORS)
+def test_cut_off_anywhere_the_search_ends_as_if_it_was_not(tmp_path, kind):
+    path, whole = tmp_path / "journal", EVALUATORS[kind]()
+    expected = found(resumed(path, whole))
+    content, chance = path.read_bytes(), torch.Generator().manual_seed(5)
+    cuts = [0, 1, len(content) - 1, len(content), *torch.randint(len(content), (6,), generator=chance).tolist()]
+    works = {}
+    for cut in cuts:
+        path.write_bytes(content[:cut])
+        again = EVALUATORS[kind]()
+        assert found(resumed(path, again)) == expected
+        assert path.read_bytes() == content  # whole again, for the next time
+        works[cut] = work(again)
+    assert works[0] == work(whole)
+    assert works[len(content)] == 0
+    in_order = [works[cut] for cut in sorted(works)]
+    assert in_order == sorted(in_order, reverse=True)
+
+
+def damaged(content: bytes, at: int) -> dict[str, bytes]:
+    lines = content.split(b"\n")
+    return {
+        "zeros": b"\n".join([*lines[:at], bytes(40), *lines[at + 1 :]]),
+        "another line": b"\n".join([*lines[:at], lines[at + 1], *lines[at + 1 :]]),
+        "a number": b"\n".join([*lines[:at], b"1", *lines[at + 1 :]]),
+        "a key short": b"\n".join([*lines[:at], b'{"answer": 1}', *lines[at + 1 :]]),
+        "no text": b"\n".join([*lines[:at], b"\xff\xfe", *lines[at + 1 :]]),
+    }
+
+
+@pytest.mark.parametrize("damage", ["zeros", "another line", "a number", "a key short", "no text"])
+def test_what_is_damaged_counts_for_nothing_and_nor_does_what_follows(tmp_path, damage):
+    path, whole = tmp_path / "journal", EVALUATORS["singles"]()
+    expected = found(resumed(path, whole))
+    content = path.read_bytes()
+    path.write_bytes(damaged(content, 40)[damage])
+    again = EVALUATORS["singles"]()
+    assert found(resumed(path, again)) == expected
+    assert 0 < work(again) < work(whole)
+    assert path.read_bytes() == content
+
+
+def test_a_dense_network_that_scores_otherwise_makes_the_journal_void(tmp_path):
+    path = tmp_path / "journal"
+    resumed(path, Logged(slope, 8))
+    other, plain = (Logged(lambda mask, fold: slope(mask, fold) + 1e-12, 8) for _ in range(2))
+    assert found(resumed(path, other)) == found(run(plain))
+    assert work(other) == work(plain)
+
+
+@pytest.mark.parametrize("fold", [0, 7])
+def test_outcomes_of_the_dense_network_that_differ_make_the_journal_void(tmp_path, fold):
+    """Its scores are equal: two samples of a fold, one that ranks or one that confirms, have changed places."""
+
+    class Swapped(Sampled):
+        def outcomes(self, mask, folds):
+            values = super().outcomes(mask, folds).values.clone()
+            if fold in folds:
+                place = 30 * list(folds).index(fold)
+                values[place : place + 30] = values[place : place + 30].flip(0)
+            return Singles(values, 0.0, 1.0)
+
+    def wrong(mask, fold):
+        return 1 + few_wrong(mask, fold)
+
+    path = tmp_path / "journal"
+    resumed(path, Sampled(wrong, 8, 30))
+    again, plain = Swapped(wrong, 8, 30), Swapped(wrong, 8, 30)
+    assert found(resumed(path, again)) == found(run(plain))
+    assert work(again) == work(plain)
+
+
+@pytest.mark.parametrize(
+    ("other", "kept"), [({"wheel": Wheel(2.0)}, False), ({"tree": Tree(0.15, max_levels=1)}, True)]
+)
+def test_answers_are_taken_as_long_as_the_questions_are_the_same(tmp_path, other, kept):
+    path = tmp_path / "journal"
+    resumed(path, Logged(slope, 8))
+    again, plain = Logged(slope, 8), Logged(slope, 8)
+    assert found(resumed(path, again, **other)) == found(run(plain, **other))
+    assert (work(again) < work(plain)) == kept
+
+
+def test_refitted_networks_are_told_apart_by_their_values(tmp_path):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+    of = {"0.weight": net[0].weight, "2.weight": net[2].weight}
+
+    class Values(Logged):
+        def __call__(self, candidate, folds):
+            self.log.append((candidate.mask, tuple(folds)))
+            score = -sum(
+                float((one - of[name].detach()).square().sum()) for name, one in candidate.weights.items() if name in of
+            )
+            return Scores(score, score)
+
+    def with_inputs(path, seed):
+        evaluate, inputs = Values(slope, 8), torch.randn(256, 8, generator=torch.Generator().manual_seed(seed))
+        journal = Journal(str(path), SEARCH, lines_in(str(path), SEARCH))
+        winner = search(
+            of,
+            Noted(evaluate, journal),
+            branches=3,
+            tolerance=100.0,
+            refit="least_squares",
+            wheel=Wheel(importance="magnitude"),
+            calibration=Calibration(net, [inputs]),
+            tree=Tree(0.2, max_levels=3),
+        )
+        return winner, evaluate
+
+    first, _ = with_inputs(tmp_path / "journal", 1)
+    second, again = with_inputs(tmp_path / "journal", 1)
+    assert found(first) == found(second)
+    assert work(again) == 0
+    # the first branch is drawn before anything is refitted, and then the same mask is refitted to other inputs
+    winner, other = with_inputs(tmp_path / "journal", 2)
+    expected, plain = with_inputs(tmp_path / "another", 2)
+    assert found(winner) == found(expected) != found(first)
+    assert 0 < work(other) < work(plain)
+
+
+def test_a_journal_of_another_search_is_begun_anew(tmp_path):
+    path = tmp_path / "journal"
+    resumed(path, Logged(slope, 8))
+    assert lines_in(str(path), SEARCH)
+    assert lines_in(str(path), "1" * 32) == []
+    assert lines_in(str(tmp_path / "nowhere"), SEARCH) == []
+    run(Noted(Logged(slope, 8), Journal(str(path), "1" * 32)))
+    assert lines_in(str(path), SEARCH) == []
+    assert lines_in(str(path), "1" * 32)
+
+
+def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(Noted(Logged(slope, 8), Journal(None, SEARCH)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_removed_journal_is_gone(tmp_path):
+    journal = Journal(str(tmp_path / "journal"), SEARCH)
+    journal.remove()  # there is none yet
+    run(Noted(Logged(slope, 8), journal))
+    journal.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_journal_that_cannot_be_written_is_said_once_and_stops_no_search(tmp_path):
+    (tmp_path / "file").write_text("")
+    noted = Noted(Logged(slope, 8), Journal(str(tmp_path / "file" / "journal"), SEARCH))
+    with pytest.warns(UserWarning, match="the progress of the search cannot be noted") as caught:
+        winner = run(noted)
+    assert len(caught) == 1
+    assert found(winner) == found(run(Logged(slope, 8)))
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_all_processes_go_the_same_way(tmp_path, here):
+    """What one has noted is used only if it is what all were asked."""
+    path = tmp_path / "journal"
+    whole = Logged(slope, 8)
+    resumed(path, whole)
+    again, asked = Logged(slope, 8), []
+
+    def agreed(same: bool) -> bool:
+        asked.append(same)
+        return same and (here or len(asked) <= 40)
+
+    journal = Journal(None, SEARCH, lines_in(str(path), SEARCH), agreed)
+    assert found(run(Noted(again, journal))) == found(run(Logged(slope, 8)))
+    assert all(asked)
+    dense = len(whole.log) - work(whole)
+    replayed = 20 - dense  # each answer is agreed on twice, when it is looked for and when it was used
+    assert work(again) == (0 if here else work(whole) - replayed) < work(whole)
+
+
+def test_a_noted_evaluator_has_what_the_evaluator_has():
+    noted = Noted(Logged(slope, 8, at_once=2), Journal(None, SEARCH))
+    assert (noted.folds, noted.at_once) == (8, 2)
+    for name in ("at_least", "whole", "recorded"):
+        assert not hasattr(noted, name)
+    assert hasattr(Noted(Sampled(few_wrong, 8, 30), Journal(None, SEARCH)), "recorded")
+
+
+def test_a_fingerprint_tells_networks_and_settings_apart_and_nothing_else():
+    def scoring():
+        pass
+
+    same = fingerprint(weights(), Wheel(2.0), 3, scoring)
+    assert same == fingerprint({name: one.clone() for name, one in weights().items()}, Wheel(2.0), 3, scoring)
+    nudged = {name: one + (name == "b") * 1e-6 for name, one in weights().items()}
+    renamed = {name.upper(): one for name, one in weights().items()}
+    others = [(weights(1), Wheel(2.0), 3), (nudged, Wheel(2.0), 3), (renamed, Wheel(2.0), 3), (weights(), Wheel(), 3)]
+    others += [(weights(), Wheel(2.0), 4), ({"a": weights()["a"].view(8, 6), "b": weights()["b"]}, Wheel(2.0), 3)]
+    prints = [fingerprint(*other, scoring) for other in others]
+    assert len({same, *prints}) == 7
+    assert fingerprint({}, lambda: 1) == fingerprint({}, lambda: 2)  # where a function lies in memory says nothing

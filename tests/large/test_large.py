@@ -1,0 +1,342 @@
+"""Large networks: what saves memory changes no mask, no weight and no file, and it does save memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, Wheel, Winner, apply_mask, search
+from lightning_roulette.judge import race
+from lightning_roulette.large import bits
+from lightning_roulette.large import copies as on_disk
+from lightning_roulette.large.bits import Bits
+from lightning_roulette.large.copies import OnDisk
+from lightning_roulette.mask import mask as masks
+from lightning_roulette.mask.mask import History
+from lightning_roulette.trainer import evaluator as scoring
+from lightning_roulette.wheel import importance, wheel
+from lightning_roulette.wheel.importance import Magnitudes, importance_of, magnitude, weighed
+from tests.support.evaluators import Logged, noise
+from tests.support.modules import Blobs, train_loader, val_loader
+
+WEIGHTS = ("net.0.weight", "net.2.weight")
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """A function after which networks of any size are large ones, in many blocks."""
+
+    def make_large() -> None:
+        monkeypatch.setattr(bits, "_BLOCK", 64)
+        monkeypatch.setattr(masks, "_SMALL", 0)
+        monkeypatch.setattr(masks, "_ROWS", 50)
+        monkeypatch.setattr(importance, "HELD", 0)
+        monkeypatch.setattr(wheel, "HELD", 0)
+        monkeypatch.setattr(wheel, "_BLOCK", 64)
+        monkeypatch.setattr(race, "_KEPT_BYTES", 0)
+        monkeypatch.setattr(on_disk, "_MOST_BYTES", 0)
+        monkeypatch.setattr(scoring, "HELD", 0)
+
+    return make_large
+
+
+def network(dtype=torch.float32) -> dict[str, torch.Tensor]:
+    """Weights of which some are zero, some tie, and some lie in another order in memory."""
+    chance = np.random.default_rng(5)
+    found = {
+        "conv": torch.from_numpy(chance.standard_normal((6, 4, 3, 3))).to(memory_format=torch.channels_last),
+        "turned": torch.from_numpy(chance.standard_normal((20, 30))).T,
+        "few": torch.from_numpy(chance.standard_normal(5)),
+        "many": torch.from_numpy(chance.standard_normal((11, 37)).round(1)),
+    }
+    return {name: weight.to(dtype) for name, weight in found.items()}
+
+
+def grown(weights, **options) -> Winner:
+    return search(
+        weights,
+        Logged(noise, 4),
+        **{"branches": 3, "tolerance": math.inf, "tree": Tree(0.3, max_levels=4), "seed": 3} | options,
+    )
+
+
+def equal(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("how", [Wheel(), Wheel(0), Wheel(math.inf), Wheel(4, scope="layer"), Wheel(4, allocation=0.5)])
+def test_a_large_network_is_searched_as_a_small_one_is(large, dtype, how):
+    small = grown(network(dtype), wheel=how)
+    expected = [{name: kept.clone() for name, kept in small.mask_at(level).items()} for level in range(5)]
+    large()
+    found = grown(network(dtype), wheel=how)
+    assert all(isinstance(kept, Bits) for kept in found.mask.stored.values())
+    assert [dict(found.mask_at(level)).keys() for level in range(5)] == [one.keys() for one in expected]
+    assert all(equal(dict(found.mask_at(level)), expected[level]) for level in range(5))
+    assert found.report.levels == small.report.levels
+    assert equal(found.weights_at(2), small.weights_at(2))
+
+
+@pytest.mark.parametrize("kind", ["lamp", lambda weights: {name: one.abs() + 1 for name, one in weights.items()}])
+def test_importances_that_are_held_are_read_in_blocks_too(large, kind):
+    how = Wheel(4, importance=kind)
+    expected = {name: kept.clone() for name, kept in grown(network(), wheel=how).mask.items()}
+    large()
+    assert equal(dict(grown(network(), wheel=how).mask), expected)
+
+
+def test_magnitudes_are_made_when_they_are_asked_for(large):
+    weights = network(torch.bfloat16)
+    large()
+    found = importance_of(weights, "magnitude")
+    assert isinstance(found, Magnitudes)
+    assert equal(dict(found), {name: magnitude(weight) for name, weight in weights.items()})
+    thrice = weighed(found, dict.fromkeys(weights, 3.0))
+    for name, weight in weights.items():
+        assert torch.equal(thrice[name], magnitude(weight) * 3)
+        assert torch.equal(thrice.part(name, 2, 5), magnitude(weight).flatten()[2:5] * 3)
+
+
+def test_a_search_changes_no_weight_and_no_importance_of_a_user(large):
+    weights, given = network(torch.float64), network(torch.float64)
+    own = {name: weight.abs() for name, weight in network(torch.float64).items()}
+    before = {name: values.clone() for name, values in own.items()}
+    large()
+    grown(weights, wheel=Wheel(4, importance=lambda _: own))
+    assert equal(weights, given)
+    assert equal(own, before)
+
+
+# ---- masks and histories
+
+
+def test_the_mask_that_keeps_all_takes_a_byte_a_parameter():
+    weights = {"a": torch.empty(2**21 + 8), "b": torch.empty(1024, 2048)}
+    full = Mask.full(weights)
+    assert [kept.packed.untyped_storage().nbytes() for kept in full.stored.values()] == [1, 1]
+    assert full.survivors == full.size == 2**22 + 8
+    assert Mask.nothing(weights).survivors == 0
+    assert Mask.nothing(weights) <= full
+    assert full == Mask({name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()})
+
+
+def test_what_is_in_a_mask_is_told_without_unpacking_it(large, monkeypatch):
+    large()
+    mask, importances = Mask({"a": torch.ones(9, dtype=torch.bool)}), importance_of(network(), "magnitude")
+    monkeypatch.setattr(Bits, "unpacked", lambda _: pytest.fail("unpacked"))
+    monkeypatch.setattr(importance, "magnitude", lambda _: pytest.fail("made"))
+    assert "a" in mask
+    assert "b" not in mask
+    assert mask == Mask.full({"a": torch.ones(9)})
+    assert "few" in importances
+    assert "b" not in importances
+
+
+def random_masks(levels: int) -> list[dict[str, torch.Tensor]]:
+    chance, masks_so_far = np.random.default_rng(8), [{"a": torch.ones(21, 9, dtype=torch.bool)}]
+    for _ in range(levels):
+        gone = torch.from_numpy(chance.random((21, 9)) < 0.05)
+        masks_so_far.append({"a": masks_so_far[-1]["a"] & ~gone})
+    return masks_so_far
+
+
+def test_a_packed_mask_is_the_mask(large):
+    chain = random_masks(3)
+    small = [Mask(one) for one in chain]
+    large()
+    packed = [Mask(one) for one in chain]
+    for one, other in zip(small, packed, strict=True):
+        assert isinstance(other.stored["a"], Bits)
+        assert torch.equal(other["a"], one["a"])
+        assert (other.survivors, other.size, other.densities) == (one.survivors, one.size, one.densities)
+        assert other == one == copy.deepcopy(other) == pickle.loads(pickle.dumps(other)) == Mask(other) == other.cpu()
+    for thin, thick in zip(packed[1:], packed, strict=False):
+        assert thin <= thick
+        assert not thick <= thin
+        assert thin != thick
+    assert not packed[0] <= Mask({"b": chain[0]["a"]})
+
+
+@pytest.mark.parametrize("levels", [0, 1, 4, 6, 300])
+def test_a_history_of_packed_masks_survives_a_checkpoint(large, levels, tmp_path):
+    large()
+    chain = [Mask(one) for one in random_masks(levels)]
+    history = History.of_dense(chain[0])
+    for mask in chain[1:]:
+        history = history.pruned(mask)
+    state = history.state()
+    assert state["pruned_at"]["a"].shape == (levels.bit_length(), 24)
+    assert state["packed"] == {"a": [21, 9]}
+    torch.save(state, tmp_path / "history.pt")
+    restored = History.from_state(torch.load(tmp_path / "history.pt", weights_only=True))
+    assert [restored.mask_at(level) for level in range(levels + 1)] == chain
+    assert Mask.load(tmp_path / "history.pt") == history.cpu().mask == chain[-1]
+    last = Mask({"a": torch.zeros(21, 9, dtype=torch.bool)})
+    assert restored.pruned(last).mask_at(levels + 1) == last
+    assert restored.pruned(last).mask_at(levels) == chain[-1]
+
+
+def test_a_file_of_a_large_network_written_before_masks_were_packed_is_read(large, tmp_path):
+    at = torch.from_numpy(np.random.default_rng(2).integers(0, 7, (21, 9)))
+    torch.save({"pruned_at": {"a": at.to(torch.uint8)}, "level": 4, "deepest": 6}, tmp_path / "old.pt")
+    large()
+    assert torch.equal(Mask.load(tmp_path / "old.pt")["a"], (at == 0) | (at > 4))
+
+
+def test_a_plain_mapping_prunes_a_large_network(large):
+    module, net = Blobs(), dict(Blobs().named_parameters())
+    kept = {name: torch.arange(net[name].numel()).view(net[name].T.shape).T % 3 > 0 for name in WEIGHTS}
+    large()
+    apply_mask(module, kept)
+    for name, weight in module.named_parameters():
+        assert torch.equal(weight, net[name].masked_fill(~kept[name], 0) if name in kept else net[name])
+
+
+def test_only_what_is_removed_is_set_aside(large, monkeypatch):
+    weights, sizes = network(), []
+    large()
+    put_back = masks._put_back
+
+    def tell(weight, kept, aside):
+        sizes.append(aside.numel())
+        put_back(weight, kept, aside)
+
+    monkeypatch.setattr(masks, "_put_back", tell)
+    mask = Mask({name: torch.arange(one.numel()).view(one.shape) % 4 > 0 for name, one in weights.items()})
+    with masks.applied(mask, weights):
+        assert not weights["turned"][~mask["turned"]].any()
+    assert sizes == [math.ceil(one.numel() / 4) for one in weights.values()]
+    sizes.clear()
+    with masks.applied(Mask.full(weights), weights):
+        assert equal(weights, network())
+    assert sizes == []
+
+
+def test_no_mask_is_drawn_twice_in_a_row(large, monkeypatch):
+    spins, spin = [], wheel.Sectors.spin
+
+    def tell(self, *arguments, **place):
+        spins.append(place["candidate"])
+        return spin(self, *arguments, **place)
+
+    large()
+    monkeypatch.setattr(wheel.Sectors, "spin", tell)
+    folds = Logged(lambda mask, fold: float(mask["many"][0, 0]) + noise(mask, fold), 4)
+    winner = search(
+        network(), folds, branches=2, tolerance=math.inf, tree=Tree(max_levels=1), validation=Validation(race=False)
+    )
+    first = winner.report.levels[0].winner
+    assert spins == [0, 1] + [0] * (first == 0)
+
+
+# ---- the copies of a callback
+
+
+def test_copies_on_disk_are_what_was_copied(monkeypatch):
+    monkeypatch.setattr(on_disk, "_BLOCK", 16)
+    weights = network(torch.bfloat16) | {"nan": torch.tensor([math.nan, -0.0]), "none": torch.empty(0, 3)}
+    there = OnDisk(weights)
+    before = {name: weight.clone() for name, weight in weights.items()}
+    for weight in weights.values():
+        weight.zero_()
+    for copied in (there, copy.deepcopy(there), pickle.loads(pickle.dumps(there))):
+        assert list(copied) == list(weights)
+        assert len(copied) == 6
+        for name, weight in before.items():
+            assert torch.equal(copied[name].view(torch.uint8), weight.contiguous().view(torch.uint8))
+    there["few"].fill_(7)
+    assert torch.equal(there["few"], before["few"])
+
+
+def test_where_the_disk_is_full_copies_stay_in_memory(large, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    winner = grown(network())
+    large()
+    assert isinstance(winner.cpu().dense, OnDisk)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    there = winner.cpu()
+    assert isinstance(there.dense, dict)
+    assert all(equal(there.weights_at(level), winner.weights_at(level)) for level in range(5))
+
+
+def fitted(make_trainer, folder, ckpt_path=None, **options) -> tuple[RouletteWheelPruning, Blobs]:
+    pruning = RouletteWheelPruning(
+        **{"branches": 3, "tolerance": 0.2, "refit": None, "tree": Tree(0.3, max_levels=3)} | options
+    )
+    module = Blobs()
+    torch.manual_seed(0)
+    trainer = make_trainer(callbacks=[pruning], enable_checkpointing=True, default_root_dir=folder)
+    trainer.fit(module, train_loader(), val_loader(), ckpt_path=ckpt_path)
+    return pruning, module
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # of ModelCheckpoint
+@pytest.mark.parametrize("options", [{}, {"at_epoch": 1}, {"refit": "least_squares"}])
+def test_the_callback_prunes_a_large_network_as_a_small_one(make_trainer, tmp_path, large, options):
+    small, module = fitted(make_trainer, tmp_path / "small", **options)
+    expected, levels = copy.deepcopy(dict(small.mask)), range(len(small.report.accepted) + 1)
+    large()
+    found, other = fitted(make_trainer, tmp_path / "large", **options)
+    assert equal(dict(found.mask), expected)
+    assert equal(other.state_dict(), module.state_dict())
+    assert found.report.levels == small.report.levels
+    with torch.no_grad():
+        other.net[0].weight.zero_()
+    assert all(equal(found.weights_at(level), small.weights_at(level)) for level in levels)
+    assert torch.equal(Mask.load(found.best_model_path)[WEIGHTS[0]], expected[WEIGHTS[0]])
+    resumed, _ = fitted(make_trainer, tmp_path / "resumed", ckpt_path=found.best_model_path, **options)
+    assert equal(dict(resumed.mask), expected)
+
+
+def test_a_large_network_is_never_set_aside_whole_to_see_whether_validation_sees_it(
+    make_trainer, tmp_path, large, monkeypatch
+):
+    whole, sizes = masks._set_aside, []
+
+    def tell(weight, kept):
+        sizes.append(len(values := whole(weight, kept)))
+        return values
+
+    large()
+    monkeypatch.setattr(masks, "_set_aside", tell)
+    fitted(make_trainer, tmp_path)
+    assert sizes[0] == 16 * 24  # the first parameter, whole
+    assert sizes.count(24 * 10) == 0
+
+
+class Elsewhere(Blobs):
+    """Validates weights that are not pruned."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.log("val_acc", self.net[0].bias.detach().sum())
+
+
+def test_a_large_network_that_validation_does_not_see_is_refused(make_trainer, large):
+    large()
+    trainer = make_trainer(callbacks=[RouletteWheelPruning(refit=None)])
+    with pytest.raises(RuntimeError, match="validation logs the same with all prunable weights at zero"):
+        trainer.fit(Elsewhere(), train_loader(), val_loader())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is read from /proc")
+def test_a_search_takes_less_than_a_byte_a_weight():
+    program = Path(__file__).parents[2] / "examples" / "benchmarks" / "memory.py"
+    command = [sys.executable, str(program), "--measure", "search", "--sizes", "2e7"]
+    found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+    # what a spin needs at any size, and libraries that are loaded late, are about sixty megabytes
+    assert found["weights"] > 1.9e7
+    assert found["peak"] - found["bytes"] < found["weights"] + 7e7

@@ -1,0 +1,298 @@
+"""Layers: their rows times their maps are the module's own outputs, whatever the module is set to."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from torch.nn.utils.parametrize import register_parametrization
+from torchmetrics import Metric
+
+from lightning_roulette.network.layers import batch_norms_of, channels, layers_of
+from lightning_roulette.network.parameters import prunable_parameters
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+KERNEL, STRIDE, DILATION, PADDING = (3, 2, 1), (2, 1, 2), (2, 3, 2), (1, 2, 1)
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def known(module: nn.Module) -> nn.Module:
+    """The module in double precision, its parameters the same at every call."""
+    module.double()
+    for seed, parameter in enumerate(module.parameters()):
+        parameter.data = numbers(*parameter.shape, seed=seed + 1)
+    return module
+
+
+def all_layers(module: nn.Module):
+    found, left = layers_of(module, list(prunable_parameters(module)))
+    assert left == {}
+    return found
+
+
+def everywhere(count: int) -> torch.Tensor:
+    return torch.arange(count)
+
+
+def applied(layer, arguments, named=None, chosen=everywhere) -> torch.Tensor:
+    """What the layer says that its module gives: shape (rows, outputs), those of one group after those of another."""
+    parameters = dict(layer.module.named_parameters())
+    maps = layer.matrices(parameters[layer.name.rpartition(".")[2]])
+    found = (layer.rows(arguments, named or {}, chosen) @ maps.mT).movedim(0, 1).flatten(1)
+    own = None if layer.bias is None else parameters[layer.bias.rpartition(".")[2]]
+    return found.detach() if own is None else (found + own[layer.offsets]).detach()
+
+
+def assert_applies(module: nn.Module, inputs: torch.Tensor, channel: int) -> None:
+    (layer,) = all_layers(module)
+    wanted = module(inputs).detach().movedim(channel, -1)
+    wanted = wanted.reshape(-1, wanted.shape[-1])
+    assert torch.allclose(applied(layer, (inputs,)), wanted, atol=1e-12)
+    asked = []
+
+    def some(count: int) -> torch.Tensor:
+        asked.append(count)
+        return torch.tensor([count - 1, 0, count // 2, 0])
+
+    found = applied(layer, (), {"input": inputs}, some)
+    assert torch.allclose(found, wanted[some(len(wanted))], atol=1e-12)
+    assert asked[0] == len(wanted)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4,), (5, 4), (2, 3, 4), (2, 3, 2, 4), (1, 4)])
+def test_linear_rows_give_its_outputs(shape, bias):
+    assert_applies(known(nn.Linear(4, 3, bias=bias)), numbers(*shape), -1)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular", "replicate"])
+@pytest.mark.parametrize("padding", ["none", "numbers", "same", "valid"])
+def test_convolution_rows_give_its_outputs(dims, mode, padding):
+    pads = {"none": 0, "numbers": PADDING[:dims]}.get(padding, padding)
+    strides = [1] if padding == "same" else [1, STRIDE[:dims]]
+    kernel = (3, 5, 1)[:dims] if padding == "same" else KERNEL[:dims]
+    for stride, dilation, groups, bias in product(strides, [1, DILATION[:dims]], [1, 2, 4], [True, False]):
+        module = CONVOLUTIONS[dims](
+            4, 8, kernel, stride, pads, dilation=dilation, groups=groups, bias=bias, padding_mode=mode
+        )
+        assert_applies(known(module), numbers(2, 4, *(9, 13, 5)[:dims]), 1)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_a_convolution_may_be_given_one_sample_alone(dims, mode):
+    module = CONVOLUTIONS[dims](4, 6, KERNEL[:dims], padding=PADDING[:dims], groups=2, padding_mode=mode)
+    assert_applies(known(module), numbers(4, *(7, 6, 5)[:dims]), 0)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_the_same_padding_of_even_kernels_is_uneven(dims, mode):
+    module = CONVOLUTIONS[dims](2, 3, (4, 2)[:dims], padding="same", padding_mode=mode)
+    assert_applies(known(module), numbers(2, 2, *(7, 6)[:dims]), 1)
+
+
+def test_weights_and_inputs_may_lie_in_memory_as_they_like():
+    module = known(nn.Conv2d(4, 6, 3, groups=2)).to(memory_format=torch.channels_last)
+    assert_applies(module, numbers(2, 4, 7, 7).to(memory_format=torch.channels_last), 1)
+    assert_applies(module, numbers(2, 7, 7, 4).permute(0, 3, 2, 1), 1)
+    assert_applies(known(nn.Linear(4, 3)), numbers(4, 5).T, -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rows_are_doubles(dtype):
+    for module, inputs in ((nn.Linear(4, 3), numbers(5, 4)), (nn.Conv1d(4, 3, 2), numbers(2, 4, 6))):
+        (layer,) = all_layers(module)
+        found = layer.rows((inputs.to(dtype),), {}, everywhere)
+        assert found.dtype == torch.float64
+        assert found.unique().tolist() == inputs.to(dtype).double().unique().tolist()
+
+
+def test_rows_are_without_gradients_and_matrices_are_views():
+    module, inputs = nn.Linear(4, 3), numbers(5, 4).requires_grad_()
+    (layer,) = all_layers(module)
+    assert not layer.rows((inputs,), {}, everywhere).requires_grad
+    layer.matrices(module.weight).fill_(7)
+    assert (module.weight == 7).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 3, "vdim": 5}, {"kdim": 6, "vdim": 4}])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_rows_give_its_projections(sizes, bias, batch_first):
+    module = known(nn.MultiheadAttention(6, 2, bias=bias, batch_first=batch_first, **sizes))
+    given = [numbers(2, 4, 6), numbers(2, 3, sizes.get("kdim", 6), seed=1), numbers(2, 3, sizes.get("vdim", 6), seed=2)]
+    names = [name for name in prunable_parameters(module) if name != "out_proj.weight"]
+    layers, left = layers_of(module, names)
+    assert left == {}
+    if module.in_proj_weight is None:
+        weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+    else:
+        weights = module.in_proj_weight.chunk(3)
+    biases = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    assert {layer.name for layer in layers} == set(names)
+    for layer, inputs, weight, own in zip(layers, given, weights, biases, strict=True):
+        wanted = linear(inputs, weight, own).detach().flatten(0, 1)
+        named = dict(zip(("query", "key", "value"), given, strict=True))
+        assert torch.allclose(applied(layer, tuple(given)), wanted, atol=1e-12)
+        assert torch.allclose(applied(layer, (), named), wanted, atol=1e-12)
+        value = {"value": named.pop("value")}
+        assert torch.allclose(applied(layer, tuple(given[:2]), value), wanted, atol=1e-12)
+
+
+def test_a_frozen_bias_is_none_that_may_change():
+    module = nn.Sequential(nn.Linear(4, 3), nn.MultiheadAttention(4, 2))
+    assert {layer.bias for layer in layers_of(module, ["0.weight", "1.in_proj_weight"])[0]} == {
+        "0.bias",
+        "1.in_proj_bias",
+    }
+    module[0].bias.requires_grad_(False)
+    module[1].in_proj_bias.requires_grad_(False)
+    assert {layer.bias for layer in layers_of(module, ["0.weight", "1.in_proj_weight"])[0]} == {None}
+
+
+def test_a_tied_bias_may_not_change():
+    module = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    module[1].bias = module[0].bias
+    assert [layer.bias for layer in layers_of(module, ["0.weight", "1.weight"])[0]] == [None, None]
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return linear(x, 0.1 * self.weight, self.bias)
+
+
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+class Attends(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x)
+
+
+def patched():
+    layer = nn.Linear(2, 2)
+    layer.forward = lambda x: linear(x, 2 * layer.weight)
+    return layer
+
+
+@pytest.mark.parametrize("part", [Scaled(2, 2), Standardised(1, 2, 3), Attends(4, 2), patched()])
+def test_a_class_with_a_forward_of_its_own_may_be_another_map(part):
+    name = "in_proj_weight" if isinstance(part, nn.MultiheadAttention) else "weight"
+    layers, left = layers_of(part, [name])
+    assert layers == []
+    assert left == {name: f"{name} of {type(part).__name__}: its forward is its own"}
+
+
+def test_a_class_that_adds_no_forward_is_the_layer_it_derives_from():
+    class Named(nn.Linear):
+        pass
+
+    assert [layer.name for layer in layers_of(Named(2, 2), ["weight"])[0]] == ["weight"]
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_a_bias_that_is_computed_from_others_may_not_change():
+    part = nn.Linear(2, 2)
+    register_parametrization(part, "bias", Doubled())
+    layers, left = layers_of(part, ["weight"])
+    assert [(layer.name, layer.bias) for layer in layers] == [("weight", None)]
+    assert left == {}
+
+
+def test_a_bias_belongs_to_the_layer_of_its_weight():
+    part = nn.Linear(2, 2)
+    assert layers_of(part, ["weight", "bias"])[1] == {}
+    assert layers_of(part, ["bias"])[1] == {"bias": "bias of Linear: its inputs cannot be seen"}
+
+
+def test_layers_are_found_by_name_at_any_depth():
+    module = nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "b": nn.Conv2d(1, 2, 3)})
+    layers, left = layers_of(module, ["a.0.weight", "b.weight"])
+    assert [(layer.name, layer.bias, layer.module) for layer in layers] == [
+        ("a.0.weight", "a.0.bias", module["a"][0]),
+        ("b.weight", "b.bias", module["b"]),
+    ]
+    assert left == {}
+    layers, left = layers_of(module, ["b.weight"])
+    assert [layer.name for layer in layers] == ["b.weight"]
+    assert left == {}
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.ones(2, 2))
+        self.lstm, self.cell = nn.LSTM(2, 2), nn.GRUCell(2, 2)
+        self.up = nn.ConvTranspose1d(2, 2, 3)
+        self.one, self.other, self.free = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+        self.other.weight = self.one.weight
+
+
+def test_what_is_no_layer_is_named_with_its_reason():
+    names = ["matrix", "lstm.weight_ih_l0", "cell.weight_hh", "up.weight", "one.weight", "free.weight"]
+    layers, left = layers_of(Odd(), names)
+    assert [layer.name for layer in layers] == ["free.weight"]
+    assert left == {
+        "matrix": "matrix of Odd: its inputs cannot be seen",
+        "lstm.weight_ih_l0": "weight_ih_l0 of LSTM: its inputs cannot be seen",
+        "cell.weight_hh": "weight_hh of GRUCell: its inputs cannot be seen",
+        "up.weight": "weight of ConvTranspose1d: its inputs cannot be seen",
+        "one.weight": "tied: several modules use it",
+    }
+
+
+class Judged(Metric):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+
+    def update(self):
+        pass
+
+    def compute(self):
+        pass
+
+
+def test_batch_norms_that_follow_the_network_are_found():
+    module = nn.ModuleDict(
+        {
+            "plain": nn.BatchNorm1d(2),
+            "inside": nn.Sequential(nn.BatchNorm2d(2, affine=False), nn.LayerNorm(2)),
+            "deep": nn.BatchNorm3d(2),
+            "stateless": nn.BatchNorm1d(2, track_running_stats=False),
+            "frozen": nn.BatchNorm1d(2).requires_grad_(False),
+            "metric": Judged(),
+        }
+    )
+    assert batch_norms_of(module) == {
+        "plain.": module["plain"],
+        "inside.0.": module["inside"][0],
+        "deep.": module["deep"],
+    }
+    assert list(batch_norms_of(module["plain"])) == [""]
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4), (5, 3, 4, 2), (5, 3, 2, 2, 2)])
+def test_channels_are_what_a_batch_norm_averages(shape):
+    inputs = numbers(*shape).float()
+    norm = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)](3, momentum=1.0)
+    norm(inputs)
+    for found in (channels((inputs,), {}), channels((), {"input": inputs})):
+        assert found.dtype == torch.float64
+        assert torch.allclose(found.mean(0).float(), norm.running_mean, atol=1e-6)
+        assert torch.allclose(found.var(0).float(), norm.running_var, rtol=1e-5)

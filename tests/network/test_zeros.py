@@ -1,0 +1,507 @@
+"""Zeros that are held: exact at every forward, through any optimizer, until released."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.optim import ASGD, LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, RMSprop, SparseAdam
+
+from lightning_roulette import Mask, prunable_parameters
+from lightning_roulette.network.zeros import ZeroFill, ZeroHold
+
+OPTIMIZERS = {
+    "sgd, fused": lambda weights: SGD(weights, lr=0.05, momentum=0.9, weight_decay=0.1, fused=True),
+    "adam, fused": lambda weights: Adam(weights, lr=0.05, fused=True),
+    "adamw, foreach": lambda weights: AdamW(weights, lr=0.05, weight_decay=0.5, foreach=True),
+    "nadam": lambda weights: NAdam(weights, lr=0.05),
+    "asgd": lambda weights: ASGD(weights, lr=0.05, weight_decay=0.1),
+    "sgd with momentum and decay": lambda weights: SGD(weights, lr=0.05, momentum=0.9, weight_decay=0.1),
+    "sgd with nesterov": lambda weights: SGD(weights, lr=0.05, momentum=0.9, nesterov=True),
+    "adam": lambda weights: Adam(weights, lr=0.05),
+    "adam with l2": lambda weights: Adam(weights, lr=0.05, weight_decay=0.1, amsgrad=True),
+    "adamw": lambda weights: AdamW(weights, lr=0.05, weight_decay=0.5),
+    "rmsprop": lambda weights: RMSprop(weights, lr=0.01, momentum=0.9),
+    "adagrad": lambda weights: Adagrad(weights, lr=0.05, initial_accumulator_value=0.1),
+    "lbfgs": lambda weights: LBFGS(weights, lr=0.5, max_iter=4, line_search_fn="strong_wolfe"),
+}
+
+
+if hasattr(torch.optim, "Muon"):  # since torch 2.9; of matrices, whose entries it mixes
+    OPTIMIZERS["muon"] = lambda weights: torch.optim.Muon([one for one in weights if one.ndim == 2], lr=0.05)
+
+
+def noise(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+X, Y = noise(32, 6, seed=1), noise(32, 2, seed=2)
+
+
+def network() -> nn.Sequential:
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+    with torch.no_grad():
+        for seed, parameter in enumerate(net.parameters()):
+            parameter.copy_(noise(*parameter.shape, seed=seed))
+    return net
+
+
+def half_of(net: nn.Module) -> Mask:
+    """A checkerboard, so that every unit keeps inputs and outputs and its weights learn on."""
+    weights = prunable_parameters(net)
+    boards = {name: torch.arange(w.shape[0])[:, None] + torch.arange(w.shape[1]) for name, w in weights.items()}
+    return Mask({name: board % 2 == 0 for name, board in boards.items()})
+
+
+def pruned_entries(net: nn.Module, mask: Mask) -> torch.Tensor:
+    parameters = dict(net.named_parameters())
+    return torch.cat([parameters[name].detach()[~kept] for name, kept in mask.items()])
+
+
+def pruned_memories(optimizer: torch.optim.Optimizer, net: nn.Module, mask: Mask) -> list[torch.Tensor]:
+    """What the optimizer remembers of pruned entries, one tensor for each of its memories."""
+    parameters = dict(net.named_parameters())
+    return [
+        memory[~kept]
+        for name, kept in mask.items()
+        for memory in optimizer.state[parameters[name]].values()
+        if isinstance(memory, torch.Tensor) and memory.shape == kept.shape
+    ]
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seen=None) -> None:
+    """`steps` steps; `seen` is called at every forward, those that a line search makes included."""
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        if seen is not None:
+            seen()
+        loss = mse_loss(net(X), Y)
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("made", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("warm", [True, False], ids=["warm", "fresh"])
+def test_pruned_weights_are_zero_at_every_forward(made, warm):
+    net = network()
+    optimizer, mask = made(net.parameters()), half_of(net)
+    train(net, optimizer, 5 if warm else 0)  # momentum that would move them
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    forwards = []
+
+    def seen() -> None:
+        forwards.append(int(pruned_entries(net, mask).count_nonzero()))
+
+    before = net[0].weight.detach().clone()
+    train(net, optimizer, 20, seen)
+    seen()
+    assert len(forwards) >= 21
+    assert set(forwards) == {0}
+    kept = mask["0.weight"]
+    assert (net[0].weight.detach()[kept] != before[kept]).all()  # the others train on
+
+
+@pytest.mark.parametrize("made", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_without_a_hold_the_zeros_are_lost(made):
+    # what the tests above would see if nothing were held
+    net = network()
+    optimizer, mask = made(net.parameters()), half_of(net)
+    hold = ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    train(net, optimizer, 2)
+    assert not pruned_entries(net, mask).any()
+    hold.release()
+    assert not pruned_entries(net, mask).any()
+    train(net, optimizer, 2)
+    assert pruned_entries(net, mask).all()
+
+
+@pytest.mark.parametrize("made", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_release_leaves_no_hook_behind(made):
+    plain, held = network(), network()
+    optimizers = [made(plain.parameters()), made(held.parameters())]
+    hold = ZeroHold(dict(held.named_parameters()), Mask.full(prunable_parameters(held)), [optimizers[1]])
+    hold.release()
+    hold.release()
+    assert not optimizers[1]._optimizer_step_post_hooks
+    assert not optimizers[1]._optimizer_step_pre_hooks
+    for net, optimizer in zip((plain, held), optimizers, strict=True):
+        train(net, optimizer, 3)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), held.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "lbfgs"])
+def test_an_optimizer_remembers_nothing_of_pruned_weights(name):
+    net = network()
+    optimizer, mask = OPTIMIZERS[name](net.parameters()), half_of(net)
+    train(net, optimizer, 5)
+    assert any(memory.any() for memory in pruned_memories(optimizer, net, mask))
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    for _ in range(3):
+        memories = pruned_memories(optimizer, net, mask)
+        assert len(memories) >= 2
+        # decay that is added to the gradient adds nothing to a weight of zero
+        assert not any(memory.any() for memory in memories)
+        train(net, optimizer, 2)
+
+
+def test_what_is_remembered_of_kept_weights_and_steps_taken_stays():
+    net = network()
+    optimizer, mask = Adam(net.parameters()), half_of(net)
+    train(net, optimizer, 5)
+    state = optimizer.state[net[0].weight]
+    kept = mask["0.weight"]
+    before = {name: memory.clone() for name, memory in state.items()}
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    assert float(state["step"]) == 5
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(state[name][kept], before[name][kept])
+    assert optimizer.state[net[0].bias]["exp_avg"].any()
+
+
+def test_lbfgs_forgets_its_history():
+    net = network()
+    optimizer = LBFGS(net.parameters(), lr=0.5, max_iter=4)
+    train(net, optimizer, 3)
+    assert optimizer.state[net[0].weight]["old_dirs"]
+    ZeroHold(dict(net.named_parameters()), half_of(net), [optimizer])
+    assert not optimizer.state
+
+
+def masked_network(net: nn.Module, mask: Mask):
+    """The loss of the network that multiplies its weights by the mask: its gradient is the pruned network's."""
+    parameters = dict(net.named_parameters())
+    product = {name: one * mask[name] if name in mask else one for name, one in parameters.items()}
+    return mse_loss(torch.func.functional_call(net, product, (X,)), Y)
+
+
+def test_clipping_sees_the_gradient_of_the_pruned_network():
+    net, reference = network(), network()
+    mask, optimizer = half_of(net), SGD(net.parameters(), lr=0.1)
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    mse_loss(net(X), Y).backward()
+    masked_network(reference, mask).backward()
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+    assert torch.allclose(norm, nn.utils.clip_grad_norm_(reference.parameters(), 0.1), rtol=1e-6)
+    unpruned = network()
+    mse_loss(unpruned(X), Y).backward()
+    assert norm < 0.95 * nn.utils.get_total_norm([one.grad for one in unpruned.parameters()])
+
+
+def test_training_is_that_of_the_pruned_network():
+    net, reference = network(), network()
+    mask = half_of(net)
+    optimizers = [SGD(one.parameters(), lr=0.05, momentum=0.9) for one in (net, reference)]
+    ZeroHold(dict(net.named_parameters()), mask, optimizers[:1])
+    train(net, optimizers[0], 20)
+    for _ in range(20):
+        optimizers[1].zero_grad()
+        masked_network(reference, mask).backward()
+        optimizers[1].step()
+    for name, one in reference.named_parameters():
+        expected = one * mask[name] if name in mask else one
+        assert torch.allclose(dict(net.named_parameters())[name], expected, atol=1e-6)
+
+
+def test_accumulated_gradients_stay_zero_at_pruned_weights():
+    net = network()
+    mask, optimizer = half_of(net), AdamW(net.parameters(), lr=0.05, weight_decay=0.5)
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    for _ in range(5):
+        for part in range(4):
+            mse_loss(net(X[part::4]), Y[part::4]).backward()
+            assert not net[0].weight.grad[~mask["0.weight"]].any()
+            assert net[0].weight.grad[mask["0.weight"]].all()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not pruned_entries(net, mask).any()
+
+
+def test_gradients_written_by_others_do_not_reach_the_optimizer():
+    # as a distributed reduction does, after the gradients were accumulated
+    net = network()
+    mask, optimizer = half_of(net), SGD(net.parameters(), lr=0.1, momentum=0.9)
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    net[0].weight.grad = torch.ones_like(net[0].weight)
+    optimizer.step()
+    momentum = optimizer.state[net[0].weight]["momentum_buffer"]
+    assert torch.equal(momentum, mask["0.weight"].float())
+    assert not pruned_entries(net, mask).any()
+
+
+def test_gradients_accumulated_before_the_hold_are_cleared():
+    net = network()
+    mask, optimizer = half_of(net), SGD(net.parameters(), lr=0.1)
+    mse_loss(net(X), Y).backward()
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    assert not net[0].weight.grad[~mask["0.weight"]].any()
+
+
+def test_nan_gradients_at_pruned_weights_do_no_harm():
+    net = network()
+    mask, optimizer = half_of(net), Adam(net.parameters(), lr=0.1)
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    net[0].weight.grad = torch.ones_like(net[0].weight).masked_fill(~mask["0.weight"], torch.nan)
+    optimizer.step()
+    assert not pruned_entries(net, mask).any()
+    assert net[0].weight.isfinite().all()
+    assert not optimizer.state[net[0].weight]["exp_avg"][~mask["0.weight"]].any()
+
+
+def test_parameters_and_their_names_stay():
+    net = network()
+    before = {name: (id(one), one.data_ptr()) for name, one in net.named_parameters()}
+    ZeroHold(dict(net.named_parameters()), half_of(net), [SGD(net.parameters(), lr=0.1)])
+    assert {name: (id(one), one.data_ptr()) for name, one in net.named_parameters()} == before
+
+
+def test_every_one_of_several_optimizers_is_held():
+    net = network()
+    mask = half_of(net)
+    optimizers = [AdamW(layer.parameters(), lr=0.05, weight_decay=0.5) for layer in (net[0], net[2])]
+    for optimizer in optimizers:
+        train(net, optimizer, 3)
+    ZeroHold(dict(net.named_parameters()), mask, optimizers)
+    for _ in range(5):
+        for optimizer in optimizers:
+            train(net, optimizer, 1)
+        assert not pruned_entries(net, mask).any()
+
+
+def test_fill_clears_what_was_written_from_outside():
+    # as an optimizer that is not torch's, or weight averaging, would
+    net = network()
+    mask = half_of(net)
+    hold = ZeroHold(dict(net.named_parameters()), mask, [])
+    with torch.no_grad():
+        net[0].weight.fill_(3.0)
+    hold.fill()
+    assert torch.equal(net[0].weight.detach(), 3.0 * mask["0.weight"])
+
+
+def test_a_frozen_weight_is_held_too():
+    net = network()
+    net[0].weight.requires_grad_(False)
+    mask = half_of(network())
+    optimizer = SGD(net.parameters(), lr=0.1, weight_decay=0.1)
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    with torch.no_grad():
+        net[0].weight.fill_(3.0)
+    train(net, optimizer, 1)
+    assert not pruned_entries(net, mask).any()
+
+
+def test_an_optimizer_that_moves_weights_without_a_gradient_is_held():
+    class Langevin(SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            with torch.no_grad():
+                for weight in self.param_groups[0]["params"]:
+                    weight.add_(0.01)
+
+    net = network()
+    mask, optimizer = half_of(net), Langevin(net.parameters(), lr=0.1)
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    train(net, optimizer, 2)
+    assert not pruned_entries(net, mask).any()
+
+
+# ---- filling
+
+
+VALUES = torch.tensor([1.5, -2.0, 0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-42])
+LAYOUTS = {
+    "contiguous": lambda one: one.contiguous(),
+    "channels last": lambda one: one.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda one: one.transpose(0, 1).contiguous().transpose(0, 1),
+    "every second": lambda one: torch.stack([one, one], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64], ids=str
+)
+@pytest.mark.parametrize("weight", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("filled", LAYOUTS.values(), ids=LAYOUTS)
+def test_pruned_entries_are_zero_and_the_others_bit_for_bit_the_same(dtype, weight, filled):
+    chance = torch.Generator().manual_seed(0)
+    numbers = VALUES[torch.randint(8, (6, 4, 3, 5), generator=chance)].to(dtype)
+    kept = torch.rand(numbers.shape, generator=chance) < 0.5
+    one = filled(numbers.clone())
+    ZeroFill(kept, weight(torch.zeros_like(numbers)))(one)
+    expected = torch.where(kept, numbers, torch.zeros((), dtype=dtype))
+    assert one.contiguous().view(torch.uint8).tolist() == expected.view(torch.uint8).tolist()
+
+
+def test_a_gradient_of_another_type_than_the_weight_is_filled():
+    kept, grad = torch.tensor([[True, False]]), torch.ones(1, 2, dtype=torch.bfloat16)
+    ZeroFill(kept, torch.zeros(1, 2))(grad)
+    assert grad.tolist() == [[1.0, 0.0]]
+
+
+def test_filling_counts_as_a_write():
+    # or autograd would go on with values that are no longer there
+    weight = torch.ones(3, requires_grad=True)
+    product = weight * weight
+    ZeroFill(torch.tensor([True, False, True]), weight)(weight)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+# ---- parts of training that come late, or not at all
+
+
+def test_a_weight_that_thaws_later_is_clipped_like_the_others():
+    net, reference = network(), network()
+    net[0].weight.requires_grad_(False)
+    mask, optimizer = half_of(network()), Adam([net[2].weight], lr=0.05)
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    assert not net[0].weight.requires_grad
+    train(net, optimizer, 2)
+    assert net[0].weight.grad is None
+    net[0].weight.requires_grad_(True)
+    optimizer.add_param_group({"params": [net[0].weight], "lr": 0.01, "weight_decay": 0.1})
+    reference.load_state_dict(net.state_dict())
+    optimizer.zero_grad()
+    mse_loss(net(X), Y).backward()
+    masked_network(reference, mask).backward()
+    norms = [nn.utils.clip_grad_norm_([one[0].weight, one[2].weight], 0.1) for one in (net, reference)]
+    assert torch.allclose(*norms, rtol=1e-6)
+    for _ in range(3):
+        optimizer.step()
+        assert not pruned_entries(net, mask).any()
+        assert not any(memory.any() for memory in pruned_memories(optimizer, net, mask))
+    assert (net[0].weight[mask["0.weight"]] != reference[0].weight[mask["0.weight"]]).all()
+
+
+def test_an_optimizer_that_loads_what_it_remembered_before_the_hold_forgets_it():
+    net = network()
+    mask, optimizer = half_of(net), Adam(net.parameters(), lr=0.05)
+    train(net, optimizer, 3)
+    dense = deepcopy(optimizer.state_dict())
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    optimizer.load_state_dict(dense)
+    memories = pruned_memories(optimizer, net, mask)
+    assert len(memories) == 4
+    assert not any(memory.any() for memory in memories)
+    assert optimizer.state[net[0].weight]["exp_avg"].any()
+
+
+def test_sparse_gradients_are_filled_where_they_have_entries():
+    table = nn.Embedding(5, 4, sparse=True)
+    kept = (torch.arange(20) % 3 > 0).reshape(5, 4)
+    optimizer = SparseAdam(table.parameters(), lr=0.1)
+    rows = torch.tensor([1, 1, 3, 4])  # not coalesced
+    table(rows).pow(2).sum().backward()
+    optimizer.step()
+    assert optimizer.state[table.weight]["exp_avg"][~kept].any()
+    ZeroHold({"weight": table.weight}, {"weight": kept}, [optimizer])
+    before = table.weight.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        (table(rows) + 1).pow(2).sum().backward()
+        assert table.weight.grad.is_sparse
+        dense = table.weight.grad.to_dense()
+        assert not dense[~kept].any()
+        assert dense[rows][kept[rows]].all()
+        optimizer.step()
+        assert not table.weight.detach()[~kept].any()
+        assert not optimizer.state[table.weight]["exp_avg"][~kept].any()
+    assert (table.weight.detach()[rows] != before[rows])[kept[rows]].all()
+
+
+def test_weights_without_a_gradient_are_held():
+    net = network()
+    mask, optimizer = half_of(net), SGD(net.parameters(), lr=0.1, momentum=0.9)
+    train(net, optimizer, 2)
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    optimizer.zero_grad()
+    net[2](torch.ones(3, 8)).sum().backward()
+    assert net[0].weight.grad is None
+    optimizer.step()
+    assert not pruned_entries(net, mask).any()
+
+
+# ---- gradients that are written after they were accumulated
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_with_a_gradient_scaler(fused):
+    net = network()
+    mask, optimizer = half_of(net), Adam(net.parameters(), lr=0.05, fused=fused)
+    train(net, optimizer, 2)
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    scaler, skipped = torch.amp.GradScaler("cpu", init_scale=2.0**10), 0
+    for step in range(6):
+        optimizer.zero_grad()
+        scaler.scale(mse_loss(net(X), Y)).backward()
+        if step in (1, 4):
+            net[0].weight.grad[0, 0] = torch.inf
+        before, scale = net[0].weight.detach().clone(), scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        stays = torch.equal(before, net[0].weight)
+        assert stays == (scaler.get_scale() < scale) == (step in (1, 4))
+        skipped += stays
+        assert not pruned_entries(net, mask).any()
+        assert not any(memory.any() for memory in pruned_memories(optimizer, net, mask))
+    assert skipped == 2
+
+
+def test_a_gradient_that_overflows_at_a_pruned_weight_skips_no_step():
+    class Overflows(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight):
+            return weight.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return torch.where(kept, grad, torch.inf)
+
+    weight = nn.Parameter(noise(4, 4, seed=1))
+    kept = torch.eye(4, dtype=torch.bool)
+    optimizer, scaler = SGD([weight], lr=0.1), torch.amp.GradScaler("cpu")
+    ZeroHold({"weight": weight}, {"weight": kept}, [optimizer])
+    before = weight.detach().clone()
+    scaler.scale(Overflows.apply(weight).sum()).backward()
+    scaler.step(optimizer)
+    assert torch.allclose(weight[kept], before[kept] - 0.1)
+    assert not weight[~kept].any()
+
+
+def test_a_gradient_written_in_place_is_filled_again():
+    net = network()
+    mask, optimizer = half_of(net), SGD(net.parameters(), lr=0.1, momentum=0.9)
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    mse_loss(net(X), Y).backward()
+    net[0].weight.grad.add_(1.0)
+    optimizer.step()
+    assert not optimizer.state[net[0].weight]["momentum_buffer"][~mask["0.weight"]].any()
+
+
+def test_what_a_reduction_over_processes_may_have_written_is_filled(monkeypatch):
+    # it writes as `.data` does, where torch counts no writes
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    net = network()
+    mask, optimizer = half_of(net), SGD(net.parameters(), lr=0.1, momentum=0.9)
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    mse_loss(net(X), Y).backward()
+    net[0].weight.grad.data.add_(1.0)
+    optimizer.step()
+    assert not optimizer.state[net[0].weight]["momentum_buffer"][~mask["0.weight"]].any()
+
+
+def test_a_step_fills_each_gradient_and_each_weight_once(monkeypatch):
+    net = network()
+    mask, optimizer = half_of(net), Adam(net.parameters(), lr=0.1)
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    filled, fill = [], ZeroFill.__call__
+    monkeypatch.setattr(ZeroFill, "__call__", lambda self, one: (filled.append(one), fill(self, one))[1])
+    train(net, optimizer, 3)
+    assert len(filled) == 3 * 2 * len(mask)

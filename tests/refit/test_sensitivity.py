@@ -1,0 +1,345 @@
+"""The scales of `importance="sensitivity"`: against Jacobians computed one by one, and where there is none."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from lightning_roulette import Calibration, Mask, Scores, Tree, Wheel, prunable_parameters, search
+from lightning_roulette.refit.sensitivity import NoGradients
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def known(net: nn.Module) -> nn.Module:
+    """The network in float64, of known values, in evaluation mode."""
+    net = net.double().eval()
+    with torch.no_grad():
+        for place, parameter in enumerate(net.parameters()):
+            parameter.copy_(numbers(*parameter.shape, seed=place + 1) / math.sqrt(parameter[0].numel()))
+    return net
+
+
+def scales(net: nn.Module, x, mask: Mask | None = None, values=None, **options):
+    mask = mask or Mask.full(prunable_parameters(net))
+    return Calibration(net, [x], **options).scales("sensitivity", mask, values or {})
+
+
+class Outputs(nn.Module):
+    """A network to whose layers something is added."""
+
+    def __init__(self, net, names):
+        super().__init__()
+        self.net, self.names = net, names
+
+    def forward(self, x, *added):
+        extra = dict(zip(self.names, added, strict=True))
+        hooks = [
+            self.net.get_submodule(name).register_forward_hook(lambda m, a, out, name=name: out + extra[name])
+            for name in self.names
+        ]
+        try:
+            return self.net(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def exact(net, x, layers):
+    """For each layer and channel of its output the sum of squared derivatives of all outputs, without chance."""
+    given = {}
+    hooks = [
+        net.get_submodule(name).register_forward_hook(lambda m, a, out, name=name: given.update({name: (a[0], out)}))
+        for name in layers
+    ]
+    net(x)
+    for hook in hooks:
+        hook.remove()
+    probes = tuple(torch.zeros_like(given[name][1]) for name in layers)
+    jacobians = torch.autograd.functional.jacobian(lambda *added: Outputs(net, layers)(x, *added), probes)
+    found = {}
+    for name, jacobian in zip(layers, jacobians, strict=True):
+        conv = isinstance(net.get_submodule(name), nn.Conv2d)
+        channel = given[name][1].dim() - (3 if conv else 1)
+        squares = jacobian.square().flatten(0, net(x).dim() - 1).sum(0)
+        inputs = given[name][0].movedim(1 if conv else -1, 0).flatten(1).square().mean(1).sqrt()
+        found[name] = (inputs, squares.movedim(channel, 0).flatten(1).sum(1))
+    return found
+
+
+def mlp():
+    return known(nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3)))
+
+
+def conv():
+    return known(
+        nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, groups=2), nn.Flatten(), nn.Linear(24, 3)
+        )
+    )
+
+
+def in_expectation(net, x, repeats=400):
+    """The mean of squared scales over random directions."""
+    sums = {}
+    for seed in range(repeats):
+        for name, scale in scales(net, x, seed=seed).items():
+            sums[name] = sums.get(name, 0) + scale.square() / repeats
+    return sums
+
+
+@pytest.mark.parametrize(("make", "shape", "layers"), [(mlp, (6, 5), "024"), (conv, (3, 2, 4, 4), "024")])
+def test_scales_follow_the_jacobian(make, shape, layers):
+    net, x = make(), numbers(*shape)
+    wanted, found = exact(net, x, list(layers)), in_expectation(net, x)
+    for layer in layers:
+        inputs, derivatives = wanted[layer]
+        weight = net.get_submodule(layer).weight
+        groups = getattr(net.get_submodule(layer), "groups", 1)
+        by_output = inputs.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
+        squares = (by_output * derivatives[:, None]).view(*by_output.shape, *[1] * (weight.dim() - 2))
+        assert torch.allclose(found[f"{layer}.weight"], squares, rtol=0.2)
+
+
+def test_the_derivatives_of_the_last_layer_are_exact():
+    net, x = mlp(), numbers(6, 5)
+    inputs, derivatives = exact(net, x, ["4"])["4"]
+    assert torch.equal(derivatives, torch.full((3,), 6.0, dtype=torch.float64))
+    assert torch.allclose(scales(net, x)["4.weight"].square(), inputs * derivatives[:, None])
+
+
+@pytest.mark.parametrize(("first", "width"), [(nn.Linear(3, 5), 5), (nn.Conv1d(3, 6, 2, groups=3), 18)])
+def test_a_bias_is_worth_what_a_weight_with_an_input_of_one_is(first, width):
+    net = known(nn.Sequential(first, nn.Tanh(), nn.Flatten(), nn.Linear(width, 2)))
+    x = numbers(20, 3, 4).sign()
+    x = x if isinstance(net[0], nn.Conv1d) else x[..., 0]
+    found = scales(net, x, Mask.full(prunable_parameters(net, include=["*"])))
+    assert found["0.bias"].shape == net[0].bias.shape
+    weight = found["0.weight"].expand_as(net[0].weight)
+    assert torch.allclose(weight, found["0.bias"].view(-1, *[1] * (weight.dim() - 1)).expand_as(weight))
+
+
+def test_a_dead_unit_is_worth_nothing():
+    net = mlp()
+    with torch.no_grad():
+        net[0].bias[2] = -1e6
+    found = scales(net, numbers(6, 5))["0.weight"]
+    assert not found[2].any()
+    assert found[[0, 1]].any()
+
+
+def test_a_scaled_unit_keeps_its_derivatives_share():
+    """A ReLU unit whose weights are doubled and whose successors are halved computes the same."""
+    net, x = known(nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))), numbers(6, 5)
+    before = scales(net, x)["0.weight"] * net[0].weight.abs()
+    with torch.no_grad():
+        net[0].weight[3] *= 2
+        net[0].bias[3] *= 2
+        net[2].weight[:, 3] /= 2
+    after = scales(net, x)["0.weight"] * net[0].weight.abs()
+    assert torch.allclose(before, after)
+
+
+def test_the_pruned_network_is_looked_at():
+    net, x = mlp(), numbers(6, 5)
+    mask = Mask({name: numbers(*one.shape, seed=9) > 0 for name, one in prunable_parameters(net).items()})
+    values = {"0.bias": numbers(7, seed=8), "2.weight": numbers(6, 7, seed=7)}
+    found = scales(net, x, mask, values)
+    slim = mlp()
+    with torch.no_grad():
+        for name, value in values.items():
+            slim.get_parameter(name).copy_(value)
+        for name, kept in mask.items():
+            slim.get_parameter(name).masked_fill_(~kept, 0)
+    again = scales(slim, x)
+    assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.one, self.two = nn.Linear(5, 4), nn.Linear(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.body(x).relu()
+        return self.one(x), self.two(x)
+
+
+def test_every_head_counts():
+    net, x = known(Heads()), numbers(8, 5)
+    both = in_expectation(net, x)["body.weight"]
+    alone = []
+    for head in ("one", "two"):
+        slim = known(Heads())
+        with torch.no_grad():
+            slim.get_submodule("two" if head == "one" else "one").weight.zero_()
+        alone.append(in_expectation(slim, x)["body.weight"])
+    assert torch.allclose(both, alone[0] + alone[1], rtol=0.2)
+
+
+class Odd(nn.Module):
+    """Parts whose weights are applied without a call of their own, and one that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.attend, self.recur = nn.MultiheadAttention(4, 2, batch_first=True), nn.LSTM(4, 4, batch_first=True)
+        self.end, self.spare = nn.Linear(4, 2), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.attend(x, x, x)[0]
+        return self.end(self.recur(x)[0])
+
+
+def test_what_cannot_be_told_by_channel_or_at_all_has_a_mean():
+    net = known(Odd())
+    found = scales(net, numbers(6, 5, 4))
+    assert {name for name, one in found.items() if one.numel() == 1} == found.keys() - {"end.weight"}
+    assert all(bool((one > 0).all()) for one in found.values())
+    assert torch.equal(found["attend.in_proj_weight"], found["attend.out_proj.weight"])
+    assert all(
+        bool((one * net.get_parameter(name)).shape == net.get_parameter(name).shape) for name, one in found.items()
+    )
+
+
+def test_a_weight_of_which_nothing_is_known_gets_the_mean_of_all_others():
+    net, x = known(nn.ModuleDict({"used": mlp(), "spare": nn.Linear(3, 3)})), numbers(6, 5)
+    calibration = Calibration(net, 1, run=lambda _: net["used"](x))
+    found = dict(calibration.scales("sensitivity", Mask.full(prunable_parameters(net)), {}))
+    spare = float(found.pop("spare.weight"))
+    assert spare == pytest.approx(sum(float(one.mean()) for one in found.values()) / 3)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+
+def test_a_tied_weight_counts_wherever_it_is_used():
+    class Apart(Twice):
+        def __init__(self):
+            super().__init__()
+            self.b = nn.Linear(4, 4, bias=False)
+
+    tied, apart, x = known(Twice()), known(Apart()), numbers(6, 4)
+    with torch.no_grad():
+        apart.b.weight.copy_(apart.a.weight)
+    one, other = scales(tied, x)["a.weight"], scales(apart, x)
+    assert torch.allclose(one.square(), other["a.weight"].square() + other["b.weight"].square())
+
+
+class Stubborn(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.net, self.how = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)), how
+
+    def forward(self, x):
+        if self.how == "no_grad":
+            with torch.no_grad():
+                return self.net(x)
+        if self.how == "inference":
+            with torch.inference_mode():
+                return self.net(x)
+        return self.net[2](torch.from_numpy(self.net[0](x).numpy()))
+
+
+def test_a_network_that_wants_no_derivatives_is_derived_nonetheless():
+    net = known(Stubborn("no_grad"))
+    found = scales(net, numbers(6, 4))
+    plain = scales(known(Stubborn("none").net), numbers(6, 4))
+    assert all(torch.equal(found[f"net.{name}"], one) for name, one in plain.items())
+
+
+@pytest.mark.parametrize(
+    ("how", "why"), [("inference", "runs in inference mode"), ("numpy", "fails where derivatives")]
+)
+def test_a_network_that_cannot_be_derived_is_named(how, why):
+    net = known(Stubborn(how))
+    with pytest.raises(NoGradients, match=why):
+        scales(net, numbers(6, 4))
+    assert not any(part._forward_hooks for part in net.modules())
+
+
+def test_derivatives_that_are_not_finite_are_named():
+    net = mlp()
+    with torch.no_grad():
+        net[2].weight[0, 0] = math.inf
+    with pytest.raises(NoGradients, match="not finite"):
+        scales(net, numbers(6, 5))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_nothing_is_left_behind(grad):
+    net, x = conv().train(), numbers(3, 2, 4, 4)
+    net[1].inplace = True
+    before = {name: one.clone() for name, one in net.state_dict().items()}
+    with torch.set_grad_enabled(grad):
+        scales(net, x)
+        assert torch.is_grad_enabled() is grad
+    assert all(torch.equal(one, before[name]) for name, one in net.state_dict().items())
+    assert all(one.grad is None and one.requires_grad for one in net.parameters())
+    assert all(part.training for part in net.modules())
+    assert not any(part._forward_hooks for part in net.modules())
+
+
+def test_the_same_seed_gives_the_same():
+    net, x = mlp(), numbers(6, 5)
+    torch.manual_seed(1)
+    one = scales(net, x, seed=3)
+    torch.manual_seed(2)
+    other = scales(net, x, seed=3)
+    apart = scales(net, x, seed=4)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(one["0.weight"], apart["0.weight"])
+
+
+# ------------------------------------------------------------------------------------------------ in a search
+
+
+def searched(net, x, **options):
+    weights = prunable_parameters(net)
+    dense = net(x).detach()
+
+    def fidelity(candidate, folds):
+        with torch.no_grad():
+            apart = -float((functional_call(net, candidate.weights, (x,)) - dense).square().mean())
+        return Scores(apart, apart)
+
+    fidelity.folds = 1
+    options = {"refit": "least_squares", "branches": 2, "tolerance": math.inf, **options}
+    return search(weights, fidelity, calibration=Calibration(net, [x]), tree=Tree(0.2, max_levels=2), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "importance"),
+    [
+        ({}, "sensitivity"),
+        ({"refit": None}, "magnitude"),
+        ({"refit": "batch_norm"}, "magnitude"),
+        ({"refit": None, "wheel": Wheel(importance="sensitivity")}, "sensitivity"),
+        ({"wheel": Wheel(importance="lamp")}, "lamp"),
+        ({"wheel": Wheel(importance=lambda weights: {name: one.abs() for name, one in weights.items()})}, "a function"),
+    ],
+)
+def test_the_report_says_what_the_wheel_drew_by(options, importance):
+    assert searched(mlp(), numbers(30, 5), **options).report.importance == importance
+
+
+def test_the_default_gives_way_to_magnitude_where_there_are_no_derivatives():
+    net, x = known(Stubborn("inference")), numbers(30, 4)
+    given_way = searched(net, x)
+    assert given_way.report.importance == "magnitude, as the network runs in inference mode"
+    assert given_way.mask == searched(net, x, wheel=Wheel(importance="magnitude")).mask
+
+
+def test_sensitivity_that_was_asked_for_does_not():
+    with pytest.raises(ValueError, match="importance is 'sensitivity', but the network runs in inference mode. Choose"):
+        searched(known(Stubborn("inference")), numbers(30, 4), wheel=Wheel(importance="sensitivity"))

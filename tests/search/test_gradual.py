@@ -1,0 +1,207 @@
+"""Pruning in turn with training, in the core: what is cut, what holds, what is remembered."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_roulette import StopReason, Tree, Validation
+from lightning_roulette.report.report import Scores
+from lightning_roulette.search.gradual import Cuts, Gradual, cubic
+
+SIZE = 200
+
+
+def weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    chance = torch.Generator().manual_seed(seed)
+    return {"a": torch.randn(10, 12, generator=chance), "b": torch.randn(80, generator=chance)}
+
+
+def gradual(**choices) -> Gradual:
+    given = {"branches": 1, "tolerance": 0.1, "target_sparsity": None, "number": 10, "tree": Tree(pruning_rate=0.5)}
+    return Gradual(Cuts(**given | choices))
+
+
+def scoring(value: float):
+    return lambda mask: value
+
+
+class OnFolds:
+    """Says which folds it was asked about; their score is given."""
+
+    def __init__(self, score: float = 1.0) -> None:
+        self.folds, self.score, self.asked = 4, score, []
+
+    def __call__(self, candidate, folds):
+        self.asked.append(tuple(folds))
+        return Scores(self.score, self.score)
+
+
+def shown(one: Gradual, score: float, now=None) -> bool:
+    return one.judge(weights() if now is None else now, scoring(score))
+
+
+def test_each_cut_takes_its_share_of_the_survivors_and_masks_nest():
+    one, now, masks = gradual(tree=Tree(pruning_rate=0.3)), weights(), []
+    for place in range(1, 6):
+        assert one.judge(now, scoring(1.0))
+        network = one.cut(place)
+        masks.append(network.mask)
+        now = network.weights
+    survivors = [SIZE]
+    for _ in range(5):
+        survivors.append(survivors[-1] - math.floor(0.3 * survivors[-1] + 0.5))
+    assert [mask.survivors for mask in masks] == survivors[1:] == [level.survivors for level in one.report.levels]
+    assert all(later <= earlier for earlier, later in pairwise(masks))
+    assert [one.history.mask_at(level) for level in range(1, 6)] == masks
+    assert one.mask == masks[-1]
+
+
+def test_the_weights_as_trained_are_cut_not_those_of_the_dense_network():
+    one = gradual(tree=Tree(pruning_rate=0.5))
+    trained = {name: torch.arange(1.0, w.numel() + 1).view(w.shape) for name, w in weights().items()}
+    shown(one, 1.0)
+    assert one.judge(trained, scoring(1.0))
+    network = one.cut(1)
+    assert all(torch.equal(network.weights[name], trained[name] * network.mask[name]) for name in trained)
+
+
+def test_a_level_has_held_once_it_keeps_the_floor_and_not_before():
+    one = gradual()
+    assert shown(one, 0.9)
+    one.cut(1, epoch=3)
+    assert (one.report.winner, one.history.level, one.history.deepest) == (None, 0, 1)
+    assert not shown(one, 0.79)
+    assert (one.report.levels[0].held, one.report.levels[0].gated, one.report.levels[0].epoch) == (False, 0.79, 3)
+    assert one.history.level == 0
+    assert shown(one, 0.8)
+    assert (one.report.winner, one.history.level) == (one.report.levels[0], 1)
+    assert one.report.levels[0].gated == 0.8
+    assert not shown(one, 0.5)
+    assert (one.report.levels[0].held, one.report.levels[0].gated) == (True, 0.8)
+
+
+def test_the_floor_is_that_of_the_first_network_shown():
+    one = gradual()
+    shown(one, 0.9)
+    one.cut(1)
+    assert shown(one, 2.0)
+    one.cut(2)
+    assert shown(one, 0.81)
+    assert (one.report.dense_score, one.report.gated_floor) == (0.9, pytest.approx(0.8))
+
+
+@given(target=st.floats(0.01, 0.99), number=st.integers(1, 12), left_out=st.sets(st.integers(1, 11)))
+def test_the_cubic_schedule_reaches_the_target_whatever_was_left_out(target, number, left_out):
+    one, now = gradual(target_sparsity=target, number=number), weights()
+    for place in range(1, number + 1):
+        one.judge(now, scoring(1.0))
+        if place in left_out and place < number:
+            continue
+        goal = math.floor(cubic(target, place / number) * SIZE + 0.5)
+        if (network := one.cut(place)) is not None:
+            now = network.weights
+        assert SIZE - one.mask.survivors == min(goal, SIZE - 1)
+    assert SIZE - one.mask.survivors == min(math.floor(target * SIZE + 0.5), SIZE - 1)
+
+
+@given(target=st.floats(0, 1), shares=st.lists(st.floats(0, 1), min_size=2))
+def test_the_cubic_schedule_rises_to_its_target(target, shares):
+    found = [cubic(target, share) for share in sorted(shares)]
+    assert found == sorted(found)
+    assert (cubic(target, 0), cubic(target, 1)) == (0, target)
+
+
+@pytest.mark.parametrize("target", [0.5, 0.332])  # the latter asks for 66.4 of 200 weights
+def test_a_target_that_is_reached_ends_the_cuts_and_is_said(target):
+    one = gradual(target_sparsity=target, number=1)
+    shown(one, 1.0)
+    network = one.cut(1)
+    assert one.judge(network.weights, scoring(1.0))
+    assert one.cut(1) is None
+    assert one.ended().stop_reason == StopReason.TARGET_REACHED
+    assert one.report.levels[0].pruning_rate == pytest.approx(target, abs=0.005)
+
+
+def test_a_target_whose_level_does_not_hold_is_not_reached():
+    one = gradual(target_sparsity=0.5, number=1)
+    shown(one, 1.0)
+    assert not one.judge(one.cut(1).weights, scoring(0.0))
+    assert one.ended().stop_reason == StopReason.TRAINING_ENDED
+
+
+def test_no_more_levels_than_allowed():
+    one = gradual(tree=Tree(pruning_rate=0.5, max_levels=1))
+    shown(one, 1.0)
+    assert one.cut(1) is not None
+    shown(one, 1.0)
+    assert one.cut(2) is None
+    assert one.ended().stop_reason == StopReason.MAX_LEVELS
+
+
+def test_a_restored_one_goes_on_as_if_it_had_never_stopped():
+    def run(stops: bool) -> Gradual:
+        choices = {"branches": 3, "number": 4}
+        one, now = gradual(**choices), weights()
+        for place in range(1, 5):
+            one.judge(now, scoring(1.0))
+            now = one.cut(place, epoch=place).weights
+            if stops:
+                other = gradual(**choices)
+                other.restore(one.state())
+                one = other
+        return one
+
+    whole, stopped = run(False), run(True)
+    assert whole.mask == stopped.mask
+    assert whole.report.to_dict()["levels"] == stopped.report.to_dict()["levels"]
+    assert whole.report.validations == stopped.report.validations
+
+
+def test_before_anything_was_shown_there_is_no_state():
+    one = gradual()
+    assert (one.state(), one.mask) == ({}, None)
+    one.restore({})
+    assert one.report is None
+
+
+def test_one_candidate_is_judged_on_all_folds_and_several_on_those_that_rank_nothing():
+    alone, branch = OnFolds(), OnFolds()
+    gradual().judge(weights(), alone)
+    gradual(branches=2).judge(weights(), branch)
+    assert set(alone.asked) == {(0, 1, 2, 3), (0,), (1,), (2,), (3,)}
+    assert (2, 3) in branch.asked
+    shared = gradual(branches=2, validation=Validation(confirm=0))
+    shared.judge(weights(), alone)
+    assert shared.report.folds == (4, 0)
+    assert shared.report.gated_dense == 1.0
+
+
+def test_a_network_that_scores_nan_later_has_not_held_and_at_first_is_refused():
+    one = gradual()
+    with pytest.raises(ValueError, match="scores NaN"):
+        shown(one, math.nan)
+    shown(one, 1.0)
+    one.cut(1)
+    assert not shown(one, math.nan)
+    assert one.history.level == 0
+
+
+def test_a_cut_of_which_no_candidate_has_a_score_is_none():
+    one = gradual()
+    one.judge(weights(), lambda mask: 1.0 if mask.sparsity == 0 else math.nan)
+    assert one.cut(1) is None
+    assert one.report.levels == ()
+
+
+def test_pickled_it_knows_no_data():
+    one = gradual(branches=2)
+    shown(one, 1.0)
+    copied = pickle.loads(pickle.dumps(one))  # a lambda that it still knew could not be pickled
+    assert copied.report == one.report

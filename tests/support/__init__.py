@@ -1,0 +1,1 @@
+"""What tests share: small modules and data, evaluators, several processes."""

@@ -1,0 +1,516 @@
+"""The main path: one line in a Lightning script, and after `fit` the network is slim."""
+
+from __future__ import annotations
+
+import logging
+import math
+import pickle
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from lightning_roulette import (
+    Mask,
+    RouletteWheelPruning,
+    SearchReport,
+    StopReason,
+    Tree,
+    Validation,
+    Wheel,
+    apply_mask,
+    prunable_parameters,
+    sparsity,
+)
+from lightning_roulette.trainer.data import dealt
+from tests.support.modules import Blobs, train_loader, val_loader
+
+ON_ALL = Validation(confirm=0, race=False)  # all candidates on all data
+
+
+def pruner(**options) -> RouletteWheelPruning:
+    return RouletteWheelPruning(
+        **{"branches": 3, "tolerance": 0.1, "refit": None, "tree": Tree(0.2, max_levels=2)} | options
+    )
+
+
+def fitted(make_trainer, *callbacks, module=None, **options):
+    module = module or Blobs()
+    torch.manual_seed(0)
+    make_trainer(callbacks=list(callbacks), **options).fit(module, train_loader(), val_loader())
+    return module
+
+
+def own_state(module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+class Notes(Callback):
+    """Notes the sparsity of the network at each of its hooks, and how often it was validated."""
+
+    def __init__(self) -> None:
+        self.before_epoch, self.before_batch, self.at_end, self.validations = [], [], None, 0
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.before_epoch.append(sparsity(prunable_parameters(pl_module)))
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.before_batch.append(sparsity(prunable_parameters(pl_module)))
+
+    def on_train_end(self, trainer, pl_module):
+        self.at_end = sparsity(prunable_parameters(pl_module))
+
+
+# ---- the main path
+
+
+def test_after_fit_the_network_is_slim_and_keeps_the_floor(make_trainer):
+    pruning = pruner()
+    module = fitted(make_trainer, pruning)
+    report = pruning.report
+    assert report.sparsity == 1 - report.survivors / 624 == pytest.approx(0.36, abs=0.01)
+    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
+    assert pruning.mask.survivors == report.survivors
+    assert report.dense_score > 0.8
+    assert (report.floor, report.gated_floor) == (report.dense_score - 0.1, report.gated_dense - 0.1)
+    assert report.chosen_by >= report.floor - 1e-6  # scores are rounded
+    assert report.winner.gated >= report.gated_floor - 1e-6
+    assert report.score >= min(report.floor, report.gated_floor) - 1e-6
+    assert report.stop_reason is StopReason.MAX_LEVELS
+
+
+def test_only_pruned_entries_differ_from_what_training_left(make_trainer):
+    pruning = pruner()
+    dense, pruned = own_state(fitted(make_trainer)), own_state(fitted(make_trainer, pruning))
+    assert dense.keys() == pruned.keys()
+    for name, values in dense.items():
+        kept = pruning.mask.get(name, torch.ones_like(values, dtype=torch.bool))
+        assert torch.equal(pruned[name], values.masked_fill(~kept, 0)), name
+
+
+def test_parameters_keep_their_identity_and_their_names(make_trainer):
+    module = Blobs()
+    before = dict(module.named_parameters())
+    fitted(make_trainer, pruner(), module=module)
+    after = dict(module.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] for name in before)
+
+
+@pytest.mark.parametrize("validation", [Validation(), ON_ALL], ids=["halves", "all"])
+def test_the_reported_score_is_what_validation_gives_afterwards(make_trainer, validation):
+    pruning = pruner(validation=validation)
+    module = fitted(make_trainer, pruning)
+    (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
+    report = pruning.report
+    assert report.score == pytest.approx(logged["val_acc"], abs=1e-7)
+    both_halves = report.chosen_by if validation is ON_ALL else (report.chosen_by + report.winner.gated) / 2
+    assert report.score == pytest.approx(both_halves, abs=1e-6)
+
+
+def test_half_of_the_data_ranks_and_the_other_half_confirms(make_trainer):
+    pruning = pruner()
+    dense = fitted(make_trainer)
+    fitted(make_trainer, pruning)
+    report = pruning.report
+    (logged,) = make_trainer().validate(dense, val_loader(), verbose=False)
+    assert report.folds == (8, 8)
+    assert report.samples == 100
+    assert (report.dense_score + report.gated_dense) / 2 == pytest.approx(logged["val_acc"], abs=1e-6)
+    assert [level.held for level in report.levels] == [True, True]
+    assert all(level.gated >= report.gated_floor - 1e-6 for level in report.levels)
+
+
+def test_the_report_says_what_was_done_level_by_level(make_trainer):
+    tree = Tree(pruning_rate=0.5, max_levels=3)
+    pruning = pruner(branches=4, tree=tree, tolerance=1.0, validation=ON_ALL)
+    fitted(make_trainer, pruning)
+    report = pruning.report
+    assert (report.monitor, report.mode, report.branches, report.size) == ("val_acc", "max", 4, 624)
+    assert [(one.level, one.survivors, one.accepted) for one in report.levels] == [
+        (1, 312, True),
+        (2, 156, True),
+        (3, 78, True),
+    ]
+    assert [len(one.candidates) for one in report.levels] == [4, 4, 4]
+    assert report.validations == 1 + 3 * (4 + 1)  # the dense network; of each level the branch, and its winner again
+    assert report.seconds > 0
+    for level in report.levels:
+        (winner,) = [one for one in level.candidates if one.index == level.winner]
+        assert level.score == winner.score
+        assert winner.rank == max(one.rank for one in level.candidates)
+        assert len({one.rank for one in level.candidates}) > 1
+    assert SearchReport.from_dict(report.to_dict()) == report
+    assert "level" in str(report)
+
+
+def test_masks_of_all_levels_can_be_drawn_again_and_nest(make_trainer):
+    pruning = pruner(branches=1)
+    fitted(make_trainer, pruning)
+    masks = [pruning.mask_at(level) for level in (0, 1, 2)]
+    assert [mask.survivors for mask in masks] == [624, 499, 399]
+    assert masks[2] <= masks[1] <= masks[0]
+    assert masks[2] == pruning.mask
+    assert not masks[1] <= masks[2]
+    with pytest.raises(ValueError, match="level is 3, but must lie between 0"):
+        pruning.mask_at(3)
+
+
+def test_the_mask_of_an_earlier_level_has_the_score_that_the_report_gives_it(make_trainer):
+    dense = fitted(make_trainer)
+    pruning = pruner(validation=ON_ALL)
+    fitted(make_trainer, pruning)
+    for level in pruning.report.accepted:
+        module = Blobs()
+        module.load_state_dict(dense.state_dict())
+        apply_mask(module, pruning.mask_at(level.level))
+        (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
+        assert level.score == pytest.approx(logged["val_acc"], abs=1e-7)
+
+
+def confirming_inputs():
+    """The first number of each sample that does not rank."""
+    data = dealt(lambda: ((batch, 0) for batch in val_loader()), [4], seed=0, cache_bytes=2**31)
+    return torch.cat([batch[0][:, 0] for batch, _ in data.of(range(8, 16))])
+
+
+def test_levels_beyond_the_winner_keep_their_masks(make_trainer):
+    """All levels keep the floor on the ranking data; that the second does not on the other data is arranged."""
+
+    class SlimIsBadOnTheOtherHalf(Blobs):
+        def on_validation_epoch_start(self):
+            self.slim = sparsity(prunable_parameters(self)) > 0.3
+
+        def validation_step(self, batch, batch_idx):
+            scores = self(batch[0])
+            wrong = self.slim & torch.isin(batch[0][:, 0], others)
+            self.log("val_acc", (~wrong).float().mean())
+            self.log("val_loss", torch.nn.functional.cross_entropy(scores, batch[1]))
+
+    pruning, others = pruner(tree=Tree(0.2, max_levels=3)), confirming_inputs()
+    module = fitted(make_trainer, pruning, module=SlimIsBadOnTheOtherHalf())
+    report = pruning.report
+    assert [level.accepted for level in report.levels] == [True, True, True]
+    assert [level.held for level in report.levels] == [True, False, None]
+    assert report.winner.level == 1
+    assert pruning.mask == pruning.mask_at(1) == Mask.of_nonzeros(prunable_parameters(module))
+    masks = [pruning.mask_at(level) for level in range(4)]
+    assert [mask.survivors for mask in masks] == [624, *(level.survivors for level in report.levels)]
+    assert masks[3] <= masks[2] <= masks[1] <= masks[0]
+
+
+def test_before_a_search_there_is_no_mask():
+    pruning = pruner()
+    assert pruning.mask is None
+    assert pruning.report is None
+    assert pruning.best_model_path == ""
+    with pytest.raises(RuntimeError, match="no search has ended"):
+        pruning.mask_at(0)
+
+
+def test_the_network_stays_dense_where_no_level_keeps_the_floor(make_trainer, tmp_path):
+    tree = Tree(pruning_rate=0.95, patience=1)
+    pruning = pruner(tolerance=0.0, wheel=Wheel(sharpness=0.0), tree=tree, dirpath=tmp_path, validation=ON_ALL)
+    dense, kept = own_state(fitted(make_trainer)), own_state(fitted(make_trainer, pruning))
+    assert all(torch.equal(dense[name], kept[name]) for name in dense)
+    assert pruning.report.stop_reason is StopReason.DECLINED
+    assert pruning.report.winner is None
+    assert pruning.report.score == pruning.report.dense_score
+    assert pruning.mask.sparsity == 0
+    assert pruning.best_model_path == ""
+    assert list(tmp_path.glob("*.ckpt")) == []
+
+
+def test_a_level_below_the_floor_is_tried_again_at_half_the_rate(make_trainer):
+    pruning = pruner(tolerance=0.05, tree=Tree(pruning_rate=0.8, patience=4, max_levels=1))
+    fitted(make_trainer, pruning)
+    *failed, last = pruning.report.levels
+    assert failed
+    assert last.accepted
+    assert [one.pruning_rate for one in pruning.report.levels] == [0.8 / 2**i for i in range(len(failed) + 1)]
+    lowest = pruning.report.floor - 1e-6  # scores are rounded
+    assert last.score >= lowest
+    assert all(one.score < lowest for one in failed)
+
+
+def test_a_callback_can_be_pickled_after_the_search(make_trainer):
+    pruning = pruner(at_epoch=1)
+    fitted(make_trainer, pruning)
+    copy = pickle.loads(pickle.dumps(pruning))
+    assert copy.mask == pruning.mask
+    assert copy.report == pruning.report
+
+
+def test_the_console_gets_one_line_per_level(make_trainer, caplog):
+    with caplog.at_level(logging.INFO, "lightning_roulette"):
+        pruning = pruner()
+        fitted(make_trainer, pruning)
+    lines = [record.getMessage() for record in caplog.records if record.name == "lightning_roulette"]
+    (metric,) = [line for line in lines if "judged by" in line]
+    assert "val_acc (max, the one logged metric that rises)" in metric
+    (dense,) = [line for line in lines if "A level of 3 candidates will take about" in line]
+    assert f"floor {pruning.report.floor:.6g}" in dense
+    for level in pruning.report.levels:
+        (line,) = [line for line in lines if f" level {level.level}: " in line]
+        assert f"{level.sparsity:.2%}" in line
+        assert f"{level.score:.6g}" in line
+    assert any(pruning.report.stop_reason.value in line for line in lines)
+
+
+# ---- what the arguments mean
+
+
+@pytest.mark.parametrize("arguments", [{"wheel": Wheel(math.inf)}, {"wheel": Wheel(math.inf, "magnitude", "layer")}])
+def test_infinite_sharpness_prunes_the_smallest_weights(make_trainer, arguments):
+    dense = fitted(make_trainer)
+    tree = Tree(pruning_rate=0.25, max_levels=1)
+    pruning = pruner(branches=2, tree=tree, tolerance=1.0, validation=ON_ALL, **arguments)
+    fitted(make_trainer, pruning)
+    weights = {name: one.detach().abs() for name, one in prunable_parameters(dense).items()}
+    groups = [list(weights)] if arguments["wheel"].scope == "global" else [[name] for name in weights]
+    for group in groups:
+        magnitudes = torch.cat([weights[name].flatten() for name in group])
+        kept = torch.cat([pruning.mask[name].flatten() for name in group])
+        assert int((~kept).sum()) == len(magnitudes) // 4
+        assert magnitudes[~kept].max() < magnitudes[kept].min()
+    assert [one.same_as for one in pruning.report.levels[0].candidates] == [None, 0]
+    assert pruning.report.validations == 1 + 1 + 1  # of both candidates, which are the same network, and of the winner
+
+
+def test_importance_may_be_a_function_of_all_weights(make_trainer):
+    def first_layer_matters(weights):
+        return {name: torch.full_like(one, 1e6 if name == "net.0.weight" else 1.0) for name, one in weights.items()}
+
+    pruning = pruner(wheel=Wheel(importance=first_layer_matters), tolerance=1.0)
+    fitted(make_trainer, pruning)
+    densities = pruning.mask.densities
+    assert densities["net.0.weight"] == 1
+    assert densities["net.2.weight"] < 0.1
+
+
+def test_the_target_sparsity_is_reached_exactly_and_ends_the_search(make_trainer):
+    pruning = pruner(target_sparsity=0.5, tree=Tree(pruning_rate=0.4), tolerance=1.0)
+    fitted(make_trainer, pruning)
+    assert pruning.mask.survivors == 312
+    assert pruning.report.stop_reason is StopReason.TARGET_REACHED
+
+
+def test_include_replaces_the_default_choice_and_exclude_subtracts(make_trainer):
+    pruning = pruner(include=["net.*"], exclude=["*.0.weight", "net.2.bias"], tolerance=1.0)
+    module = fitted(make_trainer, pruning)
+    assert set(pruning.mask) == {"net.2.weight", "net.0.bias"}
+    assert bool((module.net[0].weight != 0).all())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, ("val_acc", "max")),
+        ({"monitor": "val_loss"}, ("val_loss", "min")),
+        ({"monitor": "val_loss", "mode": "max"}, ("val_loss", "max")),
+        ({"mode": "min", "tolerance": 1.0}, ("val_acc", "min")),
+    ],
+)
+def test_monitor_and_mode_choose_what_judges(make_trainer, arguments, expected):
+    validation = Validation(rank_by=expected[0], confirm=0, race=False)
+    pruning = pruner(validation=validation, **arguments)
+    module = fitted(make_trainer, pruning, ModelCheckpoint(monitor="val_loss"), enable_checkpointing=True)
+    report = pruning.report
+    (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
+    assert report.score == pytest.approx(logged[report.monitor], abs=1e-6)
+    assert report.chosen_by == pytest.approx(logged[report.monitor], abs=1e-6)
+    assert (report.monitor, report.mode) == expected
+    best = max if report.mode == "max" else min
+    for level in report.levels:
+        assert level.score == best(one.score for one in level.candidates)
+    worse = report.dense_score - report.floor if report.mode == "max" else report.floor - report.dense_score
+    assert worse == pytest.approx(report.tolerance)
+
+
+def test_a_branch_is_ranked_by_the_loss_and_the_floor_kept_by_the_metric(make_trainer):
+    pruning = pruner(branches=6, tree=Tree(pruning_rate=0.6, max_levels=1), tolerance=1.0, validation=ON_ALL)
+    module = fitted(make_trainer, pruning)
+    (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
+    report, (level,) = pruning.report, pruning.report.levels
+    assert (report.monitor, report.rank_by) == ("val_acc", "val_loss")
+    ranks = {one.index: one.rank for one in level.candidates}
+    assert level.winner == max(ranks, key=ranks.get)
+    assert ranks[level.winner] == pytest.approx(-logged["val_loss"], abs=1e-6)
+    assert level.score == pytest.approx(logged["val_acc"], abs=1e-7)
+    assert len(set(ranks.values())) == 6
+
+
+class LogsOnly(Blobs):
+    """Logs plain numbers, under the names given."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.names = names
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        for name in self.names:
+            self.log(name, torch.nn.functional.cross_entropy(self(x), y))
+
+
+@pytest.mark.parametrize(
+    ("names", "callback", "expected"),
+    [
+        (("val_loss", "top1_accuracy"), None, ("top1_accuracy", "max", "the one logged name like an accuracy")),
+        (("a", "b"), ModelCheckpoint(monitor="b", mode="max"), ("b", "max", "what ModelCheckpoint watches")),
+        (("a", "b"), EarlyStopping(monitor="a", mode="min"), ("a", "min", "what EarlyStopping watches")),
+        (("val_loss",), None, ("val_loss", "min", "the only metric logged")),
+    ],
+)
+def test_without_a_monitor_the_module_and_its_callbacks_tell(make_trainer, caplog, names, callback, expected):
+    pruning = pruner(tolerance=0.0, tree=Tree(0.2, max_levels=1, patience=1))
+    with caplog.at_level(logging.INFO, "lightning_roulette"):
+        fitted(
+            make_trainer,
+            pruning,
+            *[one for one in [callback] if one],
+            module=LogsOnly(*names),
+            enable_checkpointing=isinstance(callback, ModelCheckpoint),
+        )
+    monitor, mode, why = expected
+    assert (pruning.report.monitor, pruning.report.mode) == (monitor, mode)
+    (line,) = [one.getMessage() for one in caplog.records if "judged by" in one.getMessage()]
+    assert f"{monitor} ({mode}, {why})" in line
+
+
+def test_without_a_monitor_a_plateau_scheduler_may_tell(make_trainer):
+    class Plateau(LogsOnly):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="min")
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "b"}}
+
+    pruning = pruner(tolerance=0.0, tree=Tree(0.2, max_levels=1, patience=1))
+    fitted(make_trainer, pruning, module=Plateau("a", "b"))
+    assert (pruning.report.monitor, pruning.report.mode) == ("b", "min")
+
+
+def test_equal_seeds_give_equal_masks_whatever_the_global_seed(make_trainer):
+    masks = []
+    for seed, world in ((5, 1), (5, 2), (6, 1)):
+        pruning, module = pruner(seed=seed), Blobs(lr=0.0)
+        torch.manual_seed(world)
+        make_trainer(callbacks=[pruning]).fit(module, train_loader(), val_loader())
+        masks.append(pruning.mask_at(0) if pruning.mask.sparsity == 0 else pruning.mask)
+    assert masks[0].sparsity > 0
+    assert masks[0] == masks[1]
+    assert masks[0] != masks[2]
+
+
+# ---- at an epoch
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_at_epoch_searches_before_the_next_epoch_begins_and_training_goes_on_without_the_weights(make_trainer, epoch):
+    notes, pruning = Notes(), pruner(at_epoch=epoch, tolerance=1.0)
+    module = fitted(make_trainer, notes, pruning, max_epochs=3)
+    slim = pruning.report.sparsity
+    assert slim == pytest.approx(0.36, abs=0.01)
+    assert notes.before_batch == [0.0] * 8 * epoch + [slim] * 8 * (3 - epoch)
+    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
+    (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
+    assert pruning.report.trained_score == pytest.approx(logged["val_acc"], abs=1e-7)
+
+
+def test_training_before_the_search_at_an_epoch_is_as_without_it(make_trainer):
+    class Keep(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.state = own_state(pl_module) if trainer.current_epoch == 0 else self.state
+
+    plain, searched = Keep(), Keep()
+    fitted(make_trainer, plain)
+    fitted(make_trainer, pruner(at_epoch=1), searched)
+    assert all(torch.equal(plain.state[name], searched.state[name]) for name in plain.state)
+
+
+def test_at_the_last_epoch_is_at_the_end(make_trainer):
+    notes, pruning = Notes(), pruner(at_epoch=2)
+    fitted(make_trainer, notes, pruning)
+    assert set(notes.before_batch) == {0.0}
+    assert pruning.report.sparsity > 0
+    assert pruning.report.trained_score is None
+
+
+def test_a_run_that_stops_before_the_epoch_searches_at_its_end(make_trainer):
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = True
+
+    notes, pruning = Notes(), pruner(at_epoch=3)
+    module = fitted(make_trainer, Stop(), notes, pruning, max_epochs=4)
+    assert len(notes.before_batch) == 8
+    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
+    assert pruning.report.sparsity > 0
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": -1, "max_steps": 12}, {"max_epochs": 2, "max_steps": 12}])
+def test_a_run_limited_by_steps_searches_at_its_end(make_trainer, limits):
+    pruning = pruner()
+    module = fitted(make_trainer, pruning, **limits)
+    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
+    assert pruning.report.sparsity > 0
+
+
+# ---- fitting again
+
+
+def test_a_second_fit_holds_the_zeros_and_does_not_search_again(make_trainer):
+    pruning = pruner()
+    module = fitted(make_trainer, pruning)
+    first, before, notes = pruning.report, own_state(module), Notes()
+    make_trainer(callbacks=[notes, pruning]).fit(module, train_loader(), val_loader())
+    assert set(notes.before_batch) == {first.sparsity}
+    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
+    assert pruning.report.levels == first.levels
+    assert pruning.report.trained_score is not None
+    assert any(not torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_a_fit_of_another_network_searches_anew(make_trainer):
+    pruning, kept = pruner(), []
+    for _ in range(2):
+        module = fitted(make_trainer, pruning)
+        assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
+        kept.append(pruning.report)
+    assert kept[0] is not kept[1]
+    assert kept[0].levels == kept[1].levels
+    assert kept[1].trained_score is None
+
+
+def test_a_network_made_dense_again_is_searched_anew(make_trainer):
+    dense, pruning = own_state(fitted(make_trainer)), pruner()
+    module = fitted(make_trainer, pruning)
+    first = pruning.report
+    module.load_state_dict(dense)
+    notes = Notes()
+    make_trainer(callbacks=[notes, pruning]).fit(module, train_loader(), val_loader())
+    assert set(notes.before_batch) == {0.0}
+    assert pruning.report is not first
+    assert pruning.report.sparsity > 0
+
+
+# ---- a dry run
+
+
+def test_fast_dev_run_sees_every_part_work_once(make_trainer, tmp_path):
+    pruning = RouletteWheelPruning(20, dirpath=tmp_path / "here", tree=Tree(pruning_rate=0.9))
+    module = fitted(make_trainer, pruning, module=fitted(make_trainer), fast_dev_run=True)
+    (level,) = pruning.report.levels
+    assert len(level.candidates) == 2
+    assert level.accepted
+    assert level.score < pruning.report.dense_score  # the floor is ignored
+    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
+    assert list(tmp_path.rglob("*.*")) == []
+
+
+def test_fast_dev_run_of_a_search_at_an_epoch_searches_at_its_end(make_trainer):
+    pruning = pruner(at_epoch=5)
+    module = fitted(make_trainer, pruning, fast_dev_run=True)
+    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
+    assert pruning.report.sparsity > 0

@@ -1,0 +1,501 @@
+"""Pruned weights stay exactly zero while training goes on, whatever trains, averages or saves them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import nn
+from torch.nn.functional import cross_entropy, linear
+
+from lightning_roulette import HoldZeros, Mask, RouletteWheelPruning, Tree, apply_mask, prunable_parameters
+from tests.support.modules import Blobs, train_loader, val_loader
+
+ROOT = Path(__file__).parents[2]
+
+
+def half_mask(module) -> Mask:
+    """Every second weight, in a chequered pattern."""
+    return Mask(
+        {
+            name: (torch.arange(weight.numel()) % 2 == 0).reshape(weight.shape)
+            for name, weight in prunable_parameters(module).items()
+        }
+    )
+
+
+def holding(kind: str):
+    """The callback, and the epoch from which on zeros are to be there."""
+    if kind == "HoldZeros":
+        return HoldZeros(half_mask(Blobs())), 0
+    return RouletteWheelPruning(2, tolerance=1.0, tree=Tree(pruning_rate=0.5, max_levels=1), at_epoch=1), 1
+
+
+def held_mask(callback) -> Mask:
+    return callback.mask
+
+
+class Leaks(Callback):
+    """The largest pruned weight that any forward of training or validation saw, from an epoch on."""
+
+    def __init__(self, callback, epoch: int) -> None:
+        self.callback, self.epoch, self.largest, self.forwards, self.moved = callback, epoch, 0.0, 0, False
+
+    def on_fit_start(self, trainer, pl_module):
+        self.hook = pl_module.net.register_forward_pre_hook(lambda *_: self.look(trainer, pl_module))
+
+    def look(self, trainer, module):
+        mask = held_mask(self.callback)
+        if mask is None or trainer.sanity_checking or trainer.current_epoch < self.epoch:
+            return
+        self.forwards += 1
+        self.largest = max(self.largest, leak(module, mask))
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.kept = {name: weight.detach().clone() for name, weight in prunable_parameters(pl_module).items()}
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        weights = prunable_parameters(pl_module)
+        self.moved = all(not torch.equal(weights[name], kept) for name, kept in self.kept.items())
+
+    def teardown(self, trainer, pl_module, stage):
+        self.hook.remove()
+
+
+def leak(module, mask) -> float:
+    weights = dict(module.named_parameters())
+    return max(float(weights[name].detach()[~kept].abs().max()) for name, kept in mask.items())
+
+
+class Trained(Blobs):
+    """Blobs with any optimizer."""
+
+    def __init__(self, optimizer, **options) -> None:
+        super().__init__()
+        self.optimizer, self.options = optimizer, options
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters(), **self.options)
+
+
+class ByHand(Blobs):
+    """Manual optimization: two optimizers over the same weights, two steps a batch."""
+
+    automatic_optimization = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [
+            torch.optim.Adam(self.parameters(), lr=0.01),
+            torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1),
+        ]
+
+
+class NoisySGD(torch.optim.SGD):
+    """Moves every weight, whatever its gradient."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.add_(0.01 * torch.randn_like(parameter))
+        return loss
+
+
+class NoisyByHand(ByHand):
+    def configure_optimizers(self):
+        return [NoisySGD(self.parameters(), lr=0.1), NoisySGD(self.parameters(), lr=0.01)]
+
+
+class Foreign:
+    """An optimizer that is not torch's, as Lightning accepts it: it has no hooks."""
+
+    def __init__(self, parameters, **options) -> None:
+        self.inner = NoisySGD(parameters, **options)
+        self.param_groups, self.defaults, self.state = self.inner.param_groups, self.inner.defaults, self.inner.state
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.inner.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state):
+        self.inner.load_state_dict(state)
+
+
+class Grouped(Blobs):
+    """Two groups of parameters that differ in everything."""
+
+    def configure_optimizers(self):
+        first, last = self.net[0].parameters(), self.net[2].parameters()
+        return torch.optim.AdamW([{"params": first, "weight_decay": 0.5}, {"params": last, "lr": 0.05}], lr=0.01)
+
+
+WAYS_TO_TRAIN = {
+    "Adam, fused": (lambda: Trained(torch.optim.Adam, lr=0.02, fused=True), {}),
+    "two groups of parameters": (Grouped, {}),
+    "Adam": (lambda: Trained(torch.optim.Adam, lr=0.02), {}),
+    "AdamW with decay": (lambda: Trained(torch.optim.AdamW, lr=0.02, weight_decay=0.5), {}),
+    "Adam, foreach off": (lambda: Trained(torch.optim.Adam, lr=0.02, foreach=False), {}),
+    "SGD with momentum": (lambda: Trained(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True), {}),
+    "Adagrad": (lambda: Trained(torch.optim.Adagrad, lr=0.05), {}),
+    "LBFGS": (lambda: Trained(torch.optim.LBFGS, lr=0.1, max_iter=3), {}),
+    "accumulation": (lambda: Trained(torch.optim.Adam, lr=0.02), {"accumulate_grad_batches": 3}),
+    "clipping": (lambda: Trained(torch.optim.Adam, lr=0.02), {"gradient_clip_val": 0.1}),
+    "bf16-mixed": (lambda: Trained(torch.optim.Adam, lr=0.02), {"precision": "bf16-mixed"}),
+    "bf16-true": (lambda: Trained(torch.optim.AdamW, lr=0.02), {"precision": "bf16-true"}),
+    "noise": (lambda: Trained(NoisySGD, lr=0.1), {}),
+    "no torch optimizer": (lambda: Trained(Foreign, lr=0.1), {}),
+    "manual optimization": (ByHand, {}),
+    "manual optimization with noise": (NoisyByHand, {}),
+}
+
+
+@pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
+@pytest.mark.parametrize(("module", "options"), WAYS_TO_TRAIN.values(), ids=WAYS_TO_TRAIN)
+def test_no_forward_sees_a_pruned_weight(make_trainer, kind, module, options):
+    (callback, epoch), module = holding(kind), module()
+    leaks = Leaks(callback, epoch)
+    make_trainer(callbacks=[callback, leaks], max_epochs=3, **options).fit(module, train_loader(), val_loader())
+    assert leaks.forwards > 20
+    assert leaks.moved
+    assert leaks.largest == 0.0
+    assert leak(module, callback.mask) == 0.0
+    assert 0.4 < callback.mask.sparsity < 0.6
+
+
+@pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
+def test_a_gradient_scaler_that_skips_steps(make_trainer, kind):
+    class Overflows(Trained):
+        """Now and then; a scaler then skips the step."""
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (1e36 if batch_idx % 3 == 1 else 1.0)
+
+    class Scaler(torch.amp.GradScaler):
+        skipped = taken = 0
+
+        def step(self, optimizer, *args, **kwargs):
+            before = [one.detach().clone() for one in module.parameters()]
+            super().step(optimizer, *args, **kwargs)
+            stayed = all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+            self.skipped, self.taken = self.skipped + stayed, self.taken + (not stayed)
+
+    (callback, epoch), module = holding(kind), Overflows(torch.optim.AdamW, lr=0.02, weight_decay=0.5)
+    leaks, scaler = Leaks(callback, epoch), Scaler("cpu", init_scale=2.0**10)
+    trainer = make_trainer(
+        callbacks=[callback, leaks], max_epochs=3, plugins=[MixedPrecision("16-mixed", "cpu", scaler)]
+    )
+    trainer.fit(module, train_loader(), val_loader())
+    assert (scaler.skipped, scaler.taken) == (3 * 3, 3 * 5)
+    assert leaks.forwards > 20
+    assert leaks.largest == leak(module, callback.mask) == 0.0
+    assert all(bool(one.isfinite().all()) for one in module.parameters())
+
+
+class Thaws(BaseFinetuning):
+    """The first layer joins the optimizer in the second epoch."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net[0])
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, lr=0.05)
+
+
+class CleanGradients(Callback):
+    """Sees the gradients as clipping sees them, and what the optimizer remembers."""
+
+    def __init__(self, callback, epoch: int) -> None:
+        self.callback, self.epoch, self.largest, self.seen, self.remembered = callback, epoch, 0.0, set(), 0.0
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        weights = dict(pl_module.named_parameters())
+        for name, kept in (held_mask(self.callback) or {}).items() if trainer.current_epoch >= self.epoch else ():
+            if (grad := weights[name].grad) is not None:
+                self.seen.add((trainer.current_epoch, name))
+                self.largest = max(self.largest, float(grad[~kept].abs().max()))
+            for memory in optimizer.state.get(weights[name], {}).values():
+                if isinstance(memory, torch.Tensor) and memory.shape == kept.shape:
+                    self.remembered = max(self.remembered, float(memory[~kept].abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
+def test_a_layer_that_thaws_later_is_held_and_clipped_like_the_others(make_trainer, kind):
+    class LastFirst(Blobs):
+        def configure_optimizers(self):
+            return torch.optim.AdamW([one for one in self.parameters() if one.requires_grad], lr=0.02)
+
+    (callback, epoch), module = holding(kind), LastFirst()
+    leaks, gradients = Leaks(callback, epoch), CleanGradients(callback, epoch)
+    trainer = make_trainer(callbacks=[callback, Thaws(), leaks, gradients], max_epochs=3, gradient_clip_val=0.1)
+    trainer.fit(module, train_loader(), val_loader())
+    weights = {"net.0.weight", "net.2.weight"}
+    assert gradients.seen >= {(1, name) for name in weights} | {(2, name) for name in weights}
+    assert gradients.largest == gradients.remembered == 0.0
+    assert leaks.moved
+    assert leaks.largest == leak(module, callback.mask) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.LBFGS])
+def test_what_a_dense_checkpoint_remembers_of_pruned_weights_is_forgotten(make_trainer, tmp_path, kind, optimizer):
+    class First(Callback):
+        """What is remembered when the first batch after the resume comes."""
+
+        state = None
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if self.state is None:
+                self.state = deepcopy(trainer.optimizers[0].state_dict()["state"])
+
+    def module():
+        return Trained(optimizer, lr=0.02, **({"max_iter": 3} if optimizer is torch.optim.LBFGS else {}))
+
+    trainer, dense = make_trainer(), tmp_path / "dense.ckpt"
+    trainer.fit(module(), train_loader(), val_loader())
+    trainer.save_checkpoint(dense, weights_only=False)
+    (callback, epoch), first = holding(kind), First()
+    if kind == "at_epoch":
+        callback.at_epoch = epoch = 2
+    leaks, resumed, gradients = Leaks(callback, epoch), module(), CleanGradients(callback, epoch)
+    trainer = make_trainer(callbacks=[callback, first, leaks, gradients], max_epochs=4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
+        trainer.fit(resumed, train_loader(), val_loader(), ckpt_path=dense)
+    assert trainer.current_epoch == 4
+    assert leaks.forwards >= 16
+    assert leaks.largest == leak(resumed, callback.mask) == 0.0
+    if optimizer is torch.optim.LBFGS:
+        assert first.state == {}
+        return
+    assert first.state[0]["exp_avg"].any()
+    assert first.state[0]["step"] == 16
+    assert not first.state[0]["exp_avg"][~callback.mask["net.0.weight"]].any()
+    assert gradients.remembered == 0.0
+
+
+@pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "averaging",
+    [
+        lambda: EMAWeightAveraging(decay=0.5),
+        lambda: EMAWeightAveraging(decay=0.9, update_every_n_steps=3, update_starting_at_step=10),
+        lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1),
+    ],
+    ids=["EMA", "late EMA", "SWA"],
+)
+def test_averaged_weights_have_the_zeros_in_validation_in_the_files_and_in_the_end(
+    make_trainer, tmp_path, kind, first, averaging
+):
+    (callback, epoch), average = holding(kind), averaging()
+    leaks, module = Leaks(callback, epoch), Blobs()
+    callbacks = [average, callback] if first else [callback, average]
+    every = ModelCheckpoint(save_top_k=-1, every_n_train_steps=3)  # also before the average was validated
+    trainer = make_trainer(callbacks=[*callbacks, leaks, every], max_epochs=4, enable_checkpointing=True)
+    trainer.fit(module, train_loader(), val_loader())
+    assert leaks.forwards > 20
+    assert leaks.largest == 0.0
+    assert leak(module, callback.mask) == 0.0
+    stored = [torch.load(path, weights_only=True) for path in tmp_path.glob("checkpoints/epoch=*.ckpt")]
+    after = [one["state_dict"] for one in stored if one["global_step"] > 8 * epoch]
+    assert len(after) == (10 if epoch == 0 else 8)
+    assert all(bool((one[name][~kept] == 0).all()) for one in after for name, kept in callback.mask.items())
+
+
+def test_the_average_left_in_the_model_is_the_one_of_the_pruned_network(make_trainer):
+    callback, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=2)), Blobs()
+    make_trainer(callbacks=[callback, EMAWeightAveraging(decay=0.5)]).fit(module, train_loader(), val_loader())
+    (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
+    assert leak(module, callback.mask) == 0.0
+    assert logged["val_acc"] == pytest.approx(callback.report.score, abs=1e-7)
+
+
+def test_a_held_network_trains_as_one_that_never_had_the_weights(make_trainer):
+    """Clipping included: the norm is that of the gradients of the pruned network."""
+
+    class Masked(Trained):
+        def forward(self, x):
+            first, last = (self.net[i].weight * self.kept[f"net.{i}.weight"] for i in (0, 2))
+            return linear(linear(x, first, self.net[0].bias).relu(), last, self.net[2].bias)
+
+    options = {"gradient_clip_val": 0.3, "accumulate_grad_batches": 2}
+    held, masked = (kind(torch.optim.SGD, lr=0.1, momentum=0.9) for kind in (Trained, Masked))
+    masked.kept = half_mask(held)
+    for module, callbacks in ((held, [HoldZeros(half_mask(held))]), (masked, [])):
+        torch.manual_seed(0)
+        make_trainer(callbacks=callbacks, **options).fit(module, train_loader(), val_loader())
+    apply_mask(masked, half_mask(masked))
+    for name, value in held.state_dict().items():
+        torch.testing.assert_close(value, masked.state_dict()[name], rtol=0, atol=1e-6)
+
+
+def test_optimizers_forget_what_they_remember_of_pruned_weights(make_trainer):
+    class Remembers(Callback):
+        def on_train_end(self, trainer, pl_module):
+            self.state = dict(trainer.optimizers[0].state)
+
+    callback, remembers, module = holding("at_epoch")[0], Remembers(), Trained(torch.optim.Adam, lr=0.01)
+    make_trainer(callbacks=[callback, remembers]).fit(module, train_loader(), val_loader())
+    weights = dict(module.named_parameters())
+    for name, kept in callback.mask.items():
+        for memory in ("exp_avg", "exp_avg_sq"):
+            values = remembers.state[weights[name]][memory]
+            assert not values[~kept].any()
+            assert values[kept].any()
+
+
+def test_hold_zeros_without_a_mask_holds_the_zeros_it_finds(make_trainer):
+    module, callback = Blobs(), HoldZeros()
+    mask = half_mask(module)
+    apply_mask(module, mask)
+    make_trainer(callbacks=[callback]).fit(module, train_loader(), val_loader())
+    assert Mask.of_nonzeros(prunable_parameters(module)) == mask
+
+
+def test_hold_zeros_that_finds_no_zeros_says_so(make_trainer):
+    with pytest.warns(UserWarning, match="HoldZeros found no zeros to hold"):
+        make_trainer(callbacks=[HoldZeros()]).fit(Blobs(), train_loader(), val_loader())
+
+
+def test_hold_zeros_holds_those_of_a_checkpoint_that_is_resumed(make_trainer, tmp_path):
+    pruning, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=2), dirpath=tmp_path), Blobs()
+    make_trainer(callbacks=[pruning]).fit(Blobs(), train_loader(), val_loader())
+    trainer = make_trainer(callbacks=[HoldZeros()], max_epochs=4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
+        trainer.fit(module, train_loader(), val_loader(), ckpt_path=pruning.best_model_path)
+    assert trainer.global_step == 32
+    assert Mask.of_nonzeros(prunable_parameters(module)) == pruning.mask
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_resumed_average_has_the_zeros(make_trainer, tmp_path):
+    for epochs, path in ((2, None), (4, tmp_path / "checkpoints" / "pruned.ckpt")):
+        callback, module, average = holding("at_epoch")[0], Blobs(), EMAWeightAveraging(decay=0.5)
+        leaks = Leaks(callback, 1)
+        trainer = make_trainer(callbacks=[callback, average, leaks], max_epochs=epochs, enable_checkpointing=True)
+        trainer.fit(module, train_loader(), val_loader(), ckpt_path=path)
+        assert leaks.forwards >= 12
+        assert leaks.largest == 0.0
+        assert leak(module, callback.mask) == 0.0
+
+
+def test_hold_zeros_reads_the_mask_of_a_file(make_trainer, tmp_path):
+    pruning, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=2), dirpath=tmp_path), Blobs()
+    make_trainer(callbacks=[pruning]).fit(module, train_loader(), val_loader())
+    dense = Blobs()
+    make_trainer(callbacks=[HoldZeros(pruning.best_model_path)]).fit(dense, train_loader(), val_loader())
+    assert Mask.of_nonzeros(prunable_parameters(dense)) == pruning.mask
+
+
+def test_after_fit_the_weights_are_free_again(make_trainer):
+    module, callback = Blobs(), HoldZeros(half_mask(Blobs()))
+    make_trainer(callbacks=[callback]).fit(module, train_loader(), val_loader())
+    assert leak(module, callback.mask) == 0.0
+    make_trainer().fit(module, train_loader(), val_loader())
+    assert leak(module, callback.mask) > 0.0
+
+
+class Layers(nn.Sequential):
+    """Dynamo compiles no forward of torch's own classes."""
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+class Compiled(Blobs):
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.net, self.graphs, self.backend = Layers(*self.net), 0, torch._dynamo.lookup_backend(backend)
+        self.net.compile(backend=self.count)
+
+    def count(self, graph, inputs):
+        self.graphs += 1
+        return self.backend(graph, inputs)
+
+
+# Few batches are cut anew by a search: then once for batches of any size
+@pytest.mark.parametrize(
+    ("kind", "batch_size", "more", "backend"),
+    [
+        ("HoldZeros", 50, 0, "eager"),
+        ("HoldZeros", 50, 0, "aot_eager"),
+        ("at_epoch", 10, 0, "eager"),
+        ("at_epoch", 50, 1, "eager"),
+    ],
+)
+def test_a_compiled_network_is_held_without_compiling_it_again(make_trainer, kind, batch_size, more, backend):
+    (callback, _), modules = holding(kind), []
+    for callbacks in ([], [callback]):
+        torch._dynamo.reset()
+        modules.append(Compiled(backend))
+        trainer = make_trainer(callbacks=callbacks, max_epochs=3)
+        trainer.fit(modules[-1], train_loader(), val_loader(batch_size))
+    free, held = modules
+    assert held.graphs - more == free.graphs > 0
+    assert leak(held, callback.mask) == 0.0
+    assert list(callback.mask) == ["net.0.weight", "net.2.weight"]
+    x = torch.randn(50, 16)
+    torch.testing.assert_close(held(x), nn.Sequential(*held.net)(x))
+    if kind == "at_epoch":
+        (logged,) = make_trainer().validate(held, val_loader(batch_size), verbose=False)
+        assert logged["val_acc"] == pytest.approx(callback.report.trained_score, abs=1e-7)
+
+
+FINE_TUNE = """
+import sys
+import torch
+torch.set_num_threads(1)
+from lightning.pytorch import Trainer
+from lightning_roulette import HoldZeros, Mask, prunable_parameters
+from tests.support.modules import Blobs, train_loader, val_loader
+
+path, folder = sys.argv[1:]
+model = Blobs.load_from_checkpoint(path, weights_only=True)
+before = {name: weight.detach().clone() for name, weight in prunable_parameters(model).items()}
+quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+Trainer(
+    accelerator="cpu", max_epochs=2, callbacks=[HoldZeros()], default_root_dir=folder, **quiet
+).fit(model, train_loader(), val_loader())
+after = prunable_parameters(model)
+assert all(not torch.equal(after[name], weight) for name, weight in before.items())
+torch.save(model.state_dict(), f"{folder}/tuned.pt")
+"""
+
+
+@pytest.mark.slow
+def test_pruned_ckpt_can_be_fine_tuned_in_a_new_process(make_trainer, tmp_path):
+    pruning, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=3), dirpath=tmp_path), Blobs()
+    make_trainer(callbacks=[pruning]).fit(module, train_loader(), val_loader())
+    command = [sys.executable, "-c", FINE_TUNE, pruning.best_model_path, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    module.load_state_dict(torch.load(tmp_path / "tuned.pt", weights_only=True))
+    assert Mask.of_nonzeros(prunable_parameters(module)) == pruning.mask

@@ -1,0 +1,393 @@
+"""Which logged metric judges, and in which direction."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from torch.utils.data import DataLoader
+from torchmetrics import MeanSquaredError
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from lightning_roulette import RouletteWheelPruning, Tree, Validation
+from lightning_roulette.trainer.isolation import Logged
+from lightning_roulette.trainer.metric import find_metric
+from tests.support.modules import Blobs, blobs, train_loader, val_loader
+
+
+def logged(*names, rises=(), falls=()):
+    """A validation that logged these names; torchmetrics objects that rise or fall among them."""
+    values = {name: torch.tensor(0.5) for name in (*names, *rises, *falls)}
+    return Logged(values, dict.fromkeys(rises, True) | dict.fromkeys(falls, False))
+
+
+def trainer_with(*callbacks, plateau=None):
+    """A Trainer as far as it is asked; `plateau` is the metric and mode of a scheduler."""
+    configs = [SimpleNamespace(monitor=None, reduce_on_plateau=False, scheduler=SimpleNamespace())]
+    if plateau is not None:
+        monitor, mode = plateau
+        configs.append(SimpleNamespace(monitor=monitor, reduce_on_plateau=True, scheduler=SimpleNamespace(mode=mode)))
+    return SimpleNamespace(callbacks=[LearningRateMonitor(), *callbacks], lr_scheduler_configs=configs)
+
+
+def found(what, trainer=None, monitor=None, mode=None, tolerance=0.0, rank_by=None):
+    return find_metric(what, trainer or trainer_with(), monitor, mode, tolerance, rank_by)
+
+
+CHECKPOINT = ModelCheckpoint(monitor="val_quality", mode="max")
+STOPPING = EarlyStopping("val_smoothness", mode="max")
+PLATEAU = ("val_spread", "min")
+ANY = ("val_quality", "val_smoothness", "val_spread", "val_loss")
+
+
+# ---- the metric
+
+
+@pytest.mark.parametrize(
+    ("what", "watched_by", "monitor", "why"),
+    [
+        # 1: the one torchmetrics object that rises, whatever its name, and whatever else is watched
+        (logged("val_acc", *ANY, rises=["val_x"]), [CHECKPOINT, STOPPING], "val_x", "rises"),
+        (logged("val_loss", rises=["val_x"], falls=["val_mse"]), [], "val_x", "rises"),
+        # 2: the one name like an accuracy, where none rises or several do
+        (logged("val_acc", *ANY), [CHECKPOINT, STOPPING], "val_acc", "like an accuracy"),
+        (logged("val_loss", "val_acc"), [], "val_acc", "like an accuracy"),
+        (logged("val_loss", rises=["val_acc", "val_x"]), [], "val_acc", "like an accuracy"),
+        (logged("val_loss", "val_acc", falls=["val_x"]), [], "val_acc", "like an accuracy"),
+        # 3: what ModelCheckpoint, then EarlyStopping, then a plateau scheduler watches
+        (logged(*ANY), [STOPPING, CHECKPOINT], "val_quality", "ModelCheckpoint watches"),
+        (logged(*ANY), [STOPPING], "val_smoothness", "EarlyStopping watches"),
+        (logged(*ANY), [], "val_spread", "scheduler watches"),
+        (logged("val_acc", "val_f1"), [ModelCheckpoint(monitor="val_f1", mode="max")], "val_f1", "ModelCheckpoint"),
+        # 3: but only if it was logged
+        (logged("val_smoothness", "val_spread"), [CHECKPOINT, STOPPING], "val_smoothness", "EarlyStopping watches"),
+        (logged("val_spread", "val_loss"), [CHECKPOINT, STOPPING], "val_spread", "scheduler watches"),
+        (logged(*ANY), [ModelCheckpoint()], "val_spread", "scheduler watches"),
+        # 4: the only one
+        (logged("val_loss"), [CHECKPOINT, STOPPING], "val_loss", "only metric"),
+    ],
+)
+def test_without_a_monitor_the_first_rule_that_names_one_metric_decides(what, watched_by, monitor, why):
+    metric = found(what, trainer_with(*watched_by, plateau=PLATEAU))
+    assert metric.monitor == monitor
+    assert why in metric.why
+
+
+def test_a_monitor_that_is_asked_for_is_taken():
+    metric = found(logged("val_acc", "val_loss"), trainer_with(CHECKPOINT), monitor="val_loss")
+    assert (metric.monitor, metric.mode, metric.why) == ("val_loss", "min", "as asked")
+
+
+@pytest.mark.parametrize("loader", ["", "/dataloader_idx_0"])
+def test_a_metric_under_two_names_is_one_metric(loader):
+    both = logged(*(f"{name}{loader}" for name in ("val_acc", "val_acc_epoch", "val_loss", "val_loss_epoch")))
+    assert found(both, tolerance=0.1).monitor == f"val_acc{loader}"
+    assert found(logged(f"val_loss{loader}", f"val_loss_epoch{loader}")).monitor == f"val_loss{loader}"
+
+
+def test_either_name_of_a_metric_may_be_asked_for_or_watched():
+    both = logged("val_x", "val_x_epoch", "val_loss")
+    rising = Logged(both.values, {"val_x": True})
+    assert found(rising, monitor="val_x_epoch").mode == "max"
+    for name in ("val_x", "val_x_epoch"):
+        metric = found(both, trainer_with(ModelCheckpoint(monitor=name, mode="max")))
+        assert (metric.monitor.removesuffix("_epoch"), metric.mode) == ("val_x", "max")
+
+
+def test_a_metric_logged_under_its_epoch_name_alone_is_found():
+    assert found(logged("val_acc_epoch", "val_loss")).monitor == "val_acc_epoch"
+
+
+def test_several_loaders_give_several_metrics():
+    several = {f"val_acc/dataloader_idx_{i}": torch.tensor(0.5) for i in range(2)}
+    two = Logged(several, {"val_acc": True})
+    with pytest.raises(RuntimeError, match=r"'val_acc/dataloader_idx_0', 'val_acc/dataloader_idx_1'"):
+        found(two)
+    assert found(two, monitor="val_acc/dataloader_idx_1").mode == "max"
+    watched = trainer_with(ModelCheckpoint(monitor="val_acc/dataloader_idx_0", mode="max"))
+    assert found(two, watched).monitor == "val_acc/dataloader_idx_0"
+    assert found(Logged({"val_acc/dataloader_idx_1": torch.tensor(0.5), **logged("val_loss").values}, {})).mode == "max"
+
+
+# ---- its direction
+
+
+@pytest.mark.parametrize(
+    ("what", "trainer", "monitor", "mode"),
+    [
+        # that of the callback or scheduler that watches it, before what the metric says of itself
+        (logged(rises=["val_acc"]), trainer_with(ModelCheckpoint(monitor="val_acc", mode="min")), "val_acc", "min"),
+        (logged("val_loss"), trainer_with(EarlyStopping("val_loss", mode="max")), "val_loss", "max"),
+        (logged("val_loss"), trainer_with(plateau=("val_loss", "max")), "val_loss", "max"),
+        (logged("x"), trainer_with(ModelCheckpoint(monitor="x", mode="max"), plateau=("x", "min")), "x", "max"),
+        # not that of those who watch something else
+        (logged("val_loss"), trainer_with(ModelCheckpoint(monitor="val_acc", mode="max")), "val_loss", "min"),
+        # what the metric says of itself, before its name
+        (logged(rises=["val_loss"]), trainer_with(), "val_loss", "max"),
+        (logged(falls=["val_acc"]), trainer_with(), "val_acc", "min"),
+    ],
+)
+def test_the_first_rule_that_tells_a_direction_decides(what, trainer, monitor, mode):
+    assert found(what, trainer, monitor=monitor).mode == mode
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_an_explicit_mode_comes_before_all_else(mode):
+    watched = trainer_with(ModelCheckpoint(monitor="val_acc", mode="max"), EarlyStopping("val_acc", mode="min"))
+    assert found(logged(rises=["val_acc"]), watched, monitor="val_acc", mode=mode).mode == mode
+    assert found(logged(rises=["val_acc"]), watched, mode=mode).sign == {"max": 1, "min": -1}[mode]
+
+
+RISING = """val_acc acc valAcc val/accuracy valid-ACC top5_acc val_acc1 balanced_accuracy MulticlassAccuracy val_f1
+    F1Score val_auroc mAP50 r2score val_r2 mIoU dice rouge1 psnr spearman val_acc/dataloader_idx_1"""
+FALLING = """val_loss loss valLoss val/total-loss train_loss1 val_mse RMSE mae nll perplexity error_rate val_err wer
+    loss_ema fid ece val_loss/dataloader_idx_0"""
+
+
+@pytest.mark.parametrize("name", RISING.split())
+def test_names_that_rise(name):
+    assert found(logged(name)).mode == "max"
+
+
+@pytest.mark.parametrize("name", FALLING.split())
+def test_names_that_fall(name):
+    assert found(logged(name)).mode == "min"
+
+
+@pytest.mark.parametrize("name", ["val_quality", "x", "accordion", "macro", "lossless", "acc_loss", "terrier"])
+def test_a_name_that_tells_no_direction_is_an_error(name):
+    with pytest.raises(RuntimeError, match=f"larger values of '{name}' are better. Pass mode='max' or mode='min'"):
+        found(logged(name))
+    assert found(logged(name), mode="min").mode == "min"
+
+
+# ---- the loss that breaks ties
+
+
+@pytest.mark.parametrize(
+    ("names", "loss"),
+    [
+        (("val_acc", "val_loss"), "val_loss"),
+        (("val_acc", "val_loss", "aux_loss"), "val_loss"),
+        (("val_acc", "loss_a", "loss_b"), None),
+        (("val_acc", "my_loss"), "my_loss"),
+        (("val_acc", "val_loss", "val_loss_epoch"), "val_loss"),
+        (("val_acc", "val_mse"), None),
+        (("val_acc",), None),
+    ],
+)
+def test_ties_are_broken_by_the_one_loss(names, loss):
+    assert found(logged(*names), monitor="val_acc").loss == loss
+
+
+def test_the_loss_that_is_watched_breaks_no_ties():
+    assert found(logged("val_loss", "val_acc"), monitor="val_loss").loss is None
+
+
+# ---- what ranks
+
+
+@pytest.mark.parametrize(
+    ("names", "monitor", "rank_by", "expected"),
+    [
+        # without a wish the loss ranks, and the metric breaks ties
+        (("val_acc", "val_loss"), "val_acc", None, ("val_loss", "min", None)),
+        (("val_acc", "val_loss", "aux_loss"), "val_acc", None, ("val_loss", "min", None)),
+        (("val_acc", "my_loss/dataloader_idx_0"), "val_acc", None, ("my_loss/dataloader_idx_0", "min", None)),
+        # where there is none, or several, or it is the metric, the metric ranks
+        (("val_acc", "val_mse"), "val_acc", None, ("val_acc", "max", None)),
+        (("val_acc", "loss_a", "loss_b"), "val_acc", None, ("val_acc", "max", None)),
+        (("val_acc", "val_loss"), "val_loss", None, ("val_loss", "min", None)),
+        (("loss_a", "val_loss"), "loss_a", None, ("loss_a", "min", "val_loss")),
+        # a wish is fulfilled, and the loss then breaks ties
+        (("val_acc", "val_loss"), "val_acc", "val_acc", ("val_acc", "max", "val_loss")),
+        (("val_acc", "val_loss"), "val_acc", "val_loss", ("val_loss", "min", None)),
+        (("val_acc", "val_f1", "val_loss"), "val_acc", "val_f1", ("val_f1", "max", "val_loss")),
+        (("val_acc", "val_mse"), "val_acc", "val_mse", ("val_mse", "min", None)),
+    ],
+)
+def test_the_loss_ranks_unless_another_metric_is_asked_to(names, monitor, rank_by, expected):
+    metric = found(logged(*names), monitor=monitor, rank_by=rank_by)
+    assert metric.monitor == monitor
+    assert (metric.rank_by, metric.rank_mode, metric.tiebreak) == expected
+    assert metric.rank_sign == {"max": 1, "min": -1}[expected[1]]
+
+
+def test_a_mode_is_that_of_the_metric_and_of_no_other_that_ranks():
+    metric = found(logged("val_acc", "val_loss"), monitor="val_acc", mode="min")
+    assert (metric.mode, metric.rank_by, metric.rank_mode) == ("min", "val_loss", "min")
+    metric = found(logged("val_acc", "val_loss"), monitor="val_loss", mode="max")
+    assert (metric.mode, metric.rank_by, metric.rank_mode) == ("max", "val_loss", "max")
+    metric = found(logged("val_acc", "val_loss"), monitor="val_loss", mode="max", rank_by="val_loss")
+    assert metric.rank_mode == "max"
+
+
+def test_what_shall_rank_may_have_two_names():
+    both = logged("val_x", "val_x_epoch", "val_loss")
+    metric = found(both, monitor="val_x", mode="max", rank_by="val_x_epoch")
+    assert (metric.rank_by, metric.rank_mode) == ("val_x_epoch", "max")
+
+
+@pytest.mark.parametrize(
+    ("rank_by", "message"),
+    [
+        ("val_los", r"watches 'val_los', which .* did not log\. Logged: .*'val_loss'.* Pass rank_by=\.\.\."),
+        ("each", r"watches 'each', which has shape \(10,\).* pass rank_by="),
+        ("surprise", "larger values of 'surprise' are better. Rank by another metric"),
+    ],
+)
+def test_what_cannot_rank_is_refused(rank_by, message):
+    what = logged("val_acc", "val_loss", "surprise")
+    what = Logged({**what.values, "each": torch.zeros(10)}, {})
+    with pytest.raises(RuntimeError, match=message):
+        found(what, monitor="val_acc", rank_by=rank_by)
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize("names", [("val_acc", "val_f1"), ("val_f1", "val_acc", "val_loss")])
+def test_a_tolerance_needs_a_monitor_where_several_could_be_meant(names):
+    with pytest.raises(RuntimeError, match=r"tolerance is 0\.01.*'val_(acc|f1)', 'val_(acc|f1)'.*Pass monitor="):
+        found(logged(*names), trainer_with(ModelCheckpoint(monitor="val_loss")), tolerance=0.01)
+    watching = trainer_with(ModelCheckpoint(monitor="val_f1", mode="max"))
+    assert found(logged(*names), watching, tolerance=0.01).monitor == "val_f1"
+    assert found(logged(*names), monitor="val_f1", tolerance=0.01).monitor == "val_f1"
+
+
+def test_a_tolerance_needs_no_monitor_where_one_is_meant():
+    assert found(logged("val_acc", "val_loss"), tolerance=0.01).monitor == "val_acc"
+    assert found(logged("val_loss", "val_mse", rises=["val_x"]), tolerance=0.01).monitor == "val_x"
+
+
+@pytest.mark.parametrize("names", [("val_mse", "val_loss"), ("val_f1", "val_acc")])
+def test_several_metrics_that_nobody_watches_are_an_error_that_lists_them(names):
+    listed = ", ".join(repr(name) for name in sorted(names))
+    with pytest.raises(RuntimeError, match=rf"cannot tell which metric.* Logged: {listed}\. Pass monitor="):
+        found(logged(*names), trainer_with(CHECKPOINT, STOPPING, plateau=PLATEAU))
+
+
+def test_a_monitor_that_was_not_logged_is_an_error_that_lists_what_was():
+    with pytest.raises(RuntimeError, match=r"watches 'val_ac', which .* did not log\. Logged: 'val_acc', 'val_loss'\."):
+        found(logged("val_loss", "val_acc"), monitor="val_ac")
+
+
+@pytest.mark.parametrize("monitor", [None, "val_acc"])
+def test_nothing_logged_is_an_error_that_says_how_to_log(monitor):
+    with pytest.raises(RuntimeError, match=r"Nothing was logged: call self\.log"):
+        found(logged(), monitor=monitor)
+
+
+@pytest.mark.parametrize("monitor", [None, "val_acc"])
+def test_a_metric_of_several_numbers_is_an_error_that_tells_its_shape(monitor):
+    each_class = Logged({"val_acc": torch.zeros(10), "val_loss": torch.zeros(())}, {"val_acc": True})
+    with pytest.raises(RuntimeError, match=r"'val_acc', which has shape \(10,\), but must be one number.*'val_loss'"):
+        found(each_class, monitor=monitor)
+
+
+# ---- as Lightning logs it
+
+
+class Logging(Blobs):
+    """Logs what it is told to, by name."""
+
+    def __init__(self, **metrics):
+        super().__init__()
+        self.metrics = torch.nn.ModuleDict(metrics)
+        self.forked = False
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        scores = self(batch[0])
+        for name, metric in self.metrics.items():
+            regression = isinstance(metric, MeanSquaredError)
+            metric(scores, torch.eye(10)[batch[1]] if regression else batch[1])
+            self.log(name, metric, on_step=self.forked, on_epoch=True)
+        self.log("val_loss", torch.nn.functional.cross_entropy(scores, batch[1]), on_step=self.forked, on_epoch=True)
+
+
+def searched(make_trainer, module, loaders=None, callbacks=(), **pruning):
+    """The report of a short search."""
+    pruning = RouletteWheelPruning(2, tree=Tree(0.2, max_levels=1, patience=1), **pruning)
+    trainer = make_trainer(callbacks=[pruning, *callbacks], max_epochs=1)
+    trainer.fit(module, train_loader(), loaders or val_loader())
+    return pruning.report
+
+
+def accuracy():
+    return MulticlassAccuracy(10, average="micro")
+
+
+def test_the_bare_callback_judges_by_the_accuracy(make_trainer):
+    report = searched(make_trainer, Blobs())
+    assert (report.monitor, report.mode) == ("val_acc", "max")
+
+
+def test_a_torchmetrics_object_tells_its_direction_itself(make_trainer):
+    report = searched(make_trainer, Logging(hits=accuracy()))
+    assert (report.monitor, report.mode) == ("hits", "max")
+    report = searched(make_trainer, Logging(spread=MeanSquaredError()), monitor="spread")
+    assert (report.monitor, report.mode) == ("spread", "min")
+
+
+@pytest.mark.parametrize("forked", [False, True])
+def test_a_forked_metric_is_found_under_its_plain_name(forked, make_trainer):
+    module = Logging(hits=accuracy())
+    module.forked = forked
+    report = searched(make_trainer, module, tolerance=0.5)
+    assert (report.monitor, report.mode) == ("hits", "max")
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_loader_is_chosen_by_the_name_of_its_metric(index, make_trainer):
+    name = f"val_loss/dataloader_idx_{index}"
+    on_all = Validation(confirm=0, race=False)
+    pruning = RouletteWheelPruning(2, monitor=name, tree=Tree(0.2, max_levels=1, patience=1), validation=on_all)
+    trainer = make_trainer(callbacks=[pruning], max_epochs=1)
+    trainer.fit(Blobs(), train_loader(), [val_loader(), DataLoader(blobs(100, 3), 50)])
+    assert (pruning.report.monitor, pruning.report.mode) == (name, "min")
+    assert pruning.report.dense_score == pytest.approx(float(trainer.callback_metrics[name]), abs=1e-6)
+    other = float(trainer.callback_metrics[f"val_loss/dataloader_idx_{1 - index}"])
+    assert pruning.report.dense_score != pytest.approx(other, abs=1e-6)
+
+
+def test_two_loaders_need_a_monitor(make_trainer):
+    with pytest.raises(RuntimeError, match="'val_acc/dataloader_idx_0', 'val_acc/dataloader_idx_1'"):
+        searched(make_trainer, Blobs(), [val_loader(), val_loader(50)])
+
+
+def test_what_a_callback_of_the_trainer_watches_is_taken_in_its_mode(make_trainer):
+    module = Logging(hits=accuracy(), score=MulticlassF1Score(10))
+    report = searched(make_trainer, module, callbacks=[EarlyStopping("score", mode="min")])
+    assert (report.monitor, report.mode) == ("score", "min")
+
+
+def test_what_a_plateau_scheduler_watches_is_taken_in_its_mode(make_trainer):
+    class Scheduled(Logging):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max")
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "spread"}}
+
+    report = searched(make_trainer, Scheduled(spread=MeanSquaredError()))
+    assert (report.monitor, report.mode) == ("spread", "max")
+
+
+@pytest.mark.parametrize("sanity_steps", [0, 2])
+def test_a_wrong_monitor_ends_training_before_its_second_epoch(sanity_steps, make_trainer):
+    pruning = RouletteWheelPruning(2, monitor="val_ac")
+    trainer = make_trainer(callbacks=[pruning], max_epochs=9, num_sanity_val_steps=sanity_steps)
+    with pytest.raises(RuntimeError, match=r"'val_ac'.*Logged: 'val_acc', 'val_loss'"):
+        trainer.fit(Blobs(), train_loader(), val_loader())
+    assert trainer.current_epoch == 0
+
+
+def test_a_metric_per_class_is_refused_at_the_start(make_trainer):
+    with pytest.raises(RuntimeError, match=r"'hits', which has shape \(10,\)"):
+        searched(make_trainer, Logging(hits=MulticlassAccuracy(10, average=None)))
+
+
+def test_a_loss_named_after_an_accuracy_is_none():
+    assert found(logged("val_dice", "val_dice_loss"), tolerance=0.1).monitor == "val_dice"
+    assert found(logged("val_loss", "val_dice_loss"), trainer_with(ModelCheckpoint(monitor="val_loss"))).mode == "min"

@@ -1,0 +1,230 @@
+"""Two processes that hold half of each weight: the mask of one device, zeros that stay, files that load anywhere."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.fsdp import fully_shard
+
+from lightning_roulette import HoldZeros, Mask, RouletteWheelPruning, Tree, Validation, Wheel
+from tests.support.modules import Blobs, train_loader, trained, val_loader
+from tests.support.together import two_processes
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+
+
+class Uneven(Blobs):
+    """Three layers, of which two cannot be halved; one layer alone is sharded apart from the outermost module."""
+
+    def __init__(self, lr: float) -> None:
+        super().__init__(lr)
+        self.net = nn.Sequential(nn.Linear(16, 25), nn.ReLU(), nn.Linear(25, 11), nn.ReLU(), nn.Linear(11, 10))
+        chance = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for parameter in self.net.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=chance))
+        self.sharded = False
+
+    def configure_model(self):
+        if not self.sharded and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            mesh = self.device_mesh["data_parallel"]
+            fully_shard(self.net[2], mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+            self.sharded = True
+
+
+# A learning rate of 0 leaves the given weights, however many processes train them.
+# Each process deals its own part of the data to folds: only all of it is the same, however many there are.
+ALL_DATA = Validation(confirm=0, race=False)
+RUNS = {
+    "at the end": (0.0, {"validation": ALL_DATA}),
+    "each layer": (0.0, {"validation": ALL_DATA, "wheel": Wheel(scope="layer")}),
+    "leaning": (0.0, {"validation": ALL_DATA, "wheel": Wheel(4, allocation=0.3)}),
+    "at epoch": (0.01, {"at_epoch": 1}),
+}
+ALONE = ("at the end", "each layer", "leaning")  # found by one process too
+IN_PARTS = "leaning"  # the run whose files are distributed checkpoints
+
+
+def by_rows(*, whole_files: bool) -> ModelParallelStrategy:
+    return ModelParallelStrategy(2, 1, save_distributed_checkpoint=not whole_files)
+
+
+def fit(name: str, folder: Path, weights, **options) -> dict:
+    """One of the runs; what it found, in plain tensors and numbers."""
+    lr, pruning_options = RUNS[name]
+    module = Uneven(lr)
+    module.load_state_dict(weights)
+    tree = Tree(0.2, max_levels=3)
+    pruning = RouletteWheelPruning(3, tolerance=0.1, refit=None, tree=tree, dirpath=folder, **pruning_options)
+    trainer = Trainer(accelerator="cpu", max_epochs=2, default_root_dir=folder, callbacks=[pruning], **options, **QUIET)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*full_state_dict.*")
+        trainer.fit(module, train_loader(), val_loader(batch_size=25))
+    return {
+        "mask": dict(pruning.mask),
+        "masks": [dict(pruning.mask_at(level)) for level in range(len(pruning.report.accepted) + 1)],
+        "weights": whole(module),
+        "level 1": {name: full_of(one) for name, one in pruning.weights_at(1).items()},
+        "report": pruning.report.to_dict() | {"seconds": None},
+        "path": pruning.best_model_path,
+    }
+
+
+def full_of(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def whole(module) -> dict[str, torch.Tensor]:
+    for part in module.modules():
+        if hasattr(part, "reshard"):
+            part.reshard()
+    return {name: full_of(one) for name, one in module.named_parameters()}
+
+
+class Noted(Callback):
+    """The largest gradient and the largest memory of a pruned weight, as an optimizer finds them."""
+
+    def __init__(self, mask: Mask) -> None:
+        self.mask, self.gradient, self.memory = mask, 0.0, 0.0
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        for name, kept in self.mask.items():
+            weight = pl_module.get_parameter(name)
+            self.gradient = max(self.gradient, float(full_of(weight.grad)[~kept].abs().max()))
+            memories = [one for one in optimizer.state.get(weight, {}).values() if one.shape == kept.shape]
+            self.memory = max([self.memory, *(float(full_of(one)[~kept].abs().max()) for one in memories)])
+
+
+def hold(folder: Path, path: str) -> dict:
+    """Train on from a pruned file, with the zeros that are found in it."""
+    module, holding, noted = Uneven(0.01), HoldZeros(), Noted(Mask.load(path))
+    stored = torch.load(path, weights_only=True)["state_dict"]
+    module.load_state_dict(stored)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        default_root_dir=folder,
+        callbacks=[holding, noted],
+        devices=2,
+        strategy=by_rows(whole_files=True),
+        accumulate_grad_batches=2,
+        gradient_clip_val=0.1,
+        **QUIET,
+    )
+    trainer.fit(module, train_loader(), val_loader(batch_size=25))
+    seen = {"gradient": noted.gradient, "memory": noted.memory}
+    return seen | {"mask": dict(holding.held()), "weights": whole(module), "before": stored}
+
+
+def main(folder: Path) -> None:
+    """What each of the processes does, which Lightning starts by running this file again."""
+    torch.set_num_threads(1)
+    weights = torch.load(folder / "trained.pt", weights_only=True)
+    found = {}
+    for name in RUNS:
+        strategy = by_rows(whole_files=name != IN_PARTS)
+        found[name] = fit(name, folder / name, weights, devices=2, strategy=strategy)
+    found["held"] = hold(folder, found["at the end"]["path"])
+    torch.save(found, folder / f"rank{torch.distributed.get_rank()}.pt")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return trained(Uneven(0.01), tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def ranks(dense, tmp_path_factory):
+    """What the two processes found in each run."""
+    return two_processes(__file__, tmp_path_factory.mktemp("sharded"), dense)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_both_ranks_have_the_same_mask_of_the_whole_network_and_the_same_report(ranks, dense, name):
+    first, second = (rank[name] for rank in ranks)
+    assert Mask(first["mask"]) == Mask(second["mask"])
+    assert {weight: kept.shape for weight, kept in first["mask"].items()} == {
+        weight: dense[weight].shape for weight in ("net.0.weight", "net.2.weight", "net.4.weight")
+    }
+    assert 0.1 < Mask(first["mask"]).sparsity < 0.9
+    assert first["report"] == second["report"]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_they_find_what_one_process_with_whole_weights_finds(ranks, dense, tmp_path, name):
+    alone, both = fit(name, tmp_path, dense, devices=1), ranks[0][name]
+    assert len(both["masks"]) == 4
+    assert [Mask(one) for one in both["masks"]] == [Mask(one) for one in alone["masks"]]
+    assert all(torch.equal(both["weights"][weight], value) for weight, value in alone["weights"].items())
+    assert both["level 1"].keys() == alone["level 1"].keys()
+    assert all(torch.equal(both["level 1"][weight], value) for weight, value in alone["level 1"].items())
+    for one, two in zip(alone["report"]["levels"], both["report"]["levels"], strict=True):
+        assert one["winner"] == two["winner"]
+        scores = [[candidate["rank"] for candidate in level["candidates"]] for level in (one, two)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+    assert both["report"]["score"] == pytest.approx(alone["report"]["score"], abs=1e-6)
+    assert any(len({one["rank"] for one in level["candidates"]}) > 1 for level in alone["report"]["levels"])
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != IN_PARTS])
+def test_the_file_loads_into_the_plain_module_with_the_zeros(ranks, name):
+    module, found = Uneven(0.0), ranks[0][name]
+    stored = torch.load(found["path"], weights_only=True)
+    module.load_state_dict(stored["state_dict"])
+    assert all(torch.equal(value, found["weights"][weight]) for weight, value in module.named_parameters())
+    assert all(torch.equal(module.get_parameter(weight) != 0, kept) for weight, kept in found["mask"].items())
+    assert Mask.load(found["path"]) == Mask(found["mask"])
+
+
+def test_a_distributed_checkpoint_has_mask_and_zeros(ranks, tmp_path):
+    found = ranks[0][IN_PARTS]
+    assert Mask.load(found["path"]) == Mask(found["mask"])
+    dcp_to_torch_save(found["path"], tmp_path / "whole.pt")
+    stored = torch.load(tmp_path / "whole.pt", weights_only=True)["state_dict"]
+    assert all(torch.equal(stored[weight] != 0, kept) for weight, kept in found["mask"].items())
+
+
+def test_one_process_resumes_from_the_file_and_holds_the_zeros(ranks, tmp_path):
+    found, module = ranks[0]["at epoch"], Uneven(0.01)
+    pruning = RouletteWheelPruning(3, at_epoch=1, refit=None, dirpath=tmp_path)
+    options = {"accelerator": "cpu", "devices": 1, "default_root_dir": tmp_path, "callbacks": [pruning], **QUIET}
+    Trainer(max_epochs=3, **options).fit(module, train_loader(), val_loader(), ckpt_path=found["path"])
+    assert pruning.mask == Mask(found["mask"])
+    assert all(torch.equal(module.get_parameter(weight) != 0, kept) for weight, kept in found["mask"].items())
+
+
+def share_moved(after, before, kept) -> float:
+    """How many of the weights that are kept were trained: some lead to a unit that is never active."""
+    return float((after != before)[kept].float().mean())
+
+
+def test_training_that_follows_a_search_holds_the_zeros(ranks, dense):
+    found = ranks[0]["at epoch"]
+    assert found["report"]["trained_score"] is not None
+    for weight, kept in found["mask"].items():
+        assert torch.equal(found["weights"][weight] != 0, kept)
+        assert share_moved(found["weights"][weight], dense[weight], kept) > 0.8
+
+
+def test_zeros_of_a_pruned_file_are_found_and_held(ranks):
+    first, second = (rank["held"] for rank in ranks)
+    assert Mask(first["mask"]) == Mask(second["mask"]) == Mask(ranks[0]["at the end"]["mask"])
+    assert first["gradient"] == first["memory"] == 0.0
+    for weight, kept in first["mask"].items():
+        assert torch.equal(first["weights"][weight] != 0, kept)
+        assert share_moved(first["weights"][weight], first["before"][weight], kept) > 0.8
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

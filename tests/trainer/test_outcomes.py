@@ -1,0 +1,341 @@
+"""What is heard of a metric, and what its score is for single samples."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+from torchmetrics import MeanMetric, MeanSquaredError, Metric, MetricCollection
+from torchmetrics.classification import (
+    BinaryAccuracy,
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassF1Score,
+    MulticlassPrecision,
+    MultilabelAccuracy,
+)
+
+from lightning_roulette.judge.certificate import Batches, Resamples, Singles
+from lightning_roulette.trainer.outcomes import batches_of, calls_of, outcomes_of
+
+SIZES = (32, 32, 7)
+
+
+def classified(classes=4, seed=0):
+    """Batches of scores that often favour the true class, and the true classes."""
+    chance = torch.Generator().manual_seed(seed)
+    target = torch.randint(classes, (sum(SIZES),), generator=chance)
+    scores = torch.randn(sum(SIZES), classes, generator=chance) + 1.5 * nn.functional.one_hot(target, classes)
+    return list(zip(scores.softmax(1).split(SIZES), target.split(SIZES), strict=True))
+
+
+def whole(batches):
+    return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+
+
+def by_call(metric, scores, target):
+    metric(scores, target)
+
+
+def by_update(metric, scores, target):
+    metric.update(scores, target)
+
+
+def by_name(metric, scores, target):
+    metric(target=target, preds=scores)
+
+
+def by_name_in_part(metric, scores, target):
+    metric.update(scores, target=target)
+
+
+ways = pytest.mark.parametrize("give", [by_call, by_update, by_name, by_name_in_part])
+
+
+def heard(metric, batches, give=by_call, module=None, given=None):
+    """The calls of one validation of `module`, in which `given` gets the batches."""
+    with calls_of(metric, module or nn.ModuleDict({"metric": metric}), lambda: None) as calls:
+        for batch in batches:
+            give(metric if given is None else given, *batch)
+    return calls
+
+
+def outcomes(metric, batches, give=by_call, sign=1):
+    calls = heard(metric, batches, give)
+    return outcomes_of(metric, calls, sign, float(metric.compute()))
+
+
+def right(batches, k=1):
+    """1 where the true class is among the k best scores, sample by sample."""
+    scores, target = whole(batches)
+    return (scores.topk(k).indices == target[:, None]).any(1).double()
+
+
+# ---- means over samples
+
+
+@ways
+def test_micro_accuracy_is_one_or_zero_of_each_sample(give):
+    batches = classified()
+    found = outcomes(MulticlassAccuracy(4, average="micro"), batches, give)
+    assert isinstance(found, Singles)
+    assert torch.equal(found.values, right(batches))
+    assert 0 < found.values.mean() < 1
+    assert (found.low, found.high) == (0.0, 1.0)
+
+
+def test_accuracy_of_the_two_best_counts_the_second_best():
+    batches = classified()
+    found = outcomes(MulticlassAccuracy(4, average="micro", top_k=2), batches)
+    assert torch.equal(found.values, right(batches, k=2))
+    assert right(batches, k=2).sum() > right(batches).sum()
+
+
+def test_accuracy_of_classes_instead_of_scores():
+    batches = [(scores.argmax(1), target) for scores, target in classified()]
+    found = outcomes(MulticlassAccuracy(4, average="micro"), batches)
+    assert torch.equal(found.values, right(classified()))
+
+
+@ways
+@pytest.mark.parametrize("threshold", [0.5, 0.8])
+def test_binary_accuracy_is_one_or_zero_of_each_sample(give, threshold):
+    batches = [(scores[:, 1], (target == 1).long()) for scores, target in classified()]
+    found = outcomes(BinaryAccuracy(threshold=threshold), batches, give)
+    scores, target = whole(batches)
+    assert isinstance(found, Singles)
+    assert torch.equal(found.values, ((scores > threshold) == target).double())
+
+
+def test_multilabel_accuracy_is_a_share_of_the_labels_of_each_sample():
+    batches = [(scores, nn.functional.one_hot(target, 4)) for scores, target in classified()]
+    found = outcomes(MultilabelAccuracy(4, threshold=0.3, average="micro"), batches)
+    scores, target = whole(batches)
+    assert isinstance(found, Singles)
+    torch.testing.assert_close(found.values, ((scores > 0.3) == target).double().mean(1), check_dtype=False)
+
+
+def test_another_metric_that_is_a_mean_over_samples_is_asked_sample_by_sample():
+    batches = classified()
+    found = outcomes(MulticlassPrecision(4, average="micro"), batches)
+    assert isinstance(found, Singles)
+    assert torch.equal(found.values, right(batches))
+
+
+def test_larger_is_better_whatever_the_sign():
+    batches = classified()
+    found = outcomes(MulticlassAccuracy(4, average="micro"), batches, sign=-1)
+    assert torch.equal(found.values, -right(batches))
+    assert (found.low, found.high) == (-1.0, 0.0)
+
+
+# ---- other metrics
+
+
+@ways
+@pytest.mark.parametrize(
+    "metric",
+    [
+        MulticlassAccuracy(4, average="macro"),
+        MulticlassF1Score(4, average="macro"),
+        MulticlassAUROC(4),
+        MulticlassAccuracy(4, average="micro", ignore_index=2),
+    ],
+    ids=["accuracy", "f1", "auroc", "ignoring"],
+)
+def test_a_metric_that_is_no_mean_over_samples_is_computed_on_resamples(metric, give):
+    batches = classified()
+    metric.reset()
+    found = outcomes(metric, batches, give)
+    scores, target = whole(batches)
+    assert isinstance(found, Resamples)
+    assert found.size == len(target)
+    everything = torch.arange(len(target))
+    again = torch.randint(len(target), (len(target),), generator=torch.Generator().manual_seed(1))
+    for index in (everything, again):
+        metric.reset()
+        expected = float(metric(scores[index], target[index]))
+        assert found.score(index) == pytest.approx(expected, abs=1e-6)
+    assert found.score(everything) != found.score(again)
+
+
+def test_a_metric_without_bounds_is_computed_on_resamples():
+    batches = [(scores[:, 0], scores[:, 1]) for scores, _ in classified()]
+    found = outcomes(MeanSquaredError(), batches, sign=-1)
+    first, second = whole(batches)
+    some = torch.tensor([3, 3, 50])
+    assert isinstance(found, Resamples)
+    assert found.score(some) == pytest.approx(-float((first - second)[some].square().mean()), abs=1e-6)
+
+
+def test_a_mean_of_numbers_per_batch_is_known_batch_by_batch():
+    metric, numbers, weights = MeanMetric(), [0.5, 0.25, 1.0], [32, 32, 7]
+    found = outcomes(metric, list(zip(numbers, weights, strict=True)), sign=-1)
+    assert isinstance(found, Batches)
+    assert found.values.tolist() == [-0.5, -0.25, -1.0]
+    assert found.weights.tolist() == weights
+    found = outcomes(MeanMetric(), [(torch.tensor(number),) for number in numbers], give=lambda one, x: one.update(x))
+    assert found.values.tolist() == numbers
+    assert found.weights.tolist() == [1, 1, 1]
+
+
+def test_a_mean_of_many_numbers_a_batch_is_drawn_again_from_these():
+    numbers = torch.rand(8)
+    found = outcomes(MeanMetric(), [(part, 1.0) for part in numbers.split(4)])
+    assert isinstance(found, Resamples)
+    assert found.score(torch.tensor([1, 1, 6])) == pytest.approx(float(numbers[[1, 1, 6]].mean()))
+
+
+@pytest.mark.parametrize("kind", [MulticlassAccuracy, MulticlassF1Score])
+def test_a_macro_average_is_no_mean_over_samples_even_of_a_network_without_error(kind):
+    target = torch.arange(12) % 4
+    found = outcomes(kind(4, average="macro"), [(nn.functional.one_hot(target, 4).float(), target)])
+    assert isinstance(found, Resamples)
+
+
+# ---- numbers per batch
+
+
+def test_batches_weigh_as_they_did_in_the_mean():
+    values, weights = torch.tensor([1.0, 4.0]), torch.tensor([3.0, 1.0])
+    found = batches_of(values, weights, -1, 1.75)
+    assert found.values.tolist() == [-1.0, -4.0]
+    assert torch.equal(found.weights, weights)
+
+
+@pytest.mark.parametrize(("weights", "value"), [([3.0, 1.0], 2.5), ([4.0, 0.0], 1.0), ([1.0, -0.5], 1.0)])
+def test_batches_of_which_the_value_is_not_the_mean_tell_nothing(weights, value):
+    assert batches_of(torch.tensor([1.0, 4.0]), torch.tensor(weights), 1, value) is None
+
+
+# ---- what does not follow from the calls
+
+
+@pytest.mark.parametrize("metric", [MulticlassAccuracy(4, average="micro"), MulticlassF1Score(4), MeanMetric()])
+def test_a_value_that_does_not_follow_from_the_calls_tells_nothing(metric):
+    batches = [(0.5, 1.0)] * 3 if isinstance(metric, MeanMetric) else classified()
+    metric.reset()
+    calls, value = heard(metric, batches), float(metric.compute())
+    assert outcomes_of(metric, calls, 1, value) is not None
+    assert outcomes_of(metric, calls, 1, value + 0.001) is None
+    assert outcomes_of(metric, calls[:-1], 1, value) is None or isinstance(metric, MeanMetric)
+    assert outcomes_of(metric, [], 1, value) is None
+
+
+def test_what_was_given_before_is_missed():
+    metric, batches = MulticlassAccuracy(4, average="micro"), classified()
+    metric.update(1 - batches[0][0], batches[0][1])
+    assert outcomes(metric, batches) is None
+
+
+class Reweighted(Metric):
+    """Takes a number for the whole batch besides the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, scores, factor):
+        self.total += factor * scores.sum()
+
+    def compute(self):
+        return self.total
+
+
+def test_arguments_of_which_the_samples_cannot_be_told_tell_nothing():
+    batches = [(scores, torch.tensor(2.0)) for scores, _ in classified()]
+    assert outcomes(Reweighted(), batches) is None
+
+
+# ---- what is heard
+
+
+@pytest.mark.parametrize("full", [True, False])
+@ways
+def test_each_call_is_heard_once_in_order(give, full):
+    batches = classified()
+    metric = type("Stateful", (MulticlassAccuracy,), {"full_state_update": full})(4, average="micro")
+    calls = heard(metric, batches, give)
+    assert len(calls) == len(batches)
+    for call, (scores, target) in zip(calls, batches, strict=True):
+        given = {**dict(zip((0, 1), (scores, target), strict=True)), "preds": scores, "target": target}
+        assert len(call.arguments) == 2
+        assert all(one is given[name] for name, one in call.arguments.items())
+
+
+def test_a_call_tells_the_loader_that_validated():
+    metric, number = MulticlassAccuracy(4), iter([0, 0, 1])
+    with calls_of(metric, nn.ModuleDict({"metric": metric}), lambda: next(number)) as calls:
+        for batch in classified():
+            metric(*batch)
+    assert [call.loader for call in calls] == [0, 0, 1]
+
+
+def test_a_metric_gives_and_holds_what_it_does_unheard():
+    batches, plain, listened = classified(), MulticlassAccuracy(4), MulticlassAccuracy(4)
+    unheard = [float(plain(*batch)) for batch in batches]
+    answers = []
+    heard(listened, batches, lambda metric, *batch: answers.append(float(metric(*batch))))
+    assert answers == unheard
+    assert float(listened.compute()) == float(plain.compute())
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("in a step"), KeyboardInterrupt()])
+def test_afterwards_nobody_listens(error):
+    collection = MetricCollection([MulticlassAccuracy(4), MulticlassPrecision(4), MulticlassAUROC(4)])
+    metrics = list(collection.values(copy_state=False))
+    before = [dict(vars(one)) for one in metrics]
+    met = contextlib.nullcontext() if error is None else pytest.raises(type(error))
+    with met, calls_of(metrics[1], nn.ModuleDict({"all": collection}), lambda: None) as calls:
+        assert all(vars(one)["update"] is not old["update"] for one, old in zip(metrics, before, strict=True))
+        if error is not None:
+            raise error
+    for one, old in zip(metrics, before, strict=True):
+        assert vars(one).keys() == old.keys()
+        assert all(vars(one)[name] is old[name] for name in ("update", "compute"))
+    collection.update(*classified()[0])
+    assert calls == []
+
+
+def test_a_metric_is_left_as_it_is_by_what_is_asked_of_it():
+    for metric in (MulticlassAccuracy(4, average="micro"), MulticlassF1Score(4)):
+        batches = classified()
+        calls, value = heard(metric, batches), float(metric.compute())
+        found = outcomes_of(metric, calls, 1, value)
+        if isinstance(found, Resamples):
+            found.score(torch.zeros(5, dtype=torch.long))
+        assert metric.update_count == len(batches)
+        assert metric.update_called
+        metric._computed = None
+        assert float(metric.compute()) == value
+
+
+# ---- collections
+
+
+def collection():
+    """`accuracy` and `follows` share their states, `auroc` has its own."""
+    metrics = {
+        "accuracy": MulticlassAccuracy(4, average="micro"),
+        "auroc": MulticlassAUROC(4),
+        "follows": MulticlassPrecision(4, average="micro"),
+    }
+    return MetricCollection(metrics)
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("give", [by_call, by_update])
+@pytest.mark.parametrize("name", ["accuracy", "follows"])
+def test_a_metric_in_a_collection_that_shares_states_hears_all_batches(name, give, used):
+    batches, metrics = classified(), collection()
+    if used:  # from then on the first of those that share is updated alone
+        metrics.update(*batches[0])
+        metrics.reset()
+        assert ["accuracy", "follows"] in metrics.compute_groups.values()
+    metric = metrics[name]
+    calls = heard(metric, batches, give, module=nn.ModuleDict({"all": metrics}), given=metrics)
+    found = outcomes_of(metric, calls, 1, float(metrics.compute()[name]))
+    assert isinstance(found, Singles)
+    assert torch.equal(found.values, right(batches))

@@ -1,0 +1,409 @@
+"""What a search shows while it runs: one line in the Trainer's bar, and what it says to the log."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import threading
+
+import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from tqdm import tqdm
+
+from lightning_roulette import RouletteWheelPruning, Tree, sparsity
+from lightning_roulette.judge.race import rungs
+from lightning_roulette.trainer.isolation import IsolatedValidation
+from lightning_roulette.trainer.show.bar import Line, line_of
+from lightning_roulette.trainer.show.curves import Curves
+from lightning_roulette.trainer.show.watcher import Watcher, log, speak_up
+from tests.support.modules import Blobs, train_loader, val_loader
+from tests.trainer.test_isolation import BY_DEFAULT, ON_ALL, judged_by, one_level, within
+
+LEVELS = Tree(0.2, max_levels=2)
+# How often a candidate of five is judged: once on all data, or in a race on half of the folds
+JUDGED = [
+    (ON_ALL, 5),
+    (BY_DEFAULT, sum(rung.entrants * len(rung.parts) for rung in rungs(5, 8, 16, 4))),
+]  # 4 folds of 200 make a batch of 64
+
+
+def pruning(validation=BY_DEFAULT, **options):
+    return RouletteWheelPruning(5, tolerance=1.0, tree=LEVELS, refit=None, validation=validation, **options)
+
+
+def fit(make_trainer, *callbacks, module=None, **options):
+    trainer = make_trainer(callbacks=list(callbacks), **{"enable_progress_bar": True, "max_epochs": 2} | options)
+    trainer.fit(module or Blobs(), train_loader(), val_loader())
+    return trainer
+
+
+def frames(text):
+    """What a bar showed, frame after frame."""
+    return [frame.strip() for frame in re.split(r"\r|\n|\x1b\[A", text) if frame.strip()]
+
+
+# ---- TQDM
+
+
+@pytest.mark.parametrize(("validation", "judged"), JUDGED)
+def test_tqdm_shows_one_line_and_no_validation_of_a_candidate(make_trainer, capsys, validation, judged):
+    fit(make_trainer, TQDMProgressBar())
+    plain = frames(capsys.readouterr().out)
+    fit(make_trainer, TQDMProgressBar(), pruning(validation))
+    searched = frames(capsys.readouterr().out)
+
+    def validating(shown):
+        return sum(frame.startswith("Validation DataLoader") for frame in shown)
+
+    assert validating(searched) == validating(plain) > 0
+    ours = [frame for frame in searched if frame.startswith("Pruning")]
+    assert any("level 1" in frame and "best" in frame and f" 1/{judged}" in frame for frame in ours)
+    assert any("level 2" in frame and "best" in frame and f" {judged}/{judged}" in frame for frame in ours)
+
+
+def test_tqdm_never_calls_the_line_of_a_search_a_validation(make_trainer, capsys):
+    shown = []
+
+    def search(trainer, module):
+        capsys.readouterr()
+        with Watcher(trainer, judged_by("val_acc")):
+            shown.extend(frames(capsys.readouterr().out))
+
+    fit(make_trainer, TQDMProgressBar(), within("on_train_epoch_start", search))
+    assert not [frame for frame in shown if "Validation" in frame]
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_validation_end", "on_train_end"])
+def test_tqdm_prints_nothing_for_an_isolated_validation(hook, make_trainer, capsys):
+    printed = []
+
+    def search(trainer, module):
+        capsys.readouterr()
+        one_level(trainer, module)
+        printed.append(capsys.readouterr())
+
+    fit(make_trainer, within(hook, search), TQDMProgressBar())
+    assert printed
+    assert not any(stream for each in printed for stream in each)
+
+
+def test_tqdm_bars_of_the_trainer_are_the_same_objects_after_a_search(make_trainer):
+    found = []
+
+    class Watching(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:
+                found.append((bar._train_progress_bar, bar._val_progress_bar))
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.current_epoch == 1:
+                found.append((bar._train_progress_bar, bar._val_progress_bar))
+
+    bar = TQDMProgressBar()
+    fit(make_trainer, bar, Watching(), pruning(at_epoch=1))
+    assert len(found) == 9
+    assert all(train is found[0][0] and val is found[0][1] for train, val in found)
+
+
+# ---- Rich
+
+
+def rich_bar():
+    return RichProgressBar(console_kwargs={"file": io.StringIO(), "force_terminal": True})
+
+
+@pytest.fixture
+def thread_errors(monkeypatch):
+    """What threads died of."""
+    errors = []
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    return errors
+
+
+def shown_tasks(bar):
+    return [task.description for task in bar.progress.tasks if task.visible]
+
+
+class Between(Callback):
+    """Notes the tasks of a bar before and after a search in `on_train_end`, which comes between the two."""
+
+    def __init__(self, bar):
+        self.bar, self.noted = bar, []
+
+    def on_train_end(self, trainer, module):
+        self.noted.append(shown_tasks(self.bar))
+
+    def on_fit_end(self, trainer, module):
+        self.noted.append(shown_tasks(self.bar))
+        self.alive = self.bar.progress.live._refresh_thread.is_alive()
+
+
+@pytest.mark.parametrize(("validation", "judged"), JUDGED)
+def test_rich_shows_one_task_and_takes_it_away(make_trainer, thread_errors, monkeypatch, validation, judged):
+    bar, shown, confirmed = rich_bar(), [], []
+    between, ours = Between(bar), pruning(validation)
+    on_candidate, on_confirmed = Watcher.on_candidate, Watcher.on_confirmed
+
+    def tasks_now():
+        return [(task.description, task.completed, task.total) for task in bar.progress.tasks if task.visible]
+
+    def note(self, *arguments):
+        on_candidate(self, *arguments)
+        shown.append(tasks_now())
+
+    def note_confirmed(self, *arguments):
+        on_confirmed(self, *arguments)
+        confirmed.append(tasks_now()[-1])
+
+    monkeypatch.setattr(Watcher, "on_candidate", note)
+    monkeypatch.setattr(Watcher, "on_confirmed", note_confirmed)
+    fit(make_trainer, bar, between, ours)
+    before, after = between.noted
+    assert before == after
+    assert between.alive
+    assert not thread_errors
+    assert all(len(tasks) == len(before) + 1 for tasks in shown)
+    assert [tasks[-1][1:] for tasks in shown] == [(done, judged) for done in range(1, judged + 1)] * 2
+    lines = [(f"Confirming level {level} of 2", level, 2) for level in (1, 2)]
+    assert confirmed == ([] if validation is ON_ALL else lines)
+    assert all(re.match(r"Pruning level [12] to \d+\.\d+%, best", tasks[-1][0]) for tasks in shown)
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_validation_end", "on_train_end"])
+def test_rich_can_refresh_within_an_isolated_validation_and_gets_no_task_from_it(hook, make_trainer, thread_errors):
+    bar, found = rich_bar(), []
+
+    def search(trainer, module):
+        before = shown_tasks(bar)
+        with IsolatedValidation(trainer, module) as validation:
+            bar.progress.refresh()
+            validation.run()
+            bar.progress.refresh()
+        found.append((before, shown_tasks(bar), bar.progress.live._refresh_thread.is_alive()))
+
+    fit(make_trainer, within(hook, search), bar)
+    assert found
+    assert all(before == after and alive for before, after, alive in found)
+    assert not thread_errors
+
+
+def test_rich_still_finds_its_own_tasks_after_a_search(make_trainer, thread_errors):
+    class Reading(Callback):
+        def on_validation_batch_end(self, trainer, module, *_):
+            if not trainer.sanity_checking:
+                read.append(bar.val_progress_bar.description)
+
+    bar, read = rich_bar(), []
+    fit(make_trainer, bar, pruning(at_epoch=1), Reading())
+    assert set(read) == {"Validation"}
+    assert not thread_errors
+
+
+# ---- no bar
+
+
+class OtherBar(ProgressBar):
+    """A bar of a kind we do not know."""
+
+    def disable(self):
+        pass
+
+    def enable(self):
+        pass
+
+
+def disabled(bar):
+    bar.disable()
+    return bar
+
+
+@pytest.mark.parametrize(
+    "bars",
+    [
+        lambda: [],
+        lambda: [OtherBar()],
+        lambda: [TQDMProgressBar(refresh_rate=0)],
+        lambda: [RichProgressBar(refresh_rate=0)],
+        lambda: [disabled(RichProgressBar())],
+        lambda: [disabled(TQDMProgressBar())],
+    ],
+)
+def test_a_trainer_without_a_shown_bar_prints_nothing(bars, make_trainer, capsys):
+    callbacks = bars()
+    fit(make_trainer, pruning(), *callbacks, enable_progress_bar=bool(callbacks))
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "Pruning level" not in printed.err
+
+
+def test_the_line_is_that_of_the_bar_that_is_shown(make_trainer):
+    kinds = []
+
+    def look(trainer, module):
+        bars = len(tqdm._instances)
+        line = line_of(trainer)
+        line.show("Pruning", 1, 2)
+        line.close()
+        assert len(tqdm._instances) == bars
+        kinds.append(type(line).__name__)
+
+    for bar in (TQDMProgressBar(), rich_bar(), OtherBar(), disabled(TQDMProgressBar())):
+        fit(make_trainer, bar, within("on_train_end", look))
+    assert kinds == ["TQDMLine", "RichLine", "Line", "Line"]
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar, rich_bar])
+def test_the_line_is_taken_away_when_the_search_fails(bar, make_trainer, monkeypatch):
+    class Failing(Blobs):
+        armed = False
+
+        def validation_step(self, batch, batch_idx):
+            if self.armed and 0 < sparsity({"": self.net[0].weight}) < 1:
+                raise RuntimeError("in a candidate")
+            super().validation_step(batch, batch_idx)
+
+    def arm(trainer, module):
+        module.armed = True
+
+    closed, original = [], line_of
+
+    def watched(trainer):
+        line = original(trainer)
+        close = line.close
+        line.close = lambda: (closed.append(type(line).__name__), close())
+        return line
+
+    monkeypatch.setattr("lightning_roulette.trainer.show.watcher.line_of", watched)
+    with pytest.raises(RuntimeError, match="in a candidate"):
+        fit(make_trainer, within("on_train_end", arm), bar(), pruning(), module=Failing())
+    assert closed in (["TQDMLine"], ["RichLine"])
+
+
+# ---- the log
+
+
+@pytest.fixture
+def said(caplog):
+    """A function that tells what the package has said."""
+    caplog.set_level(logging.INFO, logger="lightning_roulette")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "lightning_roulette"]
+
+
+@pytest.mark.parametrize("validation", [ON_ALL, BY_DEFAULT], ids=["all", "halves"])
+@pytest.mark.parametrize(("monitor", "mode"), [("val_acc", "max"), ("val_loss", "min")])
+def test_a_search_says_its_floor_each_level_and_its_end_in_units_of_the_metric(
+    monitor, mode, validation, make_trainer, said
+):
+    ours, halves = pruning(validation, monitor=monitor), validation is BY_DEFAULT
+    fit(make_trainer, ours, enable_progress_bar=False)
+    lines, report = said(), ours.report
+    assert all(line.startswith("RouletteWheelPruning: ") for line in lines)
+    judged, dense, *levels = (line.removeprefix("RouletteWheelPruning: ") for line in lines)
+    assert judged == f"judged by {monitor} ({mode}, as asked), ranked by val_loss."
+    kept = ", 8 of 16 folds kept for confirmation" if halves else ""
+    assert dense.startswith(f"{monitor}: dense {report.dense_score:.6g}, floor {report.floor:.6g}{kept}. ")
+    assert re.search(r"A level of 5 candidates will take about \d+\.\d s\.$", dense)
+    for number, level in enumerate(report.levels, 1):
+        said_of = f"level {number}: sparsity {level.sparsity:.2%}, {monitor} {level.score:.6g}, accepted"
+        assert levels[number - 1] == said_of
+    *_, last = report.levels
+    confirmed = [f"level 2 on the confirmation data: {monitor} {last.gated:.6g}, held"] if halves else []
+    assert levels[2:] == confirmed + list(report.summary())
+    assert report.floor < report.dense_score if mode == "max" else report.floor > report.dense_score
+
+
+def test_a_level_below_the_floor_is_said_to_be(make_trainer, said):
+    ours = RouletteWheelPruning(2, monitor="val_acc", tree=Tree(pruning_rate=0.99, patience=1))
+    fit(make_trainer, ours, enable_progress_bar=False)
+    assert any(line.endswith(f"below the floor {ours.report.floor:.6g}") for line in said())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_only_the_first_process_speaks_and_draws(first, make_trainer, said, tmp_path, monkeypatch):
+    drawn = []
+
+    class Drawing(Curves):
+        def __init__(self, loggers):
+            drawn.append(len(list(loggers)))
+            super().__init__(())
+
+    def search(trainer, module):
+        monkeypatch.setattr(type(trainer), "is_global_zero", first)
+        winner = one_level(trainer, module)
+        with Watcher(trainer, judged_by("val_acc")) as watcher:
+            watcher.on_dense(winner, 1.0)
+            watcher.on_level(winner.report.levels[0], winner)
+            watcher.on_confirmed(winner.report.levels[0], winner)
+            watcher.on_end(winner.report)
+        monkeypatch.setattr(type(trainer), "is_global_zero", True)
+
+    monkeypatch.setattr("lightning_roulette.trainer.show.watcher.Curves", Drawing)
+    fit(make_trainer, within("on_train_end", search), logger=CSVLogger(tmp_path), enable_progress_bar=False)
+    assert drawn == [1 if first else 0]
+    assert bool(said()) is first
+
+
+def test_the_line_tells_a_falling_metric_in_its_own_units(make_trainer, monkeypatch):
+    shown = []
+    monkeypatch.setattr(Line, "show", lambda self, text, done, total: shown.append(text))
+    ours = pruning(ON_ALL, monitor="val_loss")
+    fit(make_trainer, ours, enable_progress_bar=False)
+    best = ours.report.levels[0].score
+    assert shown[4].endswith(f"best {best:.4g}")
+    assert best > 0
+
+
+# ---- who is heard
+
+
+@pytest.fixture(autouse=True)
+def give_back_the_level():
+    """What `speak_up` sets stays for the process."""
+    level = log.level
+    yield
+    log.setLevel(level)
+
+
+def new_process(monkeypatch, *handlers):
+    """The package's logger as a new process has it, and these handlers at the root."""
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(logging.getLogger(), "handlers", list(handlers))
+    log.setLevel(logging.NOTSET)
+
+
+def test_log_lines_are_seen_where_the_user_arranged_nothing(monkeypatch, capsys):
+    new_process(monkeypatch)
+    speak_up()
+    speak_up()
+    log.info("a level")
+    assert capsys.readouterr().err == "a level\n"
+
+
+def test_a_user_who_arranged_for_logging_hears_each_line_once_and_by_that(monkeypatch, capsys):
+    heard = io.StringIO()
+    new_process(monkeypatch, logging.StreamHandler(heard))
+    speak_up()
+    log.info("a level")
+    assert heard.getvalue() == "a level\n"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_user_who_arranges_for_logging_later_does_not_hear_lines_twice(monkeypatch, capsys):
+    heard = io.StringIO()
+    new_process(monkeypatch)
+    speak_up()
+    logging.getLogger().handlers.append(logging.StreamHandler(heard))
+    log.info("a level")
+    assert heard.getvalue() + capsys.readouterr().err == "a level\n"
+
+
+def test_a_level_that_the_user_chose_stays(monkeypatch, capsys):
+    new_process(monkeypatch)
+    log.setLevel(logging.WARNING)
+    speak_up()
+    log.info("a level")
+    assert capsys.readouterr().err == ""
