@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_roulette import Tree, Validation, Wheel
-from lightning_roulette.settings import check_count, check_group, check_number
+from lightning_roulette.checks import check_count, check_group, check_number
 
 NUMBER, WHOLE = "but must be a number", "but must be a whole number"
 

@@ -17,8 +17,8 @@ from on_tensors import NETWORKS, OnTensors, Split, accuracy, dense_weights, mnis
 from torch.nn.functional import cross_entropy
 
 from lightning_roulette import Calibration, LeastSquares, Tree, Wheel
+from lightning_roulette.network.lending import copy_into, named_tensors
 from lightning_roulette.network.zeros import ZeroHold
-from lightning_roulette.refit.traversal import copy_into, named_tensors
 from lightning_roulette.search.gradual import Cuts, Gradual
 
 EPOCHS, FIRST, BATCH, RATE, INPUTS = 30, 6, 100, 2e-3, 10_000

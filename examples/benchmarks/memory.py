@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, prunable_parameters, search
-from lightning_roulette.mask.mask import applied
+from lightning_roulette.network.lending import applied
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore")

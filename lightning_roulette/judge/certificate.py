@@ -15,25 +15,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
 
 import torch
 from torch import Tensor
 
+from lightning_roulette.report.report import Method
 from lightning_roulette.wheel.chance import random_bits, stream
 
 _LEAST = 2.0**-1022  # no p-value is smaller: the smallest normal float64
 _RESAMPLES, _FEW_RESAMPLES = 200, 50
 _BLOCKS = 200
 _PRIOR_SQUARES = 4.0
-
-
-class Method(Enum):
-    """How a p-value arises; the value is a sentence."""
-
-    BETTING = "Exact: a betting bound on the differences between the two networks, sample by sample."
-    BOOTSTRAP = "Approximate: a paired bootstrap of the metric over the samples."
-    STUDENT = "Approximate: a t-test on the differences between the two networks, batch by batch."
 
 
 @dataclass(frozen=True, eq=False)

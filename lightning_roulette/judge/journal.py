@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.judge.certificate import Batches, Outcomes, Resamples, Singles
-from lightning_roulette.judge.evaluator import Evaluator, PrunedWeights
+from lightning_roulette.judge.evaluator import Evaluator
 from lightning_roulette.large.shards import local
+from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.report.report import Scores
 
 _Answer = tuple[Scores, Outcomes | None]

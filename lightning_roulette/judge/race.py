@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lightning_roulette.judge.evaluator import Judge, PrunedWeights
+from lightning_roulette.judge.evaluator import Judge
 from lightning_roulette.judge.selection import best_of
 from lightning_roulette.mask.mask import Mask
+from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.report.report import Candidate, Scores
 
 # What the masks of a branch that are kept may take; others are drawn again, but for the last.

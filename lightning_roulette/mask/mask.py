@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -230,55 +229,6 @@ def _fill(tensor: Tensor, kept: Tensor | Bits) -> None:
         part.masked_fill_(gone, 0)
 
 
-@contextmanager
-def applied(mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside the block the pruned weights are zero; after it, every weight is bit for bit what it was.
-
-    Values are written in place. Of a small tensor all are set aside meanwhile, which is quicker, else those removed.
-    """
-    kept = {name: ours for name, ours in _as_they_lie(mask) if _is_small(ours) or _count(ours) < ours.numel()}
-    dense = {name: weights[name].detach() for name in kept}
-    aside = {name: _set_aside(dense[name], kept[name]) for name in kept}
-
-    def give_back() -> None:
-        for name, values in aside.items():
-            _put_back(dense[name], kept[name], values)
-
-    try:
-        for name, ours in kept.items():
-            _fill(dense[name], ours)
-        yield
-    finally:
-        surely(give_back)
-
-
-def _set_aside(weight: Tensor, kept: Tensor | Bits) -> Tensor:
-    """What pruning overwrites: of a large tensor the removed values in order of index."""
-    if _is_small(kept):
-        return local(weight).clone()
-    if is_sharded(weight):
-        removed = sum(int(gone.count_nonzero()) for _, gone in _parts(weight, kept))
-    else:
-        removed = kept.numel() - _count(kept)
-    aside = local(weight).new_empty(removed)
-    place = 0
-    for part, gone in _parts(weight, kept):
-        values = part[gone]
-        aside[place : place + len(values)] = values
-        place += len(values)
-    return aside
-
-
-def _put_back(weight: Tensor, kept: Tensor | Bits, aside: Tensor) -> None:
-    if _is_small(kept):
-        local(weight).copy_(aside)
-        return
-    place = 0
-    for part, gone in _parts(weight, kept):
-        part.masked_scatter_(gone, aside[place:])
-        place += int(gone.count_nonzero())
-
-
 def _parts(tensor: Tensor, kept: Tensor | Bits) -> Iterator[tuple[Tensor, Tensor]]:
     """What this process holds of a tensor, a large one some rows at a time; and where each part is pruned."""
     ours = local(tensor)
@@ -341,15 +291,6 @@ def _within(one: Tensor | Bits, other: Tensor | Bits) -> bool:
     if isinstance(one, Bits) and isinstance(other, Bits):
         return not bool(one.but(other).packed.any())
     return bool((~_unpacked(one) | _unpacked(other)).all())
-
-
-def surely(action: Callable[[], None]) -> None:
-    """Do `action`, which may be repeated, to its end even when Ctrl-C arrives in the middle of it."""
-    try:
-        action()
-    except KeyboardInterrupt:
-        action()
-        raise
 
 
 class History:

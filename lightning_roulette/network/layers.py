@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_roulette.large.devices import with_float64
 from lightning_roulette.network.parameters import CONVOLUTIONS, LINEAR_MAPS, aliases, owners_of, parts_of_metrics
-from lightning_roulette.wheel.importance import with_float64
 
 # From the arguments of a module's forward to the input of one of its layers.
 Inputs = Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]

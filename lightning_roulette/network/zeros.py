@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,9 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_roulette.large.shards import is_sharded, local, part_of
 from lightning_roulette.mask.mask import fill_pruned
+from lightning_roulette.network.hooks import Removable
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> integers of its size
-
-
-class Removable(Protocol):
-    """What a torch hook leaves in the hand of the one who registered it."""
-
-    def remove(self) -> None:
-        """Take the hook off."""
-        ...
 
 
 class ZeroFill:

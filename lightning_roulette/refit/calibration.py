@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_roulette.mask.mask import Mask, fill_pruned
+from lightning_roulette.network.hooks import Enough
 from lightning_roulette.network.layers import Layer, channels
+from lightning_roulette.network.lending import copy_into, lent, named_tensors
 from lightning_roulette.network.samples import pieces_of
 from lightning_roulette.refit.least_squares import Moments, Spread, fitted, inverse_diagonals
 from lightning_roulette.refit.sensitivity import Sensitivity
-from lightning_roulette.refit.traversal import Enough, Given, Step, Steps, copy_into, lent, named_tensors
+from lightning_roulette.refit.traversal import Given, Step, Steps
 from lightning_roulette.settings import LeastSquares, Refit, refit_of
 
 _ROUNDING = 1e-9  # in the error of a layer that nothing was taken from, as a share of its outputs' mean square

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_roulette.large.devices import with_float64
+from lightning_roulette.network.hooks import Enough, listening
 from lightning_roulette.network.parameters import CONVOLUTIONS, LINEAR_MAPS, TRANSPOSED, aliases, owners_of
-from lightning_roulette.network.zeros import Removable
-from lightning_roulette.refit.traversal import Enough, every_call_seen
 from lightning_roulette.wheel.chance import random_bits, stream
-from lightning_roulette.wheel.importance import with_float64
 
 _SHARE = 1 / 2  # of the inputs: see Sensitivity.scales
 
@@ -259,22 +258,3 @@ def _nearest(prefix: str, parts: dict[str, nn.Module], called: set[nn.Module]) -
 
 def _count(calls: Counter[nn.Module], part: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
     calls[part] += 1
-
-
-def listening(
-    parts: Sequence[nn.Module] | dict[nn.Module, None],
-    meet: Callable[[nn.Module, tuple[Any, ...], Any], Any],
-    piece: Callable[[], object],
-) -> None:
-    """Run a network on some samples; `meet` is told of each call of these parts, and may give another output."""
-    hooks: list[Removable] = []
-    try:
-        for part in parts:
-            hooks.append(part.register_forward_hook(meet))
-        with every_call_seen(), torch.no_grad():
-            piece()
-    except Enough:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()

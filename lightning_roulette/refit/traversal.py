@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_roulette.mask.mask import surely
+from lightning_roulette.large.devices import with_float64
+from lightning_roulette.network.hooks import Enough, Removable, every_call_seen
 from lightning_roulette.network.layers import Layer, batch_norms_of, layers_of
-from lightning_roulette.network.zeros import Removable
+from lightning_roulette.network.lending import named_tensors
 from lightning_roulette.refit.least_squares import Moments
 from lightning_roulette.wheel.chance import random_bits, stream
-from lightning_roulette.wheel.importance import with_float64
 
 _HELD_BACK = 8  # the last of so many rows judge a fit
 _MOST_BYTES = 2**29  # of the dense network's outputs that are kept; those beyond are computed again
 
 # What a step is called with: arguments by place and by name.
 Given = tuple[tuple[Any, ...], Mapping[str, Any]]
-
-
-class Enough(BaseException):
-    """Ends a run of which the rest is not needed; no `except Exception` of the network stops it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,50 +241,3 @@ class Steps:
             kept_in = torch.promote_types(self.tensors[layer.name].dtype, torch.float32)
             found.append((rows.count, outputs.to(kept_in)))
         return tuple(found)
-
-
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of a network by all their names."""
-    return {**dict(module.named_buffers()), **dict(module.named_parameters(remove_duplicate=False))}
-
-
-@contextmanager
-def lent(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Inside the block the tensors may be written to; after it they are bit for bit what they were. Gives copies."""
-    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    try:
-        yield before
-    finally:
-        surely(lambda: copy_into(tensors, before))
-
-
-def copy_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Write values into tensors, in place."""
-    for name, value in values.items():
-        write(tensors[name], value)
-
-
-@torch.no_grad()
-def write(tensor: Tensor, value: Tensor) -> None:
-    """Write a value into a tensor, in place; of an expanded one into the entries that stand for all."""
-    if tensor.layout == torch.strided and 0 in tensor.stride():
-        for dim, step in enumerate(tensor.stride()):
-            if step == 0 and tensor.shape[dim] > 1:
-                tensor, value = tensor.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
-    tensor.copy_(value)
-
-
-@contextmanager
-def every_call_seen() -> Iterator[None]:
-    """Inside the block no network is run by fused or compiled code that calls no hook."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
-        if stance is None:
-            yield
-        else:
-            with stance("force_eager"):
-                yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)

@@ -9,7 +9,13 @@ from enum import Enum
 from statistics import median
 from typing import Any
 
-from lightning_roulette.judge.certificate import Method
+
+class Method(Enum):
+    """How a p-value arises; the value is a sentence."""
+
+    BETTING = "Exact: a betting bound on the differences between the two networks, sample by sample."
+    BOOTSTRAP = "Approximate: a paired bootstrap of the metric over the samples."
+    STUDENT = "Approximate: a t-test on the differences between the two networks, batch by batch."
 
 
 class StopReason(Enum):

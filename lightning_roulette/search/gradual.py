@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_roulette.judge.evaluator import Evaluator, Judge, PrunedWeights
+from lightning_roulette.judge.evaluator import Evaluator, Judge
 from lightning_roulette.judge.selection import keeps_floor
 from lightning_roulette.mask.mask import History, Mask
+from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.refit.calibration import Calibration
 from lightning_roulette.report.report import SearchReport, StopReason
 from lightning_roulette.search.growing import Growing, Observer

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lightning_roulette.judge.evaluator import PrunedWeights
 from lightning_roulette.mask.mask import Mask
+from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.refit.calibration import Calibration, Refitted, Survivors
 from lightning_roulette.search.winner import network_at
 from lightning_roulette.settings import LeastSquares, Refit

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from lightning_roulette.checks import check_count, check_group, check_number, check_seed
 from lightning_roulette.judge.evaluator import Evaluator, Judge
 from lightning_roulette.large.shards import Shards
 from lightning_roulette.mask.mask import Mask
@@ -27,20 +28,7 @@ from lightning_roulette.refit.calibration import Calibration
 from lightning_roulette.search.growing import Growing, Observer
 from lightning_roulette.search.refitting import Refitting
 from lightning_roulette.search.winner import Winner
-from lightning_roulette.settings import (
-    CALIBRATED,
-    Importance,
-    LeastSquares,
-    Refit,
-    Tree,
-    Validation,
-    Wheel,
-    check_count,
-    check_group,
-    check_number,
-    check_seed,
-    refit_of,
-)
+from lightning_roulette.settings import CALIBRATED, Importance, LeastSquares, Refit, Tree, Validation, Wheel, refit_of
 
 
 def search(

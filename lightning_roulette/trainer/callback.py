@@ -16,27 +16,18 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_roulette.judge.evaluator import Evaluator, PrunedWeights
+from lightning_roulette.checks import check_choice, check_epochs, check_words
+from lightning_roulette.judge.evaluator import Evaluator
 from lightning_roulette.judge.journal import Noted
 from lightning_roulette.mask.mask import History, Mask, breaks, fits
+from lightning_roulette.mask.pruned import PrunedWeights
+from lightning_roulette.network.lending import copy_into, named_tensors
 from lightning_roulette.refit.calibration import Calibration
-from lightning_roulette.refit.traversal import copy_into, named_tensors
 from lightning_roulette.report.report import SearchReport, StopReason
 from lightning_roulette.search.gradual import Cuts
 from lightning_roulette.search.search import check_search, search
 from lightning_roulette.search.winner import Winner, load
-from lightning_roulette.settings import (
-    CALIBRATED,
-    LeastSquares,
-    Refit,
-    Tree,
-    Validation,
-    Wheel,
-    check_choice,
-    check_epochs,
-    check_words,
-    refit_of,
-)
+from lightning_roulette.settings import CALIBRATED, LeastSquares, Refit, Tree, Validation, Wheel, refit_of
 from lightning_roulette.trainer.between_epochs import BetweenEpochs
 from lightning_roulette.trainer.data import FoldedData
 from lightning_roulette.trainer.evaluator import (

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric as TorchMetric
 
 from lightning_roulette.judge.certificate import Outcomes, too_few
-from lightning_roulette.judge.evaluator import PrunedWeights, divided
-from lightning_roulette.mask.mask import Mask, applied, fill_pruned
-from lightning_roulette.refit.traversal import copy_into, lent, named_tensors
+from lightning_roulette.judge.evaluator import divided
+from lightning_roulette.mask.mask import Mask, fill_pruned
+from lightning_roulette.mask.pruned import PrunedWeights
+from lightning_roulette.network.lending import applied, copy_into, lent, named_tensors
 from lightning_roulette.report.report import Scores
 from lightning_roulette.trainer.data import FOLDS, FoldedData, KeptData, StreamedData, dealt
 from lightning_roulette.trainer.isolation import IsolatedValidation, Logged

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lightning_roulette.large.shards import hold_shards_alone
 from lightning_roulette.mask.mask import Mask, apply_mask, breaks, fill_pruned, fits
+from lightning_roulette.network.lending import copy_into, named_tensors
 from lightning_roulette.network.parameters import aliases, prunable_parameters
 from lightning_roulette.network.zeros import ZeroHold
-from lightning_roulette.refit.traversal import copy_into, named_tensors
 from lightning_roulette.trainer.isolation import callbacks_of
 
 _log = logging.getLogger("lightning_roulette")

@@ -47,8 +47,7 @@ from torch.nn.parameter import UninitializedBuffer
 from torchmetrics import Metric, MetricCollection, MetricTracker
 
 from lightning_roulette.large.shards import hold_shards_alone
-from lightning_roulette.mask.mask import surely
-from lightning_roulette.refit.traversal import write
+from lightning_roulette.network.lending import surely, write
 
 _ABSENT = object()
 

@@ -24,11 +24,11 @@ from torch.utils.data import (
 )
 
 from lightning_roulette.mask.mask import Mask
+from lightning_roulette.network.hooks import listening
 from lightning_roulette.network.layers import batch_norms_of
 from lightning_roulette.network.parameters import parts_of_metrics
 from lightning_roulette.network.samples import bytes_of, joined, pieces_of, rows_of, tensors_of
 from lightning_roulette.refit.calibration import Calibration, Refitted
-from lightning_roulette.refit.sensitivity import listening
 from lightning_roulette.settings import Refit
 from lightning_roulette.trainer.data import rebuilt
 from lightning_roulette.trainer.evaluator import rounding

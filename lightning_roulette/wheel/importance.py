@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.large.bits import flat_part
+from lightning_roulette.large.devices import with_float64
 from lightning_roulette.settings import CALIBRATED, Importance
 
 HELD = 1 << 24  # weights of a network up to which numbers for each of them are held; of more they are made again
@@ -116,8 +117,3 @@ def lamp(weight: Tensor) -> Tensor:
     score = torch.zeros_like(squares)
     score[order] = (ascending / at_least.clamp(min=torch.finfo(torch.float64).tiny)).sqrt_()
     return score.view(weight.shape)
-
-
-def with_float64(tensor: Tensor) -> Tensor:
-    """The tensor on its own device, or on the CPU where that device (Apple's MPS) has no float64."""
-    return tensor.cpu() if tensor.device.type == "mps" else tensor

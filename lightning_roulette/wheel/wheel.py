@@ -12,12 +12,14 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from lightning_roulette.checks import check_choice, check_number, check_seed
 from lightning_roulette.large.bits import Bits, flat_part
+from lightning_roulette.large.devices import with_float64
 from lightning_roulette.large.shards import Shards
 from lightning_roulette.mask.mask import Mask
-from lightning_roulette.settings import SCOPES, check_choice, check_number, check_seed
+from lightning_roulette.settings import SCOPES
 from lightning_roulette.wheel.chance import log_clocks, moved, random_bits, stream, uniforms
-from lightning_roulette.wheel.importance import HELD, Magnitudes, with_float64
+from lightning_roulette.wheel.importance import HELD, Magnitudes
 
 # log E spans less than 42 (see chance.log_clocks); what lies further below the rest is always drawn before it.
 _BELOW_ALL = 64.0

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lightning_roulette.judge.certificate import (
     Batches,
-    Method,
     Resamples,
     Singles,
     log_wealth,
@@ -21,6 +20,7 @@ from lightning_roulette.judge.certificate import (
     samples_needed,
     t_tail,
 )
+from lightning_roulette.report.report import Method
 
 
 def chance(seed: int) -> torch.Generator:

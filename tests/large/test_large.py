@@ -23,6 +23,7 @@ from lightning_roulette.large.bits import Bits
 from lightning_roulette.large.copies import OnDisk
 from lightning_roulette.mask import mask as masks
 from lightning_roulette.mask.mask import History
+from lightning_roulette.network.lending import applied
 from lightning_roulette.trainer import evaluator as scoring
 from lightning_roulette.wheel import importance, wheel
 from lightning_roulette.wheel.importance import Magnitudes, importance_of, magnitude, weighed
@@ -214,11 +215,11 @@ def test_only_what_is_removed_is_set_aside(large, monkeypatch):
 
     monkeypatch.setattr(masks, "_put_back", tell)
     mask = Mask({name: torch.arange(one.numel()).view(one.shape) % 4 > 0 for name, one in weights.items()})
-    with masks.applied(mask, weights):
+    with applied(mask, weights):
         assert not weights["turned"][~mask["turned"]].any()
     assert sizes == [math.ceil(one.numel() / 4) for one in weights.values()]
     sizes.clear()
-    with masks.applied(Mask.full(weights), weights):
+    with applied(Mask.full(weights), weights):
         assert equal(weights, network())
     assert sizes == []
 

@@ -15,6 +15,7 @@ from lightning_roulette import Mask
 from lightning_roulette.large.bits import Bits
 from lightning_roulette.large.shards import Shards, hold_shards_alone, is_sharded, local, part_of, start_of
 from lightning_roulette.mask import mask as masks
+from lightning_roulette.network.lending import applied
 from lightning_roulette.network.zeros import ZeroFill
 from lightning_roulette.wheel import wheel
 from lightning_roulette.wheel.chance import moved, random_bits
@@ -218,7 +219,7 @@ def test_a_part_is_pruned_and_given_back_bit_for_bit(most):
         for rank in range(5):
             before = whole.chunk(4)[rank] if rank < 4 else whole[:0]
             ours = Distributed(whole.clone(), rank, 5 if rank == 4 else 4, (Shard(0),))
-            with masks.applied(mask, {"": ours}):
+            with applied(mask, {"": ours}):
                 assert torch.equal(ours.held, before.where(before.remainder(3) == 0, 0))
             assert torch.equal(ours.held, before)
             masks.fill_pruned({"": ours}, mask)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_roulette import Mask, apply_mask, sparsity
-from lightning_roulette.mask.mask import History, applied, fill_pruned, surely
+from lightning_roulette.mask.mask import History, fill_pruned
+from lightning_roulette.network.lending import applied, surely
 
 
 def mask_of(**kept) -> Mask:

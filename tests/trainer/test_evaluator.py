@@ -31,9 +31,10 @@ from lightning_roulette import (
     prunable_parameters,
     sparsity,
 )
-from lightning_roulette.judge.certificate import Batches, Method, Resamples, Singles, samples_needed
-from lightning_roulette.judge.evaluator import PrunedWeights
+from lightning_roulette.judge.certificate import Batches, Resamples, Singles, samples_needed
 from lightning_roulette.judge.race import rungs
+from lightning_roulette.mask.pruned import PrunedWeights
+from lightning_roulette.report.report import Method
 from lightning_roulette.trainer.isolation import IsolatedValidation
 from tests.support.modules import Blobs, blobs, train_loader, val_loader
 from tests.trainer.test_isolation import (

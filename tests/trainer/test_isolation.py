@@ -32,7 +32,7 @@ from torchmetrics import CatMetric, MeanMetric, Metric, MetricCollection, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
 
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, apply_mask, prunable_parameters, search
-from lightning_roulette.judge.evaluator import PrunedWeights
+from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.trainer import isolation as evaluation
 from lightning_roulette.trainer.evaluator import (
     OwnLoop,
