@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 
 from lightning_roulette.judge.evaluator import Judge
 from lightning_roulette.judge.selection import best_of
+from lightning_roulette.large.limits import limits
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.report.report import Candidate, Scores
-
-# What the masks of a branch that are kept may take; others are drawn again, but for the last.
-_KEPT_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ class Race:
             self._last = None  # one that is drawn takes the place of one that is not kept
             mask = self._spin(index)
             self._last = index, mask
-            if (len(self._masks) + 1) * mask.nbytes > _KEPT_BYTES:
+            if (len(self._masks) + 1) * mask.nbytes > limits().branch_mask_bytes:
                 return mask
             self._masks[index] = mask
         return self._masks[index]

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Entries that are packed or unpacked at a time; a multiple of 8.
-_BLOCK = 1 << 20
+from lightning_roulette.large.limits import limits
+
 # Eight bools seen as one int64: a product brings their bits together in its topmost byte, or a byte's bits apart.
 _TOGETHER, _APART = 0x0102040810204080, 0x8040201008040201 - 2**64
 if sys.byteorder == "big":
@@ -65,14 +65,17 @@ class Bits:
         """How many are True, from one that is a multiple of 8 to another, or to the last."""
         total = 0
         last = None if stop is None else -(-stop // 8)
-        for part in self.packed[start // 8 : last].split(_BLOCK):  # neighbouring bits are added, then pairs, then fours
+        for part in self.packed[start // 8 : last].split(
+            limits().packed_entries
+        ):  # neighbouring bits are added, then pairs, then fours
             pairs = part - ((part >> 1) & 0x55)
             fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
             total += int(((fours + (fours >> 4)) & 0x0F).sum(dtype=torch.int64))
         return total
 
-    def blocks(self, size: int = _BLOCK) -> Iterator[tuple[int, int]]:
-        """Where stretches of so many entries, a multiple of 8, begin and end."""
+    def blocks(self, size: int | None = None) -> Iterator[tuple[int, int]]:
+        """Start and end of each stretch of `size` entries, a multiple of 8; by default `limits().packed_entries`."""
+        size = limits().packed_entries if size is None else size
         return ((start, min(start + size, self.numel())) for start in range(0, self.numel(), size))
 
     def part(self, start: int, stop: int) -> Tensor:

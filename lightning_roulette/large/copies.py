@@ -11,17 +11,15 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.large.bits import flat_part
+from lightning_roulette.large.limits import limits
 from lightning_roulette.large.shards import is_sharded
-
-_BLOCK = 1 << 22  # entries that are written at a time
-_MOST_BYTES = 2**30  # of copies that are kept in memory
 
 
 def copies_of(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Copies on the CPU: in memory up to a gibibyte, else on disk if there is room; of shards where they are."""
     if any(is_sharded(tensor) for tensor in tensors.values()):
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    if sum(tensor.nbytes for tensor in tensors.values()) > _MOST_BYTES:
+    if sum(tensor.nbytes for tensor in tensors.values()) > limits().copied_bytes:
         try:
             return OnDisk(tensors)
         except OSError:  # no room, or no folder for temporary files
@@ -46,8 +44,8 @@ class OnDisk(Mapping[str, Tensor]):
         weakref.finalize(self, self._file.close)
         for name, tensor in tensors.items():
             self._starts[name] = self._file.tell()
-            for start in range(0, tensor.numel(), _BLOCK):
-                stop = min(start + _BLOCK, tensor.numel())
+            for start in range(0, tensor.numel(), limits().written_entries):
+                stop = min(start + limits().written_entries, tensor.numel())
                 self._file.write(_bytes_of(flat_part(tensor.detach(), start, stop).cpu()))
         self._file.flush()
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_roulette.large.bits import Bits, flat_part
-
-_BLOCK = 1 << 20  # entries that are packed at a time
+from lightning_roulette.large.limits import limits
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -141,8 +140,8 @@ class Shards:
         found = {name: Bits.filled(False, shape, own[name].device) for name, shape in shapes.items()}
         found = {name: Bits(bits.packed.clone(), bits.shape) for name, bits in found.items()}
         for name, kept in own.items():
-            for begin in range(0, kept.numel(), _BLOCK):
-                end = min(begin + _BLOCK, kept.numel())
+            for begin in range(0, kept.numel(), limits().packed_entries):
+                end = min(begin + limits().packed_entries, kept.numel())
                 found[name].put(self.spans[name][0] + begin, span_of(kept, begin, end))
         # no bit is that of two processes, so that none is carried
         total = self.add(torch.cat([bits.packed for bits in found.values()]))

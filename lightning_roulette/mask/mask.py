@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_roulette.large.bits import Bits, flat_part
+from lightning_roulette.large.limits import limits
 from lightning_roulette.large.shards import Shards, anywhere, hold_shards_alone, is_sharded, local, part_of, start_of
-
-_SMALL = 1 << 20  # entries of a tensor up to which speed counts for more than memory
-_ROWS = 1 << 20  # entries of a larger one that are looked at together
 
 
 class Mask(Mapping[str, Tensor]):
@@ -238,7 +236,7 @@ def _parts(tensor: Tensor, kept: Tensor | Bits) -> Iterator[tuple[Tensor, Tensor
     if not ours.numel():
         return
     start, row = start_of(tensor), ours[0].numel()
-    rows = max(1, _ROWS // row)
+    rows = max(1, limits().masked_entries // row)
     for first in range(0, len(ours), rows):
         part = ours[first : first + rows]
         flat = (start + first * row, start + first * row + part.numel())
@@ -270,7 +268,7 @@ def _plain(value: bool, weight: Tensor) -> Tensor:
 
 
 def _is_small(tensor: Tensor | Bits) -> bool:
-    return tensor.numel() <= _SMALL
+    return tensor.numel() <= limits().unpacked_entries
 
 
 def _unpacked(kept: Tensor | Bits) -> Tensor:

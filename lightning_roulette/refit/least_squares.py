@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_BLOCK_BYTES = 2**26  # of the systems solved together
+from lightning_roulette.large.limits import limits
+
 _LIKE = 0.8  # in size, as a share of the largest: smaller systems are padded to it
 _FEW = 0.7  # pruned inputs, as a share of those kept
 _TRACE = 1e-12
 _SAFE_DAMPING = 1e-6  # from which on an inverse in float64 is exact enough to be corrected
-_BLOCK_ROWS = 2**12  # of samples whose products are summed together
 
 
 class Moments:
@@ -49,7 +49,7 @@ class Moments:
             groups, inputs, outputs = x.shape[0], x.shape[2], y.shape[2]
             self.gram, self.cross = x.new_zeros(groups, inputs, inputs), x.new_zeros(groups, inputs, outputs)
             self.power = x.new_zeros(groups, outputs)
-        for xs, ys in zip(x.split(_BLOCK_ROWS, 1), y.split(_BLOCK_ROWS, 1), strict=True):
+        for xs, ys in zip(x.split(limits().gram_rows, 1), y.split(limits().gram_rows, 1), strict=True):
             self.gram.baddbmm_(xs.mT, xs)
             self.cross.baddbmm_(xs.mT, ys)
             self.power += ys.square().sum(1)
@@ -268,7 +268,7 @@ def _like_sized(sizes: Tensor, sharing: Tensor) -> Iterator[Tensor]:
         end, most = begin + 1, shared[begin]
         while end < len(known) and known[end] >= _LIKE * known[begin]:
             most = max(most, shared[end])
-            if (end + 1 - begin) * known[begin] * (known[begin] + most) * 8 > _BLOCK_BYTES:
+            if (end + 1 - begin) * known[begin] * (known[begin] + most) * 8 > limits().system_bytes:
                 break
             end += 1
         yield order[begin:end]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_roulette.large.devices import with_float64
+from lightning_roulette.large.limits import limits
 from lightning_roulette.network.hooks import Enough, Removable, every_call_seen
 from lightning_roulette.network.layers import Layer, batch_norms_of, layers_of
 from lightning_roulette.network.lending import named_tensors
@@ -18,7 +19,6 @@ from lightning_roulette.refit.least_squares import Moments
 from lightning_roulette.wheel.chance import random_bits, stream
 
 _HELD_BACK = 8  # the last of so many rows judge a fit
-_MOST_BYTES = 2**29  # of the dense network's outputs that are kept; those beyond are computed again
 
 # What a step is called with: arguments by place and by name.
 Given = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -223,7 +223,7 @@ class Steps:
                 if not any(self.calls[other, batch] for other in order):
                     self._leads.add(step)
                 self.calls[step, batch] += 1
-                if self._bytes < _MOST_BYTES:
+                if self._bytes < limits().dense_output_bytes:
                     outputs = self._outputs(step, batch, call, given)
                     self._bytes += sum(values.nbytes for _, values in outputs)
                     self._dense.setdefault((step, batch), []).append(outputs)

@@ -15,6 +15,7 @@ from torchmetrics import Metric as TorchMetric
 
 from lightning_roulette.judge.certificate import Outcomes, too_few
 from lightning_roulette.judge.evaluator import divided
+from lightning_roulette.large.limits import limits
 from lightning_roulette.mask.mask import Mask, fill_pruned
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.network.lending import applied, copy_into, lent, named_tensors
@@ -23,7 +24,6 @@ from lightning_roulette.trainer.data import FOLDS, FoldedData, KeptData, Streame
 from lightning_roulette.trainer.isolation import IsolatedValidation, Logged
 from lightning_roulette.trainer.metric import LOADER, Metric
 from lightning_roulette.trainer.outcomes import Call, batches_of, calls_of, is_mean, outcomes_of
-from lightning_roulette.wheel.importance import HELD
 
 
 class OwnLoop:
@@ -310,7 +310,9 @@ def _logs_the_same_without(
 ) -> bool:
     seen = validate(validation, data, folds).values
     some: list[Mapping[str, nn.Parameter]] = []
-    if sum(weight.numel() for weight in weights.values()) > HELD:  # all values of all would have to be set aside
+    if (
+        sum(weight.numel() for weight in weights.values()) > limits().held_weights
+    ):  # all values of all would have to be set aside
         some = [{name: weight} for name, weight in weights.items()]
     return all(_logs(seen, ours, validation, data, folds) for ours in (*some, weights))
 

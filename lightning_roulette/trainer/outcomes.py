@@ -22,10 +22,10 @@ from torchmetrics.classification import (
 )
 
 from lightning_roulette.judge.certificate import Batches, Outcomes, Resamples, Singles
+from lightning_roulette.large.limits import limits
 from lightning_roulette.network.samples import bytes_of, joined, rows_of, taken
 
 _CLOSE = 1e-5  # relative, between a score logged in float32 and the same computed in another way
-_MOST_BYTES = 2**30  # of recorded arguments; if there are more, nothing is recorded
 
 # Metrics that are a mean over samples if they average at all "micro", by the arguments that make one like them.
 _SAMPLEWISE: dict[type[Metric], tuple[str, ...]] = {
@@ -125,7 +125,7 @@ def _overheard(metric: Metric, heard: list[Call], loader: Callable[[], int | Non
                 given.update(named.items())
                 size += bytes_of(given)
                 heard.append(Call(given, loader()))
-                if size > _MOST_BYTES:
+                if size > limits().recorded_bytes:
                     heard.clear()
                 return original(*arguments, **named)
             finally:

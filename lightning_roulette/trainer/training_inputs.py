@@ -23,6 +23,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from lightning_roulette.large.limits import limits
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.hooks import listening
 from lightning_roulette.network.layers import batch_norms_of
@@ -35,13 +36,10 @@ from lightning_roulette.trainer.evaluator import rounding
 from lightning_roulette.trainer.isolation import IsolatedValidation
 from lightning_roulette.wheel.chance import random_bits, stream
 
-_MOST_BYTES = 2**28  # of all batches that are kept; at least one is
 _DRAINED = (
     "RouletteWheelPruning: the training data is {}, of which a refit would take batches away. Pass a DataLoader over a "
     "data set that can be read again, or refit=None."
 )
-_MOST_SAMPLES = 2**20  # that a sampler without a length is asked for
-_JOINED_BYTES = 2**25  # of several batches made one, which takes fewer runs
 
 
 class TrainerCalibration(Calibration):
@@ -122,7 +120,7 @@ def calibration_batches(trainer: Trainer, validation: IsolatedValidation, most: 
     size = 0
     for batch in validation.read_training(own_loader(trainer, seed), most, seed):
         size += bytes_of(batch)
-        if found and size > _MOST_BYTES:
+        if found and size > limits().calibration_bytes:
             break
         found.append(batch)
     if not found:
@@ -228,7 +226,7 @@ class _Reordered(Sampler[int]):
             source = cast(Any, self._sampler)
             return range(len(source.dataset if hasattr(source, "dataset") else source.data_source))
         # one that never ends tells no length
-        most = len(self._sampler) if isinstance(self._sampler, Sized) else _MOST_SAMPLES
+        most = len(self._sampler) if isinstance(self._sampler, Sized) else limits().sampled_indices
         given = list(islice(_copied(self._sampler, self._data), most))
         # in an order of their own, whatever epoch the sampler is at
         return sorted(given) if all(isinstance(one, int) for one in given) else given
@@ -262,7 +260,12 @@ def _fewer(
     size = 0
     for batch in batches:
         size += bytes_of(batch)
-        if groups and size <= _JOINED_BYTES and rows_of(batch) is not None and rows_of(groups[-1][-1]) is not None:
+        if (
+            groups
+            and size <= limits().joined_bytes
+            and rows_of(batch) is not None
+            and rows_of(groups[-1][-1]) is not None
+        ):
             groups[-1].append(batch)
         else:
             groups.append([batch])

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from lightning_roulette.large.bits import flat_part
 from lightning_roulette.large.devices import with_float64
+from lightning_roulette.large.limits import limits
 from lightning_roulette.settings import CALIBRATED, Importance
-
-HELD = 1 << 24  # weights of a network up to which numbers for each of them are held; of more they are made again
 
 
 class Magnitudes(Mapping[str, Tensor]):
@@ -70,7 +69,7 @@ def importance_of(
         assert scales is not None
         found = scales(kind)
         return {name: magnitude(weight.detach()) * found[name] for name, weight in weights.items()}
-    if kind == "magnitude" and sum(weight.numel() for weight in weights.values()) > HELD:
+    if kind == "magnitude" and sum(weight.numel() for weight in weights.values()) > limits().held_weights:
         return Magnitudes(weights)
     if not callable(kind):
         measure = {"magnitude": magnitude, "lamp": lamp}[kind]

@@ -15,19 +15,16 @@ from torch import Tensor
 from lightning_roulette.checks import check_choice, check_number, check_seed
 from lightning_roulette.large.bits import Bits, flat_part
 from lightning_roulette.large.devices import with_float64
+from lightning_roulette.large.limits import limits
 from lightning_roulette.large.shards import Shards
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.settings import SCOPES
 from lightning_roulette.wheel.chance import log_clocks, moved, random_bits, stream, uniforms
-from lightning_roulette.wheel.importance import HELD, Magnitudes
+from lightning_roulette.wheel.importance import Magnitudes
 
 # log E spans less than 42 (see chance.log_clocks); what lies further below the rest is always drawn before it.
 _BELOW_ALL = 64.0
-# Keys made at a time: on the CPU what a block writes stays in the processor's cache.
-_BLOCK, _BLOCK_OFF_CPU = 1 << 16, 1 << 22
-_SMALL = 1 << 12  # survivors up to which no threshold is guessed: all keys are kept and compared
 _ALMOST, _ROUNDING = 1 - 2.0**-20, 1e-6
-_TOGETHER = 1 << 20  # weights up to which parameters are treated as one, and a first spin's threshold is kept
 _ALL = slice(0, None)
 _SIGMAS = 5.0  # how far about its guess a threshold is first looked for
 
@@ -105,7 +102,7 @@ class Sectors:
         check_choice("scope", scope, SCOPES)
         self.parent = _with_float64(parent)
         self.sharpness, self.scope, self._shards = sharpness, scope, shards
-        make = _long_arcs if self.parent.size > HELD else _arcs
+        make = _long_arcs if self.parent.size > limits().held_weights else _arcs
         if shards is None:
             arcs = make(importance, self.parent, sharpness)
         else:
@@ -394,7 +391,7 @@ class _Wheel:
         # as one: with small parameters it is the number of operations that takes the time
         self._joint = _joined([arc for arc in arcs.values() if isinstance(arc, _Arc)]) if _are_few(arcs) else None
         self._arcs = dict(arcs) if self._joint is None else {"": self._joint}
-        self._sample = _sample(self._arcs) if self.count > _SMALL else {}
+        self._sample = _sample(self._arcs) if self.count > limits().compared_keys else {}
         self._guess: _Guess | None = None
 
     def spin(self, draws: int, streams: Mapping[str, int]) -> Mapping[str, Tensor | Bits]:
@@ -418,7 +415,7 @@ class _Wheel:
             cuts += (arc.cut(streams[name], low, high) for name, arc in self._arcs.items())
             sigmas, missing = 2 * sigmas, draws - (self.count - sum(cut.staying for cut in cuts))
         drawn = _smallest([cut.keys for cut in cuts], missing)
-        if self._joint is not None and streams[""] is not None and self.count > _SMALL:
+        if self._joint is not None and streams[""] is not None and self.count > limits().compared_keys:
             self._guess = _guess(self._joint.terms, cuts[0].keys.sort().values, missing, draws)
         return {name: cut.remove(near) for name, cut, near in zip(self._arcs, cuts, drawn, strict=True)}
 
@@ -547,7 +544,11 @@ def _guess(terms: Tensor, ascending: Tensor, rank: int, draws: int) -> _Guess | 
 def _are_few(arcs: Mapping[str, _Arc | _LongArc]) -> bool:
     """Whether parameters are taken as one: they have few weights in all, all of them held on one device."""
     held = all(isinstance(arc, _Arc) for arc in arcs.values())
-    return held and sum(arc.size for arc in arcs.values()) <= _TOGETHER and len({a.device for a in arcs.values()}) == 1
+    return (
+        held
+        and sum(arc.size for arc in arcs.values()) <= limits().joint_weights
+        and len({a.device for a in arcs.values()}) == 1
+    )
 
 
 def _joined(arcs: Sequence[_Arc]) -> _Arc:
@@ -585,7 +586,7 @@ def _bracket(sampled: Sequence[Tensor], share: float, sigmas: float) -> tuple[fl
 
 
 def _block_on(device: torch.device) -> int:
-    return _BLOCK if device.type == "cpu" else _BLOCK_OFF_CPU
+    return limits().block_keys if device.type == "cpu" else limits().block_keys_off_cpu
 
 
 def _shaped(kept: Tensor | Bits, shape: torch.Size) -> Tensor | Bits:

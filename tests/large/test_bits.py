@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_roulette.large import bits
 from lightning_roulette.large.bits import Bits, flat_part
+from lightning_roulette.large.limits import limited
 
 bools = st.lists(st.booleans(), max_size=150)
 each = settings(max_examples=100, deadline=None, derandomize=True)
@@ -26,7 +25,7 @@ def some(size: int, seed: int = 0) -> torch.Tensor:
 @given(values=bools, block=st.sampled_from([8, 64, 1 << 20]))
 def test_entries_are_bits_from_the_lowest_and_the_rest_of_the_last_byte_is_zero(values, block):
     tensor = torch.tensor(values, dtype=torch.bool)
-    with patch.object(bits, "_BLOCK", block):
+    with limited(packed_entries=block):
         packed = Bits.of(tensor)
         assert packed.packed.tolist() == np.packbits(np.array(values, dtype=bool), bitorder="little").tolist()
         assert torch.equal(packed.unpacked(), tensor)
@@ -85,7 +84,7 @@ def test_equal_bits_of_another_shape_are_not_equal():
 def test_memory_format_and_place_do_not_matter():
     last = some(2 * 3 * 4 * 5).view(2, 3, 4, 5).to(memory_format=torch.channels_last)
     turned, behind = some(60).view(6, 10).T, some(61)[1:]
-    with patch.object(bits, "_BLOCK", 8):
+    with limited(packed_entries=8):
         for tensor in (last, turned, behind):
             assert torch.equal(Bits.of(tensor).unpacked(), tensor)
 

@@ -16,18 +16,15 @@ import pytest
 import torch
 
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, Wheel, Winner, apply_mask, search
-from lightning_roulette.judge import race
-from lightning_roulette.large import bits
-from lightning_roulette.large import copies as on_disk
 from lightning_roulette.large.bits import Bits
 from lightning_roulette.large.copies import OnDisk
-from lightning_roulette.mask import mask as masks
 from lightning_roulette.mask.mask import History
+from lightning_roulette.network import lending
 from lightning_roulette.network.lending import applied
-from lightning_roulette.trainer import evaluator as scoring
 from lightning_roulette.wheel import importance, wheel
 from lightning_roulette.wheel.importance import Magnitudes, importance_of, magnitude, weighed
 from tests.support.evaluators import Logged, noise
+from tests.support.limits import set_limits
 from tests.support.modules import Blobs, train_loader, val_loader
 
 WEIGHTS = ("net.0.weight", "net.2.weight")
@@ -38,15 +35,16 @@ def large(monkeypatch):
     """A function after which networks of any size are large ones, in many blocks."""
 
     def make_large() -> None:
-        monkeypatch.setattr(bits, "_BLOCK", 64)
-        monkeypatch.setattr(masks, "_SMALL", 0)
-        monkeypatch.setattr(masks, "_ROWS", 50)
-        monkeypatch.setattr(importance, "HELD", 0)
-        monkeypatch.setattr(wheel, "HELD", 0)
-        monkeypatch.setattr(wheel, "_BLOCK", 64)
-        monkeypatch.setattr(race, "_KEPT_BYTES", 0)
-        monkeypatch.setattr(on_disk, "_MOST_BYTES", 0)
-        monkeypatch.setattr(scoring, "HELD", 0)
+        set_limits(
+            monkeypatch,
+            packed_entries=64,
+            unpacked_entries=0,
+            masked_entries=50,
+            held_weights=0,
+            block_keys=64,
+            branch_mask_bytes=0,
+            copied_bytes=0,
+        )
 
     return make_large
 
@@ -207,13 +205,13 @@ def test_a_plain_mapping_prunes_a_large_network(large):
 def test_only_what_is_removed_is_set_aside(large, monkeypatch):
     weights, sizes = network(), []
     large()
-    put_back = masks._put_back
+    put_back = lending._put_back
 
     def tell(weight, kept, aside):
         sizes.append(aside.numel())
         put_back(weight, kept, aside)
 
-    monkeypatch.setattr(masks, "_put_back", tell)
+    monkeypatch.setattr(lending, "_put_back", tell)
     mask = Mask({name: torch.arange(one.numel()).view(one.shape) % 4 > 0 for name, one in weights.items()})
     with applied(mask, weights):
         assert not weights["turned"][~mask["turned"]].any()
@@ -245,7 +243,7 @@ def test_no_mask_is_drawn_twice_in_a_row(large, monkeypatch):
 
 
 def test_copies_on_disk_are_what_was_copied(monkeypatch):
-    monkeypatch.setattr(on_disk, "_BLOCK", 16)
+    set_limits(monkeypatch, written_entries=16)
     weights = network(torch.bfloat16) | {"nan": torch.tensor([math.nan, -0.0]), "none": torch.empty(0, 3)}
     there = OnDisk(weights)
     before = {name: weight.clone() for name, weight in weights.items()}
@@ -305,14 +303,14 @@ def test_the_callback_prunes_a_large_network_as_a_small_one(make_trainer, tmp_pa
 def test_a_large_network_is_never_set_aside_whole_to_see_whether_validation_sees_it(
     make_trainer, tmp_path, large, monkeypatch
 ):
-    whole, sizes = masks._set_aside, []
+    whole, sizes = lending._set_aside, []
 
     def tell(weight, kept):
         sizes.append(len(values := whole(weight, kept)))
         return values
 
     large()
-    monkeypatch.setattr(masks, "_set_aside", tell)
+    monkeypatch.setattr(lending, "_set_aside", tell)
     fitted(make_trainer, tmp_path)
     assert sizes[0] == 16 * 24  # the first parameter, whole
     assert sizes.count(24 * 10) == 0

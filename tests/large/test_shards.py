@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,11 +12,11 @@ from torch import nn
 
 from lightning_roulette import Mask
 from lightning_roulette.large.bits import Bits
+from lightning_roulette.large.limits import limited
 from lightning_roulette.large.shards import Shards, hold_shards_alone, is_sharded, local, part_of, start_of
 from lightning_roulette.mask import mask as masks
 from lightning_roulette.network.lending import applied
 from lightning_roulette.network.zeros import ZeroFill
-from lightning_roulette.wheel import wheel
 from lightning_roulette.wheel.chance import moved, random_bits
 from lightning_roulette.wheel.importance import Magnitudes, magnitude
 from lightning_roulette.wheel.wheel import Sectors
@@ -103,9 +102,8 @@ def test_a_wheel_that_makes_all_again_block_by_block_finds_the_same(sharpness):
     weights = network([301, 77], "zeros", 1)
     parent = partly(weights, 0.3)
     with (
-        patch.object(wheel, "HELD", 100),
-        patch.object(masks, "_SMALL", 50),
-        patch.object(wheel, "_BLOCK", 64),
+        limited(held_weights=100, unpacked_entries=50),
+        limited(block_keys=64),
     ):
         packed = Mask(dict(parent))
         assert all(isinstance(one, Bits) for one in packed.stored.values())
@@ -121,7 +119,7 @@ def test_zeros_race_one_another_wherever_the_smallest_weight_lies(sharpness, hel
     weights = {"layer": torch.randn(80, 5, generator=torch.Generator().manual_seed(0))}
     weights["layer"][:, 2:] = 0
     weights["layer"][0, 0] = 1e-30  # of the first process
-    with patch.object(wheel, "HELD", held):
+    with limited(held_weights=held):
         for draws in (20, 120, 239, 240, 241):
             alone, found = spun(weights, Mask.full(weights), draws, ranks=3, sharpness=sharpness)
             assert found == [alone] * 3
@@ -213,7 +211,7 @@ def test_a_part_is_pruned_and_given_back_bit_for_bit(most):
     """Also of a packed mask, a few rows at a time."""
     whole = torch.arange(1.0, 36.0).view(7, 5)
     kept = {"": whole.remainder(3) == 0}
-    with patch.object(masks, "_SMALL", most), patch.object(masks, "_ROWS", 5):
+    with limited(unpacked_entries=most, masked_entries=5):
         mask = Mask(kept)
         assert isinstance(mask.stored[""], Bits) == (most == 4)
         for rank in range(5):

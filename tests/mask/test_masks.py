@@ -16,6 +16,7 @@ from torch import nn
 from lightning_roulette import Mask, apply_mask, sparsity
 from lightning_roulette.mask.mask import History, fill_pruned
 from lightning_roulette.network.lending import applied, surely
+from tests.support.limits import set_limits
 
 
 def mask_of(**kept) -> Mask:
@@ -253,7 +254,7 @@ def test_a_network_is_given_back_when_pruning_it_fails_halfway(monkeypatch, time
 
 @pytest.mark.parametrize("small", [0, 4, 1 << 20])
 def test_what_is_set_aside_whole_and_what_in_part_both_come_back(monkeypatch, small):
-    monkeypatch.setattr("lightning_roulette.mask.mask._SMALL", small)
+    set_limits(monkeypatch, unpacked_entries=small)
     weights = odd_weights()
     before, mask = bits_of(weights), every_other(weights)
     with applied(mask, weights):

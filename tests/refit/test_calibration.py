@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.parameters import prunable_parameters
-from lightning_roulette.refit import traversal as steps
 from lightning_roulette.refit.calibration import Calibration, Survivors
 from lightning_roulette.refit.least_squares import Moments
 from lightning_roulette.settings import LeastSquares, Refit
+from tests.support.limits import set_limits
 
 WORSE = "the fit is worse than none on rows held back from it"
 
@@ -334,7 +334,7 @@ class Repeated(nn.Module):
 @torch.no_grad()
 @pytest.mark.parametrize("most_bytes", [0, 2**29])
 def test_a_layer_called_twice_is_fitted_to_both_calls(most_bytes, monkeypatch):
-    monkeypatch.setattr(steps, "_MOST_BYTES", most_bytes)
+    set_limits(monkeypatch, dense_output_bytes=most_bytes)
     net, batches = known(Repeated()), [numbers(40, 5, seed=seed) for seed in range(3)]
     mask = mask_of(net, 0.6)
     found = Calibration(net, batches).refit(mask, LeastSquares(damping=1e-4))
@@ -417,7 +417,7 @@ def test_outputs_computed_again_are_those_kept(kind, most_bytes, monkeypatch):
     net, batches = network_and_batches(kind)
     mask = mask_of(net, without=UNSEEN)
     kept = Calibration(net, batches).refit(mask, LeastSquares())
-    monkeypatch.setattr(steps, "_MOST_BYTES", most_bytes)
+    set_limits(monkeypatch, dense_output_bytes=most_bytes)
     again = Calibration(net, batches)
     for _ in range(2):
         assert alike(again.refit(mask, LeastSquares()), kept)
@@ -534,7 +534,7 @@ class Trap(nn.Module):
 @pytest.mark.parametrize("most_bytes", [0, 2**29])
 @pytest.mark.parametrize("passes", [0, 1, 3, 4, 6])
 def test_a_forward_that_raises_leaves_the_network_as_it_was(passes, most_bytes, monkeypatch):
-    monkeypatch.setattr(steps, "_MOST_BYTES", most_bytes)
+    set_limits(monkeypatch, dense_output_bytes=most_bytes)
     net, batches = network_and_batches("conv")
     net.insert(5, Trap())
     mask, calibration = mask_of(unlike(net)), Calibration(net, batches)
@@ -659,7 +659,7 @@ class Choosy(nn.Module):
 @pytest.mark.parametrize("most_bytes", [0, 2**29])
 @pytest.mark.parametrize("sizes", [(48, 40, 48), (48, 48, 40)])
 def test_a_layer_may_be_called_on_some_batches_only(sizes, most_bytes, monkeypatch):
-    monkeypatch.setattr(steps, "_MOST_BYTES", most_bytes)
+    set_limits(monkeypatch, dense_output_bytes=most_bytes)
     net, batches = known(Choosy()), [related(size, 4, seed=seed) for seed, size in enumerate(sizes)]
     mask = mask_of(net)
     found = Calibration(net, batches).refit(mask, LeastSquares())
@@ -690,7 +690,7 @@ class Fickle(nn.Module):
 @pytest.mark.parametrize("least", [0, 1])
 @pytest.mark.parametrize("most_bytes", [0, 2**29])
 def test_a_network_that_calls_a_layer_less_when_pruned_is_not_waited_for(least, most_bytes, monkeypatch):
-    monkeypatch.setattr(steps, "_MOST_BYTES", most_bytes)
+    set_limits(monkeypatch, dense_output_bytes=most_bytes)
     net, batches = known(Fickle(rows=False)), [related(40, 4, seed=seed) for seed in range(3)]
     net.least = least
     mask = Mask({**mask_of(net), "a.weight": torch.zeros(4, 4, dtype=torch.bool)})

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lightning_roulette.refit import least_squares
 from lightning_roulette.refit.least_squares import Moments, Spread, fitted, inverse_diagonals
+from tests.support.limits import set_limits
 
 
 def rows_of(seed: int, groups=2, rows=60, inputs=9, outputs=5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -120,7 +121,7 @@ def test_small_blocks_change_nothing(damping, monkeypatch):
     kept = some_kept(7, start.shape, 0.5)
     moments = moments_of(x, y)
     whole = fitted(moments, start, kept, damping), inverse_diagonals(moments.gram, kept, damping)
-    monkeypatch.setattr(least_squares, "_BLOCK_BYTES", 1)
+    set_limits(monkeypatch, system_bytes=1)
     alone = fitted(moments, start, kept, damping), inverse_diagonals(moments.gram, kept, damping)
     assert all(torch.allclose(one, other, rtol=1e-10, atol=1e-10) for one, other in zip(whole, alone, strict=True))
 
@@ -252,7 +253,7 @@ def test_moments_are_sums_over_rows(groups):
 def test_rows_may_be_added_in_pieces(cuts, block, monkeypatch):
     x, y, maps = rows_of(0)
     whole, pieces = moments_of(x, y), Moments()
-    monkeypatch.setattr(least_squares, "_BLOCK_ROWS", block)
+    set_limits(monkeypatch, gram_rows=block)
     for xs, ys in zip(x.split(cuts, 1), y.split(cuts, 1), strict=True):
         pieces.add(xs, ys)
     assert pieces.rows == whole.rows == 60

@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lightning_roulette import Mask, spin
+from lightning_roulette.large.limits import limited, limits
 from lightning_roulette.wheel import wheel
 from lightning_roulette.wheel.chance import log_clocks, stream
 from lightning_roulette.wheel.wheel import Sectors, layer_shares
+from tests.support.limits import set_limits
 
 FALSE_ALARM = 1e-5
 
@@ -149,7 +151,7 @@ def test_scale_of_importance_does_not_matter(sharpness, power):
 @pytest.mark.parametrize("sharpness", [1e-9, 0.5, 1.0, 4.0, 50.0, math.inf])
 @pytest.mark.parametrize("held", [0, 1 << 24])
 def test_zeros_are_drawn_before_everything_else(monkeypatch, held, sharpness):
-    monkeypatch.setattr(wheel, "HELD", held)
+    set_limits(monkeypatch, held_weights=held)
     importance = torch.tensor([3.0, 0.0, 1e-30, 0.0, 1e30, 0.0])
     for seed in range(20):
         assert draw(importance, 3, sharpness=sharpness, seed=seed) == [1, 3, 5]
@@ -263,7 +265,7 @@ def test_a_weight_rings_at_its_time_whoever_else_is_on_the_wheel():
 
 @pytest.mark.parametrize("held", [0, 1 << 24])
 def test_spinning_changes_nothing_it_is_given(monkeypatch, held):
-    monkeypatch.setattr(wheel, "HELD", held)
+    set_limits(monkeypatch, held_weights=held)
     importance, survivors = torch.linspace(0, 1, 50, dtype=torch.float64), torch.arange(50) % 3 > 0
     before = importance.clone(), survivors.clone()
     spin(importance, survivors, 20, sharpness=2.0, seed=0)
@@ -344,8 +346,8 @@ def test_blocks_and_guesses_draw_as_sorting_all_keys_does(
     parent = some_of(weights, alive)
     draws = round(share * parent.survivors)
     # where nothing is held, blocks are of whole bytes
-    sizes = {"HELD": wheel.HELD, "_BLOCK": block} if held else {"HELD": 0, "_BLOCK": 8 * block}
-    with patch.multiple(wheel, _SMALL=3, _SIGMAS=sigmas, _TOGETHER=together, **sizes):
+    sizes = {"block_keys": block} if held else {"held_weights": 0, "block_keys": 8 * block}
+    with patch.object(wheel, "_SIGMAS", sigmas), limited(compared_keys=3, joint_weights=together, **sizes):
         mask = Sectors(weights, parent, sharpness=sharpness).spin(draws, seed=0, level=1, candidate=candidate)
     assert mask == sorted_out(weights, parent, draws, sharpness=sharpness, candidate=candidate)
     assert mask.survivors == parent.survivors - draws
@@ -358,8 +360,7 @@ def test_blocks_and_guesses_draw_as_sorting_all_keys_does(
 def test_large_layers_of_different_size_draw_as_sorting_all_keys_does(
     monkeypatch, together, held, dtype, alive, sharpness
 ):
-    monkeypatch.setattr(wheel, "_TOGETHER", together)
-    monkeypatch.setattr(wheel, "HELD", held)
+    set_limits(monkeypatch, joint_weights=together, held_weights=held)
     # one of several blocks, one that ends with its block, one cut short; narrow types tie a great deal
     sizes = {"few": (3,), "longer": (131_075,), "even": (65_536,), "none": (0,), "short": (40_000,)}
     weights = {name: values.to(dtype) for name, values in network(**sizes).items()}
@@ -454,7 +455,7 @@ def test_few_keys_are_kept_and_few_made_twice(sharpness):
             sectors.spin(count // 5, seed=0, level=1, candidate=candidate)
     assert max(kept) < 0.04 * count
     assert sum(made) < 3 * 1.06 * count
-    assert max(made) <= wheel._BLOCK
+    assert max(made) <= limits().block_keys
 
 
 @pytest.mark.parametrize(
@@ -463,7 +464,7 @@ def test_few_keys_are_kept_and_few_made_twice(sharpness):
 )
 @pytest.mark.parametrize("held", [0, 1 << 24])
 def test_masks_never_change_between_releases(monkeypatch, held, sharpness, digest):
-    monkeypatch.setattr(wheel, "HELD", held)
+    set_limits(monkeypatch, held_weights=held)
     weights = {"a": (torch.arange(150_000) * 7919 % 65_537 / 65_537).view(300, 500), "b": torch.linspace(0, 1, 50_000)}
     sectors = Sectors(weights, Mask.full(weights), sharpness=sharpness)
     parent = sectors.spin(40_000, seed=7, level=1, candidate=3)
@@ -476,7 +477,7 @@ def test_masks_never_change_between_releases(monkeypatch, held, sharpness, diges
 @pytest.mark.parametrize("sharpness", [0.0, 2.0, math.inf])
 @pytest.mark.parametrize("held", [0, 1 << 24])
 def test_memory_format_does_not_matter(monkeypatch, held, scope, sharpness):
-    monkeypatch.setattr(wheel, "HELD", held)
+    set_limits(monkeypatch, held_weights=held)
     plain = network(conv=(6, 4, 3, 3), fc=(20, 30))
     turned = {"conv": plain["conv"].to(memory_format=torch.channels_last), "fc": plain["fc"].T.contiguous().T}
     assert not turned["conv"].is_contiguous()
@@ -576,7 +577,7 @@ def test_shares_are_within_one_weight_of_proportion(survivors, share):
 @pytest.mark.parametrize("sharpness", [1.0, math.inf])
 @pytest.mark.parametrize("held", [0, 1 << 24])
 def test_spin_refuses(monkeypatch, held, changed, message, sharpness):
-    monkeypatch.setattr(wheel, "HELD", held)
+    set_limits(monkeypatch, held_weights=held)
     valid = {"importance": torch.ones(3), "survivors": everything(3), "draws": 2, "sharpness": sharpness}
     assert int(spin(**valid, seed=0).sum()) == 2
     with pytest.raises(ValueError, match=message):
