@@ -23,14 +23,14 @@ def draw(report: SearchReport, path: Path) -> None:
     axes.plot(
         [1 - one.sparsity for one in failed], [one.score for one in failed], "x", color="tab:red", label="failed level"
     )
-    judged = [level for level in kept if level.gated is not None]
-    gated = [report.gated_dense, *(level.gated for level in judged)]
+    judged = [level for level in kept if level.held_out_score is not None]
+    held_out = [report.held_out_dense, *(level.held_out_score for level in judged)]
     axes.plot(
-        [1.0, *(1 - level.sparsity for level in judged)], gated, marker="s", ms=3, label="on the confirmation data"
+        [1.0, *(1 - level.sparsity for level in judged)], held_out, marker="s", ms=3, label="on the held-out half"
     )
     axes.axhline(report.floor, color="gray", lw=1, label="floor")
-    if report.gated_floor is not None:
-        axes.axhline(report.gated_floor, color="gray", lw=1, ls=":", label="floor on the confirmation data")
+    if report.held_out_floor is not None:
+        axes.axhline(report.held_out_floor, color="gray", lw=1, ls=":", label="floor on the held-out half")
     axes.axvline(1 - report.sparsity, color="black", lw=0.5, label="winner")
     axes.set(xscale="log", xlabel="share of the weights left", ylabel=f"{report.monitor} (validation data)")
     axes.invert_xaxis()

@@ -140,8 +140,8 @@ def run(name: str, seed: int, data: dict[str, Split], recipe: Recipe, tolerance:
     return {
         "left": 1 - report.sparsity,
         "test": accuracy(module.net, data["test"]),
-        "floor": report.gated_floor,
-        "judged": report.winner.gated if report.winner else None,
+        "floor": report.held_out_floor,
+        "judged": report.winner.held_out_score if report.winner else None,
         "dense_test": accuracy(before.net, data["test"]),
         "dense_to_the_end": accuracy(trained(name, seed, data, recipe).net, data["test"]) if dense else None,
         "levels": len(report.levels),

@@ -66,7 +66,7 @@ class OnTensors:
 
     def _scores(self, hits: Tensor, losses: Tensor) -> Scores:
         right, loss = float(hits.mean()), float(losses.mean())
-        return Scores(rank=right, floor=right) if self.by_accuracy else Scores(rank=-loss, floor=right, tiebreak=right)
+        return Scores(rank=right, score=right) if self.by_accuracy else Scores(rank=-loss, score=right, tiebreak=right)
 
     @torch.no_grad()
     def _judged(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Tensor, Tensor]:

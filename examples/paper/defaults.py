@@ -71,11 +71,11 @@ class ByScore(OnPart):
 
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
         scores = super().__call__(candidate, folds)
-        return replace(scores, rank=scores.floor)
+        return replace(scores, rank=scores.score)
 
     def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, object]:
         scores, outcomes = super().recorded(candidate, folds)
-        return replace(scores, rank=scores.floor), outcomes
+        return replace(scores, rank=scores.score), outcomes
 
 
 def measured(case: Case, variant: str) -> Row:

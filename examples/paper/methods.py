@@ -208,7 +208,7 @@ class OnPart:
         part = self._part.rows(slice(size * min(folds) // self.folds, size * (max(folds) + 1) // self.folds))
         outputs = self.case.outputs(candidate.weights, part)
         loss, floor = float(losses(outputs, task, part.y).double().mean()), score(outputs, part.y, task.opinion)
-        return Scores(rank=-loss, floor=floor, tiebreak=floor), outputs, part
+        return Scores(rank=-loss, score=floor, tiebreak=floor), outputs, part
 
 
 def paper(case: Case) -> Found:

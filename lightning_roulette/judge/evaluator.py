@@ -56,7 +56,7 @@ class Judge:
     def __init__(self, evaluate: Evaluator | Callable[[Mask], float], confirm: float) -> None:
         self._evaluate = cast(Evaluator, evaluate) if hasattr(evaluate, "folds") else _OneFold(evaluate)
         self.folds = self._evaluate.folds
-        self.ranking, self.confirming = divided(self.folds, confirm)
+        self.search_folds, self.held_out_folds = divided(self.folds, confirm)
         self._seen = 0
 
     @property
@@ -80,9 +80,9 @@ class Judge:
         return getattr(self._evaluate, "at_least", 1)
 
     @property
-    def whole(self) -> str:
+    def undivided_because(self) -> str:
         """Why the evaluator could not deal its data to folds, if it says so; else empty."""
-        return getattr(self._evaluate, "whole", "")
+        return getattr(self._evaluate, "undivided_because", "")
 
     def scores(self, network: PrunedWeights, folds: Sequence[int]) -> Scores:
         """The scores of a network on the union of some folds."""
@@ -98,7 +98,7 @@ class Judge:
         scores = self.scores(network, folds)
         if len(folds) < 2:
             return scores, None
-        values = [self.scores(network, [fold]).floor for fold in folds]
+        values = [self.scores(network, [fold]).score for fold in folds]
         return scores, Batches(torch.tensor(values, dtype=torch.float64), torch.ones(len(values), dtype=torch.float64))
 
 
@@ -111,9 +111,9 @@ class _OneFold:
 
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
         value = float(self.score(candidate.mask))
-        return Scores(rank=value, floor=value)
+        return Scores(rank=value, score=value)
 
 
 def _finite(scores: Scores) -> Scores:
-    values = [float(value) for value in (scores.rank, scores.floor, scores.tiebreak)]
+    values = [float(value) for value in (scores.rank, scores.score, scores.tiebreak)]
     return Scores(*(value if math.isfinite(value) else math.nan for value in values))

@@ -193,7 +193,7 @@ class Noted:
         first, self._asked = not self._asked, True
         if (noted := self._journal.recall(question)) is None or first or _is_dense(candidate):
             scores, found = evaluate(candidate, folds)
-            noted = {"scores": [float(one) for one in (scores.rank, scores.floor, scores.tiebreak)]}
+            noted = {"scores": [float(one) for one in (scores.rank, scores.score, scores.tiebreak)]}
             noted["outcomes"] = _plain(found)
         self._journal.note(question, noted)
         score = _Score(self._journal, network, found, lambda: evaluate(candidate, folds)[1])

@@ -80,7 +80,7 @@ class Reference:
         ours, dense = mean_of(scores), mean_of({part: self.parts[part] for part in scores})
         return Scores(
             rank=ours.rank + self.whole.rank - dense.rank,
-            floor=ours.floor + self.whole.floor - dense.floor,
+            score=ours.score + self.whole.score - dense.score,
             tiebreak=ours.tiebreak + self.whole.tiebreak - dense.tiebreak,
         )
 
@@ -188,6 +188,6 @@ def mean_of(scores: Mapping[range, Scores]) -> Scores:
     folds = sum(len(part) for part in scores)
     return Scores(
         rank=sum(len(part) * one.rank for part, one in scores.items()) / folds,
-        floor=sum(len(part) * one.floor for part, one in scores.items()) / folds,
+        score=sum(len(part) * one.score for part, one in scores.items()) / folds,
         tiebreak=sum(len(part) * one.tiebreak for part, one in scores.items()) / folds,
     )

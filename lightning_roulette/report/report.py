@@ -38,12 +38,12 @@ class Scores:
 
     Attributes:
         rank: Orders the branch.
-        floor: Is held against the floor.
+        score: Held against the floor.
         tiebreak: Orders equal ranks.
     """
 
     rank: float
-    floor: float
+    score: float
     tiebreak: float = 0.0
 
 
@@ -82,7 +82,7 @@ class Candidate:
 
     def scored(self, scores: Scores, folds: int) -> Candidate:
         """The candidate with its scores on so many folds."""
-        return replace(self, score=scores.floor, rank=scores.rank, tiebreak=scores.tiebreak, folds=folds)
+        return replace(self, score=scores.score, rank=scores.rank, tiebreak=scores.tiebreak, folds=folds)
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,16 @@ class Level:
         accepted: Whether the winner kept the floor on the ranking folds and became the next parent.
         error: Paired standard error of `score` less the dense score (with `epoch`, the parent's before the cut); NaN if
             it cannot be told, or if a cut between epochs had one candidate.
-        gated: The score on the confirmation folds, in the metric's own units; None if the level was not judged there.
-            It ranked nothing, but decided where the chain of accepted levels ends, and so is slightly optimistic.
-        gated_error: Paired standard error of `gated` less the dense score on the same folds; NaN if it cannot be told.
+        held_out_score: The score on the held-out folds, in the metric's own units; None if the level was not judged
+            there. It ranked nothing, but decided where the chain of accepted levels ends, and so is slightly
+            optimistic.
+        held_out_error: Paired standard error of `held_out_score` less the dense score on the same folds; NaN if it
+            cannot be told.
         p_value: Of the null hypothesis that the level's true decline exceeds the tolerance; None without `confidence`.
         held: Whether the level held on the confirmation folds; None if it was not judged there.
         undone: The weights of which a refit was undone, by name, and why.
-        epoch: How many epochs were trained when it was cut, for levels that were judged after training on: `gated` and
-            `held` are then of the network that training made of it. None for levels of a search.
+        epoch: How many epochs were trained when it was cut, for levels that were judged after training on:
+            `held_out_score` and `held` are then of the network that training made of it. None for levels of a search.
     """
 
     level: int
@@ -117,8 +119,8 @@ class Level:
     winner: int | None
     accepted: bool
     error: float = math.nan
-    gated: float | None = None
-    gated_error: float | None = None
+    held_out_score: float | None = None
+    held_out_error: float | None = None
     p_value: float | None = None
     held: bool | None = None
     undone: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -132,7 +134,7 @@ class Level:
     def negated(self) -> Level:
         """The level with all scores of opposite sign."""
         candidates = tuple(replace(one, score=-one.score) for one in self.candidates)
-        return replace(self, candidates=candidates, gated=_negated(self.gated))
+        return replace(self, candidates=candidates, held_out_score=_negated(self.held_out_score))
 
     @property
     def spread(self) -> tuple[float, float, float]:
@@ -159,8 +161,8 @@ class SearchReport:
         seconds: Wall time of the search.
         rank_by: What ordered the branches.
         folds: How many folds ranked, and how many confirmed; the latter is 0 if ranking and floor shared all the data.
-        shared: Why they did, if that was not asked for; else empty.
-        gated_dense: Score of the network before pruning on the confirmation folds; None if there were none.
+        undivided_because: Why they did, if that was not asked for; else empty.
+        held_out_dense: Score of the network before pruning on the confirmation folds; None if there were none.
         confidence: With this confidence the winner's true decline is at most `tolerance`; None if none was asked for.
         method: What the confidence rests on; None if none was asked for.
         samples: How many samples (or batches, if only those were known) the confirmation folds hold; None if unknown.
@@ -185,8 +187,8 @@ class SearchReport:
     seconds: float = 0.0
     rank_by: str = "score"
     folds: tuple[int, int] = (1, 0)
-    shared: str = ""
-    gated_dense: float | None = None
+    undivided_because: str = ""
+    held_out_dense: float | None = None
     confidence: float | None = None
     method: Method | None = None
     samples: int | None = None
@@ -203,11 +205,11 @@ class SearchReport:
         return self.dense_score - self.tolerance if self.mode == "max" else self.dense_score + self.tolerance
 
     @property
-    def gated_floor(self) -> float | None:
+    def held_out_floor(self) -> float | None:
         """The floor on the confirmation folds; None if there were none."""
-        if self.gated_dense is None:
+        if self.held_out_dense is None:
             return None
-        return self.gated_dense - self.tolerance if self.mode == "max" else self.gated_dense + self.tolerance
+        return self.held_out_dense - self.tolerance if self.mode == "max" else self.held_out_dense + self.tolerance
 
     @property
     def accepted(self) -> tuple[Level, ...]:
@@ -235,7 +237,7 @@ class SearchReport:
         return self.winner.survivors if self.winner else self.size
 
     @property
-    def chosen_by(self) -> float:
+    def search_score(self) -> float:
         """The winner's score on the ranking folds: seen by the search, and so no unbiased measure of it."""
         return self.winner.score if self.winner else self.dense_score
 
@@ -249,17 +251,21 @@ class SearchReport:
         the tolerance. Where all levels held it is the former. NaN before they were asked. Without confirmation folds,
         the decline on the data that chose the winner.
         """
-        if self.gated_dense is None:
-            return self._worse(self.dense_score, self.chosen_by)
+        if self.held_out_dense is None:
+            return self._worse(self.dense_score, self.search_score)
         if self.winner is None:
             return 0.0 if any(level.held is not None for level in self.accepted) or not self.accepted else math.nan
-        dense = self.gated_dense
-        gated = [level.gated for level in self.accepted if level.level <= self.winner.level]
-        held = [self._worse(dense, score) for score in gated if score is not None]
-        if len(held) < len(gated):
+        dense = self.held_out_dense
+        held_out = [level.held_out_score for level in self.accepted if level.level <= self.winner.level]
+        held = [self._worse(dense, score) for score in held_out if score is not None]
+        if len(held) < len(held_out):
             return math.nan
         most = max(0.0, *held)
-        missed = [self._worse(dense, one.gated) for one in self.accepted if one.held is False and one.gated is not None]
+        missed = [
+            self._worse(dense, one.held_out_score)
+            for one in self.accepted
+            if one.held is False and one.held_out_score is not None
+        ]
         return most if not missed or math.isnan(missed[0]) else max(most, min(self.tolerance, (most + missed[0]) / 2))
 
     def _worse(self, dense: float, score: float) -> float:
@@ -274,7 +280,7 @@ class SearchReport:
             monitor=monitor,
             mode="min",
             dense_score=-self.dense_score,
-            gated_dense=_negated(self.gated_dense),
+            held_out_dense=_negated(self.held_out_dense),
             levels=tuple(level.negated() for level in self.levels),
             score=_negated(self.score),
         )
@@ -285,14 +291,15 @@ class SearchReport:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> SearchReport:
-        """The report that `to_dict` wrote."""
+        """The report that `to_dict` wrote, in this version or an earlier one."""
+        fields = _renamed(fields)
         read = {
             "levels": tuple(_level(level) for level in fields["levels"]),
             "stop_reason": StopReason[fields["stop_reason"]] if fields["stop_reason"] else None,
             "method": Method[fields["method"]] if fields.get("method") else None,
             "folds": tuple(fields["folds"]),
         }
-        names = ("dense_score", "tolerance", "score", "trained_score", "gated_dense")
+        names = ("dense_score", "tolerance", "score", "trained_score", "held_out_dense")
         return cls(**{**fields, **_numbers(fields, names), **read})
 
     def __str__(self) -> str:
@@ -326,33 +333,35 @@ class SearchReport:
         once_loaded = ")." if self.score is None else f"), {self.score:.6g} once loaded, on all the data."
         return [
             f"{self.monitor}: dense {self.dense_score:.6g}, floor {self.floor:.6g}, "
-            f"winner {self.chosen_by:.6g} (the score that chose it{once_loaded}",
+            f"winner {self.search_score:.6g} (the score that chose it{once_loaded}",
             *self._confirmation(),
         ]
 
     def _judgements(self) -> list[str]:
         """What was seen of levels after the training that followed their cuts."""
-        if self.gated_dense is None:
+        if self.held_out_dense is None:
             return []
-        gated = self.winner.gated if self.winner and self.winner.gated is not None else self.gated_dense
+        found = self.winner.held_out_score if self.winner else None
+        held_out = self.held_out_dense if found is None else found
         where = "on the confirmation data, which ranked nothing" if self.folds[1] else "on all the data"
         once_loaded = "" if self.score is None else f", {self.score:.6g} once loaded, on all the data"
         return [
-            f"{self.monitor}, judged after training went on, {where}: dense {self.gated_dense:.6g}, floor "
-            f"{self.gated_floor:.6g}, winner {gated:.6g}{once_loaded}."
+            f"{self.monitor}, judged after training went on, {where}: dense {self.held_out_dense:.6g}, floor "
+            f"{self.held_out_floor:.6g}, winner {held_out:.6g}{once_loaded}."
         ]
 
     def _confirmation(self) -> list[str]:
         """What the confirmation folds said."""
-        if self.gated_dense is None:
-            why = f" ({self.shared})" if self.shared else ""
+        if self.held_out_dense is None:
+            why = f" ({self.undivided_because})" if self.undivided_because else ""
             return [f"No data was kept for confirmation{why}: the winner was chosen and judged on the same."]
-        gated = self.winner.gated if self.winner else self.gated_dense
-        if gated is None:
+        held_out = self.winner.held_out_score if self.winner else self.held_out_dense
+        if held_out is None:
             return []
-        error = self.winner.gated_error if self.winner else None
+        error = self.winner.held_out_error if self.winner else None
         off = f" (s.e. {error:.2g})" if error is not None and not math.isnan(error) else ""
-        said = f"On the confirmation data, which ranked nothing: dense {self.gated_dense:.6g}, winner {gated:.6g}{off}"
+        data = "On the confirmation data, which ranked nothing"
+        said = f"{data}: dense {self.held_out_dense:.6g}, winner {held_out:.6g}{off}"
         return [f"{said}; estimated decline {self.decline:.4g}.", *self._certificate()]
 
     def _refits(self) -> list[str]:
@@ -385,7 +394,7 @@ class SearchReport:
             return rows
         columns = list(zip(*rows, strict=True))
         epochs = ("epoch", *("-" if level.epoch is None else str(level.epoch) for level in self.levels))
-        judged = ("judged", *columns[_GATED][1:])
+        judged = ("judged", *columns[_HELD_OUT][1:])
         shown = columns[1 : _ACCEPTED if self.branches > 1 else _ERROR]
         return [list(row) for row in zip(columns[0], epochs, *shown, judged, columns[-1], strict=True)]
 
@@ -402,8 +411,8 @@ _HEADINGS: tuple[str, ...] = (
     "max",
     "accepted",
 )
-_HEADINGS += ("gated", "s.e.", "held")
-_ERROR, _ACCEPTED, _GATED = (_HEADINGS.index(name) for name in ("s.e.", "accepted", "gated"))
+_HEADINGS += ("held-out", "s.e.", "held")
+_ERROR, _ACCEPTED, _HELD_OUT = (_HEADINGS.index(name) for name in ("s.e.", "accepted", "held-out"))
 
 
 def _row(level: Level) -> list[str]:
@@ -416,8 +425,8 @@ def _row(level: Level) -> list[str]:
         _known(level.error, ".2g"),
         *(f"{value:.6g}" for value in level.spread),
         "yes" if level.accepted else "no",
-        _known(level.gated, ".6g"),
-        _known(level.gated_error, ".2g"),
+        _known(level.held_out_score, ".6g"),
+        _known(level.held_out_error, ".2g"),
         "-" if level.held is None else "yes" if level.held else "no",
     ]
 
@@ -446,15 +455,28 @@ def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
+# Keys of dictionaries that earlier versions wrote, and what they are called now.
+_FORMER_NAMES = {
+    "gated": "held_out_score",
+    "gated_error": "held_out_error",
+    "gated_dense": "held_out_dense",
+    "shared": "undivided_because",
+}
+
+
+def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {_FORMER_NAMES.get(name, name): value for name, value in fields.items()}
+
+
 def _numbers(fields: Mapping[str, Any], names: Sequence[str]) -> dict[str, float | None]:
     return {name: None if (value := fields.get(name)) is None else float(value) for name in names}
 
 
 def _level(fields: Mapping[str, Any]) -> Level:
     candidates = tuple(_candidate(one) for one in fields["candidates"])
-    return Level(
-        **{**fields, **_numbers(fields, ("error", "gated", "gated_error", "p_value")), "candidates": candidates}
-    )
+    fields = _renamed(fields)
+    numbers = _numbers(fields, ("error", "held_out_score", "held_out_error", "p_value"))
+    return Level(**{**fields, **numbers, "candidates": candidates})
 
 
 def _candidate(fields: Mapping[str, Any]) -> Candidate:

@@ -64,9 +64,9 @@ class Gradual:
         cuts: How it is cut.
 
     Attributes:
-        report: What was done so far; a level that was cut is accepted, and held once it has kept the floor. Its `gated`
-            is the score when judged: on the confirmation folds, or on all where nothing ranks or nothing is kept for
-            confirmation. None before a network was shown.
+        report: What was done so far; a level that was cut is accepted, and held once it has kept the floor. Its
+            `held_out_score` is the score when judged: on the confirmation folds, or on all where nothing ranks or
+            nothing is kept for confirmation. None before a network was shown.
         history: The masks of all levels; its level is the slimmest that has held.
     """
 
@@ -120,9 +120,9 @@ class Gradual:
             growing.importance = "sensitivity"
         growing.start(math.inf, None, cuts.validation.race, refuse_nan=self.report is None)
         self._growing, self._counted = growing, 0.0
-        now = growing.report.dense_score if growing.report.gated_dense is None else growing.report.gated_dense
+        now = growing.report.dense_score if growing.report.held_out_dense is None else growing.report.held_out_dense
         if self.report is None or self.history is None:
-            self.report = replace(growing.report, tolerance=cuts.tolerance, gated_dense=now, gradual=True)
+            self.report = replace(growing.report, tolerance=cuts.tolerance, held_out_dense=now, gradual=True)
             self.history = growing.history
             held = True
         else:
@@ -192,9 +192,9 @@ class Gradual:
         *before, level = report.levels or (None,)
         if level is None:
             return True
-        held = keeps_floor(now, report.gated_floor if report.gated_floor is not None else math.nan)
+        held = keeps_floor(now, report.held_out_floor if report.held_out_floor is not None else math.nan)
         if held or not level.held:
-            self.report = replace(report, levels=(*before, replace(level, gated=now, held=held)))
+            self.report = replace(report, levels=(*before, replace(level, held_out_score=now, held=held)))
         if held:
             self.history = history.won_by(level.level)
         return held

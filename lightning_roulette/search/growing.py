@@ -99,24 +99,24 @@ class Growing:
         """Validate the network as it is, on the ranking and on the confirmation folds."""
         judge = self.judge
         dense = self.refitting.network(self.parent)
-        scores, self.outcomes = judge.recorded(dense, judge.ranking)
+        scores, self.outcomes = judge.recorded(dense, judge.search_folds)
         if refuse_nan:
-            _refuse_nan(scores.floor)
-        self.report = SearchReport("score", "max", scores.floor, tolerance, self.branches, self.seed, self.parent.size)
+            _refuse_nan(scores.score)
+        self.report = SearchReport("score", "max", scores.score, tolerance, self.branches, self.seed, self.parent.size)
         self.report = replace(
             self.report,
-            folds=(len(judge.ranking), len(judge.confirming)),
-            shared=judge.whole,
+            folds=(len(judge.search_folds), len(judge.held_out_folds)),
+            undivided_because=judge.undivided_because,
             refit=self.refitting.in_words,
             left_alone=self.refitting.left_alone,
             importance=self.importance if isinstance(self.importance, str) else "a function",
         )
-        if judge.confirming:
-            gated, self.gated_outcomes = judge.recorded(dense, judge.confirming)
+        if judge.held_out_folds:
+            held_out, self.held_out_outcomes = judge.recorded(dense, judge.held_out_folds)
             if refuse_nan:
-                _refuse_nan(gated.floor)
-            samples = None if self.gated_outcomes is None else size_of(self.gated_outcomes)
-            self.report = replace(self.report, gated_dense=gated.floor, samples=samples)
+                _refuse_nan(held_out.score)
+            samples = None if self.held_out_outcomes is None else size_of(self.held_out_outcomes)
+            self.report = replace(self.report, held_out_dense=held_out.score, samples=samples)
         if confidence is not None:
             self._promise(float(confidence))
         self.stages, self.reference = self._stages(race, scores)
@@ -169,15 +169,15 @@ class Growing:
         """Judge the accepted levels on the confirmation folds, densest first, up to the first that does not hold."""
         if self.refitting.how is not None and not self.refitting.each_level:
             self._refit_accepted()
-        if not self.judge.confirming:
+        if not self.judge.held_out_folds:
             return
         self.history, held = self.history.won_by(0), True
         for place, level in enumerate(self.levels):
             if level.accepted and held:
-                self.levels[place] = gated = self._gated(level)
-                if held := bool(gated.held):
+                self.levels[place] = held_out = self._held_out(level)
+                if held := bool(held_out.held):
                     self.history = self.history.won_by(level.level)
-                self.observer.on_confirmed(gated, self.so_far(None))
+                self.observer.on_confirmed(held_out, self.so_far(None))
 
     def so_far(self, reason: StopReason | None) -> Winner:
         """What the search has found up to here."""
@@ -187,10 +187,10 @@ class Growing:
 
     def _promise(self, confidence: float) -> None:
         """Refuse what cannot be certified; note what the certificate will rest on."""
-        outcomes = self.gated_outcomes if self.judge.confirming else None
+        outcomes = self.held_out_outcomes if self.judge.held_out_folds else None
         if outcomes is None:
-            raise ValueError(_cannot_certify(confidence, self.report.shared))
-        share = len(self.judge.confirming) / self.judge.folds
+            raise ValueError(_cannot_certify(confidence, self.report.undivided_because))
+        share = len(self.judge.held_out_folds) / self.judge.folds
         width = outcomes.high - outcomes.low if isinstance(outcomes, Singles) else None
         if why := too_few(size_of(outcomes), width, confidence, self.report.tolerance, share):
             raise ValueError(why)
@@ -198,24 +198,24 @@ class Growing:
 
     def _stages(self, race: bool, whole: Scores) -> tuple[list[Rung], Reference | None]:
         """The rungs of every level: a race, if its parts give the dense network a score at all."""
-        ranking = self.judge.ranking
+        ranking = self.judge.search_folds
         if race and len(ranking) > 1 and self.branches > 1:
             finalists = max(2, self.refitting.finalists)
             stages = rungs(self.branches, len(ranking), self.judge.at_once, self.judge.at_least, finalists)
             dense = self.refitting.network(self.parent)
             scores = {part: self.judge.scores(dense, part) for rung in stages for part in rung.parts}
-            if not any(math.isnan(one.rank + one.floor) for one in (whole, *scores.values())):
+            if not any(math.isnan(one.rank + one.score) for one in (whole, *scores.values())):
                 return stages, Reference(scores, whole)
         return no_race(self.branches, ranking), None
 
     def _work(self) -> float:
         folds = sum(rung.entrants * len(part) for rung in self.stages for part in rung.parts)
-        again = len(self.judge.ranking) if self._rejudges() else 0
+        again = len(self.judge.search_folds) if self._rejudges() else 0
         return (folds + again * (1 if self.judge.records else 2)) / self.judge.folds
 
     def _rejudges(self) -> bool:
         """Whether the winner of a branch is judged again: on the union of the ranking folds, with its outcomes."""
-        return self.judge.records or len(self.judge.ranking) > 1
+        return self.judge.records or len(self.judge.search_folds) > 1
 
     def _race(self, draws: int, sparsity: float) -> Race:
         """The candidates of one level, ready to run."""
@@ -300,8 +300,8 @@ class Growing:
                 break
             runners.remove(one)
             found = self.refitting.refitted(race.mask(one.index))
-            scores = self.judge.scores(self.refitting.network(race.mask(one.index), found), self.judge.ranking)
-            known[one.index] = one = replace(one.scored(scores, len(self.judge.ranking)), refitted=True)
+            scores = self.judge.scores(self.refitting.network(race.mask(one.index), found), self.judge.search_folds)
+            known[one.index] = one = replace(one.scored(scores, len(self.judge.search_folds)), refitted=True)
             if best is None or best_of([best, one]) is one:
                 best, values = one, found
             refitted += 1
@@ -311,11 +311,11 @@ class Growing:
     def _refit_accepted(self) -> None:
         """Refit accepted levels, all that will be judged once more: they are confirmed as they will be used."""
         for place, level in enumerate(self.levels):
-            if not level.accepted or not (self.judge.confirming or level.level == self.history.level):
+            if not level.accepted or not (self.judge.held_out_folds or level.level == self.history.level):
                 continue
             mask = self.history.mask_at(level.level)
             refitted = self.refitting.refitted(mask)
-            if self.judge.confirming or self._gains(level, mask, refitted):
+            if self.judge.held_out_folds or self._gains(level, mask, refitted):
                 self.levels[place] = replace(level, undone=refitted.undone)
                 self.refitting.keep(level.level, mask, refitted)
             else:
@@ -324,7 +324,7 @@ class Growing:
     def _gains(self, level: Level, mask: Mask, refitted: Refitted) -> bool:
         """Whether a level that nothing will confirm is better for a refit."""
         before = next(one for one in level.candidates if one.index == level.winner)
-        after = before.scored(self.judge.scores(self.refitting.network(mask, refitted), self.judge.ranking), 0)
+        after = before.scored(self.judge.scores(self.refitting.network(mask, refitted), self.judge.search_folds), 0)
         return best_of([before, after]) is after and keeps_floor(after.score, self.report.floor)
 
     def _judged_in_full(self, best: Candidate | None, race: Race, refitted: Refitted) -> tuple[Candidate | None, float]:
@@ -332,22 +332,22 @@ class Growing:
         if best is None or not self._rejudges():
             return best, math.nan
         network = self.refitting.network(race.mask(best.index), refitted)
-        scores, outcomes = self.judge.recorded(network, self.judge.ranking)
-        return best.scored(scores, len(self.judge.ranking)), _error(self.outcomes, outcomes)
+        scores, outcomes = self.judge.recorded(network, self.judge.search_folds)
+        return best.scored(scores, len(self.judge.search_folds)), _error(self.outcomes, outcomes)
 
-    def _gated(self, level: Level) -> Level:
+    def _held_out(self, level: Level) -> Level:
         """An accepted level as the confirmation folds judge it."""
         network = self.refitting.at(level.level, self.history.mask_at(level.level))
-        scores, outcomes = self.judge.recorded(network, self.judge.confirming)
-        error, p = _error(self.gated_outcomes, outcomes), cast("float | None", None)
+        scores, outcomes = self.judge.recorded(network, self.judge.held_out_folds)
+        error, p = _error(self.held_out_outcomes, outcomes), cast("float | None", None)
         if self.report.confidence is not None:
-            p, dense = 1.0, self.gated_outcomes
+            p, dense = 1.0, self.held_out_outcomes
             if outcomes is not None and dense is not None and alike(dense, outcomes):
                 p = p_value(dense, outcomes, self.report.tolerance, self.report.confidence)
             held = p <= 1 - self.report.confidence
         else:
-            held = keeps_floor(scores.floor, cast(float, self.report.gated_floor))
-        return replace(level, gated=scores.floor, gated_error=error, p_value=p, held=held)
+            held = keeps_floor(scores.score, cast(float, self.report.held_out_floor))
+        return replace(level, held_out_score=scores.score, held_out_error=error, p_value=p, held=held)
 
     def _spare(self, target_sparsity: float | None) -> int:
         """How many more weights may go: to the target, else to one weight (one a layer where each has a wheel)."""

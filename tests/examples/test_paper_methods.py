@@ -275,12 +275,12 @@ def test_folds_are_adjacent_pieces_of_one_sample(opinion):
     whole, outcomes = evaluate.recorded(dense, range(16))
     assert whole == evaluate(dense, range(16))
     assert -whole.rank == pytest.approx(case.loss({}, case.val))
-    assert whole.floor == pytest.approx(case.score({}, case.val))
+    assert whole.score == pytest.approx(case.score({}, case.val))
     assert (outcomes is None) == opinion
     losses = [evaluate(dense, [fold]).rank for fold in range(16)]
     assert sum(losses) / 16 == pytest.approx(whole.rank)
     if not opinion:
-        assert float(outcomes.values.mean()) == pytest.approx(whole.floor)
+        assert float(outcomes.values.mean()) == pytest.approx(whole.score)
 
 
 @pytest.fixture

@@ -235,15 +235,15 @@ def test_a_shift_of_single_folds_is_corrected_for(folds, at_once, seed):
 
     def shifted(by: Scores, seen: Sequence[int]) -> Scores:
         easy = float(shift[list(seen)].mean())
-        return Scores(by.rank + easy, by.floor - easy, by.tiebreak + 2 * easy)
+        return Scores(by.rank + easy, by.score - easy, by.tiebreak + 2 * easy)
 
     zero = Scores(0.0, 0.0, 0.0)
     reference = Reference({part: shifted(zero, part) for part in parts}, shifted(zero, range(folds)))
     expected = shifted(ahead, range(folds))
     for count in range(1, len(parts) + 1):
         ours = reference.corrected({part: shifted(ahead, part) for part in parts[:count]})
-        assert (ours.rank, ours.floor, ours.tiebreak) == pytest.approx(
-            (expected.rank, expected.floor, expected.tiebreak), abs=1e-9
+        assert (ours.rank, ours.score, ours.tiebreak) == pytest.approx(
+            (expected.rank, expected.score, expected.tiebreak), abs=1e-9
         )
 
 
@@ -333,7 +333,7 @@ class Uneven(Telling):
 
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
         scores = super().__call__(candidate, folds)
-        return Scores(scores.rank, scores.floor + noise(candidate.mask, 100 + len(folds)))
+        return Scores(scores.rank, scores.score + noise(candidate.mask, 100 + len(folds)))
 
 
 def test_the_winner_of_a_branch_has_its_scores_on_the_union_of_the_ranking_folds():
@@ -407,13 +407,13 @@ def test_a_lone_candidate_does_not_race():
     assert {folds for _, folds in evaluate.log[: steps.levels[0][1]]} == {tuple(range(8)), tuple(range(8, 16))}
 
 
-@pytest.mark.parametrize("field", ["rank", "floor"])
+@pytest.mark.parametrize("field", ["rank", "score"])
 def test_there_is_no_race_where_a_part_gives_the_dense_network_no_number(field):
     class Blind(Telling):
         def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
             scores = super().__call__(candidate, folds)
             if len(folds) < 8:  # as a metric that needs more samples than a fold has
-                return Scores(**{"rank": scores.rank, "floor": scores.floor, field: nan})
+                return Scores(**{"rank": scores.rank, "score": scores.score, field: nan})
             return scores
 
     evaluate = Blind(noise, 16)
@@ -430,7 +430,7 @@ def test_there_is_no_race_where_the_dense_network_has_no_number_on_the_union():
         def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
             scores = super().__call__(candidate, folds)
             blind = candidate.mask.sparsity == 0 and len(folds) == 8
-            return Scores(nan if blind else scores.rank, scores.floor)
+            return Scores(nan if blind else scores.rank, scores.score)
 
     report = search(network(), Blind(noise, 16), branches=6, tolerance=1, tree=Tree(0.2, max_levels=1)).report
     assert report.levels[0].accepted
@@ -442,7 +442,7 @@ def test_a_winner_without_a_rank_on_the_union_does_not_become_a_parent():
         def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
             scores = super().__call__(candidate, folds)
             blind = candidate.mask.sparsity > 0 and len(folds) == 8
-            return Scores(nan if blind else scores.rank, scores.floor)
+            return Scores(nan if blind else scores.rank, scores.score)
 
     tree = Tree(0.2, max_levels=1, patience=1)
     report = search(network(), Blind(noise, 16), branches=6, tolerance=1, tree=tree).report

@@ -24,15 +24,15 @@ LEVELS = (
 REPORT = SearchReport("val_acc", "max", 0.965, 0.005, 3, -7, 10_000, LEVELS, StopReason.DECLINED, 13, 4.25)
 DENSE = replace(REPORT, levels=(LEVELS[3],))
 # judged on confirmation folds, and certified: the first accepted level held, the second did not
-HELD = replace(LEVELS[0], error=0.002, gated=0.9511, gated_error=0.0021, p_value=0.0123, held=True)
-MISSED = replace(LEVELS[2], error=0.003, gated=0.94, gated_error=math.nan, p_value=0.6, held=False)
+HELD = replace(LEVELS[0], error=0.002, held_out_score=0.9511, held_out_error=0.0021, p_value=0.0123, held=True)
+MISSED = replace(LEVELS[2], error=0.003, held_out_score=0.94, held_out_error=math.nan, p_value=0.6, held=False)
 CONFIRMED = replace(
     REPORT,
     levels=(HELD, LEVELS[1], MISSED, LEVELS[3]),
     validations=7.125,
     rank_by="val_loss",
     folds=(8, 8),
-    gated_dense=0.9523,
+    held_out_dense=0.9523,
     confidence=0.95,
     method=Method.BETTING,
     samples=5000,
@@ -51,19 +51,19 @@ def assert_same(one: SearchReport, other: SearchReport) -> None:
 def test_the_winner_is_the_slimmest_accepted_level():
     assert REPORT.accepted == (LEVELS[0], LEVELS[2])
     assert REPORT.winner == LEVELS[2]
-    assert (REPORT.sparsity, REPORT.survivors, REPORT.chosen_by) == (0.28, 7200, 0.962)
+    assert (REPORT.sparsity, REPORT.survivors, REPORT.search_score) == (0.28, 7200, 0.962)
 
 
 def test_without_an_accepted_level_the_network_is_dense():
     assert DENSE.winner is None
     assert DENSE.accepted == ()
-    assert (DENSE.sparsity, DENSE.survivors, DENSE.chosen_by) == (0.0, 10_000, 0.965)
+    assert (DENSE.sparsity, DENSE.survivors, DENSE.search_score) == (0.0, 10_000, 0.965)
 
 
 def test_the_winner_is_the_slimmest_level_that_held():
     assert CONFIRMED.accepted == (HELD, MISSED)
     assert CONFIRMED.winner == HELD
-    assert (CONFIRMED.sparsity, CONFIRMED.survivors, CONFIRMED.chosen_by) == (0.2, 8000, 0.97)
+    assert (CONFIRMED.sparsity, CONFIRMED.survivors, CONFIRMED.search_score) == (0.2, 8000, 0.97)
     both = replace(CONFIRMED, levels=(HELD, replace(MISSED, held=True)))
     assert both.winner == both.levels[1]
 
@@ -79,7 +79,7 @@ def test_every_accepted_level_counts_until_the_confirmation_begins():
 def test_where_no_level_held_the_network_is_dense():
     report = replace(CONFIRMED, levels=(replace(HELD, held=False), *LEVELS[1:]))
     assert report.winner is None
-    assert (report.sparsity, report.survivors, report.chosen_by) == (0.0, 10_000, 0.965)
+    assert (report.sparsity, report.survivors, report.search_score) == (0.0, 10_000, 0.965)
     assert report.decline == 0.0
 
 
@@ -88,8 +88,18 @@ def test_the_decline_is_that_on_data_that_ranked_nothing():
     assert CONFIRMED.decline == 0.005  # halfway to the level that did not hold would be more than is tolerated
     assert REPORT.decline == pytest.approx(0.965 - 0.962)
     assert DENSE.decline == 0.0
-    better = replace(CONFIRMED, levels=(replace(HELD, gated=0.96),))
+    better = replace(CONFIRMED, levels=(replace(HELD, held_out_score=0.96),))
     assert better.decline == 0.0
+
+
+def test_dictionaries_of_earlier_versions_are_read():
+    former = {"held_out_score": "gated", "held_out_error": "gated_error"}
+    fields = CONFIRMED.to_dict()
+    fields["gated_dense"] = fields.pop("held_out_dense")
+    fields["shared"] = fields.pop("undivided_because")
+    fields["levels"] = [{former.get(name, name): one for name, one in level.items()} for level in fields["levels"]]
+    assert {"gated", "gated_error"} <= fields["levels"][0].keys()
+    assert SearchReport.from_dict(json.loads(json.dumps(fields))).to_dict() == CONFIRMED.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -98,18 +108,20 @@ def test_the_decline_is_that_on_data_that_ranked_nothing():
 )
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_decline_is_halfway_from_the_largest_that_held_to_the_first_that_did_not(sign, missed, expected):
-    gated = [(0.951, True), (0.9495, True), (0.9520, True), *((one, False) for one in missed)]
-    levels = tuple(replace(HELD, level=i + 1, gated=sign * one, held=held) for i, (one, held) in enumerate(gated))
+    held_out = [(0.951, True), (0.9495, True), (0.9520, True), *((one, False) for one in missed)]
+    levels = tuple(
+        replace(HELD, level=i + 1, held_out_score=sign * one, held=held) for i, (one, held) in enumerate(held_out)
+    )
     mode = "max" if sign == 1 else "min"
-    report = replace(CONFIRMED, mode=mode, gated_dense=sign * 0.9523, levels=levels)
+    report = replace(CONFIRMED, mode=mode, held_out_dense=sign * 0.9523, levels=levels)
     assert report.winner == levels[2]
     assert report.decline == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("mode", "floor"), [("max", 0.9473), ("min", 0.9573)])
 def test_the_confirmation_folds_have_a_floor_of_their_own(mode, floor):
-    assert replace(CONFIRMED, mode=mode).gated_floor == pytest.approx(floor)
-    assert replace(REPORT, mode=mode).gated_floor is None
+    assert replace(CONFIRMED, mode=mode).held_out_floor == pytest.approx(floor)
+    assert replace(REPORT, mode=mode).held_out_floor is None
 
 
 def test_the_score_of_a_level_is_its_winners():
@@ -141,31 +153,35 @@ def test_a_metric_to_be_minimised_is_reported_in_its_own_units():
     assert loss.floor == pytest.approx(0.6)
     assert [level.score for level in loss.levels if level.winner is not None] == [-0.97, -0.962, -0.2]
     assert loss.levels[0].spread == (-0.97, -0.95, -0.93)
-    assert loss.chosen_by == -0.962
+    assert loss.search_score == -0.962
     # ranks stay as they ordered the branch
     assert [one.rank for one in loss.levels[0].candidates] == [0.95, 0.97, 0.93]
 
 
 def test_a_confirmed_search_is_reported_in_the_units_of_its_metric():
     negative = replace(
-        CONFIRMED, dense_score=-0.5, gated_dense=-0.52, tolerance=0.1, levels=(replace(HELD, gated=-0.55), MISSED)
+        CONFIRMED,
+        dense_score=-0.5,
+        held_out_dense=-0.52,
+        tolerance=0.1,
+        levels=(replace(HELD, held_out_score=-0.55), MISSED),
     )
     loss = negative.in_metric("val_loss", "min")
-    assert (loss.gated_dense, loss.levels[0].gated) == (0.52, 0.55)
-    assert loss.gated_floor == pytest.approx(0.62)
+    assert (loss.held_out_dense, loss.levels[0].held_out_score) == (0.52, 0.55)
+    assert loss.held_out_floor == pytest.approx(0.62)
     assert loss.decline == pytest.approx(negative.decline) == pytest.approx(0.03)
-    assert loss.chosen_by == -0.97
+    assert loss.search_score == -0.97
     assert loss.winner == loss.levels[0]
     # errors, p-values and verdicts have no sign
     for ours, others in zip(loss.levels, negative.levels, strict=True):
         assert (ours.error, ours.p_value, ours.held) == (others.error, others.p_value, others.held)
-        assert repr(ours.gated_error) == repr(others.gated_error)
+        assert repr(ours.held_out_error) == repr(others.held_out_error)
 
 
 def test_a_level_that_was_not_confirmed_stays_so_in_other_units():
     loss = REPORT.in_metric("val_loss", "min")
-    assert loss.gated_dense is None
-    assert [(level.gated, level.held) for level in loss.levels] == [(None, None)] * 4
+    assert loss.held_out_dense is None
+    assert [(level.held_out_score, level.held) for level in loss.levels] == [(None, None)] * 4
 
 
 def test_a_metric_to_be_maximised_only_gets_its_name():
@@ -180,9 +196,9 @@ def test_a_metric_to_be_maximised_only_gets_its_name():
         REPORT.in_metric("val_loss", "min"),
         CONFIRMED,
         CONFIRMED.in_metric("val_loss", "min"),
-        replace(CONFIRMED, gated_dense=math.nan, confidence=None, method=None, samples=None),
-        replace(REPORT, shared="loader 0 gives 3 batches"),
-        replace(CONFIRMED, levels=(replace(HELD, gated=math.nan, gated_error=math.inf, p_value=math.nan),)),
+        replace(CONFIRMED, held_out_dense=math.nan, confidence=None, method=None, samples=None),
+        replace(REPORT, undivided_because="loader 0 gives 3 batches"),
+        replace(CONFIRMED, levels=(replace(HELD, held_out_score=math.nan, held_out_error=math.inf, p_value=math.nan),)),
         replace(REPORT, stop_reason=None),
         replace(REPORT, score=0.9615, trained_score=0.97),
         replace(REPORT, tolerance=math.inf),
@@ -244,11 +260,11 @@ val_acc: dense 0.965, floor 0.96, winner 0.962 (the score that chose it).
 No data was kept for confirmation: the winner was chosen and judged on the same.
 As many levels in a row fell below the floor as patience allows. 13 validations' worth of work in 4.2 s.
 
-level  pruning rate  sparsity  weights left  score  s.e.  branch min  median    max  accepted  gated  s.e.  held
-    1           0.2    20.00%         8,000   0.97     -        0.93    0.95   0.97       yes      -     -     -
-    2           0.2    36.00%         6,400    nan     -         nan     nan    nan        no      -     -     -
-    2           0.1    28.00%         7,200  0.962     -         0.3     0.5  0.962       yes      -     -     -
-    3           0.1    35.20%         6,480    0.2     -         0.1    0.15    0.2        no      -     -     -"""
+level  pruning rate  sparsity  weights left  score  s.e.  branch min  median    max  accepted  held-out  s.e.  held
+    1           0.2    20.00%         8,000   0.97     -        0.93    0.95   0.97       yes         -     -     -
+    2           0.2    36.00%         6,400    nan     -         nan     nan    nan        no         -     -     -
+    2           0.1    28.00%         7,200  0.962     -         0.3     0.5  0.962       yes         -     -     -
+    3           0.1    35.20%         6,480    0.2     -         0.1    0.15    0.2        no         -     -     -"""
 
 
 def test_the_report_reads_as_a_table():
@@ -266,7 +282,7 @@ def test_a_confirmed_report_reads_as_a_table():
     ]
     assert "7.125 validations' worth of work" in lines[4]
     table = [line.split() for line in lines[6:]]
-    assert table[0][-4:] == ["accepted", "gated", "s.e.", "held"]
+    assert table[0][-4:] == ["accepted", "held-out", "s.e.", "held"]
     assert [row[-4:] for row in table[1:]] == [
         ["yes", "0.9511", "0.0021", "yes"],
         ["no", "-", "-", "-"],
@@ -290,7 +306,7 @@ def test_a_report_without_a_confidence_promises_none():
 
 
 def test_why_no_data_was_kept_for_confirmation_is_said():
-    text = str(replace(REPORT, shared="loader 0 gives 3 samples, fewer than 16"))
+    text = str(replace(REPORT, undivided_because="loader 0 gives 3 samples, fewer than 16"))
     assert "No data was kept for confirmation (loader 0 gives 3 samples, fewer than 16): the winner was" in text
 
 
@@ -310,7 +326,7 @@ def test_the_markdown_holds_the_summary_and_one_row_a_level():
     head, rule, *rows = table.splitlines()
     assert head == (
         "| level | pruning rate | sparsity | weights left | score | s.e. | branch min | median | max | accepted "
-        "| gated | s.e. | held |"
+        "| held-out | s.e. | held |"
     )
     assert rule == "|" + " ---: |" * 13
     assert len(rows) == 4

@@ -46,10 +46,10 @@ def depth(mask: Mask) -> int:
     return {100: 0, 80: 1, 64: 2, 51: 3, 41: 4}[mask.survivors]
 
 
-def by_level(*gated: float, ranked: float = 0.5, folds: int = 8, kind: type[Logged] = Telling) -> Logged:
+def by_level(*held_out: float, ranked: float = 0.5, folds: int = 8, kind: type[Logged] = Telling) -> Logged:
     """An evaluator of one score for each level on the confirmation folds, and one for all on the others."""
     first = divided(folds, 0.5)[1].start
-    return kind(lambda mask, fold: gated[depth(mask)] if fold >= first else ranked, folds)
+    return kind(lambda mask, fold: held_out[depth(mask)] if fold >= first else ranked, folds)
 
 
 class Steps(Observer):
@@ -138,8 +138,8 @@ def test_confirmation_folds_are_asked_about_the_dense_network_and_then_once_abou
         mask = winner.mask_at(level.level)
         chain += [(key_of(mask), asked) for asked in once]
         score = sum(evaluate.score(mask, fold) for fold in sorted(confirming)) / len(confirming)
-        assert level.gated == pytest.approx(score)
-        assert level.held is keeps_floor(level.gated, winner.report.gated_floor)
+        assert level.held_out_score == pytest.approx(score)
+        assert level.held is keeps_floor(level.held_out_score, winner.report.held_out_floor)
         if not level.held:
             break
         held = level.level
@@ -162,8 +162,8 @@ def test_levels_that_failed_are_not_confirmed():
     evaluate = Telling(lambda mask, fold: float(mask.survivors != 80), 8)
     winner = grown(evaluate, levels=1)
     failed, accepted = winner.report.levels
-    assert (failed.accepted, failed.gated, failed.held) == (False, None, None)
-    assert (accepted.accepted, accepted.gated, accepted.held) == (True, 1.0, True)
+    assert (failed.accepted, failed.held_out_score, failed.held) == (False, None, None)
+    assert (accepted.accepted, accepted.held_out_score, accepted.held) == (True, 1.0, True)
     assert winner.mask.survivors == 90
 
 
@@ -177,14 +177,14 @@ def test_the_winner_is_the_last_level_that_held():
     winner = grown(evaluate, tolerance=0.05, observer=steps)
     report = winner.report
     assert [level.held for level in report.levels] == [True, True, False, None]
-    assert [level.gated for level in report.levels][:3] == pytest.approx([0.95, 0.86, 0.84])
-    assert report.levels[3].gated is None
+    assert [level.held_out_score for level in report.levels][:3] == pytest.approx([0.95, 0.86, 0.84])
+    assert report.levels[3].held_out_score is None
     assert all(level.accepted for level in report.levels)
     assert report.winner == report.levels[1]
-    assert (report.dense_score, report.gated_dense) == pytest.approx((0.5, 0.9))
-    assert (report.floor, report.gated_floor) == pytest.approx((0.45, 0.85))
+    assert (report.dense_score, report.held_out_dense) == pytest.approx((0.5, 0.9))
+    assert (report.floor, report.held_out_floor) == pytest.approx((0.45, 0.85))
     assert report.decline == pytest.approx(0.05)
-    assert report.chosen_by == pytest.approx(0.5)
+    assert report.search_score == pytest.approx(0.5)
     assert report.folds == (4, 4)
     assert report.stop_reason is StopReason.MAX_LEVELS
     assert (winner.history.level, winner.history.deepest) == (2, 4)
@@ -210,7 +210,7 @@ def test_where_no_level_held_the_dense_network_wins_and_all_levels_can_be_had():
     assert winner.report.winner is None
     assert winner.mask == Mask.full(network())
     assert (winner.report.sparsity, winner.report.survivors, winner.report.decline) == (0.0, 100, 0.0)
-    assert winner.report.chosen_by == winner.report.dense_score == 0.5
+    assert winner.report.search_score == winner.report.dense_score == 0.5
     assert (winner.history.level, winner.history.deepest) == (0, 4)
     assert [winner.mask_at(level).survivors for level in range(5)] == [100, 80, 64, 51, 41]
 
@@ -228,7 +228,7 @@ def test_a_search_without_accepted_levels_confirms_nothing():
 def test_a_level_without_a_number_does_not_hold(bad):
     winner = grown(by_level(0.9, 0.9, bad, 0.9, 0.9))
     assert [level.held for level in winner.report.levels] == [True, False, None, None]
-    assert math.isnan(winner.report.levels[1].gated)
+    assert math.isnan(winner.report.levels[1].held_out_score)
     assert winner.report.winner.level == 1
 
 
@@ -257,9 +257,9 @@ def test_nothing_is_confirmed_by_a_plain_function():
     winner = grown(lambda mask: 1.0, observer=steps, validation=Validation(confirm=0.5))
     report = winner.report
     assert steps.confirmed == []
-    assert (report.folds, report.gated_dense, report.gated_floor) == ((1, 0), None, None)
-    assert (report.samples, report.confidence, report.method, report.shared) == (None, None, None, "")
-    assert [(level.gated, level.held, level.p_value) for level in report.levels] == [(None, None, None)] * 4
+    assert (report.folds, report.held_out_dense, report.held_out_floor) == ((1, 0), None, None)
+    assert (report.samples, report.confidence, report.method, report.undivided_because) == (None, None, None, "")
+    assert [(level.held_out_score, level.held, level.p_value) for level in report.levels] == [(None, None, None)] * 4
     assert report.winner == report.levels[-1]
     assert winner.mask == winner.mask_at(4)
 
@@ -267,22 +267,24 @@ def test_nothing_is_confirmed_by_a_plain_function():
 def test_nothing_is_confirmed_where_all_data_ranks():
     evaluate = by_level(0.9, 0.9, 0.9, 0.9, 0.9, ranked=0.9)
     winner = grown(evaluate, validation=Validation(confirm=0))
-    assert (winner.report.folds, winner.report.gated_dense) == ((8, 0), None)
+    assert (winner.report.folds, winner.report.held_out_dense) == ((8, 0), None)
     assert winner.report.winner == winner.report.levels[-1]
     assert winner.report.dense_score == pytest.approx(0.9)
 
 
 def test_why_an_evaluator_has_one_fold_is_reported():
     evaluate = Telling(lambda mask, fold: 1.0, 1)
-    evaluate.whole = "loader 0 gives 3 samples, fewer than 16"
-    assert grown(evaluate).report.shared == evaluate.whole
+    evaluate.undivided_because = "loader 0 gives 3 samples, fewer than 16"
+    assert grown(evaluate).report.undivided_because == evaluate.undivided_because
 
 
 def test_a_search_by_folds_repeats_itself():
     first, again = (grown(Telling(noise, 16), tolerance=0.3, seed=4) for _ in range(2))
     assert first.mask == again.mask
     assert [level.candidates for level in first.report.levels] == [level.candidates for level in again.report.levels]
-    assert [level.gated for level in first.report.levels] == [level.gated for level in again.report.levels]
+    assert [level.held_out_score for level in first.report.levels] == [
+        level.held_out_score for level in again.report.levels
+    ]
 
 
 def test_a_confirmed_search_survives_json_in_either_unit():
@@ -302,12 +304,12 @@ def test_errors_are_those_of_the_differences_on_the_same_samples():
     dense = winner.mask_at(0)
     for level in winner.report.levels:
         mask = winner.mask_at(level.level)
-        ranked, gated = (
+        ranked, held_out = (
             paired_error(evaluate.outcomes(dense, part), evaluate.outcomes(mask, part)) for part in divided(8, 0.5)
         )
         assert level.error == pytest.approx(ranked)
-        assert level.gated_error == pytest.approx(gated)
-        assert 0 < level.error != level.gated_error
+        assert level.held_out_error == pytest.approx(held_out)
+        assert 0 < level.error != level.held_out_error
     assert winner.report.samples == 200
 
 
@@ -317,13 +319,13 @@ def test_without_outcomes_the_errors_are_those_over_folds():
     for level in winner.report.levels:
         # the differences on four folds are k, 2k, 3k, 4k, and the same for the others
         expected = level.level * math.sqrt(1.25 / 3)
-        assert (level.error, level.gated_error) == pytest.approx((expected, expected))
+        assert (level.error, level.held_out_error) == pytest.approx((expected, expected))
     assert winner.report.samples == 4
 
 
 def test_an_evaluator_that_can_tell_but_does_not_leaves_the_errors_open():
     winner = grown(Telling(noise, 8), tolerance=1)
-    assert all(math.isnan(level.error) and math.isnan(level.gated_error) for level in winner.report.levels)
+    assert all(math.isnan(level.error) and math.isnan(level.held_out_error) for level in winner.report.levels)
     assert winner.report.samples is None
 
 
@@ -338,7 +340,7 @@ def test_a_level_that_tells_nothing_has_no_error(ranking):
     winner = grown(Forgetful(lambda mask, fold: depth(mask), 8, 50), tolerance=1)
     for level in winner.report.levels:
         assert math.isnan(level.error) == ranking
-        assert math.isnan(level.gated_error) != ranking
+        assert math.isnan(level.held_out_error) != ranking
 
 
 # ------------------------------------------------------------------------------------------------ confidence
@@ -355,7 +357,7 @@ def test_the_chain_ends_at_the_first_level_that_is_not_certified(confidence):
     winner = grown(evaluate, tolerance=0.02, confidence=confidence)
     report, dense = winner.report, evaluate.outcomes(winner.mask_at(0), range(4, 8))
     assert [level.held for level in report.levels] == [True, True, False, None]
-    assert (report.levels[3].p_value, report.levels[3].gated) == (None, None)
+    assert (report.levels[3].p_value, report.levels[3].held_out_score) == (None, None)
     for level in report.levels[:3]:
         pruned = evaluate.outcomes(winner.mask_at(level.level), range(4, 8))
         assert level.p_value == p_value(dense, pruned, 0.02, confidence)
@@ -371,7 +373,7 @@ def test_a_level_within_the_tolerance_that_is_not_certified_does_not_hold():
     evaluate = erring(0, 4, 0, 0, 0)  # a decline of 0.016 where 0.02 is allowed
     assert grown(evaluate, tolerance=0.02).report.levels[0].held is True
     winner = grown(evaluate, tolerance=0.02, confidence=0.95)
-    assert winner.report.levels[0].gated >= winner.report.gated_floor
+    assert winner.report.levels[0].held_out_score >= winner.report.held_out_floor
     assert [level.held for level in winner.report.levels] == [False, None, None, None]
     assert winner.mask.sparsity == 0
     assert "No level could be certified with confidence 0.95" in str(winner.report)
@@ -407,7 +409,7 @@ def test_scores_of_whole_folds_are_certified_as_batches():
     assert (report.method, report.samples) == (Method.STUDENT, 8)
     # the third level is within the tolerance, but not certainly
     assert [level.held for level in report.levels] == [True, True, False, None]
-    assert report.levels[2].gated >= report.gated_floor
+    assert report.levels[2].held_out_score >= report.held_out_floor
     for level in report.levels[:3]:
         assert level.p_value == p_value(batches(0), batches(level.level), 0.02, 0.95)
 
@@ -457,7 +459,7 @@ def test_a_plain_function_can_certify_nothing():
 
 def test_an_evaluator_of_one_fold_can_certify_nothing_and_says_why():
     evaluate = Sampled(lambda mask, fold: 0, folds=1, size=5000)
-    evaluate.whole = "loader 0 gives 3 batches"
+    evaluate.undivided_because = "loader 0 gives 3 batches"
     assert_refused(evaluate, r"nothing is known of single samples .* \(loader 0 gives 3 batches\)")
 
 
@@ -511,7 +513,12 @@ def test_a_judge_counts_folds_and_turns_what_is_not_finite_into_nan():
     evaluate = Logged(lambda mask, fold: math.inf if fold == 2 else fold, 4)
     judge = Judge(evaluate, 0.5)
     full = PrunedWeights(Mask.full(network()), network())
-    assert (judge.ranking, judge.confirming, judge.records, judge.at_once) == (range(0, 2), range(2, 4), False, 4)
+    assert (judge.search_folds, judge.held_out_folds, judge.records, judge.at_once) == (
+        range(0, 2),
+        range(2, 4),
+        False,
+        4,
+    )
     assert judge.scores(full, [0, 1]) == Scores(0.5, 0.5, 0.0)
     assert math.isnan(judge.scores(full, [2]).rank)
     assert judge.validations == 0.75

@@ -78,13 +78,17 @@ def test_a_level_has_held_once_it_keeps_the_floor_and_not_before():
     one.cut(1, epoch=3)
     assert (one.report.winner, one.history.level, one.history.deepest) == (None, 0, 1)
     assert not shown(one, 0.79)
-    assert (one.report.levels[0].held, one.report.levels[0].gated, one.report.levels[0].epoch) == (False, 0.79, 3)
+    assert (one.report.levels[0].held, one.report.levels[0].held_out_score, one.report.levels[0].epoch) == (
+        False,
+        0.79,
+        3,
+    )
     assert one.history.level == 0
     assert shown(one, 0.8)
     assert (one.report.winner, one.history.level) == (one.report.levels[0], 1)
-    assert one.report.levels[0].gated == 0.8
+    assert one.report.levels[0].held_out_score == 0.8
     assert not shown(one, 0.5)
-    assert (one.report.levels[0].held, one.report.levels[0].gated) == (True, 0.8)
+    assert (one.report.levels[0].held, one.report.levels[0].held_out_score) == (True, 0.8)
 
 
 def test_the_floor_is_that_of_the_first_network_shown():
@@ -94,7 +98,7 @@ def test_the_floor_is_that_of_the_first_network_shown():
     assert shown(one, 2.0)
     one.cut(2)
     assert shown(one, 0.81)
-    assert (one.report.dense_score, one.report.gated_floor) == (0.9, pytest.approx(0.8))
+    assert (one.report.dense_score, one.report.held_out_floor) == (0.9, pytest.approx(0.8))
 
 
 @given(target=st.floats(0.01, 0.99), number=st.integers(1, 12), left_out=st.sets(st.integers(1, 11)))
@@ -180,7 +184,7 @@ def test_one_candidate_is_judged_on_all_folds_and_several_on_those_that_rank_not
     shared = gradual(branches=2, validation=Validation(confirm=0))
     shared.judge(weights(), alone)
     assert shared.report.folds == (4, 0)
-    assert shared.report.gated_dense == 1.0
+    assert shared.report.held_out_dense == 1.0
 
 
 def test_a_network_that_scores_nan_later_has_not_held_and_at_first_is_refused():

@@ -97,7 +97,7 @@ class Asked:
     def __call__(self, candidate, folds):
         self.log.append((candidate, tuple(folds)))
         value = float(self.score(candidate, tuple(folds)))
-        return Scores(rank=value, floor=value)
+        return Scores(rank=value, score=value)
 
     @property
     def refitted(self) -> list[PrunedWeights]:
@@ -482,7 +482,7 @@ def test_what_is_confirmed_is_what_is_returned(kind, each_level):
     for level, candidate in enumerate(confirmed, start=1):
         assert equal(candidate.refitted, anew(net, winner.mask_at(level), how))
         assert equal(candidate.weights, winner.weights_at(level))
-        assert winner.report.levels[level - 1].gated == evaluate.score(candidate, (2, 3))
+        assert winner.report.levels[level - 1].held_out_score == evaluate.score(candidate, (2, 3))
 
 
 def test_refitted_networks_are_certified():
@@ -639,7 +639,7 @@ def test_the_network_is_bit_for_bit_what_it_was_when_the_evaluator_fails(when, e
     def score(candidate, folds):
         if len(inner.log) == when:
             raise error("enough")
-        return inner(candidate, folds).floor
+        return inner(candidate, folds).score
 
     with pytest.raises(error):
         ranked(net, evaluate=Asked(score))

@@ -436,11 +436,11 @@ def test_an_evaluator_is_asked_about_masked_weights_on_all_folds():
 @every_way
 def test_rank_orders_the_branch_and_floor_is_held_against_the_floor(folds, validation):
     dense, others = Scores(-0.2, 0.9), (Scores(-0.3, 0.95), Scores(-0.4, 0.99))
-    for best, kept in ((Scores(rank=-0.1, floor=0.7), False), (Scores(rank=-0.1, floor=0.91), True)):
+    for best, kept in ((Scores(rank=-0.1, score=0.7), False), (Scores(rank=-0.1, score=0.91), True)):
         evaluate, tree = Folded(dense, others[0], best, others[1], folds=folds), Tree(0.2, max_levels=1, patience=1)
         winner = search(network(a=(100,)), evaluate, branches=3, tree=tree, validation=validation, wheel=Wheel(8.0))
         (level,) = winner.report.levels
-        assert (level.winner, level.score) == (1, best.floor)
+        assert (level.winner, level.score) == (1, best.score)
         assert level.accepted is kept
         assert [one.rank for one in level.candidates] == pytest.approx([-0.3, -0.1, -0.4])
     assert winner.report.dense_score == 0.9

@@ -31,7 +31,7 @@ class Logged:
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
         self.log.append((candidate.mask, tuple(folds)))
         value = sum(self.score(candidate.mask, fold) for fold in folds) / len(folds)
-        return Scores(rank=value, floor=value)
+        return Scores(rank=value, score=value)
 
     @property
     def validations(self) -> float:

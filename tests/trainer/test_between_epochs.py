@@ -123,10 +123,10 @@ def test_the_score_of_a_level_is_what_the_trainer_finds_in_its_checkpoint(make_t
     fitted(make_trainer, pruning)
     module = Blobs.load_from_checkpoint(pruning.best_model_path)
     (found,) = make_trainer().validate(module, val_loader(), verbose=False)
-    assert pruning.report.winner.gated == pytest.approx(found[monitor], rel=1e-5)
+    assert pruning.report.winner.held_out_score == pytest.approx(found[monitor], rel=1e-5)
     assert pruning.report.score == pytest.approx(found[monitor], rel=1e-5)
     sign = 1 if monitor == "val_acc" else -1
-    assert sign * (pruning.report.gated_floor - pruning.report.gated_dense) == pytest.approx(-0.5)
+    assert sign * (pruning.report.held_out_floor - pruning.report.held_out_dense) == pytest.approx(-0.5)
 
 
 @pytest.mark.parametrize("keep_files", [True, False])
@@ -469,10 +469,10 @@ def test_curves_and_table_are_in_the_event_files(make_trainer, tmp_path):
     events.Reload()
     sparsities = [(one.step, one.value) for one in events.Scalars("roulette/sparsity")]
     assert sparsities == [(0, 0.0), *((level.level, pytest.approx(level.sparsity)) for level in pruning.report.levels)]
-    judged = [(one.step, one.value) for one in events.Scalars("roulette/gated")]
+    judged = [(one.step, one.value) for one in events.Scalars("roulette/held_out")]
     levels = pruning.report.levels
-    assert judged[0] == (0, pytest.approx(pruning.report.gated_dense))
-    assert judged[1:-1] == [(level.level, pytest.approx(level.gated)) for level in levels[:-1]]
+    assert judged[0] == (0, pytest.approx(pruning.report.held_out_dense))
+    assert judged[1:-1] == [(level.level, pytest.approx(level.held_out_score)) for level in levels[:-1]]
     assert judged[-1][0] == 4
     (table,) = events.Tensors("roulette/report/text_summary")
     assert b"judged" in table.tensor_proto.string_val[0]

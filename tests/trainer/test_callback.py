@@ -73,10 +73,10 @@ def test_after_fit_the_network_is_slim_and_keeps_the_floor(make_trainer):
     assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
     assert pruning.mask.survivors == report.survivors
     assert report.dense_score > 0.8
-    assert (report.floor, report.gated_floor) == (report.dense_score - 0.1, report.gated_dense - 0.1)
-    assert report.chosen_by >= report.floor - 1e-6  # scores are rounded
-    assert report.winner.gated >= report.gated_floor - 1e-6
-    assert report.score >= min(report.floor, report.gated_floor) - 1e-6
+    assert (report.floor, report.held_out_floor) == (report.dense_score - 0.1, report.held_out_dense - 0.1)
+    assert report.search_score >= report.floor - 1e-6  # scores are rounded
+    assert report.winner.held_out_score >= report.held_out_floor - 1e-6
+    assert report.score >= min(report.floor, report.held_out_floor) - 1e-6
     assert report.stop_reason is StopReason.MAX_LEVELS
 
 
@@ -105,7 +105,9 @@ def test_the_reported_score_is_what_validation_gives_afterwards(make_trainer, va
     (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
     report = pruning.report
     assert report.score == pytest.approx(logged["val_acc"], abs=1e-7)
-    both_halves = report.chosen_by if validation is ON_ALL else (report.chosen_by + report.winner.gated) / 2
+    both_halves = (
+        report.search_score if validation is ON_ALL else (report.search_score + report.winner.held_out_score) / 2
+    )
     assert report.score == pytest.approx(both_halves, abs=1e-6)
 
 
@@ -117,9 +119,9 @@ def test_half_of_the_data_ranks_and_the_other_half_confirms(make_trainer):
     (logged,) = make_trainer().validate(dense, val_loader(), verbose=False)
     assert report.folds == (8, 8)
     assert report.samples == 100
-    assert (report.dense_score + report.gated_dense) / 2 == pytest.approx(logged["val_acc"], abs=1e-6)
+    assert (report.dense_score + report.held_out_dense) / 2 == pytest.approx(logged["val_acc"], abs=1e-6)
     assert [level.held for level in report.levels] == [True, True]
-    assert all(level.gated >= report.gated_floor - 1e-6 for level in report.levels)
+    assert all(level.held_out_score >= report.held_out_floor - 1e-6 for level in report.levels)
 
 
 def test_the_report_says_what_was_done_level_by_level(make_trainer):
@@ -319,7 +321,7 @@ def test_monitor_and_mode_choose_what_judges(make_trainer, arguments, expected):
     report = pruning.report
     (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
     assert report.score == pytest.approx(logged[report.monitor], abs=1e-6)
-    assert report.chosen_by == pytest.approx(logged[report.monitor], abs=1e-6)
+    assert report.search_score == pytest.approx(logged[report.monitor], abs=1e-6)
     assert (report.monitor, report.mode) == expected
     best = max if report.mode == "max" else min
     for level in report.levels:

@@ -47,10 +47,12 @@ def expected(pruning) -> dict[str, list[tuple[int, float]]]:
         "roulette/floor": [(level, report.floor) for level in range(len(report.accepted) + 1)],
         "roulette/score_error": [(one.level, one.error) for one in report.accepted if not math.isnan(one.error)],
     }
-    if report.gated_dense is not None:
-        confirmed = [one for one in report.accepted if one.gated is not None]
-        curves["roulette/gated"] = [(0, report.gated_dense)] + [(one.level, one.gated) for one in confirmed]
-        curves["roulette/gated_error"] = [(one.level, one.gated_error) for one in confirmed]
+    if report.held_out_dense is not None:
+        confirmed = [one for one in report.accepted if one.held_out_score is not None]
+        curves["roulette/held_out"] = [(0, report.held_out_dense)] + [
+            (one.level, one.held_out_score) for one in confirmed
+        ]
+        curves["roulette/held_out_error"] = [(one.level, one.held_out_error) for one in confirmed]
     for i, tag in enumerate(BRANCH):
         curves[tag] = [dense] + [(one.level, one.spread[i]) for one in report.accepted]
     for name in pruning.mask:
@@ -116,7 +118,7 @@ def test_the_layout_puts_score_and_floor_in_one_chart_and_draws_the_branch_as_a_
     (category,) = layout.category
     charts = {chart.title: chart for chart in category.chart}
     assert category.title == "roulette"
-    lines = ["roulette/score$", "roulette/floor$", "roulette/gated$"]
+    lines = ["roulette/score$", "roulette/floor$", "roulette/held_out$"]
     assert list(charts["score and floor"].multiline.tag) == lines
     assert {tag.rstrip("$") for tag in lines} <= scalars(logger).keys()
     (band,) = charts["branch"].margin.series
@@ -140,7 +142,7 @@ def test_the_text_tab_has_the_report_as_a_table(make_trainer, tmp_path):
         (str(one.level), f"{one.sparsity:.2%}", "yes" if one.accepted else "no", "yes" if one.held else "no")
         for one in pruning.report.levels
     ]
-    assert [row["gated"] for row in said] == [f"{one.gated:.6g}" for one in pruning.report.levels]
+    assert [row["held-out"] for row in said] == [f"{one.held_out_score:.6g}" for one in pruning.report.levels]
 
 
 def test_any_other_logger_gets_the_same_points(make_trainer, tmp_path):
@@ -188,7 +190,7 @@ def test_a_point_is_on_disk_when_its_level_is_done(make_trainer, tmp_path):
         def on_validation_epoch_start(self):
             if self.trainer.current_epoch == 3:
                 drawn = scalars(logger)
-                seen.append(tuple(len(drawn.get(f"roulette/{tag}", [])) for tag in ("score", "gated")))
+                seen.append(tuple(len(drawn.get(f"roulette/{tag}", [])) for tag in ("score", "held_out")))
 
     torch.manual_seed(0)
     pruning = pruner(branches=2, validation=Validation(race=False))

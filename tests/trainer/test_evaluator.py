@@ -378,10 +378,15 @@ def test_without_room_to_keep_them_batches_are_read_again_to_the_same_end(make_t
     assert [kept.mask_at(i) for i in range(3)] == [again.mask_at(i) for i in range(3)]
     assert again.mask == kept.mask
     ours, theirs = (one.report for one in (again, kept))
-    for name in ("folds", "validations", "samples", "shared", "monitor", "rank_by", "stop_reason"):
+    for name in ("folds", "validations", "samples", "undivided_because", "monitor", "rank_by", "stop_reason"):
         assert getattr(ours, name) == getattr(theirs, name), name
     numbers = [
-        [x.dense_score, x.gated_dense, x.score, *(y for one in x.levels for y in (one.score, one.error, one.gated))]
+        [
+            x.dense_score,
+            x.held_out_dense,
+            x.score,
+            *(y for one in x.levels for y in (one.score, one.error, one.held_out_score)),
+        ]
         for x in (ours, theirs)
     ]
     assert numbers[0] == pytest.approx(numbers[1], abs=1e-6)
@@ -522,10 +527,10 @@ def test_an_accuracy_is_known_sample_by_sample(make_trainer, folds, samples, bat
     plain, scores, outcomes = recorded(make_trainer, Blobs(), "val_acc", val_loader(batch_size), folds)
     assert isinstance(outcomes, Singles)
     assert set(outcomes.values.tolist()) <= {0.0, 1.0}
-    assert float(outcomes.values.mean()) == pytest.approx(scores.floor, abs=1e-6)
-    assert scores.floor == pytest.approx(plain.floor, abs=1e-6)
+    assert float(outcomes.values.mean()) == pytest.approx(scores.score, abs=1e-6)
+    assert scores.score == pytest.approx(plain.score, abs=1e-6)
     assert abs(len(outcomes.values) - samples) <= 3 * (batch_size == 5) * len(folds)
-    assert 0 < scores.floor <= 1
+    assert 0 < scores.score <= 1
 
 
 def test_an_accuracy_in_a_collection_is_known_sample_by_sample(make_trainer):
@@ -543,7 +548,7 @@ def test_an_accuracy_in_a_collection_is_known_sample_by_sample(make_trainer):
         _, scores, outcomes = recorded(make_trainer, Micro(), name)
         assert isinstance(outcomes, Singles)
         assert len(outcomes.values) == 200
-        assert float(outcomes.values.mean()) == pytest.approx(scores.floor, abs=1e-6)
+        assert float(outcomes.values.mean()) == pytest.approx(scores.score, abs=1e-6)
 
 
 class Apart(Blobs):
@@ -563,19 +568,19 @@ class Apart(Blobs):
 def test_the_samples_are_those_of_the_loader_that_judges(make_trainer, index):
     _, scores, outcomes = recorded(make_trainer, Apart(), f"acc/dataloader_idx_{index}", two_loaders())
     assert len(outcomes.values) == (200, 90)[index]
-    assert float(outcomes.values.mean()) == pytest.approx(scores.floor, abs=1e-6)
+    assert float(outcomes.values.mean()) == pytest.approx(scores.score, abs=1e-6)
     _, scores, outcomes = recorded(make_trainer, Apart(), f"loss/dataloader_idx_{index}", two_loaders())
     assert int(outcomes.weights.sum()) == (200, 90)[index]
     mean = float((outcomes.values * outcomes.weights).sum() / outcomes.weights.sum())
-    assert mean == pytest.approx(scores.floor, rel=1e-6)
+    assert mean == pytest.approx(scores.score, rel=1e-6)
 
 
 def test_of_a_metric_that_goes_on_from_loader_to_loader_only_the_first_is_known(make_trainer):
     _, scores, outcomes = recorded(make_trainer, Blobs(), "val_acc/dataloader_idx_0", two_loaders())
     assert len(outcomes.values) == 200
-    assert float(outcomes.values.mean()) == pytest.approx(scores.floor, abs=1e-6)
+    assert float(outcomes.values.mean()) == pytest.approx(scores.score, abs=1e-6)
     _, scores, outcomes = recorded(make_trainer, Blobs(), "val_acc/dataloader_idx_1", two_loaders())
-    assert math.isfinite(scores.floor)
+    assert math.isfinite(scores.score)
     assert outcomes is None
 
 
@@ -588,7 +593,7 @@ def test_a_metric_that_is_no_mean_is_known_on_resamples(make_trainer, metric):
     _, scores, outcomes = recorded(make_trainer, Judged(metric), "judged")
     assert isinstance(outcomes, Resamples)
     assert outcomes.size == 200
-    assert outcomes.score(torch.arange(200)) == pytest.approx(scores.floor, abs=1e-6)
+    assert outcomes.score(torch.arange(200)) == pytest.approx(scores.score, abs=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [5, 64])
@@ -599,7 +604,7 @@ def test_a_number_that_is_logged_is_known_batch_by_batch_and_each_batch_is_of_on
     assert int(outcomes.weights.sum()) == 200
     assert outcomes.weights.max() <= 13
     mean = float((outcomes.values * outcomes.weights).sum() / 200)
-    assert mean == pytest.approx(scores.floor, rel=1e-6) == pytest.approx(plain.floor, rel=1e-6)
+    assert mean == pytest.approx(scores.score, rel=1e-6) == pytest.approx(plain.score, rel=1e-6)
 
 
 def test_a_mean_that_the_module_keeps_is_known_batch_by_batch(make_trainer):
@@ -615,13 +620,13 @@ def test_a_mean_that_the_module_keeps_is_known_batch_by_batch(make_trainer):
     _, scores, outcomes = recorded(make_trainer, Means(), "mean", val_loader(10))
     assert isinstance(outcomes, Batches)
     assert outcomes.weights.tolist() == [10.0] * 20
-    assert float(outcomes.values.mean()) == pytest.approx(scores.floor, rel=1e-6)
+    assert float(outcomes.values.mean()) == pytest.approx(scores.score, rel=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "monitor"), [(Forked, "most"), (Forked, "sum")])
 def test_of_a_number_that_is_no_mean_over_batches_nothing_more_is_known(make_trainer, kind, monitor):
     _, scores, outcomes = recorded(make_trainer, kind(), monitor)
-    assert math.isfinite(scores.floor)
+    assert math.isfinite(scores.score)
     assert outcomes is None
 
 
@@ -841,7 +846,7 @@ def test_batches_that_tell_something_else_when_cut_are_not_cut(make_trainer):
     module = TimeFirst()
     trainer.fit(module, train_loader(), DataLoader(batches, batch_size=None))
     assert pruning.report.folds == (1, 0)
-    assert pruning.report.shared == "the module logs something else on batches that are cut anew"
+    assert pruning.report.undivided_because == "the module logs something else on batches that are cut anew"
     said = trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)[0]["val_acc"]
     assert pruning.report.score == pytest.approx(said, abs=1e-6)
 
@@ -893,7 +898,9 @@ def test_a_module_that_needs_its_batch_size_is_judged_on_its_batches(make_traine
     trainer = make_trainer(callbacks=[pruning], max_epochs=1)
     trainer.fit(Fixed(), train_loader(batch_size=25), val_loader(batch_size=25))
     assert pruning.report.folds == (1, 0)
-    assert pruning.report.shared.startswith("validation fails on batches that are cut anew (RuntimeError: The size of")
+    assert pruning.report.undivided_because.startswith(
+        "validation fails on batches that are cut anew (RuntimeError: The size of"
+    )
     assert pruning.report.winner.undone == {}
     assert pruning.report.left_alone == {}
 

@@ -652,7 +652,7 @@ def test_larger_scores_are_better_and_a_loss_ranks_or_breaks_ties(metric, expect
     make_trainer(callbacks=[within("on_train_end", score)]).fit(Blobs(), train_loader(), val_loader())
     scores, accuracy, loss = found
     assert 0 < accuracy < loss
-    assert (scores.rank, scores.floor, scores.tiebreak) == expected(accuracy, loss)
+    assert (scores.rank, scores.score, scores.tiebreak) == expected(accuracy, loss)
 
 
 @pytest.mark.parametrize("cache_bytes", [2**31, 0])
@@ -1266,7 +1266,7 @@ def test_processes_that_logged_different_values_agree_on_the_mean_and_one_warnin
     trainer, weights = many_processes(0.5, 0.75), {"a": torch.ones(2)}
     evaluate = TrainerEvaluator(trainer, None, Logs(0.5), OwnLoop(), weights, judged_by("val_acc"))
     with pytest.warns(UserWarning, match="sync_dist=True") as warned:
-        assert [evaluate(PrunedWeights(Mask.full(weights), weights), [0]).floor for _ in range(3)] == [0.625] * 3
+        assert [evaluate(PrunedWeights(Mask.full(weights), weights), [0]).score for _ in range(3)] == [0.625] * 3
     assert len(warned) == 1
 
 
@@ -1274,5 +1274,5 @@ def test_processes_that_logged_one_value_agree_on_it_without_a_warning():
     weights = {"a": torch.ones(2)}
     one_value = many_processes(0.25, 0.25)
     evaluate = TrainerEvaluator(one_value, None, Logs(0.25), OwnLoop(), weights, judged_by("val_acc"))
-    assert evaluate(PrunedWeights(Mask.full(weights), weights), [0]).floor == 0.25
+    assert evaluate(PrunedWeights(Mask.full(weights), weights), [0]).score == 0.25
     assert mean_over_processes(SimpleNamespace(world_size=1), torch.tensor(0.5)) == 0.5

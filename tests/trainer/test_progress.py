@@ -310,7 +310,7 @@ def test_a_search_says_its_floor_each_level_and_its_end_in_units_of_the_metric(
         said_of = f"level {number}: sparsity {level.sparsity:.2%}, {monitor} {level.score:.6g}, accepted"
         assert levels[number - 1] == said_of
     *_, last = report.levels
-    confirmed = [f"level 2 on the confirmation data: {monitor} {last.gated:.6g}, held"] if halves else []
+    confirmed = [f"level 2 on the confirmation data: {monitor} {last.held_out_score:.6g}, held"] if halves else []
     assert levels[2:] == confirmed + list(report.summary())
     assert report.floor < report.dense_score if mode == "max" else report.floor > report.dense_score
 

@@ -12,7 +12,7 @@ from lightning_roulette.report.report import Level, SearchReport
 # "Margin" draws the first tag as a line and the other two as the edges of a band.
 _LAYOUT = {
     "roulette": {
-        "score and floor": ["Multiline", ["roulette/score$", "roulette/floor$", "roulette/gated$"]],
+        "score and floor": ["Multiline", ["roulette/score$", "roulette/floor$", "roulette/held_out$"]],
         "branch": ["Margin", ["roulette/branch/median", "roulette/branch/min", "roulette/branch/max"]],
     }
 }
@@ -25,8 +25,8 @@ class Curves:
     |---|---|
     | `roulette/sparsity` | share of prunable weights removed |
     | `roulette/score`, `roulette/floor` | the accepted winner's score on the ranking folds, and the worst it might be |
-    | `roulette/gated` | the same network's score on the confirmation folds, as far as these were asked |
-    | `roulette/score_error`, `roulette/gated_error` | their paired standard errors against the dense score, if known |
+    | `roulette/held_out` | the same network's score on the confirmation folds, as far as these were asked |
+    | `roulette/score_error`, `roulette/held_out_error` | their paired standard errors against the dense score |
     | `roulette/branch/min`, `/median`, `/max` | spread of the scores of the accepted winner's branch |
     | `roulette/density/<parameter>` | share of the parameter's weights that is kept |
 
@@ -45,8 +45,8 @@ class Curves:
             writer.experiment.add_custom_scalars(_LAYOUT)
         spread = (report.dense_score,) * 3
         self._draw(0, report.dense_score, report.floor, 0.0, spread, dict.fromkeys(parameters, 1.0))
-        if report.gated_dense is not None:
-            self._log(0, {"roulette/gated": report.gated_dense})
+        if report.held_out_dense is not None:
+            self._log(0, {"roulette/held_out": report.held_out_dense})
 
     def draw_level(self, level: Level, floor: float, densities: Mapping[str, float]) -> None:
         """The points of one accepted level."""
@@ -56,7 +56,7 @@ class Curves:
 
     def draw_confirmed(self, level: Level) -> None:
         """The points of one level on the confirmation folds."""
-        points = {"roulette/gated": level.gated, "roulette/gated_error": level.gated_error}
+        points = {"roulette/held_out": level.held_out_score, "roulette/held_out_error": level.held_out_error}
         known = {tag: value for tag, value in points.items() if value is not None and not math.isnan(value)}
         self._log(level.level, known)
 

@@ -84,7 +84,9 @@ class Watcher(Observer):
         verdict = "held" if ours.held else "did not hold"
         self._line.show(f"Confirming level {ours.level} of {len(report.accepted)}", ours.level, len(report.accepted))
         if not ours.held or ours is report.accepted[-1]:
-            self._say(f"level {ours.level} on the confirmation data: {report.monitor} {ours.gated:.6g}, {verdict}")
+            self._say(
+                f"level {ours.level} on the confirmation data: {report.monitor} {ours.held_out_score:.6g}, {verdict}"
+            )
         self._curves.draw_confirmed(ours)
 
     def on_end(self, report: SearchReport) -> None:
@@ -126,15 +128,15 @@ class EpochWatcher(Watcher):
         """
         ours = self._metric.units_of(report)
         if not ours.levels:
-            score, floor = ours.gated_dense, ours.gated_floor
+            score, floor = ours.held_out_dense, ours.held_out_floor
             self._say(f"after {self._epoch} epochs {ours.monitor} is {score:.6g}, floor {floor:.6g}.")
             self._curves.draw_dense(ours, mask)
             return ours
         level = ours.levels[-1]
-        verdict = "held" if level.held else f"below the floor {ours.gated_floor:.6g}"
+        verdict = "held" if level.held else f"below the floor {ours.held_out_floor:.6g}"
         self._say(
             f"level {level.level}, sparsity {level.sparsity:.2%}, after {self._epoch} epochs: {ours.monitor} "
-            f"{level.gated:.6g}, {verdict}"
+            f"{level.held_out_score:.6g}, {verdict}"
         )
         self._curves.draw_confirmed(level)
         return ours
