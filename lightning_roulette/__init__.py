@@ -11,7 +11,7 @@ from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.network.parameters import prunable_parameters, skipped_parameters
 from lightning_roulette.refit.calibration import Calibration, Refitted
 from lightning_roulette.report.report import Candidate, Level, Method, Scores, SearchReport, StopReason
-from lightning_roulette.search.growing import Observer
+from lightning_roulette.search.observer import Observer
 from lightning_roulette.search.search import search
 from lightning_roulette.search.winner import Winner
 from lightning_roulette.settings import LeastSquares, Refit, Tree, Validation, Wheel

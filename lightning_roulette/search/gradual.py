@@ -1,7 +1,7 @@
 """Pruning in turn with training: a level is cut, the network trains on, and only then is the level judged.
 
-Which network is cut when is for the caller to say. Cuts take the same share of the survivors each, or follow the cubic
-schedule of Zhu and Gupta, "To prune, or not to prune" (2017, arXiv:1710.01878), where a target sparsity is given.
+The caller decides when the network is judged and cut. Each cut removes the same share of the survivors. With a target
+sparsity, cuts follow the cubic schedule of Zhu and Gupta instead (see `cubic`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from lightning_roulette.mask.mask import History, Mask
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.refit.calibration import Calibration
 from lightning_roulette.report.report import SearchReport, StopReason
-from lightning_roulette.search.growing import Growing, Observer
-from lightning_roulette.search.refitting import Refitting
+from lightning_roulette.search.drawing import Drawing
+from lightning_roulette.search.level import try_level
+from lightning_roulette.search.observer import Observer
+from lightning_roulette.search.policies import Levels, OneLevel, Policy, Step, cubic
+from lightning_roulette.search.refitter import Refitter
+from lightning_roulette.search.run import Run, begin
+from lightning_roulette.search.state import State
 from lightning_roulette.settings import Refit, Tree, Validation, Wheel
-
-_ALL_THAT_IS_ASKED = 1 - 2.0**-40  # a pruning rate that leaves it to the target how many weights go
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,13 @@ class Cuts:
     Attributes:
         branches: Candidates of a cut.
         tolerance: How far below the dense score a level may be when it is judged.
-        target_sparsity: Where the last cut ends, in (0, 1); None: each cut takes the tree's pruning rate.
-        number: How many cuts there may be.
-        refit: What is done to the survivors of a cut before training goes on.
+        target_sparsity: Sparsity after the last cut, in (0, 1). None: each cut removes the tree's pruning rate.
+        number: Number of cuts.
+        refit: What is done to the survivors of a cut before training goes on. None: nothing.
         wheel: How candidates are drawn.
-        tree: `pruning_rate` and `max_levels` are read here.
-        validation: `confirm` and `race` are read here. With one candidate a cut nothing ranks, and all data judges.
-        seed: All chance.
+        tree: Only `pruning_rate` and `max_levels` are read here.
+        validation: Only `confirm` and `race` are read here. With one candidate per cut, nothing is held out.
+        seed: Source of all chance.
     """
 
     branches: int
@@ -53,27 +56,34 @@ class Cuts:
     validation: Validation = field(default_factory=Validation)
     seed: int = 0
 
+    def policy(self, place: int) -> Policy:
+        """What the cut of this number, from 1, tries."""
+        if self.target_sparsity is None:
+            return Levels(self.tree, self.branches, self.wheel.scope)
+        goal = cubic(self.target_sparsity, place / self.number)
+        return OneLevel(Levels(self.tree, self.branches, self.wheel.scope, goal))
+
 
 class Gradual:
     """A network that is pruned in turn with its training.
 
-    The network is shown as training has left it (`judge`); if its deepest level holds it may be cut (`cut`). The first
-    one shown is the dense network, whose score sets the floor for all that follow.
+    The caller shows the network as training left it (`judge`). If its deepest level holds, it may be cut (`cut`). The
+    first network shown is the dense one. Its score sets the floor for all that follow.
 
     Args:
         cuts: How it is cut.
 
     Attributes:
-        report: What was done so far; a level that was cut is accepted, and held once it has kept the floor. Its
-            `held_out_score` is the score when judged: on the confirmation folds, or on all where nothing ranks or
-            nothing is kept for confirmation. None before a network was shown.
-        history: The masks of all levels; its level is the slimmest that has held.
+        report: What was done so far. None before a network was shown. A level that was cut is accepted. It held once
+            its score kept the floor. Its held-out score is the score when it was judged: on the held-out half, or on
+            all data where nothing is held out.
+        history: Masks of all levels. Its `level` is the slimmest that held. None before a network was shown.
     """
 
     def __init__(self, cuts: Cuts) -> None:
         self._cuts = cuts
-        self._leaning: dict[str, float] = {}
-        self._growing: Growing | None = None
+        self._factors: dict[str, float] = {}
+        self._shown: tuple[Run, State] | None = None
         self._counted = 0.0
         self.report: SearchReport | None = None
         self.history: History | None = None
@@ -87,7 +97,7 @@ class Gradual:
 
     @property
     def mask(self) -> Mask | None:
-        """That of the deepest level; None before a network was shown."""
+        """Mask of the deepest level. None before a network was shown."""
         return None if self.history is None else self.history.mask_at(self.history.deepest)
 
     def judge(
@@ -97,70 +107,63 @@ class Gradual:
         calibration: Calibration | None = None,
         observer: Observer | None = None,
     ) -> bool:
-        """Whether the network keeps the floor as it is; if so, its level has held.
+        """Validate the network as it is, and note whether its deepest level holds.
 
         Args:
-            weights: As training has left them, the pruned ones zero.
+            weights: Prunable weights as training left them, the pruned ones zero.
             evaluate: See `search`.
-            calibration: The network with inputs, for a refit or an importance that looks at inputs.
+            calibration: The network with inputs. Needed for a refit and for importances on inputs.
             observer: Is told of the candidates of a cut that follows.
+
+        Returns:
+            Whether the network keeps the floor.
 
         Raises:
             ValueError: If the dense score is NaN.
         """
-        cuts, began = self._cuts, time.monotonic()
-        judge = Judge(evaluate, cuts.validation.confirm if cuts.branches > 1 else 0.0)
-        refitting = Refitting(weights, cuts.refit, calibration)
-        deepest = None if self.history is None else self.history.won_by(self.history.deepest)
-        growing = Growing(
-            weights, judge, cuts.branches, cuts.wheel, cuts.seed, observer or Observer(), refitting, deepest
-        )
-        growing.leaning |= self._leaning
-        if cuts.wheel.importance is None and calibration is not None:
-            growing.importance = "sensitivity"
-        growing.start(math.inf, None, cuts.validation.race, refuse_nan=self.report is None)
-        self._growing, self._counted = growing, 0.0
-        now = growing.report.dense_score if growing.report.held_out_dense is None else growing.report.held_out_dense
+        began = time.monotonic()
+        run, state = self._shown = self._begin(weights, evaluate, calibration, observer or Observer())
+        self._counted = 0.0
+        report = state.report
+        now = report.dense_score if report.held_out_dense is None else report.held_out_dense
         if self.report is None or self.history is None:
-            self.report = replace(growing.report, tolerance=cuts.tolerance, held_out_dense=now, gradual=True)
-            self.history = growing.history
-            held = True
+            self.report = replace(report, tolerance=self._cuts.tolerance, held_out_dense=now, gradual=True)
+            self.history, held = state.history, True
         else:
             held = self._judged(now)
-        self._worked(growing, began)
+        self._add_work(run, began)
         return held
 
     def cut(self, place: int, epoch: int | None = None) -> PrunedWeights | None:
-        """Cut the network that was shown last: what it becomes, and is to train on as; None if nothing may go.
+        """Cut the network that was shown last.
 
         Args:
-            place: The number of the cut, from 1: it tells where the schedule of a target sparsity is. A cut that was
-                left out is made up for by the next.
-            epoch: How many epochs are trained, for the report.
+            place: Number of the cut, from 1. It gives the place in the schedule of a target sparsity. The next cut
+                makes up for one that was left out.
+            epoch: Number of trained epochs, for the report.
+
+        Returns:
+            The network to train on. None if no weight may be removed, or no candidate has a score.
         """
-        growing, cuts, began = self._growing, self._cuts, time.monotonic()
-        assert growing is not None
-        goal = None if cuts.target_sparsity is None else cubic(cuts.target_sparsity, place / cuts.number)
-        rate = cuts.tree.pruning_rate if goal is None else _ALL_THAT_IS_ASKED
-        if growing.end(goal, cuts.tree) is not None:
+        assert self._shown is not None
+        (run, state), began = self._shown, time.monotonic()
+        if not isinstance(step := self._cuts.policy(place).next(state), Step):
             return None
-        before = growing.parent.survivors
-        growing.level(replace(cuts.tree, pruning_rate=rate), goal)
-        level = growing.levels[-1]
-        self._worked(growing, began)
-        if not level.accepted:  # no candidate has a score
+        after = try_level(run, state, step)
+        self._shown = run, after
+        self._add_work(run, began)
+        level = after.report.levels[-1]
+        if not level.accepted:
             return None
-        if goal is not None:
-            level = replace(level, pruning_rate=1 - level.survivors / before)
         report, history = self.found
         levels = (*report.levels, replace(level, held=False, epoch=epoch))
-        self.report = replace(report, levels=levels, importance=growing.report.importance)
-        self.history = growing.history.won_by(history.level)
-        self._leaning = dict(growing.leaning)
-        return growing.refitting.network(growing.parent)
+        self.report = replace(report, levels=levels, importance=run.drawing.in_words)
+        self.history = after.history.won_by(history.level)
+        self._factors = dict(after.factors)
+        return run.refitter.network(after.parent, after.refitted)
 
     def ended(self) -> SearchReport:
-        """The report when training is over, and the last network was shown."""
+        """The report when training is over, after the last network was shown."""
         (report, history), cuts = self.found, self._cuts
         reason, deepest = StopReason.TRAINING_ENDED, history.level == history.deepest
         goal = math.floor((cuts.target_sparsity or 0) * report.size + 0.5)
@@ -171,23 +174,51 @@ class Gradual:
         self.report = replace(report, stop_reason=reason)
         return self.report
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_growing": None}  # which knows a Trainer's data
-
     def state(self) -> dict[str, Any]:
-        """Plain tensors and numbers for a checkpoint; read back by `restore`."""
+        """Plain tensors and numbers for a checkpoint. `restore` reads them back."""
         if self.report is None or self.history is None:
             return {}
-        return {**self.history.state(), "leaning": dict(self._leaning), "report": self.report.to_dict()}
+        return {**self.history.state(), "importance_factors": dict(self._factors), "report": self.report.to_dict()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Go on where `state` was taken. An empty state changes nothing."""
         if state:
-            self.history, self._leaning = History.from_state(state), dict(state["leaning"])
+            factors = state.get("importance_factors", state.get("leaning", {}))  # its name before version 0.2
+            self.history, self._factors = History.from_state(state), dict(factors)
             self.report = SearchReport.from_dict(state["report"])
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_shown": None}  # it refers to a Trainer's data
+
+    def _begin(
+        self,
+        weights: Mapping[str, Tensor],
+        evaluate: Evaluator | Callable[[Mask], float],
+        calibration: Calibration | None,
+        observer: Observer,
+    ) -> tuple[Run, State]:
+        """Validate the network, as the parent of a level whose verdict is deferred: there is no floor for it yet."""
+        cuts = self._cuts
+        judge = Judge(evaluate, cuts.validation.confirm if cuts.branches > 1 else 0.0)
+        refitter = Refitter(weights, cuts.refit, calibration)
+        importance = None if calibration is None else "sensitivity"
+        return begin(
+            judge,
+            refitter,
+            Drawing(cuts.wheel, refitter, cuts.branches, cuts.seed, importance),
+            observer,
+            branches=cuts.branches,
+            tolerance=math.inf,
+            confidence=None,
+            race=cuts.validation.race,
+            seed=cuts.seed,
+            history=None if self.history is None else self.history.won_by(self.history.deepest),
+            factors=self._factors,
+            refuse_nan=self.report is None,
+        )
+
     def _judged(self, now: float) -> bool:
-        """Note the score of the deepest level; one that has held before stays as it was when it held."""
+        """Note the score of the deepest level. One that held before keeps the score that it held with."""
         report, history = self.found
         *before, level = report.levels or (None,)
         if level is None:
@@ -199,18 +230,9 @@ class Gradual:
             self.history = history.won_by(level.level)
         return held
 
-    def _worked(self, growing: Growing, began: float) -> None:
+    def _add_work(self, run: Run, began: float) -> None:
+        """Add validations and seconds since they were last added."""
         report, _ = self.found
-        done, self._counted = growing.judge.validations - self._counted, growing.judge.validations
+        done, self._counted = run.judge.validations - self._counted, run.judge.validations
         seconds = report.seconds + time.monotonic() - began
         self.report = replace(report, validations=report.validations + done, seconds=seconds)
-
-
-def cubic(target_sparsity: float, share: float) -> float:
-    """The sparsity when a share of the cuts is done: `target * (1 - (1 - share) ** 3)` (Zhu and Gupta 2017).
-
-    Example:
-        >>> cubic(0.75, 0.5)
-        0.65625
-    """
-    return target_sparsity * (1 - (1 - share) ** 3)

@@ -1,4 +1,4 @@
-"""What a search found: the winner and the levels before it."""
+"""What a search returns: the winner and the levels before it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from lightning_roulette.report.report import SearchReport
 
 @dataclass(frozen=True, eq=False)
 class Winner:
-    """What a search found: the slimmest accepted network that held on the confirmation folds.
+    """The slimmest accepted network that held on the held-out half.
 
     Attributes:
-        mask: Which weights are kept; all, if no level was accepted.
-        report: What was done.
-        dense: The weights that the search was given, not copied.
-        history: The masks of all accepted levels.
-        refits: What refits changed, by the number of the level: the survivors of each weight, and all else; under 0,
-            all else as it was. On the CPU; all levels together have at most `1 / pruning_rate` numbers a weight.
+        mask: Which weights are kept. All of them if no level was accepted.
+        report: Numbers of the search.
+        dense: Weights that the search was given, not copied.
+        history: Masks of all accepted levels.
+        refits: Values that refits changed, by number of the level: the survivors of each weight, and everything else
+            whole. Under 0: the dense values of everything else. They are on the CPU. All levels together have at most
+            `1 / pruning_rate` numbers per weight.
     """
 
     mask: Mask
@@ -36,11 +37,11 @@ class Winner:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """New tensors: the winner's weights, zero where it is pruned; and all else that a refit changed."""
+        """New tensors: the winner's weights, zero where pruned, and everything else that a refit changed."""
         return self.weights_at(self.history.level)
 
     def mask_at(self, level: int) -> Mask:
-        """The mask of an accepted level; 0 is the dense network.
+        """Mask of an accepted level. Level 0 is the dense network.
 
         Raises:
             ValueError: If there was no such level.
@@ -48,7 +49,7 @@ class Winner:
         return self.history.mask_at(level)
 
     def weights_at(self, level: int) -> dict[str, Tensor]:
-        """New tensors, on the devices of the dense weights: those of an accepted level; 0 is the dense network.
+        """New tensors: the weights of an accepted level, on the devices of the dense weights. Level 0 is dense.
 
         Biases and running statistics are among them if a refit changed them.
 
@@ -58,21 +59,28 @@ class Winner:
         return network_at(level, self.mask_at(level), self.dense, self.refits).weights
 
     def cpu(self) -> Winner:
-        """The same on the CPU, with copies of the dense weights: of more than a gibibyte, in a temporary file."""
+        """The same on the CPU, with copies of the dense weights. More than a gibibyte goes to a temporary file."""
         return replace(self, mask=self.mask.cpu(), dense=copies_of(self.dense), history=self.history.cpu())
 
 
 def network_at(level: int, mask: Mask, dense: Mapping[str, Tensor], refits: Mapping[int, Survivors]) -> PrunedWeights:
-    """The network of an accepted level: what a refit made of it, or else the dense values, biases included."""
+    """The network of an accepted level, with the values that a refit gave it, or else the dense values.
+
+    Args:
+        level: Number of the level.
+        mask: Its mask.
+        dense: Weights of the dense network.
+        refits: See `Winner`.
+    """
     known = refits.get(level, refits.get(0))
     return PrunedWeights(mask, dense, {} if known is None else known.spread(mask, dense))
 
 
 def load(module: nn.Module, winner: Winner) -> None:
-    """Make a network the winner, in place: its mask, and what a refit changed. All else stays bit for bit.
+    """Make a network the winner, in place. Only pruned weights, and what a refit changed, are written.
 
     Args:
-        module: Dense, with the names of the winner's weights.
+        module: The dense network, with the parameter names of the winner.
         winner: Of a search over this network.
     """
     level = winner.history.level

@@ -24,8 +24,9 @@ from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.network.lending import copy_into, named_tensors
 from lightning_roulette.refit.calibration import Calibration
 from lightning_roulette.report.report import SearchReport, StopReason
+from lightning_roulette.search.arguments import check_search
 from lightning_roulette.search.gradual import Cuts
-from lightning_roulette.search.search import check_search, search
+from lightning_roulette.search.search import search
 from lightning_roulette.search.winner import Winner, load
 from lightning_roulette.settings import CALIBRATED, LeastSquares, Refit, Tree, Validation, Wheel, refit_of
 from lightning_roulette.trainer.between_epochs import BetweenEpochs

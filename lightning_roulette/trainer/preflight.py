@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_roulette.large.shards import Shards
 from lightning_roulette.network.parameters import has_lazy_parameters, prunable_parameters, skipped_parameters
-from lightning_roulette.search.search import beyond_shards
+from lightning_roulette.search.arguments import beyond_shards
 from lightning_roulette.settings import Importance, LeastSquares, refit_of
 from lightning_roulette.trainer.isolation import callbacks_of
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from lightning_roulette import StopReason, Tree, Validation
 from lightning_roulette.report.report import Scores
-from lightning_roulette.search.gradual import Cuts, Gradual, cubic
+from lightning_roulette.search.gradual import Cuts, Gradual
+from lightning_roulette.search.policies import cubic
 
 SIZE = 200
 

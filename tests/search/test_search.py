@@ -32,8 +32,8 @@ from lightning_roulette import (
     search,
     sparsity,
 )
-from lightning_roulette.search.growing import level_draws
-from lightning_roulette.search.search import check_search
+from lightning_roulette.search.arguments import check_search
+from lightning_roulette.search.policies import level_draws
 
 nan = math.nan
 
@@ -136,7 +136,7 @@ def test_equal_scores_go_to_the_earliest_and_prune_to_the_last_weight():
 def test_a_dense_network_without_a_score_is_an_error(dense):
     evaluate = Scripted(dense)
     with pytest.raises(
-        ValueError, match="the dense network scores NaN or infinity, so there is no floor to keep. Nothing was"
+        ValueError, match="the score of the dense network is NaN or infinite, so there is no floor. Nothing was"
     ):
         search(network(), evaluate)
     assert len(evaluate.masks) == 1

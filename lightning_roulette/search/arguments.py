@@ -1,0 +1,115 @@
+"""Checks of the arguments of a search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from lightning_roulette.checks import check_count, check_group, check_number, check_seed
+from lightning_roulette.judge.evaluator import Evaluator
+from lightning_roulette.large.shards import Shards
+from lightning_roulette.mask.mask import Mask
+from lightning_roulette.refit.calibration import Calibration
+from lightning_roulette.settings import (
+    CALIBRATED,
+    Importance,
+    LeastSquares,
+    Refit,
+    Tree,
+    Validation,
+    Wheel,
+    refit_of,
+)
+
+
+def check_search(
+    branches: int,
+    tolerance: float,
+    target_sparsity: float | None,
+    confidence: float | None,
+    wheel: Wheel,
+    tree: Tree,
+    validation: Validation,
+    seed: int,
+) -> None:
+    """Check arguments of `search` that do not depend on the network.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range.
+    """
+    check_count("branches", branches)
+    check_number("tolerance", tolerance, at_least=0, remedy="It is in the metric's own units: 0.005 is half a point.")
+    if target_sparsity is not None:
+        check_number("target_sparsity", target_sparsity, above=0, below=1)
+    check_group("wheel", wheel, Wheel)
+    check_group("tree", tree, Tree)
+    check_group("validation", validation, Validation)
+    check_seed(seed)
+    if confidence is not None:
+        _check_confidence(confidence, tolerance, validation)
+
+
+def check_network(
+    weights: Mapping[str, Tensor],
+    evaluate: Evaluator | Callable[[Mask], float],
+    refit: str | LeastSquares | None,
+    calibration: Calibration | None,
+    wheel: Wheel,
+) -> None:
+    """Check arguments of `search` that depend on the network and its evaluator.
+
+    Raises:
+        TypeError: If `refit` has the wrong type.
+        ValueError: If there are no weights, or something is asked for that the weights, the evaluator or the missing
+            calibration inputs do not allow.
+    """
+    if not weights or not any(weight.numel() for weight in weights.values()):
+        raise ValueError("weights is empty, but must name at least one tensor with entries.")
+    how = refit_of(refit)
+    if (shards := Shards.of(weights)) is not None and (why := beyond_shards(wheel.importance, how)):
+        raise ValueError(f"the weights are sharded over {shards.ranks} processes, but {why}")
+    if calibration is None and (how is not None or wheel.importance in CALIBRATED):
+        asked = f"refit is {refit!r}" if how is not None else f"importance is {wheel.importance!r}"
+        raise ValueError(f"{asked}, but calibration is None. Pass calibration=Calibration(network, batches).")
+    if how is not None and not hasattr(evaluate, "folds"):
+        raise ValueError(
+            f"refit is {refit!r}, but evaluate is a function of a mask, which does not see refitted values. Pass an "
+            "Evaluator, which is given the weights too, or refit=None."
+        )
+
+
+def beyond_shards(importance: Importance | str | None, how: Refit | None) -> str:
+    """Why sharded weights cannot be pruned in some way, and what to do. Empty if they can.
+
+    Args:
+        importance: See `Wheel`.
+        how: Kind of refit.
+    """
+    if how is not None:
+        return "a refit needs whole layers, and no process has them. Pass refit=None."
+    if importance not in (None, "magnitude"):
+        what = f"importance {importance!r}" if isinstance(importance, str) else "importance by a function"
+        return f"{what} needs whole layers, and no process has them. Pass wheel=Wheel(importance='magnitude')."
+    return ""
+
+
+def _check_confidence(confidence: float, tolerance: float, validation: Validation) -> None:
+    check_number("confidence", confidence, above=0, below=1, remedy="0.95 is usual.")
+    if math.isinf(tolerance):
+        raise ValueError(
+            f"tolerance is {tolerance} and confidence {confidence}, but without a floor there is nothing to certify. "
+            "Pass a tolerance, such as 0.005 for half a point, or leave confidence out."
+        )
+    if tolerance == 0:
+        raise ValueError(
+            f"tolerance is {tolerance} and confidence {confidence}, but no finite sample can certify that nothing is "
+            "lost. Allow some tolerance, such as 0.005 for half a point, or leave confidence out."
+        )
+    if validation.confirm == 0:
+        raise ValueError(
+            f"confirm is 0 and confidence {confidence}, but data that chose the candidates cannot certify them. Hold "
+            "some out, as Validation(confirm=0.5) does, or leave confidence out."
+        )

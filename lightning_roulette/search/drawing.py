@@ -1,0 +1,123 @@
+"""How the candidates of a level are drawn: importance of the parent's weights, importance factors, the wheel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lightning_roulette.large.shards import Shards
+from lightning_roulette.mask.mask import Mask
+from lightning_roulette.refit.sensitivity import NoGradients
+from lightning_roulette.search.refitter import Refitter
+from lightning_roulette.search.state import State
+from lightning_roulette.settings import Wheel
+from lightning_roulette.wheel.chance import normal, stream
+from lightning_roulette.wheel.importance import importance_of, weighed
+from lightning_roulette.wheel.wheel import Sectors
+
+
+class Drawing:
+    """Draws the candidates of every level of a search.
+
+    Importance and wheel are computed once for each parent. All its candidates, and those of retries, share them.
+
+    Args:
+        wheel: How candidates are drawn.
+        refitter: Gives the networks, and what importances on inputs need.
+        branches: Candidates per level.
+        seed: Source of all chance.
+        importance: Importance to use where the wheel names none. None: `"sensitivity"` where each level is refitted
+            by least squares, else `"magnitude"`.
+    """
+
+    def __init__(
+        self, wheel: Wheel, refitter: Refitter, branches: int, seed: int, importance: str | None = None
+    ) -> None:
+        self._wheel, self._refitter, self._seed = wheel, refitter, seed
+        self._shards = Shards.of(refitter.weights)
+        self._kind = wheel.importance or importance or ("sensitivity" if refitter.solves else "magnitude")
+        self._allocation = _allocation(wheel, refitter, branches)
+        self._fallback = ""
+        self._parent: Mask | None = None
+        self._importance: Mapping[str, Tensor] = {}
+        self._sectors: Sectors
+
+    @property
+    def in_words(self) -> str:
+        """Importance that candidates are drawn by."""
+        return self._fallback or (self._kind if isinstance(self._kind, str) else "a function")
+
+    def prepare(self, state: State) -> None:
+        """Compute importance and wheel of the parent, unless that was done.
+
+        Raises:
+            ValueError: If the importance that the user asked for needs derivatives, and there are none.
+        """
+        if self._parent is state.parent:
+            return
+        self._importance = self._importance_of(state)
+        self._sectors = Sectors(
+            self._importance,
+            state.parent,
+            sharpness=self._wheel.sharpness,
+            scope=self._wheel.scope,
+            shards=self._shards,
+        )
+        self._parent = state.parent
+
+    def spin(self, state: State, draws: int, candidate: int) -> Mask:
+        """Mask of one candidate: the parent's less `draws` weights.
+
+        Args:
+            state: Where the search stands; `prepare` was called for it.
+            draws: Weights to remove.
+            candidate: Index of the candidate among all of its level.
+        """
+        sectors = self._sectors
+        if self._allocation:
+            factors = {name: math.exp(value) for name, value in self.factors(state, candidate).items()}
+            importance = weighed(self._importance, factors)
+            sectors = Sectors(importance, state.parent, sharpness=self._wheel.sharpness, shards=self._shards)
+        return sectors.spin(draws, seed=self._seed, level=state.next_level, candidate=candidate)
+
+    def factors(self, state: State, candidate: int) -> Mapping[str, float]:
+        """Logarithm of what a candidate multiplies the importance of each parameter by."""
+        if not self._allocation:
+            return state.factors
+        return {
+            name: before + self._allocation * normal(stream(self._seed, state.next_level, candidate, name))
+            for name, before in state.factors.items()
+        }
+
+    def _importance_of(self, state: State) -> Mapping[str, Tensor]:
+        weights = self._weights(state)
+        try:
+            return importance_of(
+                weights, self._kind, lambda kind: self._refitter.scales(kind, state.parent, state.refitted)
+            )
+        except NoGradients as error:
+            if self._wheel.importance is not None:
+                raise ValueError(f"importance is {self._kind!r}, but {error}. Choose another.") from error
+            self._kind, self._fallback = "magnitude", f"magnitude, as {error}"
+            return importance_of(weights, "magnitude")
+
+    def _weights(self, state: State) -> Mapping[str, Tensor]:
+        """Weights of the parent. Copies that are zero where pruned, unless the dense values serve as well."""
+        dense = self._refitter.weights
+        if self._shards is not None:
+            return self._shards.own(dense)
+        if self._kind == "magnitude" and not state.refitted.values:
+            return {name: weight.detach() for name, weight in dense.items()}
+        parent = self._refitter.network(state.parent, state.refitted).weights
+        return {name: parent[name] for name in dense}
+
+
+def _allocation(wheel: Wheel, refitter: Refitter, branches: int) -> float:
+    """Standard deviation of the logarithm of importance factors."""
+    if wheel.scope == "layer":
+        return 0.0
+    if wheel.allocation is None:
+        return 0.3 if refitter.solves and branches > 1 else 0.0
+    return wheel.allocation

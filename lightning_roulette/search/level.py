@@ -1,0 +1,138 @@
+"""One level of a search: spin a branch, race it, refit the best candidates, judge the winner."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from lightning_roulette.judge.certificate import Outcomes, alike, paired_error
+from lightning_roulette.judge.race import Race, furthest
+from lightning_roulette.judge.selection import best_of, keeps_floor
+from lightning_roulette.refit.calibration import Refitted
+from lightning_roulette.report.report import Candidate, Level
+from lightning_roulette.search.policies import Step
+from lightning_roulette.search.run import Run
+from lightning_roulette.search.state import State
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """The candidates of one level after their race.
+
+    Attributes:
+        candidates: In the order they were drawn.
+        best: The best of them. None if no score is a number.
+        refitted: Values that a refit gave the best candidate. Without a refit, those of the parent.
+    """
+
+    candidates: list[Candidate]
+    best: Candidate | None
+    refitted: Refitted = field(default_factory=Refitted)
+
+
+def try_level(run: Run, state: State, step: Step) -> State:
+    """Try one level, and tell the observer of the run.
+
+    Args:
+        run: What stays the same during the search.
+        state: Where the search stands.
+        step: The level to try.
+
+    Returns:
+        The state after it.
+    """
+    survivors = state.parent.survivors - step.draws
+    sparsity = 1 - survivors / state.parent.size
+    tell = _teller(run, state, sparsity)
+    race = _race(run, state, step, sparsity, tell)
+    branch = Branch(raced := race.run(run.stages), best_of(furthest(raced)), state.refitted)
+    if run.refitter.each_level:
+        branch = _refitted(run, race, branch, tell)
+    branch, error = _judged_again(run, race, branch)
+    level = Level(
+        state.next_level,
+        step.rate,
+        sparsity,
+        survivors,
+        tuple(branch.candidates),
+        winner=branch.best.index if branch.best else None,
+        accepted=_is_accepted(branch.best, state.report.floor),
+        error=error,
+        undone=branch.refitted.undone,
+    )
+    if level.accepted and branch.best is not None:
+        best = branch.best.index
+        state = state.accepted(level, race.mask(best), branch.refitted, run.drawing.factors(state, best))
+    else:
+        state = state.rejected(level)
+    run.observer.on_level(level, run.winner(state))
+    return state
+
+
+def error_of(dense: Outcomes | None, pruned: Outcomes | None) -> float:
+    """Paired standard error of a score less the dense score. NaN if it is unknown."""
+    return math.nan if dense is None or pruned is None or not alike(dense, pruned) else paired_error(dense, pruned)
+
+
+def _is_accepted(best: Candidate | None, floor: float) -> bool:
+    return best is not None and not math.isnan(best.rank) and keeps_floor(best.score, floor)
+
+
+def _teller(run: Run, state: State, sparsity: float) -> Callable[[int, Candidate | None], None]:
+    """A function that tells the observer how many candidates were judged, and the best so far."""
+    planned = run.race_length + run.refitter.finalists
+
+    def tell(done: int, best: Candidate | None) -> None:
+        run.observer.on_candidate(state.next_level, done, planned, best, sparsity)
+
+    return tell
+
+
+def _race(run: Run, state: State, step: Step, sparsity: float, tell: Callable[[int, Candidate | None], None]) -> Race:
+    """The candidates of one level, ready to run. Retries go on with the indices."""
+    run.drawing.prepare(state)
+    first = state.failures * step.branches
+    candidates = [
+        Candidate(index, sparsity, math.nan, math.nan, folds=0) for index in range(first, first + step.branches)
+    ]
+    return Race(
+        candidates,
+        lambda index: run.drawing.spin(state, step.draws, index),
+        lambda mask: run.refitter.network(mask, state.refitted),
+        run.judge,
+        run.reference,
+        tell,
+    )
+
+
+def _refitted(run: Run, race: Race, branch: Branch, tell: Callable[[int, Candidate | None], None]) -> Branch:
+    """The branch with its best candidates refitted and judged again, and the best of these."""
+    known = {one.index: one for one in branch.candidates}
+    runners = [one for one in furthest(branch.candidates) if one.same_as is None and not math.isnan(one.rank)]
+    best: Candidate | None = None
+    values, refitted = Refitted(), 0
+    while refitted < run.refitter.finalists and (one := best_of(runners)) is not None:
+        runners.remove(one)
+        found = run.refitter.refit(race.mask(one.index))
+        scores = run.judge.scores(run.refitter.network(race.mask(one.index), found), run.judge.search_folds)
+        known[one.index] = one = replace(one.scored(scores, len(run.judge.search_folds)), refitted=True)
+        if best is None or best_of([best, one]) is one:
+            best, values = one, found
+        refitted += 1
+        tell(run.race_length + refitted, best)
+    return Branch(list(known.values()), best, values)
+
+
+def _judged_again(run: Run, race: Race, branch: Branch) -> tuple[Branch, float]:
+    """The branch with its best candidate judged on all search folds together, and the paired standard error."""
+    best, error = branch.best, math.nan
+    if best is None:
+        return branch, error
+    if run.rejudges:
+        network = run.refitter.network(race.mask(best.index), branch.refitted)
+        scores, outcomes = run.judge.recorded(network, run.judge.search_folds)
+        best, error = best.scored(scores, len(run.judge.search_folds)), error_of(run.dense.outcomes, outcomes)
+    twins = [one.index for one in branch.candidates if one.same_as == best.index]
+    shared = {best.index: best} | {index: best.twin(index) for index in twins}
+    return Branch([shared.get(one.index, one) for one in branch.candidates], best, branch.refitted), error

@@ -1,0 +1,48 @@
+"""What a search tells while it runs."""
+
+from __future__ import annotations
+
+from lightning_roulette.report.report import Candidate, Level
+from lightning_roulette.search.winner import Winner
+
+
+class Observer:
+    """Base class for objects that follow a search. Every method does nothing by default.
+
+    Scores are those of the evaluator: larger is better.
+    """
+
+    def on_dense(self, so_far: Winner, work: float) -> None:
+        """Called when the dense network was validated.
+
+        Args:
+            so_far: What the search would return if it ended now.
+            work: Expected work of one level, in validations of one network on all folds.
+        """
+
+    def on_candidate(self, level: int, done: int, planned: int, best: Candidate | None, sparsity: float) -> None:
+        """Called when a candidate was validated.
+
+        Args:
+            level: Number of the level, from 1.
+            done: Validations of candidates of this level so far.
+            planned: About how many there will be.
+            best: Best candidate so far. None if no score is a number yet.
+            sparsity: Sparsity of all candidates of the level.
+        """
+
+    def on_level(self, level: Level, so_far: Winner) -> None:
+        """Called when a level was judged on the search half.
+
+        Args:
+            level: The level.
+            so_far: What the search would return if it ended now.
+        """
+
+    def on_confirmed(self, level: Level, so_far: Winner) -> None:
+        """Called when an accepted level was judged on the held-out half.
+
+        Args:
+            level: The level.
+            so_far: What the search would return if it ended now.
+        """

@@ -1,0 +1,132 @@
+"""Policies: what a search tries next, decided from its state alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lightning_roulette.mask.mask import History, Mask
+from lightning_roulette.report.report import StopReason
+from lightning_roulette.search.state import State
+from lightning_roulette.settings import Tree
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decision of a policy: the level to try next.
+
+    Attributes:
+        rate: Pruning rate, as the report gives it.
+        draws: Weights that the level removes from its parent.
+        branches: Candidates of the level.
+    """
+
+    rate: float
+    draws: int
+    branches: int
+
+
+class Policy:
+    """Decides what a search tries next."""
+
+    def next(self, state: State) -> Step | StopReason:
+        """The next step, or why there is none.
+
+        Args:
+            state: Where the search stands.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Levels(Policy):
+    """Every level removes the same share of the survivors. After a failure the share is halved.
+
+    Attributes:
+        tree: Pruning rate, and when the search ends.
+        branches: Candidates per level.
+        scope: `"global"` or `"layer"`, see `Wheel`. With `"layer"` every layer keeps at least one weight.
+        target_sparsity: Sparsity at which the search ends, in (0, 1). None: no such end.
+    """
+
+    tree: Tree
+    branches: int
+    scope: str = "global"
+    target_sparsity: float | None = None
+
+    def next(self, state: State) -> Step | StopReason:
+        """See `Policy`."""
+        rate = float(self.tree.pruning_rate) / 2.0**state.halvings
+        if (reason := self._end(state, rate)) is not None:
+            return reason
+        return Step(rate, level_draws(state.parent.survivors, rate, self.most(state.parent)), self.branches)
+
+    def most(self, parent: Mask) -> int:
+        """The largest number of weights that may be removed from a parent."""
+        spare = removable(parent, self.scope)
+        return spare if self.target_sparsity is None else min(spare, missing(parent, self.target_sparsity))
+
+    def _end(self, state: State, rate: float) -> StopReason | None:
+        tree, deepest = self.tree, History.most_levels
+        if state.failures >= tree.patience:
+            return StopReason.DECLINED
+        if state.halvings > 0 and rate < tree.smallest_rate:
+            return StopReason.RATE_TOO_SMALL
+        if self.target_sparsity is not None and missing(state.parent, self.target_sparsity) <= 0:
+            return StopReason.TARGET_REACHED
+        if state.history.level >= min(tree.max_levels or deepest, deepest):
+            return StopReason.MAX_LEVELS
+        return StopReason.EXHAUSTED if removable(state.parent, self.scope) <= 0 else None
+
+
+@dataclass(frozen=True)
+class OneLevel(Policy):
+    """One level goes all the way to the target sparsity.
+
+    Attributes:
+        levels: Gives the target, and when there is nothing to do.
+    """
+
+    levels: Levels
+
+    def next(self, state: State) -> Step | StopReason:
+        """See `Policy`. The rate is the share of the survivors that the step removes."""
+        step = self.levels.next(state)
+        if isinstance(step, StopReason):
+            return step
+        before, draws = state.parent.survivors, self.levels.most(state.parent)
+        return Step(1 - (before - draws) / before, draws, step.branches)
+
+
+def level_draws(survivors: int, pruning_rate: float, most: int) -> int:
+    """Weights that a level removes: `floor(pruning_rate * survivors + 0.5)`, at least 1 and at most `most`."""
+    return min(max(1, math.floor(pruning_rate * survivors + 0.5)), most)
+
+
+def removable(parent: Mask, scope: str) -> int:
+    """Weights that may still be removed: all but one, or with `scope="layer"` all but one of each layer."""
+    if scope == "layer":
+        return sum(max(0, count - 1) for count in parent.counts.values())
+    return parent.survivors - 1
+
+
+def missing(parent: Mask, target_sparsity: float) -> int:
+    """Weights that must still be removed to reach a sparsity. Negative if it was passed."""
+    goal = math.floor(target_sparsity * parent.size + 0.5)
+    return goal - (parent.size - parent.survivors)
+
+
+def cubic(target_sparsity: float, share: float) -> float:
+    """Sparsity of the cubic schedule: `target_sparsity * (1 - (1 - share) ** 3)`.
+
+    Source: Zhu and Gupta, "To prune, or not to prune" (2017, arXiv:1710.01878).
+
+    Args:
+        target_sparsity: Sparsity at the end of the schedule.
+        share: Share of the schedule that is done, in [0, 1].
+
+    Example:
+        >>> cubic(0.75, 0.5)
+        0.65625
+    """
+    return target_sparsity * (1 - (1 - share) ** 3)

@@ -1,0 +1,86 @@
+"""What a search does to a pruned network after its mask was drawn: nothing, or a refit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_roulette.mask.mask import Mask
+from lightning_roulette.mask.pruned import PrunedWeights
+from lightning_roulette.refit.calibration import Calibration, Refitted, Survivors
+from lightning_roulette.settings import LeastSquares, Refit
+
+
+@dataclass(frozen=True, eq=False)
+class Refitter:
+    """What is done to pruned networks, and with which inputs.
+
+    Attributes:
+        weights: Weights of the dense network.
+        how: Kind of refit. None: no refit.
+        calibration: The dense network with inputs. None: no inputs.
+    """
+
+    weights: Mapping[str, Tensor]
+    how: Refit | None
+    calibration: Calibration | None
+
+    @property
+    def each_level(self) -> bool:
+        """Whether levels are refitted before they are judged."""
+        return self.how is not None and self.how.each_level
+
+    @property
+    def after_search(self) -> bool:
+        """Whether accepted levels are refitted after the search."""
+        return self.how is not None and not self.how.each_level
+
+    @property
+    def solves(self) -> bool:
+        """Whether each level is refitted by least squares."""
+        return isinstance(self.how, LeastSquares) and self.how.each_level
+
+    @property
+    def finalists(self) -> int:
+        """Candidates of a level that are refitted."""
+        return self.how.finalists if self.how is not None and self.how.each_level else 0
+
+    @property
+    def in_words(self) -> str:
+        """What is refitted, and when. Empty without a refit."""
+        if (how := self.how) is None:
+            return ""
+        least_squares = isinstance(how, LeastSquares)
+        what = "survivors by least squares, and running statistics" if least_squares else "running statistics"
+        best = "of the best candidate" if how.finalists == 1 else f"of the best {how.finalists} candidates"
+        return f"{what}, {f'{best} of a level' if how.each_level else 'at the end'}"
+
+    def left_alone(self) -> dict[str, str]:
+        """Weights that the refit cannot change, by name, with the reason."""
+        if self.how is None or self.calibration is None:
+            return {}
+        return self.calibration.left_alone(Mask.full(self.weights), self.how)
+
+    def dense(self) -> dict[int, Survivors]:
+        """Under 0: dense values of everything that a refit changes apart from the weights. Empty without a refit."""
+        if self.how is None or self.calibration is None:
+            return {}
+        full = Mask.full(self.weights)
+        return {0: Survivors.of(full, self.calibration.others(full, self.how))}
+
+    def refit(self, mask: Mask) -> Refitted:
+        """Refit the network that a mask prunes."""
+        assert self.calibration is not None
+        assert self.how is not None
+        return self.calibration.refit(mask, self.how)
+
+    def network(self, mask: Mask, refitted: Refitted) -> PrunedWeights:
+        """The network that a mask makes of refitted values."""
+        return PrunedWeights(mask, self.weights, refitted.values)
+
+    def scales(self, kind: str, mask: Mask, refitted: Refitted) -> Mapping[str, Tensor]:
+        """See `Calibration.scales`."""
+        assert self.calibration is not None
+        return self.calibration.scales(kind, mask, refitted.values)

@@ -1,0 +1,70 @@
+"""Where a search stands: one frozen object. Every step makes a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from lightning_roulette.mask.mask import History, Mask
+from lightning_roulette.refit.calibration import Refitted, Survivors
+from lightning_roulette.report.report import Level, SearchReport
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Where a search stands.
+
+    Attributes:
+        report: Numbers of the search, with every level that was tried.
+        history: Masks of all accepted levels. Its `level` is the current winner.
+        parent: Mask of the deepest accepted level. The next level is cut from it.
+        refitted: Values that a refit gave the parent.
+        factors: Logarithm of the parent's importance factor, by parameter name.
+        refits: Values that refits gave the accepted levels, by number of the level. Under 0: the dense values of
+            everything else that a refit changes.
+        failures: Failed levels since the last accepted one.
+        halvings: How often the pruning rate was halved.
+    """
+
+    report: SearchReport
+    history: History
+    parent: Mask
+    refitted: Refitted
+    factors: Mapping[str, float]
+    refits: Mapping[int, Survivors]
+    failures: int = 0
+    halvings: int = 0
+
+    @property
+    def next_level(self) -> int:
+        """Number of the next level. A failed level is tried again under the same number."""
+        return self.history.level + 1
+
+    def accepted(self, level: Level, mask: Mask, refitted: Refitted, factors: Mapping[str, float]) -> State:
+        """The state after a level that kept the floor: its winner is the next parent."""
+        return replace(
+            self._with(level),
+            history=self.history.pruned(mask),
+            parent=mask,
+            refitted=refitted,
+            factors=factors,
+            refits=kept(self.refits, level.level, mask, refitted),
+            failures=0,
+        )
+
+    def rejected(self, level: Level) -> State:
+        """The state after a level that missed the floor: the parent stays, and the rate is halved."""
+        return replace(self._with(level), failures=self.failures + 1, halvings=self.halvings + 1)
+
+    def with_levels(self, levels: Mapping[int, Level]) -> State:
+        """The same state with some levels replaced, by their place in `report.levels`."""
+        changed = tuple(levels.get(place, level) for place, level in enumerate(self.report.levels))
+        return replace(self, report=replace(self.report, levels=changed))
+
+    def _with(self, level: Level) -> State:
+        return replace(self, report=replace(self.report, levels=(*self.report.levels, level)))
+
+
+def kept(refits: Mapping[int, Survivors], level: int, mask: Mask, refitted: Refitted) -> Mapping[int, Survivors]:
+    """The refits of accepted levels, with those of one more level if a refit changed anything there."""
+    return {**refits, level: Survivors.of(mask, refitted.values)} if refitted.values else refits
