@@ -94,7 +94,15 @@ from lightning_roulette import (
 )
 
 TIME = re.compile("second|time|duration|elapsed", re.IGNORECASE)  # in the names of what is not frozen
-PROPERTIES = ("floor", "gated_floor", "sparsity", "survivors", "chosen_by", "decline")  # of a report, beside its fields
+# of a report, in addition to its fields
+PROPERTIES = (
+    "floor",
+    "held_out_floor",
+    "sparsity",
+    "survivors",
+    "search_score",
+    "decline",
+)  # of a report, beside its fields
 MOST_LEVELS = 1000
 
 # ------------------------------------------------------------------------------------------------ values in JSON
@@ -1098,6 +1106,25 @@ def computed(names: Sequence[str], *, go_on: bool) -> dict[str, Any]:
     return found
 
 
+RENAMED = {  # names that were given to the same things since a file may have been written
+    "gated": "held_out_score",
+    "gated_error": "held_out_error",
+    "gated_dense": "held_out_dense",
+    "gated_floor": "held_out_floor",
+    "chosen_by": "search_score",
+    "shared": "undivided_because",
+    "leaning": "importance_factors",
+    "roulette/gated": "roulette/held_out",
+    "roulette/gated_error": "roulette/held_out_error",
+    "roulette/gated$": "roulette/held_out$",
+}
+
+
+def renamed(path: str) -> str:
+    """The path with the names that its parts have now."""
+    return " > ".join(RENAMED.get(part, part) for part in path.split(" > "))
+
+
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Path and value of all that is no container, or an empty one."""
     if isinstance(value, dict | list) and value:
@@ -1110,7 +1137,10 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def differences(name: str, before: Any, now: Any) -> tuple[int, int]:
     """Print them; how many values agree, and how many do not."""
-    old, new = dict(leaves(before)), dict(leaves(now))
+    old = {
+        renamed(path): RENAMED.get(value, value) if isinstance(value, str) else value for path, value in leaves(before)
+    }
+    new = dict(leaves(now))
     missing = object()
     differ = [path for path in dict.fromkeys([*old, *new]) if old.get(path, missing) != new.get(path, missing)]
     for path in differ:

@@ -235,7 +235,7 @@ def test_a_level_without_a_number_does_not_hold(bad):
 @pytest.mark.parametrize("bad", [nan, math.inf])
 def test_a_dense_network_without_a_number_on_the_confirmation_folds_is_an_error(bad):
     evaluate = by_level(bad, 0.9, 0.9, 0.9, 0.9)
-    with pytest.raises(ValueError, match="the dense network scores NaN or infinity, so there is no floor to keep"):
+    with pytest.raises(ValueError, match="the score of the dense network is NaN or infinite, so there is no floor"):
         grown(evaluate)
     assert {mask.sparsity for mask, _ in evaluate.log} == {0.0}
 
@@ -453,20 +453,20 @@ def test_a_confidence_out_of_range_is_refused(confidence):
 
 
 def test_a_plain_function_can_certify_nothing():
-    with pytest.raises(ValueError, match="confidence is 0.95, but nothing is known of single samples or batches"):
+    with pytest.raises(ValueError, match="the held-out half has no scores of single samples or batches"):
         grown(lambda mask: 1.0, tolerance=0.02, confidence=0.95)
 
 
 def test_an_evaluator_of_one_fold_can_certify_nothing_and_says_why():
     evaluate = Sampled(lambda mask, fold: 0, folds=1, size=5000)
     evaluate.undivided_because = "loader 0 gives 3 batches"
-    assert_refused(evaluate, r"nothing is known of single samples .* \(loader 0 gives 3 batches\)")
+    assert_refused(evaluate, r"no scores of single samples or batches \(loader 0 gives 3 batches\)")
 
 
 def test_an_evaluator_that_tells_nothing_can_certify_nothing():
-    assert_refused(Telling(lambda mask, fold: 1.0, 16), "nothing is known of single samples or batches")
+    assert_refused(Telling(lambda mask, fold: 1.0, 16), "has no scores of single samples or batches")
     # a single confirmation fold without outcomes is one number
-    assert_refused(Logged(lambda mask, fold: 1.0, 2), "nothing is known of single samples or batches")
+    assert_refused(Logged(lambda mask, fold: 1.0, 2), "has no scores of single samples or batches")
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.0, 1.0)])
@@ -502,7 +502,7 @@ def test_a_single_batch_is_too_few(outcomes):
 
 
 def test_an_infinite_tolerance_needs_no_certificate():
-    with pytest.raises(ValueError, match="tolerance is inf and confidence 0.99, but that anything at all may be lost"):
+    with pytest.raises(ValueError, match="tolerance is inf .* but without a floor there is nothing to certify"):
         grown(erring(0, 250, 250, 250, 250), tolerance=math.inf, confidence=0.99)
 
 

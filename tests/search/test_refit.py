@@ -683,7 +683,7 @@ class Constant:
 
 def test_a_function_of_a_mask_does_not_see_a_refit():
     net = network()
-    with pytest.raises(ValueError, match="does not see what a refit makes of a network. Pass an Evaluator"):
+    with pytest.raises(ValueError, match="does not see refitted values. Pass an Evaluator"):
         search(weights_of(net), lambda mask: 1.0, refit="batch_norm", calibration=Calibration(net, inputs()))
 
 
@@ -715,7 +715,7 @@ def test_a_refit_without_inputs_is_refused():
 
 @pytest.mark.parametrize("importance", ["activation", "obs"])
 def test_an_importance_of_inputs_without_inputs_is_refused(importance):
-    with pytest.raises(ValueError, match=f"importance is '{importance}', but there are no inputs for it. Pass cali"):
+    with pytest.raises(ValueError, match=f"importance is '{importance}', but calibration is None. Pass cali"):
         refused(wheel=Wheel(importance=importance), calibration=None)
 
 

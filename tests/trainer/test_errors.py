@@ -59,7 +59,7 @@ WRONG_ARGUMENTS = [
     (
         {"confidence": 0.95, "tolerance": 0.1, "validation": Validation(confirm=0)},
         ValueError,
-        "confirm is 0 and confidence 0.95, but data that ranked candidates can certify none of them. Keep some",
+        "confirm is 0 and confidence 0.95, but data that chose the candidates cannot certify them. Hold some out",
     ),
     ({"seed": 0.5}, TypeError, "seed is 0.5, but must be a whole number"),
     ({"seed": 2**63}, ValueError, "seed is 9223372036854775808, but must be a signed 64-bit number"),
@@ -419,7 +419,7 @@ def test_a_kept_callback_may_log_the_metric(make_trainer):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_dense_score_that_is_no_number_is_an_error_and_prunes_nothing(make_trainer, value):
     module, pruning = Logs(val_acc=value), RouletteWheelPruning(2)
-    with pytest.raises(ValueError, match="the dense network scores .*Nothing was pruned"):
+    with pytest.raises(ValueError, match="the score of the dense network is NaN or infinite.* Nothing was pruned"):
         fit(make_trainer, pruning, module)
     assert bool((module.net[0].weight != 0).all())
     assert pruning.mask is None
