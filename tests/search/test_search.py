@@ -33,7 +33,6 @@ from lightning_roulette import (
     sparsity,
 )
 from lightning_roulette.search.arguments import check_search
-from lightning_roulette.search.policies import level_draws
 
 nan = math.nan
 
@@ -378,14 +377,6 @@ def test_the_mask_of_a_level_is_the_one_that_was_validated():
         winner.mask_at(4)
 
 
-@pytest.mark.parametrize(
-    ("survivors", "rate", "spare", "draws"),
-    [(10, 0.3, 9, 3), (7, 0.3, 9, 2), (10, 0.25, 9, 3), (10, 0.01, 9, 1), (10, 0.99, 9, 9), (10, 0.3, 2, 2)],
-)
-def test_a_level_removes_its_rate_rounded_half_up(survivors, rate, spare, draws):
-    assert level_draws(survivors, rate, spare) == draws
-
-
 class Folded:
     """An evaluator of folds whose rank is not what is held against the floor: hands out scores, one for each new mask.
 
@@ -467,7 +458,7 @@ def test_a_rank_or_floor_that_is_no_number_never_wins(folds, validation):
     assert winner.report.levels[0].winner == 3
 
 
-def test_infinite_tolerance_leaves_the_score_out_of_it():
+def test_infinite_tolerance_disables_the_floor():
     winner = search(network(), never, branches=2, tolerance=math.inf, target_sparsity=0.5)
     assert winner.report.stop_reason is StopReason.TARGET_REACHED
     assert winner.report.floor == -math.inf
@@ -682,7 +673,7 @@ def test_importance_must_be_a_number_for_every_weight(importance, message):
         search(network(), always, wheel=Wheel(importance=importance))
 
 
-def test_the_core_searches_without_loading_lightning():
+def test_a_search_does_not_load_lightning():
     script = """
 import sys
 import lightning_roulette.search.search

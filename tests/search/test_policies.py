@@ -1,0 +1,96 @@
+"""Policies decide from the state alone, without an evaluator or a network."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_roulette import Candidate, Level, Mask, SearchReport, StopReason, Tree
+from lightning_roulette.mask.mask import History
+from lightning_roulette.refit.calibration import Refitted
+from lightning_roulette.search.policies import Levels, OneLevel, Step, cubic, level_draws, missing, removable
+from lightning_roulette.search.state import State
+
+SIZES = {"a": 60, "b": 40}
+
+
+def state(survivors: int = 100, *, levels: int = 0, failures: int = 0, halvings: int = 0) -> State:
+    """A state whose parent keeps the last `survivors` of 100 weights, after so many accepted levels."""
+    weights = {name: torch.ones(size) for name, size in SIZES.items()}
+    kept = (torch.arange(100) >= 100 - survivors).split(list(SIZES.values()))
+    parent, history = Mask(dict(zip(SIZES, kept, strict=True))), History.of_dense(weights)
+    for _ in range(levels):
+        history = history.pruned(parent)
+    report = SearchReport("score", "max", 0.9, 0.0, branches=4, seed=0, size=100)
+    return State(report, history, parent, Refitted(), dict.fromkeys(SIZES, 0.0), {}, failures, halvings)
+
+
+@pytest.mark.parametrize(
+    ("policy", "at", "expected"),
+    [
+        (Levels(Tree(0.3), 4), state(), Step(0.3, 30, 4)),
+        (Levels(Tree(0.3), 4), state(50, levels=1), Step(0.3, 15, 4)),
+        (Levels(Tree(0.3), 4), state(failures=1, halvings=1), Step(0.15, 15, 4)),
+        (Levels(Tree(0.3), 4), state(50, levels=1, halvings=2), Step(0.075, 4, 4)),
+        (Levels(Tree(0.3), 4, target_sparsity=0.25), state(), Step(0.3, 25, 4)),
+        (OneLevel(Levels(Tree(0.3), 4, target_sparsity=0.9)), state(), Step(1 - 10 / 100, 90, 4)),
+        (OneLevel(Levels(Tree(0.3), 4, target_sparsity=0.9)), state(40, levels=1), Step(1 - 10 / 40, 30, 4)),
+        (Levels(Tree(0.3, patience=2), 4), state(failures=2, halvings=2), StopReason.DECLINED),
+        (Levels(Tree(0.3, smallest_rate=0.2), 4), state(failures=1, halvings=1), StopReason.RATE_TOO_SMALL),
+        (Levels(Tree(0.001), 4), state(), Step(0.001, 1, 4)),
+        (Levels(Tree(0.3, max_levels=2), 4), state(50, levels=2), StopReason.MAX_LEVELS),
+        (Levels(Tree(0.3), 4, target_sparsity=0.5), state(50, levels=1), StopReason.TARGET_REACHED),
+        (OneLevel(Levels(Tree(0.3), 4, target_sparsity=0.5)), state(50, levels=1), StopReason.TARGET_REACHED),
+        (Levels(Tree(0.9), 4), state(1, levels=1), StopReason.EXHAUSTED),
+        (Levels(Tree(0.9), 4, "layer"), state(100), Step(0.9, 90, 4)),
+        (Levels(Tree(0.99), 4, "layer"), state(100), Step(0.99, 98, 4)),
+    ],
+)
+def test_the_next_step_follows_from_the_state(policy, at, expected):
+    assert policy.next(at) == expected
+
+
+@pytest.mark.parametrize(("survivors", "scope", "spare"), [(100, "global", 99), (100, "layer", 98), (40, "layer", 39)])
+def test_a_wheel_or_each_layer_keeps_one_weight(survivors, scope, spare):
+    assert removable(state(survivors).parent, scope) == spare
+
+
+@settings(deadline=None, derandomize=True)
+@given(rate=st.floats(0.001, 0.999), survivors=st.integers(2, 100))
+def test_a_level_removes_at_least_one_weight_and_leaves_one(rate, survivors):
+    draws = level_draws(survivors, rate, survivors - 1)
+    assert draws == min(max(1, math.floor(rate * survivors + 0.5)), survivors - 1)
+
+
+@settings(deadline=None, derandomize=True)
+@given(target=st.floats(0.01, 0.99), survivors=st.integers(1, 100))
+def test_what_is_missing_leads_to_the_rounded_target(target, survivors):
+    assert 100 - survivors + missing(state(survivors).parent, target) == math.floor(target * 100 + 0.5)
+
+
+@settings(deadline=None, derandomize=True)
+@given(target=st.floats(0, 1), shares=st.lists(st.floats(0, 1), min_size=2))
+def test_the_cubic_schedule_rises_to_its_target(target, shares):
+    found = [cubic(target, share) for share in sorted(shares)]
+    assert found == sorted(found)
+    assert (cubic(target, 0), cubic(target, 1)) == (0, target)
+
+
+def test_a_state_is_never_changed_and_a_failure_keeps_the_parent():
+    dense, slim = state(), state(70).parent
+    level = Level(1, 0.3, 0.3, 70, (Candidate(0, 0.3, 0.9, 0.9),), winner=0, accepted=True)
+    after = dense.accepted(level, slim, Refitted(), {"a": 0.1, "b": -0.2})
+    failed = after.rejected(dataclasses.replace(level, level=2, accepted=False))
+    assert (dense.report.levels, dense.parent.survivors, dense.next_level) == ((), 100, 1)
+    assert (after.report.levels, after.parent, after.next_level) == ((level,), slim, 2)
+    assert (after.history.mask_at(1), after.factors, after.failures) == (slim, {"a": 0.1, "b": -0.2}, 0)
+    assert (failed.parent, failed.next_level, failed.failures, failed.halvings) == (slim, 2, 1, 1)
+    assert failed.accepted(level, slim, Refitted(), {}).failures == 0
+    assert failed.accepted(level, slim, Refitted(), {}).halvings == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        dense.failures = 3
