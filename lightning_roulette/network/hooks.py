@@ -1,30 +1,40 @@
-"""Listening to the calls of a network's modules while it runs."""
+"""Hooks on a network's modules while it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+# Called before a module's forward: the module, its positional arguments, its keyword arguments.
+BeforeCall = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None]
+
+# Called after a module's forward: the module, its positional arguments, its output. What it returns, unless it is
+# None, replaces the output.
+AfterCall = Callable[[nn.Module, tuple[Any, ...], Any], Any]
+
 
 class Removable(Protocol):
-    """What a torch hook leaves in the hand of the one who registered it."""
+    """The handle that torch returns when a hook is registered."""
 
     def remove(self) -> None:
-        """Take the hook off."""
+        """Remove the hook."""
         ...
 
 
 class Enough(BaseException):
-    """Ends a run of which the rest is not needed; no `except Exception` of the network stops it."""
+    """Raised by a hook to end the run early.
+
+    It derives from `BaseException`, so an `except Exception` in the network does not catch it.
+    """
 
 
 @contextmanager
 def every_call_seen() -> Iterator[None]:
-    """Inside the block no network is run by fused or compiled code that calls no hook."""
+    """Turn off fused attention and compiled code inside the block, because they skip hooks."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -38,18 +48,32 @@ def every_call_seen() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-def listening(
-    parts: Sequence[nn.Module] | dict[nn.Module, None],
-    meet: Callable[[nn.Module, tuple[Any, ...], Any], Any],
-    piece: Callable[[], object],
+def run_with_hooks(
+    run: Callable[[], object],
+    modules: Iterable[nn.Module],
+    *,
+    before: BeforeCall | None = None,
+    after: AfterCall | None = None,
 ) -> None:
-    """Run a network on some samples; `meet` is told of each call of these parts, and may give another output."""
+    """Call `run` without gradients while hooks listen to every call of some modules.
+
+    A hook may raise `Enough` to end the run. All hooks are removed at the end, also after an exception.
+
+    Args:
+        run: Runs the network.
+        modules: The modules that the hooks listen to.
+        before: Called before each forward of these modules.
+        after: Called after each forward of these modules.
+    """
     hooks: list[Removable] = []
     try:
-        for part in parts:
-            hooks.append(part.register_forward_hook(meet))
+        for module in modules:
+            if before is not None:
+                hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            if after is not None:
+                hooks.append(module.register_forward_hook(after))
         with every_call_seen(), torch.no_grad():
-            piece()
+            run()
     except Enough:
         pass
     finally:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_roulette.large.devices import with_float64
-from lightning_roulette.network.hooks import Enough, listening
+from lightning_roulette.network.hooks import Enough, run_with_hooks
 from lightning_roulette.network.parameters import CONVOLUTIONS, LINEAR_MAPS, TRANSPOSED, aliases, owners_of
 from lightning_roulette.wheel.chance import random_bits, stream
 
@@ -67,7 +67,7 @@ class Sensitivity:
         self._calls: list[Counter[nn.Module]] = []
         for piece in pieces:
             calls: Counter[nn.Module] = Counter()
-            listening(dict.fromkeys(around.values()), partial(_count, calls), piece)
+            run_with_hooks(piece, dict.fromkeys(around.values()), after=partial(_count, calls))
             self._calls.append(calls)
         called = {one for calls in self._calls for one in calls}
         self._heard = {
@@ -146,7 +146,7 @@ class _Backwards:
 
     def run(self, piece: Callable[[], object]) -> None:
         if self._left:
-            listening(self._parts, self._meet, piece)
+            run_with_hooks(piece, self._parts, after=self._meet)
 
     def _meet(self, part: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         if torch.is_inference_mode_enabled():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_roulette.large.devices import with_float64
 from lightning_roulette.large.limits import limits
-from lightning_roulette.network.hooks import Enough, Removable, every_call_seen
+from lightning_roulette.network.hooks import Enough, run_with_hooks
 from lightning_roulette.network.layers import Layer, batch_norms_of, layers_of
 from lightning_roulette.network.lending import named_tensors
 from lightning_roulette.refit.least_squares import Moments
@@ -106,25 +106,14 @@ class Steps:
     def watch(self, batch: int, meet: Callable[[Step, int, Given], None]) -> None:
         """Run the network on a batch, and tell `meet` of each call of a step, the how manieth it is, from 0."""
         met: Counter[Step] = Counter()
+        steps = {step.module: step for step in self._steps}
 
-        def hook_of(step: Step) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-            def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-                met[step] += 1
-                meet(step, met[step] - 1, (arguments, named))
+        def hook(part: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+            step = steps[part]
+            met[step] += 1
+            meet(step, met[step] - 1, (arguments, named))
 
-            return hook
-
-        hooks: list[Removable] = []
-        try:
-            for step in self._steps:
-                hooks.append(step.module.register_forward_pre_hook(hook_of(step), with_kwargs=True))
-            with every_call_seen(), torch.no_grad():
-                self._run(batch)
-        except Enough:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
+        run_with_hooks(lambda: self._run(batch), steps, before=hook)
 
     def rows(self, layer: Layer, batch: int, call: int, given: Given) -> Rows:
         """Rows that a layer is given: the same positions whatever the network's weights are."""

@@ -25,7 +25,7 @@ from torch.utils.data import (
 
 from lightning_roulette.large.limits import limits
 from lightning_roulette.mask.mask import Mask
-from lightning_roulette.network.hooks import listening
+from lightning_roulette.network.hooks import run_with_hooks
 from lightning_roulette.network.layers import batch_norms_of
 from lightning_roulette.network.parameters import parts_of_metrics
 from lightning_roulette.network.samples import bytes_of, joined, pieces_of, rows_of, tensors_of
@@ -327,5 +327,5 @@ def _sums(validation: IsolatedValidation, module: LightningModule, batches: Sequ
         found[part] = found.get(part, 0) + torch.tensor(both, dtype=torch.float64)
 
     for batch in batches:
-        listening(parts, meet, partial(_see, validation, batch, ()))
+        run_with_hooks(partial(_see, validation, batch, ()), parts, after=meet)
     return found
