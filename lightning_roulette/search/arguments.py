@@ -11,7 +11,7 @@ from lightning_roulette.checks import check_count, check_group, check_number, ch
 from lightning_roulette.judge.evaluator import Evaluator
 from lightning_roulette.large.shards import Shards
 from lightning_roulette.mask.mask import Mask
-from lightning_roulette.refit.calibration import Calibration
+from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.settings import (
     CALIBRATED,
     Importance,

@@ -18,7 +18,7 @@ from lightning_roulette.judge.evaluator import Evaluator, Judge
 from lightning_roulette.judge.selection import keeps_floor
 from lightning_roulette.mask.mask import History, Mask
 from lightning_roulette.mask.pruned import PrunedWeights
-from lightning_roulette.refit.calibration import Calibration
+from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.report.report import SearchReport, StopReason
 from lightning_roulette.search.drawing import Drawing
 from lightning_roulette.search.level import try_level

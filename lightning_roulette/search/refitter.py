@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.mask.pruned import PrunedWeights
-from lightning_roulette.refit.calibration import Calibration, Refitted, Survivors
+from lightning_roulette.refit.inputs import Calibration
+from lightning_roulette.refit.refitted import Refitted, Survivors
 from lightning_roulette.settings import LeastSquares, Refit
 
 

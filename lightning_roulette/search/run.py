@@ -12,7 +12,7 @@ from lightning_roulette.judge.evaluator import Judge
 from lightning_roulette.judge.race import Reference, Rung, no_race, rungs
 from lightning_roulette.mask.mask import History
 from lightning_roulette.mask.pruned import PrunedWeights
-from lightning_roulette.refit.calibration import Refitted
+from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.report.report import Scores, SearchReport, StopReason
 from lightning_roulette.search.drawing import Drawing
 from lightning_roulette.search.observer import Observer

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_roulette.judge.evaluator import Evaluator, Judge
 from lightning_roulette.mask.mask import Mask
-from lightning_roulette.refit.calibration import Calibration
+from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.search.arguments import check_network, check_search
 from lightning_roulette.search.confirmation import confirm
 from lightning_roulette.search.drawing import Drawing

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lightning_roulette.mask.mask import History, Mask
-from lightning_roulette.refit.calibration import Refitted, Survivors
+from lightning_roulette.refit.refitted import Refitted, Survivors
 from lightning_roulette.report.report import Level, SearchReport
 
 

@@ -11,7 +11,7 @@ from lightning_roulette.large.copies import copies_of
 from lightning_roulette.mask.mask import History, Mask, apply_mask
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.network.lending import copy_into, named_tensors
-from lightning_roulette.refit.calibration import Survivors
+from lightning_roulette.refit.refitted import Survivors
 from lightning_roulette.report.report import SearchReport
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_roulette.mask.mask import apply_mask
 from lightning_roulette.network.lending import named_tensors, write
-from lightning_roulette.refit.calibration import Survivors
+from lightning_roulette.refit.refitted import Survivors
 from lightning_roulette.search.gradual import Cuts, Gradual
 
 

@@ -22,7 +22,7 @@ from lightning_roulette.judge.journal import Noted
 from lightning_roulette.mask.mask import History, Mask, breaks, fits
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.network.lending import copy_into, named_tensors
-from lightning_roulette.refit.calibration import Calibration
+from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.report.report import SearchReport, StopReason
 from lightning_roulette.search.arguments import check_search
 from lightning_roulette.search.gradual import Cuts

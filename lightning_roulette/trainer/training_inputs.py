@@ -29,7 +29,8 @@ from lightning_roulette.network.hooks import run_with_hooks
 from lightning_roulette.network.layers import batch_norms_of
 from lightning_roulette.network.parameters import parts_of_metrics
 from lightning_roulette.network.samples import bytes_of, joined, pieces_of, rows_of, tensors_of
-from lightning_roulette.refit.calibration import Calibration, Refitted
+from lightning_roulette.refit.inputs import Calibration
+from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.settings import Refit
 from lightning_roulette.trainer.data import rebuilt
 from lightning_roulette.trainer.evaluator import rounding

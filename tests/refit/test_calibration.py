@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.parameters import prunable_parameters
-from lightning_roulette.refit.calibration import Calibration, Survivors
-from lightning_roulette.refit.least_squares import Moments
+from lightning_roulette.refit.gram import GramSums
+from lightning_roulette.refit.inputs import Calibration
+from lightning_roulette.refit.refitted import Survivors
 from lightning_roulette.settings import LeastSquares, Refit
 from tests.support.limits import set_limits
 
-WORSE = "the fit is worse than none on rows held back from it"
+WORSE = "it did not improve held-out inputs"
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -620,7 +621,7 @@ def test_a_fit_too_large_for_the_weights_is_undone():
     x = numbers(40, 1).float()
     mask = Mask({"0.weight": torch.tensor([[True, False]] * 3)})
     found = Calibration(net, [torch.cat([x * 1e-25, x * 1e18], 1)]).refit(mask, LeastSquares(damping=0))
-    assert found.undone == {"0.weight": "what it is given is not finite, or the fit is not"}
+    assert found.undone == {"0.weight": "its inputs or its solved weights are not finite"}
     assert torch.equal(found.values["0.weight"], changed(net, mask)[0].weight)
 
 
@@ -695,7 +696,7 @@ def test_a_network_that_calls_a_layer_less_when_pruned_is_not_waited_for(least, 
     net.least = least
     mask = Mask({**mask_of(net), "a.weight": torch.zeros(4, 4, dtype=torch.bool)})
     found = Calibration(net, batches).refit(mask, LeastSquares())
-    assert found.undone["loop.weight"] == "pruned, the network does not call it as the dense one does"
+    assert found.undone["loop.weight"] == "the pruned network does not call it as the dense network does"
     assert "c.weight" not in found.undone
     assert torch.equal(found.values["loop.weight"], changed(net, mask).loop.weight)
     assert not torch.equal(found.values["c.weight"], changed(net, mask).c.weight)
@@ -710,7 +711,7 @@ def test_a_network_that_gives_a_layer_other_rows_when_pruned_is_left_there():
     assert "c.weight" not in found.undone
     dense = int((net.a(batches[0])[:, 0] > 0).sum())
     slim = int((changed(net, mask, found.values).a(batches[0])[:, 0] > 0).sum())
-    assert found.undone["loop.weight"] == f"pruned, the network gives it {slim} rows, but dense {dense}"
+    assert found.undone["loop.weight"] == f"the pruned network gives it {slim} rows of input, the dense network {dense}"
     assert not torch.equal(found.values["c.weight"], changed(net, mask).c.weight)
 
 
@@ -858,39 +859,39 @@ def test_weights_that_are_given_zeros_alone_are_merely_pruned():
 def test_scales_of_inputs_that_are_not_finite_are_refused(word):
     net, batches = network_and_batches("mlp")
     batches[1][3, 2] = math.inf
-    with pytest.raises(ValueError, match=f"importance is '{word}', but some of what '0.weight' multiplies is not fin"):
+    with pytest.raises(ValueError, match=f"importance is '{word}', but some inputs of .0.weight. are not fin"):
         Calibration(net, batches).scales(word, mask_of(net), {})
 
 
 @pytest.mark.parametrize("word", ["activation", "obs"])
 def test_scales_of_what_is_not_seen_are_refused(word):
     net, batches = known(Repeated()), [numbers(40, 5)]
-    with pytest.raises(ValueError, match=rf"importance is '{word}', but what 'spare.weight' multiplies is not known"):
+    with pytest.raises(ValueError, match=rf"importance is '{word}', but the inputs of .spare.weight. are not known"):
         Calibration(net, batches).scales(word, mask_of(net), {})
 
 
 def test_no_batch_is_refused():
-    with pytest.raises(ValueError, match="batches is empty, but there must be at least one batch of inputs"):
+    with pytest.raises(ValueError, match="batches is empty, but must have at least one batch of inputs"):
         Calibration(mlp(), [])
     with pytest.raises(ValueError, match="batches is empty"):
         Calibration(mlp(), 0, run=print)
 
 
 def test_a_number_of_batches_without_a_run_is_refused():
-    with pytest.raises(TypeError, match="batches is 3, but must be the inputs themselves where there is no run"):
+    with pytest.raises(TypeError, match="batches is 3, but must be a list of inputs if run is None"):
         Calibration(mlp(), 3)
 
 
 @pytest.fixture
 def rows_seen(monkeypatch):
     """How many rows each sum of products was given."""
-    seen, add = [], Moments.add
+    seen, add = [], GramSums.add
 
     def counted(self, x, y):
         seen.append(x.shape[1])
         add(self, x, y)
 
-    monkeypatch.setattr(Moments, "add", counted)
+    monkeypatch.setattr(GramSums, "add", counted)
     return seen
 
 

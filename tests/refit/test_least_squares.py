@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_roulette.refit import least_squares
-from lightning_roulette.refit.least_squares import Moments, Spread, fitted, inverse_diagonals
+from lightning_roulette.refit.gram import GramSums, MeanAndVariance
+from lightning_roulette.refit.solvers import cholesky
+from lightning_roulette.refit.solvers.cholesky import Cholesky, inverse_diagonals
 from tests.support.limits import set_limits
 
 
@@ -24,8 +25,12 @@ def rows_of(seed: int, groups=2, rows=60, inputs=9, outputs=5) -> tuple[torch.Te
     return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(start)
 
 
-def moments_of(x: torch.Tensor, y: torch.Tensor) -> Moments:
-    moments = Moments()
+def fitted(sums, start, kept, damping):
+    return Cholesky(damping).init(sums).solve(kept, start)
+
+
+def moments_of(x: torch.Tensor, y: torch.Tensor) -> GramSums:
+    moments = GramSums()
     moments.add(x, y)
     return moments
 
@@ -130,7 +135,7 @@ def test_small_blocks_change_nothing(damping, monkeypatch):
 def test_the_direct_way_and_that_through_the_inverse_agree(few, monkeypatch):
     x, y, start = rows_of(8, 2, 70, 11, 20)
     kept = some_kept(9, start.shape, 0.6)
-    monkeypatch.setattr(least_squares, "_FEW", few)
+    monkeypatch.setattr(cholesky, "_FEW_PRUNED", few)
     moments = moments_of(x, y)
     assert torch.allclose(fitted(moments, start, kept, 1e-3), by_numpy(x, y, start, kept, 1e-3), atol=1e-8)
     exact = explicit_diagonals(moments.gram, kept, 1e-3)
@@ -252,7 +257,7 @@ def test_moments_are_sums_over_rows(groups):
 @pytest.mark.parametrize("cuts", [[60], [1, 59], [10, 0, 50], [20, 20, 20], [0, 60]])
 def test_rows_may_be_added_in_pieces(cuts, block, monkeypatch):
     x, y, maps = rows_of(0)
-    whole, pieces = moments_of(x, y), Moments()
+    whole, pieces = moments_of(x, y), GramSums()
     set_limits(monkeypatch, gram_rows=block)
     for xs, ys in zip(x.split(cuts, 1), y.split(cuts, 1), strict=True):
         pieces.add(xs, ys)
@@ -265,15 +270,15 @@ def test_rows_may_be_added_in_pieces(cuts, block, monkeypatch):
 def test_spread_of_moments_is_the_variance_of_the_outputs():
     x, y, _ = rows_of(0)
     y = y + 3
-    assert float(moments_of(x, y).spread(False)) == pytest.approx(float(y.square().mean(1).sum()))
+    assert float(moments_of(x, y).output_variance(False)) == pytest.approx(float(y.square().mean(1).sum()))
     ones = torch.cat([x, torch.ones(2, 60, 1, dtype=torch.float64)], 2)
-    assert float(moments_of(ones, y).spread(True)) == pytest.approx(float(y.var(1, unbiased=False).sum()))
+    assert float(moments_of(ones, y).output_variance(True)) == pytest.approx(float(y.var(1, unbiased=False).sum()))
 
 
 def test_spread_of_constant_outputs_is_more_than_zero():
     ones = torch.ones(1, 10, 1, dtype=torch.float64)
-    assert float(moments_of(ones, 0 * ones).spread(False)) > 0
-    assert float(moments_of(ones, 3 * ones).spread(True)) > 0
+    assert float(moments_of(ones, 0 * ones).output_variance(False)) > 0
+    assert float(moments_of(ones, 3 * ones).output_variance(True)) > 0
 
 
 @pytest.mark.parametrize("shift", [0.0, -3.0, 1e6, 1e9])
@@ -283,20 +288,20 @@ def test_spread_is_mean_and_variance_as_torch_has_them(cuts, shift):
         torch.from_numpy(np.random.default_rng(0).standard_normal((50, 4))) * torch.tensor([1.0, 0.1, 10.0, 0.0])
         + shift
     )
-    spread = Spread()
+    spread = MeanAndVariance()
     for part in x.split(cuts):
         spread.add(part)
-    mean, variance = spread.moments()
+    mean, variance = spread.result()
     assert torch.allclose(mean, x.mean(0), rtol=1e-12, atol=1e-12)
     assert torch.allclose(variance, x.var(0), rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_spread_of_no_or_one_row_is_nan(rows):
-    spread = Spread()
+    spread = MeanAndVariance()
     spread.add(torch.ones(rows, 3, dtype=torch.float64))
-    assert all(one.isnan().all() for one in spread.moments())
-    assert all(one.isnan().all() for one in Spread().moments())
+    assert all(one.isnan().all() for one in spread.result())
+    assert all(one.isnan().all() for one in MeanAndVariance().result())
 
 
 def explicit_diagonals(gram, kept, damping: float) -> torch.Tensor:

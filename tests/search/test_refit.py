@@ -1029,8 +1029,8 @@ def test_the_report_names_the_weights_whose_refit_was_undone():
     )
     (level,) = winner.report.levels
     assert winner.mask[name].tolist() == [[True, False]]
-    assert level.undone == {name: "what it is given is not finite, or the fit is not"}
-    assert f"Refit undone in the winner: {name} (what it is given is not finite, or the fit is not)." in str(
+    assert level.undone == {name: "its inputs or its solved weights are not finite"}
+    assert f"Refit undone in the winner: {name} (its inputs or its solved weights are not finite)." in str(
         winner.report
     )
     assert winner.weights[name].tolist() == [[0.5, 0.0]]
@@ -1055,9 +1055,7 @@ def test_undone_refits_at_the_end_are_told_as_well():
         tree=Tree(pruning_rate=0.5, max_levels=1),
     )
     assert winner.weights["weight"].tolist() == [[0.5, 0.0]]
-    assert "Refit undone in the winner: weight (what it is given is not finite, or the fit is not)." in str(
-        winner.report
-    )
+    assert "Refit undone in the winner: weight (its inputs or its solved weights are not finite)." in str(winner.report)
 
 
 @pytest.mark.parametrize("refit", ["least_squares", Refit(each_level=False), None])

@@ -1,0 +1,196 @@
+"""A pruned network refitted layer by layer, each layer on inputs from the layers that are already refitted.
+
+As in Dong, Chen and Pan, "Learning to prune deep neural networks via layer-wise optimal brain surgeon" (NeurIPS 2017),
+and in Frantar and Alistarh, "Optimal brain compression" (NeurIPS 2022). Which weights are kept is decided before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_roulette.mask.mask import Mask
+from lightning_roulette.network.layers import Layer, batch_norms_of, channels, layers_of
+from lightning_roulette.network.lending import copy_into, lent, named_tensors
+from lightning_roulette.refit.dense import DenseOutputs, Outputs
+from lightning_roulette.refit.gram import LayerSums, MeanAndVariance
+from lightning_roulette.refit.matrices import RowSampler, kept_in_matrix, matrix_of, write_matrix
+from lightning_roulette.refit.solvers.solver import Solver
+from lightning_roulette.refit.traversal import Call, CallLoop, Given, Step, Traversal
+
+_ROUNDING = 1e-9  # share of the mean square of a layer's outputs by which rounding may increase its error
+
+
+class NotKept(Exception):
+    """A layer's refit is not kept; the message is the reason."""
+
+
+class Layerwise:
+    """The layers and batch normalisations of a network, refitted for one mask after another.
+
+    Args:
+        module: The network. It must be dense here.
+        names: Names of the weights that masks prune.
+        layers: Whether to refit layers; otherwise only running statistics.
+        run: Runs the network on the batch of a given number.
+        batches: Number of batches.
+        sampler: Chooses the rows of input.
+
+    Attributes:
+        tensors: The parameters and buffers that a refit may change, by name.
+        left_alone: The weights that no refit changes, by name, with the reason.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Sequence[str],
+        layers: bool,
+        run: Callable[[int], object],
+        batches: int,
+        sampler: RowSampler,
+    ) -> None:
+        found, left_alone = layers_of(module, names) if layers else ([], {})
+        steps = _steps(module, found)
+        self.tensors = _changeable(module, names, steps)
+        self._sampler = sampler
+        self._dense_outputs = DenseOutputs(self.tensors, sampler)
+        self._traversal = Traversal(steps, run, batches, self._dense_outputs.keep)
+        uncalled = [layer.name for step in steps if step not in self._traversal.order for layer in step.layers]
+        self.left_alone = left_alone | dict.fromkeys(uncalled, "the network does not call it on the calibration inputs")
+        self._first_sums: dict[Layer, LayerSums] | None = None
+
+    def refit(self, mask: Mask, solver: Solver, dense: Mapping[str, Tensor]) -> dict[str, str]:
+        """Refit the network, which must be pruned by the mask, in place.
+
+        Args:
+            mask: Which weights are kept.
+            solver: Solves for them.
+            dense: Values of `tensors` in the dense network.
+
+        Returns:
+            Names of the weights whose refit is not kept, with the reason.
+        """
+        reasons: dict[str, str] = {}
+        self._traversal.follow(self._refit(mask, solver, dense, reasons))
+        return reasons
+
+    def sums(self) -> dict[Layer, LayerSums]:
+        """Gram sums of each layer's inputs and outputs in the network as it is; no row is held out."""
+        found: dict[Layer, LayerSums] = {}
+
+        def add(call: Call, given: Given) -> None:
+            for layer in call.step.layers:
+                rows = self._sampler.rows(layer, call, given).values
+                found.setdefault(layer, LayerSums()).add(rows, rows @ matrix_of(layer, self.tensors).mT)
+
+        for batch in range(self._traversal.batches):
+            self._traversal.listen(batch, add)
+        return found
+
+    def _refit(
+        self, mask: Mask, solver: Solver, dense: Mapping[str, Tensor], reasons: dict[str, str]
+    ) -> CallLoop[None]:
+        for step in self._traversal.order:
+            if not step.layers:
+                yield from self._normalise(step)
+                continue
+            try:
+                sums = yield from self._sums_of(step, dense)
+            except NotKept as reason:
+                reasons |= {layer.name: str(reason) for layer in step.layers}
+                continue
+            for layer, layer_sums in sums.items():
+                try:
+                    self._fit(layer, layer_sums, mask, solver)
+                except NotKept as reason:
+                    reasons[layer.name] = str(reason)
+
+    def _normalise(self, step: Step) -> CallLoop[None]:
+        """Set running statistics to mean and variance of what a batch normalisation is given."""
+        inputs = MeanAndVariance()
+        for batch in self._traversal.batches_of(step):
+            for number in range(self._traversal.calls[step, batch]):
+                given = yield Call(step, batch, number)
+                if given is None:
+                    return
+                inputs.add(channels(*given))
+        mean, variance = inputs.result()
+        if bool(mean.isfinite().all() & variance.isfinite().all()):
+            copy_into(self.tensors, {f"{step.prefix}running_mean": mean, f"{step.prefix}running_var": variance})
+
+    def _sums_of(self, step: Step, dense: Mapping[str, Tensor]) -> CallLoop[dict[Layer, LayerSums]]:
+        """Return Gram sums of a step's inputs in the network as it is, and of its outputs in the dense network."""
+        is_first = step is self._traversal.order[0]
+        if is_first and self._first_sums is not None:
+            return self._first_sums
+        sums = {layer: LayerSums() for layer in step.layers}
+        for batch in self._traversal.batches_of(step):
+            outputs = self._dense_outputs.kept(step, batch, self._traversal.calls[step, batch])
+            if outputs is None:
+                yield None
+                outputs = self._computed_outputs(step, batch, dense)
+            for number, wanted in enumerate(outputs):
+                call = Call(step, batch, number)
+                given = yield call
+                if given is None:
+                    raise NotKept("the pruned network does not call it as the dense network does")
+                self._add(sums, call, given, wanted)
+        if is_first and self._no_mask_changes_inputs_of(step):
+            self._first_sums = sums
+        return sums
+
+    def _computed_outputs(self, step: Step, batch: int, dense: Mapping[str, Tensor]) -> list[Outputs]:
+        with lent(self.tensors):
+            copy_into(self.tensors, {name: dense[name] for name in self.tensors})
+            return self._dense_outputs.computed(self._traversal, step, batch)
+
+    def _add(self, sums: Mapping[Layer, LayerSums], call: Call, given: Given, outputs: Outputs) -> None:
+        for (layer, layer_sums), (count, wanted) in zip(sums.items(), outputs, strict=True):
+            rows = self._sampler.rows(layer, call, given)
+            if rows.count != count:
+                raise NotKept(f"the pruned network gives it {rows.count} rows of input, the dense network {count}")
+            layer_sums.add(rows.values, wanted.to(torch.float64), rows.held_out)
+
+    def _no_mask_changes_inputs_of(self, step: Step) -> bool:
+        calls = self._traversal.calls
+        once = all(calls[step, batch] <= 1 for batch in range(self._traversal.batches))
+        return once and not self.left_alone and self._traversal.leading == {step}
+
+    def _fit(self, layer: Layer, sums: LayerSums, mask: Mask, solver: Solver) -> None:
+        """Solve for a layer's kept weights and write them. Undo it and raise `NotKept` if they are no improvement."""
+        start = matrix_of(layer, self.tensors)
+        solved = solver.init(sums.fit).solve(kept_in_matrix(layer, mask), start)
+        write_matrix(layer, self.tensors, solved)
+        try:
+            _check(sums, start, matrix_of(layer, self.tensors))
+        except NotKept:
+            write_matrix(layer, self.tensors, start)
+            raise
+
+
+def _check(sums: LayerSums, start: Tensor, refitted: Tensor) -> None:
+    """Raise `NotKept` unless a refitted matrix, rounded to the type of the weights, is finite and no worse."""
+    if not (sums.finite and bool(refitted.isfinite().all())):
+        raise NotKept("its inputs or its solved weights are not finite")
+    held_out = sums.held_out
+    if held_out.rows and held_out.error(refitted) > held_out.error(start) + _ROUNDING * held_out.mean_square:
+        raise NotKept("it did not improve held-out inputs")
+
+
+def _steps(module: nn.Module, layers: Sequence[Layer]) -> list[Step]:
+    by_module: dict[nn.Module, list[Layer]] = {}
+    for layer in layers:
+        by_module.setdefault(layer.module, []).append(layer)
+    steps = [Step(part, tuple(its)) for part, its in by_module.items()]
+    return steps + [Step(part, prefix=prefix) for prefix, part in batch_norms_of(module).items()]
+
+
+def _changeable(module: nn.Module, names: Sequence[str], steps: Sequence[Step]) -> dict[str, Tensor]:
+    biases = [layer.bias for step in steps for layer in step.layers if layer.bias is not None]
+    norms = [step.prefix for step in steps if not step.layers]
+    statistics = [f"{prefix}{own}" for prefix in norms for own in ("running_mean", "running_var")]
+    tensors = named_tensors(module)
+    return {name: tensors[name] for name in dict.fromkeys([*names, *biases, *statistics])}

@@ -1,0 +1,90 @@
+"""A layer in the form that a solver needs: rows of its input, and a matrix of its weights and biases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_roulette.large.devices import with_float64
+from lightning_roulette.network.layers import Layer
+from lightning_roulette.refit.traversal import Call, Given
+from lightning_roulette.wheel.chance import random_bits, stream
+
+_HELD_OUT = 8  # one row in this many judges a fit
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a layer's input in one call. A layer with a bias has a last column of ones.
+
+    Attributes:
+        values: Float64, shape `(groups, rows, inputs)`.
+        count: Number of rows from which these were chosen.
+        held_out: Number of rows, at the end, that judge a fit.
+    """
+
+    values: Tensor
+    count: int
+    held_out: int
+
+
+@dataclass(frozen=True)
+class RowSampler:
+    """Chooses rows of a layer's input. The choice depends on the number of rows, but not on their values.
+
+    Attributes:
+        most: Largest number of rows chosen from one call; at least 8 are chosen.
+        seed: Seed of the choice.
+    """
+
+    most: int
+    seed: int
+
+    def rows(self, layer: Layer, call: Call, given: Given) -> Rows:
+        """Return rows of what a layer is given in a call."""
+        count = held_out = 0
+        most = max(_HELD_OUT, self.most)
+
+        def chosen(rows: int) -> Tensor:
+            nonlocal count, held_out
+            index = torch.arange(min(rows, most))
+            if rows > most:
+                key = stream(self.seed, call.batch, call.number, f"rows of {layer.name} {layer.outputs.start}")
+                index = random_bits(key, index).remainder(rows).sort().values
+            count, held_out = rows, int((index >= rows - rows // _HELD_OUT).sum())
+            return index
+
+        values = layer.rows(*given, chosen)
+        if layer.bias is not None:
+            values = torch.cat([values, values.new_ones(*values.shape[:2], 1)], 2)
+        return Rows(values, count, held_out)
+
+
+def matrix_of(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return a layer's weight, and its bias as a last column, float64, shape `(groups, outputs, inputs)`."""
+    matrix = layer.matrices(with_float64(tensors[layer.name])).to(torch.float64)
+    if layer.bias is None:
+        return matrix
+    bias = tensors[layer.bias].detach()[layer.offsets].to(matrix)
+    return torch.cat([matrix, bias.view(*matrix.shape[:2], 1)], 2)
+
+
+def kept_in_matrix(layer: Layer, mask: Mapping[str, Tensor]) -> Tensor:
+    """Return which entries of a layer's matrix a mask keeps. A bias that the mask does not name is kept."""
+    kept = layer.matrices(with_float64(mask[layer.name]))
+    if layer.bias is None:
+        return kept
+    biases = mask[layer.bias][layer.offsets].to(kept) if layer.bias in mask else kept.new_ones(kept.shape[:2])
+    return torch.cat([kept, biases.view(*kept.shape[:2], 1)], 2)
+
+
+@torch.no_grad()
+def write_matrix(layer: Layer, tensors: Mapping[str, Tensor], matrix: Tensor) -> None:
+    """Write a layer's matrix into its weight and bias."""
+    outputs = tensors[layer.name][layer.outputs]
+    outputs.copy_(matrix[..., : outputs[0].numel()].reshape(outputs.shape))
+    if layer.bias is not None:
+        tensors[layer.bias][layer.offsets].copy_(matrix[..., -1].flatten())

@@ -1,0 +1,56 @@
+"""What a refit returns, and the part of it that a search stores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_roulette.mask.mask import Mask
+
+
+@dataclass(frozen=True, eq=False)
+class Refitted:
+    """A pruned network's values after a refit.
+
+    Attributes:
+        values: All values that may differ from the dense network, by name: weights (zero where pruned), biases and
+            running statistics. Empty if the network was not refitted.
+        undone: Names of the weights whose refit was not kept, with the reason. They are the dense weights, pruned.
+    """
+
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    undone: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Survivors:
+    """Refitted values without the zeros of pruned weights, on the CPU.
+
+    Attributes:
+        values: By name: of a pruned weight only the survivors, in order of index; of all others the whole tensor.
+    """
+
+    values: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, mask: Mask, values: Mapping[str, Tensor]) -> Survivors:
+        """Return the survivors of a mask."""
+        kept = {name: value[mask[name].to(value.device)] if name in mask else value for name, value in values.items()}
+        return cls({name: value.detach().cpu() for name, value in kept.items()})
+
+    def spread(self, mask: Mask, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return whole tensors, zero where the mask prunes.
+
+        Args:
+            mask: The mask of these survivors.
+            dense: The dense weights. Each pruned weight is new and on the device of its dense weight.
+        """
+        found = {name: value for name, value in self.values.items() if name not in mask}
+        for name in self.values.keys() & mask.keys():
+            whole = torch.zeros_like(dense[name].detach())
+            whole[mask[name].to(whole.device)] = self.values[name].to(whole.device)
+            found[name] = whole
+        return found

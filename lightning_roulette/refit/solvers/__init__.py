@@ -1,0 +1,1 @@
+"""Solvers: the kept weights of a layer from its Gram sums."""
