@@ -1,12 +1,12 @@
-"""How much a network's outputs depend on what its modules give: what tells the weights of different layers apart.
+"""Sensitivity: how much a network's outputs depend on each layer, which makes weights of different layers comparable.
 
-Labels are not needed: what is derived is not a loss but the outputs themselves, in random directions.
+No labels are needed. The derivatives are those of the outputs in random directions, not those of a loss.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,213 +19,211 @@ from lightning_roulette.network.hooks import Enough, run_with_hooks
 from lightning_roulette.network.parameters import CONVOLUTIONS, LINEAR_MAPS, TRANSPOSED, aliases, owners_of
 from lightning_roulette.wheel.chance import random_bits, stream
 
-_SHARE = 1 / 2  # of the inputs: see Sensitivity.scales
+_INPUT_EXPONENT = 1 / 2  # see Sensitivity.scales
 
 
 class NoGradients(ValueError):
-    """A network's outputs cannot be derived by what its modules give."""
-
-
-@dataclass(eq=False)
-class _Seen:
-    """What a module was given, and what the outputs' derivatives by its own are: sums over all samples and positions.
-
-    Attributes:
-        inputs: Sum of squares of each channel of its first input.
-        rows: How many there were.
-        derivatives: For each channel of its output the sum of squared derivatives of the network's outputs.
-    """
-
-    inputs: Tensor
-    rows: int
-    derivatives: Tensor | None = None
+    """The network's outputs have no derivatives with respect to the outputs of its modules."""
 
 
 class Sensitivity:
-    """A network whose modules are listened to while it runs, forwards and backwards.
+    """Derivatives of a network's outputs, from hooks on its modules during forward and backward runs.
 
-    It takes the memory of a training step without an optimizer.
+    It needs the memory of a training step without an optimizer.
 
     Args:
         module: The network.
-        names: The weights of interest.
-        pieces: Each runs the network on some samples.
-        seed: Of the random directions.
+        names: Names of the weights.
+        pieces: Functions that each run the network on some samples.
+        seed: Seed of the random directions.
     """
 
     def __init__(
         self, module: nn.Module, names: Sequence[str], pieces: Sequence[Callable[[], object]], seed: int
     ) -> None:
         self._pieces, self._seed = pieces, seed
-        parts, known = dict(module.named_modules(remove_duplicate=False)), aliases(module)
-        owner_of = owners_of(module)
-        first = {alias: name for name, all_names in known.items() for alias in all_names}
-        self._owners = {
-            name: [(alias.rpartition(".")[0], owner_of[alias][0]) for alias in known[first[name]]] for name in names
-        }
-        around = {path: parts[path] for owners in self._owners.values() for prefix, _ in owners for path in _up(prefix)}
-        self._calls: list[Counter[nn.Module]] = []
-        for piece in pieces:
-            calls: Counter[nn.Module] = Counter()
-            run_with_hooks(piece, dict.fromkeys(around.values()), after=partial(_count, calls))
-            self._calls.append(calls)
-        called = {one for calls in self._calls for one in calls}
-        self._heard = {
+        self._shapes = {name: module.get_parameter(name).shape for name in names}
+        self._owners = _owners(module, names)
+        parts = dict(module.named_modules(remove_duplicate=False))
+        around = [parts[path] for own in self._owners.values() for prefix, _ in own for path in _outwards(prefix)]
+        self._calls = [_calls_in(piece, around) for piece in pieces]
+        called = {part for calls in self._calls for part in calls}
+        self._observed = {
             name: [part for prefix, _ in owners if (part := _nearest(prefix, parts, called)) is not None]
             for name, owners in self._owners.items()
         }
-        self._shapes = {name: module.get_parameter(name).shape for name in names}
 
     def scales(self) -> dict[str, Tensor]:
-        """What multiplies the magnitude of each weight, up to a factor that is the same for all.
+        """Return what multiplies the magnitude of each weight, up to a factor that is the same for all.
 
         For the weight of a Linear or Conv layer from input `i` to output `j` it is
 
             rms(x_i) ** (1 / 2) * root of the sum of (dy / dz_j) ** 2
 
-        with the layer's input `x` and output `z`, and the outputs `y` of the network: of those modules on which no
-        other that has a weight of interest depends. The sum is over all outputs (its expectation in random directions,
-        to be exact), samples and positions. With the exponent 1 the square would be the diagonal of the Gauss-Newton
-        matrix with inputs and derivatives taken as independent (as in Martens and Grosse 2015). What a weight gives
-        through its input is in part made up for by the layer's other inputs once they are refitted, so it counts half.
+        - `x` is the layer's input and `z` its output.
+        - `y` are the outputs of the network: of those modules on which no other module with one of the weights depends.
+        - The sum is over all outputs, samples and positions. It is estimated in random directions, and exact in
+          expectation.
 
-        The bias of such a layer has an input of 1. Of other modules, and where a module is not called itself but one
-        around it, both factors are means over all channels. A weight of which there is no derivative gets the mean of
-        all others.
+        With the exponent 1, the square would be the diagonal of the Gauss-Newton matrix if inputs and derivatives were
+        independent (as in Martens and Grosse 2015). The exponent is 1 / 2 because the layer's other inputs, when they
+        are refitted, make up for a part of what a weight passes on.
+
+        Other cases:
+
+        - The bias of such a layer has an input of 1.
+        - For weights of other modules, both factors are means over all channels.
+        - If a module is not called itself, the nearest called module around it is used, also with means.
+        - A weight without a derivative gets the mean of all others.
 
         Returns:
-            Float64, each of a shape that broadcasts to that of its weight.
+            Float64, each of a shape that broadcasts to the shape of its weight.
 
         Raises:
-            NoGradients: If there is no derivative at all, or one is not finite.
+            NoGradients: If there are no derivatives, or if one is not finite.
         """
-        seen: dict[nn.Module, _Seen] = {}
-        listened = list(dict.fromkeys(part for parts in self._heard.values() for part in parts))
-        try:
-            for number, piece in enumerate(self._pieces):
-                _Backwards(self._calls[number], listened, seen, self._seed, number).run(piece)
-        except RuntimeError as error:  # what works without derivatives need not with them
-            raise NoGradients(f"the network fails where derivatives are asked for: {error}") from error
-        found = {name: _scale(shape, self._owned(name), seen) for name, shape in self._shapes.items()}
+        sums = self._run()
+        found = {name: self._scale(name, sums) for name in self._shapes}
         known = [scale for scale in found.values() if scale is not None]
         if not known:
-            raise NoGradients("no output of the network can be derived by what its layers give")
+            raise NoGradients("the network's outputs have no derivatives with respect to the outputs of its layers")
         if not all(bool(scale.isfinite().all()) for scale in known):
             raise NoGradients("some derivatives of the network's outputs are not finite")
         mean = sum(float(scale.mean()) for scale in known) / len(known)
         return {name: torch.tensor(mean, dtype=torch.float64) if one is None else one for name, one in found.items()}
 
-    def _owned(self, name: str) -> list[tuple[nn.Module, bool]]:
-        """The modules that stand for a weight, and whether each applies it itself."""
+    def _run(self) -> dict[nn.Module, _ChannelSums]:
+        sums: dict[nn.Module, _ChannelSums] = {}
+        observed = list(dict.fromkeys(part for parts in self._observed.values() for part in parts))
+        try:
+            for number, (piece, calls) in enumerate(zip(self._pieces, self._calls, strict=True)):
+                last = sum(calls[part] for part in observed)
+                if last:
+                    run = _BackwardRun(last, sums, partial(stream, self._seed, number))
+                    run_with_hooks(piece, observed, after=run.meet)
+        except RuntimeError as error:  # a network that works without derivatives may fail with them
+            raise NoGradients(f"the network fails where derivatives are asked for: {error}") from error
+        return sums
+
+    def _scale(self, name: str, sums: Mapping[nn.Module, _ChannelSums]) -> Tensor | None:
+        """Return the scale of a weight. If several modules use it, it is the root of the sum of squares."""
         owners = {owner for _, owner in self._owners[name]}
-        return [(part, part in owners) for part in self._heard[name]]
+        squares: Tensor | None = None
+        for part in self._observed[name]:
+            if part in sums and (here := sums[part].square(part, self._shapes[name], part in owners)) is not None:
+                squares = here if squares is None else squares + here
+        return None if squares is None else squares.sqrt()
 
 
-class _Backwards:
-    """One run on some samples, with a derivative at its last call.
+@dataclass(eq=False)
+class _ChannelSums:
+    """Sums over all samples and positions, for the channels of a module.
 
-    Args:
-        calls: How often each module is called in it.
-        parts: The modules that are listened to.
-        seen: What is added to.
-        seed: Of the directions.
-        number: Of the samples.
+    Attributes:
+        inputs: Sum of squares of each channel of the module's first input.
+        rows: Number of samples and positions in it.
+        derivatives: For each channel of the module's output, the sum of squared derivatives of the network's outputs;
+            None if there are none.
     """
 
-    def __init__(
-        self,
-        calls: Counter[nn.Module],
-        parts: Sequence[nn.Module],
-        seen: dict[nn.Module, _Seen],
-        seed: int,
-        number: int,
-    ) -> None:
-        self._parts, self._seen, self._seed, self._number = parts, seen, seed, number
-        self._left = sum(calls[part] for part in parts)
-        self._given: list[tuple[nn.Module, Tensor, Tensor]] = []  # module, probe, output
+    inputs: Tensor
+    rows: int
+    derivatives: Tensor | None = None
 
-    def run(self, piece: Callable[[], object]) -> None:
-        if self._left:
-            run_with_hooks(piece, self._parts, after=self._meet)
+    def add_inputs(self, squares: Tensor, rows: int) -> None:
+        """Add the inputs of one call, unless it has another number of channels."""
+        if self.inputs.shape == squares.shape:
+            self.inputs, self.rows = self.inputs + squares, self.rows + rows
 
-    def _meet(self, part: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+    def add_derivatives(self, squares: Tensor) -> None:
+        """Add the derivatives of one call, unless it has another number of channels."""
+        if self.derivatives is None:
+            self.derivatives = squares
+        elif self.derivatives.shape == squares.shape:
+            self.derivatives = self.derivatives + squares
+
+    def square(self, part: nn.Module, shape: torch.Size, owned: bool) -> Tensor | None:
+        """Return the squared scale of a weight of this shape; None without derivatives.
+
+        Args:
+            part: The module of these sums.
+            shape: Shape of the weight.
+            owned: Whether the weight is the module's own; otherwise it belongs to a module inside it.
+        """
+        if self.derivatives is None:
+            return None
+        inputs, derivatives = (self.inputs / self.rows).sqrt(), self.derivatives
+        if not owned or not isinstance(part, LINEAR_MAPS):
+            return derivatives.mean() * inputs.mean() ** (2 * _INPUT_EXPONENT)
+        if len(shape) == 1:
+            return derivatives  # a bias, whose input is 1
+        groups = 1 if isinstance(part, nn.Linear) else part.groups
+        by_output = inputs.view(groups, -1).repeat_interleave(len(derivatives) // groups, 0)
+        squares = derivatives.view(-1, 1).mul(by_output ** (2 * _INPUT_EXPONENT))
+        return squares.view(len(derivatives), -1, *[1] * (len(shape) - 2))
+
+
+class _BackwardRun:
+    """One run on some samples. It differentiates at its last call and then ends.
+
+    Args:
+        calls: Number of calls of all observed modules in the run.
+        sums: The sums that it adds to.
+        key: Returns a key of random numbers for a number and a word.
+    """
+
+    def __init__(self, calls: int, sums: dict[nn.Module, _ChannelSums], key: Callable[[int, str], int]) -> None:
+        self._left, self._sums, self._key = calls, sums, key
+        self._probed: list[tuple[nn.Module, Tensor, Tensor]] = []  # module, probe, output
+
+    def meet(self, part: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        """Add a probe of zeros to a module's output; differentiate with respect to all probes at the last call."""
         if torch.is_inference_mode_enabled():
             raise NoGradients("the network runs in inference mode")
-        torch.set_grad_enabled(True)  # until the run leaves the block that it was off in
-        place, tensor = _floating(output)
-        if tensor is None:
-            return self._count_down(None)
-        probe = torch.zeros_like(tensor, requires_grad=True)
-        probed = tensor + probe
-        self._note(part, arguments)
-        self._given.append((part, probe, probed))
-        return self._count_down(
-            probed if place is None else type(output)([*output[:place], probed, *output[place + 1 :]])
-        )
-
-    def _count_down(self, output: Any) -> Any:
+        torch.set_grad_enabled(True)  # in effect until the run leaves the block that turned gradients off
+        place, tensor = _first_floating(output)
+        if tensor is not None:
+            self._add_inputs(part, arguments)
+            probe = torch.zeros_like(tensor, requires_grad=True)
+            probed = tensor + probe
+            self._probed.append((part, probe, probed))
+            output = probed if place is None else type(output)([*output[:place], probed, *output[place + 1 :]])
         self._left -= 1
         if self._left == 0:
-            self._derive()
+            self._differentiate()
             raise Enough
         return output
 
-    def _note(self, part: nn.Module, arguments: tuple[Any, ...]) -> None:
-        _, given = _floating(arguments)
-        squares = torch.ones(1, dtype=torch.float64) if given is None else _by_channel(part, given)
+    def _add_inputs(self, part: nn.Module, arguments: tuple[Any, ...]) -> None:
+        _, given = _first_floating(arguments)
+        squares = torch.ones(1, dtype=torch.float64) if given is None else _squares_by_channel(part, given)
         rows = 1 if given is None else max(1, given.numel() // len(squares))
-        if (seen := self._seen.get(part)) is None:
-            self._seen[part] = _Seen(squares, rows)
-        elif seen.inputs.shape == squares.shape:
-            seen.inputs, seen.rows = seen.inputs + squares, seen.rows + rows
+        if part in self._sums:
+            self._sums[part].add_inputs(squares, rows)
+        else:
+            self._sums[part] = _ChannelSums(squares, rows)
 
-    def _derive(self) -> None:
+    def _differentiate(self) -> None:
+        """Differentiate the outputs on which no later output depends, each in a direction of random signs."""
         reached: set[int] = set()
-        for last in reversed(range(len(self._given))):
+        for last in reversed(range(len(self._probed))):
             if last in reached:
                 continue
-            probes = [probe for _, probe, _ in self._given[: last + 1]]
-            output = self._given[last][2]
-            key = stream(self._seed, self._number, last, "directions")
+            probes = [probe for _, probe, _ in self._probed[: last + 1]]
+            output = self._probed[last][2]
+            key = self._key(last, "directions")
             signs = random_bits(key, torch.arange(output.numel())).lt(0).to(output.device).view(output.shape)
             direction = torch.where(signs, -1.0, 1.0).to(output.dtype)
             found = torch.autograd.grad(output, probes, direction, retain_graph=True, allow_unused=True)
             for index, derivative in enumerate(found):
                 if derivative is not None:
                     reached.add(index)
-                    self._add(self._given[index][0], derivative)
-
-    def _add(self, part: nn.Module, derivative: Tensor) -> None:
-        seen, squares = self._seen[part], _by_channel(part, derivative)
-        if seen.derivatives is None:
-            seen.derivatives = squares
-        elif seen.derivatives.shape == squares.shape:
-            seen.derivatives = seen.derivatives + squares
+                    part = self._probed[index][0]
+                    self._sums[part].add_derivatives(_squares_by_channel(part, derivative))
 
 
-def _scale(shape: torch.Size, owned: Sequence[tuple[nn.Module, bool]], seen: dict[nn.Module, _Seen]) -> Tensor | None:
-    """The scale of a weight of this shape; of one that several modules use, the root of the sum of squares."""
-    squares: Tensor | None = None
-    for part, itself in owned:
-        one = seen.get(part)
-        if one is None or one.derivatives is None:
-            continue
-        inputs, derivatives = (one.inputs / one.rows).sqrt(), one.derivatives
-        if not itself or not isinstance(part, LINEAR_MAPS):
-            here = derivatives.mean() * inputs.mean() ** (2 * _SHARE)
-        elif len(shape) == 1:
-            here = derivatives  # of a bias, whose input is 1
-        else:
-            groups = 1 if isinstance(part, nn.Linear) else part.groups
-            flat = (len(derivatives), -1, *[1] * (len(shape) - 2))
-            by_output = inputs.view(groups, -1).repeat_interleave(len(derivatives) // groups, 0)
-            here = derivatives.view(-1, 1).mul(by_output ** (2 * _SHARE)).view(flat)
-        squares = here if squares is None else squares + here
-    return None if squares is None else squares.sqrt()
-
-
-def _by_channel(part: nn.Module, values: Tensor) -> Tensor:
-    """Sums of squares over all but the channels, float64."""
+def _squares_by_channel(part: nn.Module, values: Tensor) -> Tensor:
+    """Return sums of squares over all dimensions but the channels, float64."""
     channel = values.dim() - 1
     if isinstance(part, (*CONVOLUTIONS, *TRANSPOSED)):
         channel -= len(part.kernel_size)
@@ -233,8 +231,8 @@ def _by_channel(part: nn.Module, values: Tensor) -> Tensor:
     return squares.movedim(channel, 0).flatten(1).sum(1) if values.dim() > 1 else squares
 
 
-def _floating(values: Any) -> tuple[int | None, Tensor | None]:
-    """The first floating tensor with channels, and where it is in a tuple or list."""
+def _first_floating(values: Any) -> tuple[int | None, Tensor | None]:
+    """Return the first floating-point tensor with channels, and its place if it is in a tuple or list."""
     if isinstance(values, Tensor):
         return None, values if values.is_floating_point() and values.dim() else None
     if isinstance(values, tuple | list) and not hasattr(values, "_fields"):
@@ -244,17 +242,31 @@ def _floating(values: Any) -> tuple[int | None, Tensor | None]:
     return None, None
 
 
-def _up(prefix: str) -> Iterator[str]:
-    """A path and all around it, innermost first."""
-    while prefix:
-        yield prefix
-        prefix = prefix.rpartition(".")[0]
+def _owners(module: nn.Module, names: Sequence[str]) -> dict[str, list[tuple[str, nn.Module]]]:
+    """For each weight, return paths and modules of all its owners; a tied weight has several."""
+    known, owner_of = aliases(module), owners_of(module)
+    first = {alias: name for name, all_names in known.items() for alias in all_names}
+    return {name: [(alias.rpartition(".")[0], owner_of[alias][0]) for alias in known[first[name]]] for name in names}
+
+
+def _outwards(path: str) -> Iterator[str]:
+    """Yield a module's path and those of all modules around it, innermost first."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
     yield ""
 
 
-def _nearest(prefix: str, parts: dict[str, nn.Module], called: set[nn.Module]) -> nn.Module | None:
-    return next((parts[path] for path in _up(prefix) if parts[path] in called), None)
+def _nearest(path: str, parts: dict[str, nn.Module], called: set[nn.Module]) -> nn.Module | None:
+    return next((parts[outer] for outer in _outwards(path) if parts[outer] in called), None)
 
 
-def _count(calls: Counter[nn.Module], part: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-    calls[part] += 1
+def _calls_in(piece: Callable[[], object], parts: Sequence[nn.Module]) -> Counter[nn.Module]:
+    """Run the network and return how often it calls each of these modules."""
+    calls: Counter[nn.Module] = Counter()
+
+    def count(part: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        calls[part] += 1
+
+    run_with_hooks(piece, dict.fromkeys(parts), after=count)
+    return calls
