@@ -90,7 +90,8 @@ class LayerSums:
         """Add rows to the sums. The last `held_out` rows judge the fit. For shapes see `GramSums.add`."""
         fitted = x.shape[1] - held_out
         self.fit.add(x[:, :fitted], y[:, :fitted])
-        self.held_out.add(x[:, fitted:], y[:, fitted:])
+        if held_out:
+            self.held_out.add(x[:, fitted:], y[:, fitted:])
 
     @property
     def finite(self) -> bool:

@@ -1,6 +1,9 @@
-"""The scales of `importance="sensitivity"`: against Jacobians computed one by one, and where there is none."""
+"""The scales of `importance="sensitivity"`: against Jacobians, and networks that have none."""
+
+from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -9,19 +12,7 @@ from torch.func import functional_call
 
 from lightning_roulette import Calibration, Mask, Scores, Tree, Wheel, prunable_parameters, search
 from lightning_roulette.refit.sensitivity import NoGradients
-
-
-def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def known(net: nn.Module) -> nn.Module:
-    """The network in float64, of known values, in evaluation mode."""
-    net = net.double().eval()
-    with torch.no_grad():
-        for place, parameter in enumerate(net.parameters()):
-            parameter.copy_(numbers(*parameter.shape, seed=place + 1) / math.sqrt(parameter[0].numel()))
-    return net
+from tests.support.networks import changed, known, numbers, state_of
 
 
 def scales(net: nn.Module, x, mask: Mask | None = None, values=None, **options):
@@ -29,44 +20,34 @@ def scales(net: nn.Module, x, mask: Mask | None = None, values=None, **options):
     return Calibration(net, [x], **options).scales("sensitivity", mask, values or {})
 
 
-class Outputs(nn.Module):
-    """A network to whose layers something is added."""
-
-    def __init__(self, net, names):
-        super().__init__()
-        self.net, self.names = net, names
-
-    def forward(self, x, *added):
-        extra = dict(zip(self.names, added, strict=True))
-        hooks = [
-            self.net.get_submodule(name).register_forward_hook(lambda m, a, out, name=name: out + extra[name])
-            for name in self.names
-        ]
-        try:
-            return self.net(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
+def hooked(net, x, layers, hook):
+    """The network's outputs while `hook(name, inputs, output)` sees each call of these layers."""
+    handles = [
+        net.get_submodule(name).register_forward_hook(lambda m, a, out, name=name: hook(name, a[0], out))
+        for name in layers
+    ]
+    try:
+        return net(x)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def exact(net, x, layers):
-    """For each layer and channel of its output the sum of squared derivatives of all outputs, without chance."""
-    given = {}
-    hooks = [
-        net.get_submodule(name).register_forward_hook(lambda m, a, out, name=name: given.update({name: (a[0], out)}))
-        for name in layers
-    ]
-    net(x)
-    for hook in hooks:
-        hook.remove()
-    probes = tuple(torch.zeros_like(given[name][1]) for name in layers)
-    jacobians = torch.autograd.functional.jacobian(lambda *added: Outputs(net, layers)(x, *added), probes)
+    """For each layer, root mean squares of its inputs and sums of squared derivatives of all outputs by its outputs."""
+    seen = {}
+    hooked(net, x, layers, lambda name, given, out: seen.update({name: (given, out)}))
+
+    def outputs(*added):
+        return hooked(net, x, layers, lambda name, given, out: out + added[layers.index(name)])
+
+    jacobians = torch.autograd.functional.jacobian(outputs, tuple(torch.zeros_like(seen[name][1]) for name in layers))
     found = {}
     for name, jacobian in zip(layers, jacobians, strict=True):
         conv = isinstance(net.get_submodule(name), nn.Conv2d)
-        channel = given[name][1].dim() - (3 if conv else 1)
         squares = jacobian.square().flatten(0, net(x).dim() - 1).sum(0)
-        inputs = given[name][0].movedim(1 if conv else -1, 0).flatten(1).square().mean(1).sqrt()
+        inputs = seen[name][0].movedim(1 if conv else -1, 0).flatten(1).square().mean(1).sqrt()
+        channel = squares.dim() - (3 if conv else 1)
         found[name] = (inputs, squares.movedim(channel, 0).flatten(1).sum(1))
     return found
 
@@ -144,18 +125,12 @@ def test_a_scaled_unit_keeps_its_derivatives_share():
     assert torch.allclose(before, after)
 
 
-def test_the_pruned_network_is_looked_at():
+def test_the_derivatives_are_those_of_the_pruned_network():
     net, x = mlp(), numbers(6, 5)
     mask = Mask({name: numbers(*one.shape, seed=9) > 0 for name, one in prunable_parameters(net).items()})
     values = {"0.bias": numbers(7, seed=8), "2.weight": numbers(6, 7, seed=7)}
     found = scales(net, x, mask, values)
-    slim = mlp()
-    with torch.no_grad():
-        for name, value in values.items():
-            slim.get_parameter(name).copy_(value)
-        for name, kept in mask.items():
-            slim.get_parameter(name).masked_fill_(~kept, 0)
-    again = scales(slim, x)
+    again = scales(changed(net, mask, values), x)
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 
@@ -172,12 +147,8 @@ class Heads(nn.Module):
 def test_every_head_counts():
     net, x = known(Heads()), numbers(8, 5)
     both = in_expectation(net, x)["body.weight"]
-    alone = []
-    for head in ("one", "two"):
-        slim = known(Heads())
-        with torch.no_grad():
-            slim.get_submodule("two" if head == "one" else "one").weight.zero_()
-        alone.append(in_expectation(slim, x)["body.weight"])
+    silent = ({f"{head}.weight": torch.zeros_like(net.get_submodule(head).weight)} for head in ("one", "two"))
+    alone = [in_expectation(changed(net, Mask({}), values), x)["body.weight"] for values in silent]
     assert torch.allclose(both, alone[0] + alone[1], rtol=0.2)
 
 
@@ -194,18 +165,16 @@ class Odd(nn.Module):
         return self.end(self.recur(x)[0])
 
 
-def test_what_cannot_be_told_by_channel_or_at_all_has_a_mean():
+def test_weights_without_channels_or_derivatives_of_their_own_have_a_mean():
     net = known(Odd())
     found = scales(net, numbers(6, 5, 4))
     assert {name for name, one in found.items() if one.numel() == 1} == found.keys() - {"end.weight"}
     assert all(bool((one > 0).all()) for one in found.values())
     assert torch.equal(found["attend.in_proj_weight"], found["attend.out_proj.weight"])
-    assert all(
-        bool((one * net.get_parameter(name)).shape == net.get_parameter(name).shape) for name, one in found.items()
-    )
+    assert all((one * net.get_parameter(name)).shape == net.get_parameter(name).shape for name, one in found.items())
 
 
-def test_a_weight_of_which_nothing_is_known_gets_the_mean_of_all_others():
+def test_a_weight_of_a_layer_that_is_not_called_gets_the_mean_of_all_others():
     net, x = known(nn.ModuleDict({"used": mlp(), "spare": nn.Linear(3, 3)})), numbers(6, 5)
     calibration = Calibration(net, 1, run=lambda _: net["used"](x))
     found = dict(calibration.scales("sensitivity", Mask.full(prunable_parameters(net)), {}))
@@ -213,27 +182,14 @@ def test_a_weight_of_which_nothing_is_known_gets_the_mean_of_all_others():
     assert spare == pytest.approx(sum(float(one.mean()) for one in found.values()) / 3)
 
 
-class Twice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
-        self.b.weight = self.a.weight
-
-    def forward(self, x):
-        return self.b(self.a(x).relu())
-
-
 def test_a_tied_weight_counts_wherever_it_is_used():
-    class Apart(Twice):
-        def __init__(self):
-            super().__init__()
-            self.b = nn.Linear(4, 4, bias=False)
-
-    tied, apart, x = known(Twice()), known(Apart()), numbers(6, 4)
+    apart = known(nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False)))
     with torch.no_grad():
-        apart.b.weight.copy_(apart.a.weight)
-    one, other = scales(tied, x)["a.weight"], scales(apart, x)
-    assert torch.allclose(one.square(), other["a.weight"].square() + other["b.weight"].square())
+        apart[2].weight.copy_(apart[0].weight)
+    tied, x = deepcopy(apart), numbers(6, 4)
+    tied[2].weight = tied[0].weight
+    one, other = scales(tied, x)["0.weight"], scales(apart, x)
+    assert torch.allclose(one.square(), other["0.weight"].square() + other["2.weight"].square())
 
 
 class Stubborn(nn.Module):
@@ -242,33 +198,30 @@ class Stubborn(nn.Module):
         self.net, self.how = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)), how
 
     def forward(self, x):
-        if self.how == "no_grad":
-            with torch.no_grad():
-                return self.net(x)
-        if self.how == "inference":
-            with torch.inference_mode():
-                return self.net(x)
-        return self.net[2](torch.from_numpy(self.net[0](x).numpy()))
+        if self.how == "numpy":
+            return self.net[2](torch.from_numpy(self.net[0](x).numpy()))
+        with torch.no_grad() if self.how == "no_grad" else torch.inference_mode():
+            return self.net(x)
 
 
-def test_a_network_that_wants_no_derivatives_is_derived_nonetheless():
+def test_a_network_that_turns_gradients_off_is_differentiated_nonetheless():
     net = known(Stubborn("no_grad"))
     found = scales(net, numbers(6, 4))
-    plain = scales(known(Stubborn("none").net), numbers(6, 4))
+    plain = scales(net.net, numbers(6, 4))
     assert all(torch.equal(found[f"net.{name}"], one) for name, one in plain.items())
 
 
 @pytest.mark.parametrize(
     ("how", "why"), [("inference", "runs in inference mode"), ("numpy", "fails where derivatives")]
 )
-def test_a_network_that_cannot_be_derived_is_named(how, why):
+def test_a_network_without_derivatives_is_refused_with_the_reason(how, why):
     net = known(Stubborn(how))
     with pytest.raises(NoGradients, match=why):
         scales(net, numbers(6, 4))
     assert not any(part._forward_hooks for part in net.modules())
 
 
-def test_derivatives_that_are_not_finite_are_named():
+def test_derivatives_that_are_not_finite_are_refused():
     net = mlp()
     with torch.no_grad():
         net[2].weight[0, 0] = math.inf
@@ -280,23 +233,15 @@ def test_derivatives_that_are_not_finite_are_named():
 def test_nothing_is_left_behind(grad):
     net, x = conv().train(), numbers(3, 2, 4, 4)
     net[1].inplace = True
-    before = {name: one.clone() for name, one in net.state_dict().items()}
     with torch.set_grad_enabled(grad):
+        before = state_of(net)
         scales(net, x)
-        assert torch.is_grad_enabled() is grad
-    assert all(torch.equal(one, before[name]) for name, one in net.state_dict().items())
-    assert all(one.grad is None and one.requires_grad for one in net.parameters())
-    assert all(part.training for part in net.modules())
-    assert not any(part._forward_hooks for part in net.modules())
+        assert state_of(net) == before
 
 
 def test_the_same_seed_gives_the_same():
     net, x = mlp(), numbers(6, 5)
-    torch.manual_seed(1)
-    one = scales(net, x, seed=3)
-    torch.manual_seed(2)
-    other = scales(net, x, seed=3)
-    apart = scales(net, x, seed=4)
+    one, _, other, apart = scales(net, x, seed=3), torch.rand(1), scales(net, x, seed=3), scales(net, x, seed=4)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not torch.equal(one["0.weight"], apart["0.weight"])
 
@@ -340,6 +285,6 @@ def test_the_default_gives_way_to_magnitude_where_there_are_no_derivatives():
     assert given_way.mask == searched(net, x, wheel=Wheel(importance="magnitude")).mask
 
 
-def test_sensitivity_that_was_asked_for_does_not():
+def test_sensitivity_that_was_asked_for_is_refused():
     with pytest.raises(ValueError, match="importance is 'sensitivity', but the network runs in inference mode. Choose"):
         searched(known(Stubborn("inference")), numbers(30, 4), wheel=Wheel(importance="sensitivity"))
