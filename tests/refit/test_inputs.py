@@ -154,7 +154,7 @@ def refit(net, batches, mask, how="least_squares", **options):
 # ------------------------------------------------------------------------------------------------ exact
 
 
-@pytest.mark.parametrize("kind", [*PLAIN, "careful"])
+@pytest.mark.parametrize("kind", [*PLAIN, "careful", "norm first"])
 @pytest.mark.parametrize("damping", [1e-8, 1e-3, 0.1])
 @pytest.mark.parametrize("density", [0.4, 0.8])
 def test_every_layer_is_the_best_for_its_inputs(kind, density, damping):
