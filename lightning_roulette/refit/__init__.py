@@ -1,1 +1,1 @@
-"""Survivors solved on inputs, without training."""
+"""Refits a pruned network on inputs, without training or labels."""

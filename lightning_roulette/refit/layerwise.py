@@ -74,7 +74,7 @@ class Layerwise:
             Names of the weights whose refit is not kept, with the reason.
         """
         reasons: dict[str, str] = {}
-        self._traversal.follow(self._refit(mask, solver, dense, reasons))
+        self._traversal.follow(self._refit_steps(mask, solver, dense, reasons))
         return reasons
 
     def sums(self) -> dict[Layer, LayerSums]:
@@ -90,9 +90,10 @@ class Layerwise:
             self._traversal.listen(batch, add)
         return found
 
-    def _refit(
+    def _refit_steps(
         self, mask: Mask, solver: Solver, dense: Mapping[str, Tensor], reasons: dict[str, str]
     ) -> CallLoop[None]:
+        """See what each step is given, refit it, and go on to the next."""
         for step in self._traversal.order:
             if not step.layers:
                 yield from self._normalise(step)
@@ -109,7 +110,7 @@ class Layerwise:
                     reasons[layer.name] = str(reason)
 
     def _normalise(self, step: Step) -> CallLoop[None]:
-        """Set running statistics to mean and variance of what a batch normalisation is given."""
+        """Set a batch normalisation's running statistics to the mean and variance of its inputs."""
         inputs = MeanAndVariance()
         for batch in self._traversal.batches_of(step):
             for number in range(self._traversal.calls[step, batch]):
@@ -122,7 +123,7 @@ class Layerwise:
             copy_into(self.tensors, {f"{step.prefix}running_mean": mean, f"{step.prefix}running_var": variance})
 
     def _sums_of(self, step: Step, dense: Mapping[str, Tensor]) -> CallLoop[dict[Layer, LayerSums]]:
-        """Return Gram sums of a step's inputs in the network as it is, and of its outputs in the dense network."""
+        """Return Gram sums of a step's inputs in the network as it is now and its outputs in the dense network."""
         is_first = step is self._traversal.order[0]
         if is_first and self._first_sums is not None:
             return self._first_sums

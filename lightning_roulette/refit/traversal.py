@@ -107,10 +107,10 @@ class Traversal:
         self.listen(batch, meet_step)
 
     def follow(self, loop: CallLoop[None]) -> None:
-        """Run the network as often as a loop over calls needs it, and send the loop its calls.
+        """Run the network as often as a loop over calls needs, and send the loop what its calls are given.
 
-        A run goes on as long as it can serve the loop, so a network that calls each step once runs once on a single
-        batch, even if the loop changes the weights of a step when it has seen the step's calls.
+        The loop may change the weights of a step after it has seen the step's calls. A run goes on as long as it is
+        valid: if a network calls each step once, a loop over its steps takes a single run on a single batch.
         """
         reader = _Reader(loop)
         while not reader.finished:

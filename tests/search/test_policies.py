@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lightning_roulette import Candidate, Level, Mask, SearchReport, StopReason, Tree
 from lightning_roulette.mask.mask import History
-from lightning_roulette.refit.calibration import Refitted
+from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.search.policies import Levels, OneLevel, Step, cubic, level_draws, missing, removable
 from lightning_roulette.search.state import State
 
