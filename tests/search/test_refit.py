@@ -51,6 +51,12 @@ LEAST_SQUARES = {*WEIGHTS, "0.bias", "3.bias", "5.bias", *STATISTICS}
 END = LeastSquares(each_level=False)
 NOT_FINITE = "its inputs or its solved weights are not finite"
 
+
+def pruned(net, mask):
+    """The dense weights, zero where the mask prunes."""
+    return {name: weight.detach().masked_fill(~mask[name], 0) for name, weight in weights_of(net).items()}
+
+
 # ------------------------------------------------------------------------------------------------ what is asked
 
 
@@ -70,11 +76,8 @@ def test_the_evaluator_is_given_what_the_refit_changed(refit, changed):
             assert torch.equal(seen[name][kept], candidate.refitted[name][kept])
         assert all(torch.equal(seen[name], candidate.refitted[name]) for name in seen.keys() - {*WEIGHTS})
     for level, mask in enumerate(masks_of(winner)):  # survivors change with least squares alone
-        merely = equal(
-            {name: winner.weights_at(level)[name] for name in WEIGHTS},
-            {name: net.get_parameter(name).detach() * mask[name] for name in WEIGHTS},
-        )
-        assert merely == (refit == "batch_norm" or level == 0)
+        survivors = {name: winner.weights_at(level)[name] for name in WEIGHTS}
+        assert equal(survivors, pruned(net, mask)) == (refit == "batch_norm" or level == 0)
     assert not torch.equal(winner.weights["1.running_mean"], net[1].running_mean)
 
 
@@ -101,8 +104,7 @@ def test_a_candidate_has_its_parents_values_until_it_is_refitted_and_then_its_ow
     first = [one for one, _ in evaluate.log if one.mask.survivors == winner.mask_at(1).survivors and not one.refitted]
     assert len(first) == 6
     for candidate in first:  # the parent is the dense network
-        pruned = {name: net.get_parameter(name).detach() * candidate.mask[name] for name in WEIGHTS}
-        assert equal(candidate.weights, pruned)
+        assert equal(candidate.weights, pruned(net, candidate.mask))
 
 
 def test_the_wheel_of_the_next_level_looks_at_the_refitted_weights():
@@ -361,7 +363,7 @@ def test_without_a_refit_of_each_level_the_search_is_that_without_a_refit(kind):
 
 def assert_merely_pruned(net, winner, level) -> None:
     mask, found = winner.mask_at(level), winner.weights_at(level)
-    assert all(torch.equal(found[name], net.get_parameter(name) * mask[name]) for name in WEIGHTS)
+    assert equal({name: found[name] for name in WEIGHTS}, pruned(net, mask))
     assert all(torch.equal(found[name], named(net)[name]) for name in found.keys() - {*WEIGHTS})
 
 
