@@ -1,1 +1,1 @@
-"""Rare cases: tensors too large for memory, and weights that lie in several processes."""
+"""Rare cases: tensors that are too large for memory, and weights that are sharded over several processes."""

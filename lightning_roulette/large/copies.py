@@ -1,4 +1,4 @@
-"""Copies of tensors that would take too much memory, in a temporary file."""
+"""Copies of tensors, in a temporary file if they would take too much memory."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ from torch import Tensor
 
 from lightning_roulette.large.bits import flat_part
 from lightning_roulette.large.limits import limits
-from lightning_roulette.large.shards import is_sharded
+from lightning_roulette.large.shards import any_sharded
 
 
 def copies_of(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Copies on the CPU: in memory up to a gibibyte, else on disk if there is room; of shards where they are."""
-    if any(is_sharded(tensor) for tensor in tensors.values()):
+    """Copies of tensors on the CPU, or of shards on their own device.
+
+    More than `limits().copied_bytes` go to a temporary file if it can be written. Shards always stay in memory.
+    """
+    if any_sharded(tensors.values()):
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
     if sum(tensor.nbytes for tensor in tensors.values()) > limits().copied_bytes:
         try:
             return OnDisk(tensors)
-        except OSError:  # no room, or no folder for temporary files
+        except OSError:  # the disk is full, or there is no folder for temporary files
             pass
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 class OnDisk(Mapping[str, Tensor]):
-    """Copies of tensors in a temporary file, which goes when this object does; each is read when it is asked for.
+    """Copies of tensors in a temporary file, which is deleted with this object. Each access reads a tensor again.
 
     Args:
-        tensors: Copied now, in order of index, whatever their memory format.
+        tensors: Copied when this object is made. Copies are contiguous.
 
     Raises:
         OSError: If they cannot be written.
@@ -40,7 +43,7 @@ class OnDisk(Mapping[str, Tensor]):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         self._starts: dict[str, int] = {}
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # it is open as long as this object lives
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # it stays open as long as this object lives
         weakref.finalize(self, self._file.close)
         for name, tensor in tensors.items():
             self._starts[name] = self._file.tell()
@@ -54,11 +57,11 @@ class OnDisk(Mapping[str, Tensor]):
         found = torch.empty(shape, dtype=dtype)
         self._file.seek(self._starts[name])
         if self._file.readinto(_bytes_of(found.view(-1))) != found.nbytes:
-            raise OSError(f"the temporary file with the weights of {name!r} was cut short by somebody.")
+            raise OSError(f"the temporary file with the weights of {name!r} is too short. Another process changed it.")
         return found
 
     def __contains__(self, name: object) -> bool:
-        return name in self._kinds  # that of a Mapping would make the tensor to tell
+        return name in self._kinds  # Mapping's own method would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._kinds)
@@ -71,6 +74,6 @@ class OnDisk(Mapping[str, Tensor]):
 
 
 def _bytes_of(flat: Tensor) -> memoryview:
-    """The bytes of a flat tensor on the CPU, not copied."""
+    """The bytes of a flat tensor on the CPU; a view where it is contiguous."""
     found: memoryview = flat.contiguous().view(torch.uint8).numpy().data
     return found

@@ -9,30 +9,30 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is kept in memory, and how much is worked on at a time.
+    """How much stays in memory, and how much is processed at a time.
 
-    None of them changes a result, except `gram_rows`: floating-point sums depend on how they are grouped.
+    Only `gram_rows` can change a result, because floating-point sums depend on how they are grouped.
 
     Attributes:
-        unpacked_entries: Masks of tensors with at most this many entries stay bool tensors. Larger ones are packed.
+        unpacked_entries: Masks of tensors with at most this many entries are bool tensors. Larger ones are packed.
         masked_entries: Entries of a larger tensor that are masked at a time.
         packed_entries: Entries that are packed or unpacked at a time; a multiple of 8.
         copied_bytes: Copies of weights up to this size stay in memory. Larger ones go to a temporary file.
         written_entries: Entries that are written to that file at a time.
-        held_weights: Networks with at most this many weights have importance and terms of keys held for each weight.
-            For larger ones they are made again when needed.
+        held_weights: Networks with at most this many weights keep the importance and the key terms of each weight.
+            Larger ones compute them again when they are needed.
         joint_weights: Parameters with at most this many weights in all are drawn as one tensor.
         compared_keys: Wheels with at most this many survivors compare all keys with one another.
-        block_keys: Keys that are made at a time on the CPU, so that a block stays in the processor's cache.
-        block_keys_off_cpu: Keys that are made at a time on other devices.
-        branch_mask_bytes: Masks of one branch that are kept; the others are drawn again.
+        block_keys: Keys that are computed at a time on the CPU. A block of them fits into the processor's cache.
+        block_keys_off_cpu: Keys that are computed at a time on other devices.
+        branch_mask_bytes: Masks of one branch that are kept. The others are drawn again.
         gram_rows: Rows whose products are summed together.
         system_bytes: Linear systems that are solved together.
-        dense_output_bytes: Outputs of the dense network that a refit keeps; the others are computed again.
-        recorded_bytes: Arguments of metric updates that are recorded. If there are more, none are.
-        calibration_bytes: Calibration batches that are kept; at least one is.
+        dense_output_bytes: Outputs of the dense network that a refit keeps. The others are computed again.
+        recorded_bytes: Arguments of metric updates that are recorded. If there are more, none are recorded.
+        calibration_bytes: Calibration batches that are kept. At least one batch is kept.
         joined_bytes: Calibration batches that are joined into one.
-        sampled_indices: Indices that are asked of a sampler without a length.
+        sampled_indices: Indices that are read from a sampler without a length.
     """
 
     unpacked_entries: int = 1 << 20
@@ -59,16 +59,16 @@ _current = Limits()
 
 
 def limits() -> Limits:
-    """The limits that apply now."""
+    """The limits in force."""
     return _current
 
 
 @contextmanager
 def limited(**fields: int) -> Iterator[Limits]:
-    """Inside the block other limits apply.
+    """Use other limits inside the block.
 
     Args:
-        fields: Names and values of the fields of `Limits` that differ.
+        fields: Names and new values of fields of `Limits`.
     """
     global _current
     before, _current = _current, replace(_current, **fields)

@@ -1,38 +1,42 @@
-"""Weights that lie in several processes: which of them this one answers for, and what all of them agree on.
+"""Weights that are sharded over several processes.
 
-With FSDP2 (`fully_shard`) a parameter is a DTensor: each process holds some of its rows. A mask is that of the whole
-network in every process, at a bit a weight; of importance and keys each process makes those of its own weights, and no
-tensor of weights is ever gathered.
+With FSDP2 (`fully_shard`) a parameter is a DTensor, and each process holds some of its rows. Every process stores the
+masks of the whole network. It computes importance and keys for its own weights only, and weights are never gathered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_roulette.large.bits import Bits, flat_part
+from lightning_roulette.large.bits import Bits, Flags, as_stored
 from lightning_roulette.large.limits import limits
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, of which this process may hold but a part."""
+    """Whether a tensor is a DTensor."""
     return hasattr(tensor, "to_local")
 
 
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of these tensors is a DTensor."""
+    return any(is_sharded(tensor) for tensor in tensors)
+
+
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, which is what is written to: the tensor itself, if it is a plain one."""
+    """The part of a DTensor that this process holds, as a view; any other tensor itself."""
     return cast(Tensor, cast(Any, tensor).to_local()) if is_sharded(tensor) else tensor
 
 
 def start_of(tensor: Tensor) -> int:
-    """Where in the flattened tensor that begins.
+    """The index in the flattened tensor at which the part of this process begins.
 
     Raises:
-        ValueError: If this process does not hold all of it, nor rows of it one after the other.
+        ValueError: If this process holds neither the whole tensor nor consecutive rows of it.
     """
     return _rows_before(cast(Any, tensor)) if is_sharded(tensor) else 0
 
@@ -41,7 +45,7 @@ def _rows_before(tensor: Any) -> int:
     placements, mesh = tensor.placements, tensor.device_mesh
     if all(one.is_replicate() for one in placements):
         return 0
-    # a strided shard, of tensor parallelism, is a Shard too
+    # the strided shards of tensor parallelism derive from Shard
     if mesh.ndim == 1 and type(placements[0]).__name__ == "Shard" and placements[0].is_shard(0):
         rows = -(-tensor.shape[0] // mesh.size())
         first = min(rows * mesh.get_local_rank(), tensor.shape[0])
@@ -49,24 +53,35 @@ def _rows_before(tensor: Any) -> int:
             return int(first * (tensor.numel() // tensor.shape[0]))
     raise ValueError(
         f"a weight of shape {tuple(tensor.shape)} is placed {tuple(placements)} on a mesh of {mesh.ndim} dimensions, "
-        "but each process must hold rows of it, one after the other, as fully_shard(module, mesh=...) deals them over "
-        "a mesh of one dimension. Shard the module so, without tensor parallelism, or prune on one device."
+        "but each process must hold consecutive rows of it. Shard the module with fully_shard(module, mesh=...) over a "
+        "mesh of one dimension and without tensor parallelism, or prune on one device."
     )
 
 
-def part_of(kept: Tensor | Bits, tensor: Tensor) -> Tensor:
-    """Of a mask of the whole tensor what concerns the part that this process holds: bool, of its shape."""
+def part_of(kept: Flags, tensor: Tensor) -> Tensor:
+    """The part of a mask that belongs to the part of a tensor which this process holds: bool, of its shape.
+
+    Args:
+        kept: The mask of the whole tensor.
+        tensor: The tensor.
+    """
     ours = local(tensor)
-    if ours is tensor:
-        return kept if isinstance(kept, Tensor) else kept.unpacked()
-    return span_of(kept, *_span(tensor)).view(ours.shape)
+    return kept.unpacked() if ours is tensor else kept.part(*_span(tensor)).view(ours.shape)
 
 
-def span_of(kept: Tensor | Bits, start: int, stop: int) -> Tensor:
-    """Entries of a flattened mask, bool."""
-    if start == stop:
-        return torch.empty(0, dtype=torch.bool, device=kept.device)
-    return kept.part(start, stop) if isinstance(kept, Bits) else flat_part(kept, start, stop)
+def nonzeros(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor | Bits]:
+    """The mask of the entries that are not zero, for whole tensors in every process."""
+    if (shards := Shards.of(tensors)) is None:
+        return {name: tensor.detach() != 0 for name, tensor in tensors.items()}
+    own = {name: tensor != 0 for name, tensor in shards.own(tensors).items()}
+    return shards.whole(own, {name: tensor.shape for name, tensor in tensors.items()})
+
+
+def filled(value: bool, tensor: Tensor) -> Tensor:
+    """A bool tensor with the shape of a whole tensor, in which every entry is `value`."""
+    if is_sharded(tensor):
+        return torch.full(tensor.shape, value, device=local(tensor).device)
+    return torch.full_like(tensor, value, dtype=torch.bool)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -76,15 +91,15 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class Shards:
-    """Which weights this process answers for, and how it agrees with the others.
+    """The weights that this process answers for, and how it agrees with the other processes.
 
-    Every weight has one process that answers for it: of what all hold, the first.
+    Exactly one process answers for each weight. If all processes hold a weight, this is the first one.
 
     Attributes:
-        spans: Parameter name to where in the flattened parameter this process's weights begin and end.
-        rank: The number of this process.
-        ranks: How many processes there are.
-        add: The sum of a tensor over all processes, the same in each; all must call it alike.
+        spans: Parameter name to the start and end of this process's weights in the flattened parameter.
+        rank: Number of this process.
+        ranks: Number of processes.
+        add: Returns the sum of a tensor over all processes. All processes must call it with the same shape and type.
     """
 
     spans: Mapping[str, tuple[int, int]]
@@ -94,10 +109,10 @@ class Shards:
 
     @classmethod
     def of(cls, weights: Mapping[str, Tensor]) -> Shards | None:
-        """Those of a network; None if all its weights are plain tensors.
+        """The shards of a network; None if no weight is sharded.
 
         Raises:
-            ValueError: If weights are not dealt by rows, or over meshes of different processes.
+            ValueError: If weights are not sharded by rows, or if they are sharded over meshes of different processes.
         """
         sharded = {name: cast(Any, weight) for name, weight in weights.items() if is_sharded(weight)}
         if not sharded:
@@ -107,7 +122,7 @@ class Shards:
         mesh = next(iter(meshes.values()))
         if len(meshes) > 1 or mesh.ndim != 1:
             raise ValueError(
-                f"the weights lie on {len(meshes)} meshes, of {mesh.ndim} dimensions, but must lie on one, of one "
+                f"the weights are on {len(meshes)} meshes of {mesh.ndim} dimensions, but must be on one mesh of one "
                 "dimension. Give every fully_shard the same mesh, or prune on one device."
             )
         rank, device = mesh.get_local_rank(), local(next(iter(sharded.values()))).device
@@ -121,7 +136,7 @@ class Shards:
         return cls({**spans, **others}, rank, mesh.size(), add)
 
     def own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights that this process answers for, flat, not copied where they are contiguous."""
+        """The weights that this process answers for, flat; views where they are contiguous."""
         sizes = {name: stop - start for name, (start, stop) in self.spans.items()}
         return {
             name: local(weight.detach()).reshape(-1)[: sizes[name]] if sizes[name] else _none(local(weight))
@@ -129,54 +144,57 @@ class Shards:
         }
 
     def own_mask(self, mask: Mapping[str, Tensor | Bits]) -> dict[str, Tensor | Bits]:
-        """What a mask of the whole network says of them, flat; packed where it is packed."""
-        return {
-            name: _packed_span(kept, *self.spans[name]) if isinstance(kept, Bits) else span_of(kept, *self.spans[name])
-            for name, kept in mask.items()
-        }
+        """The part of a whole network's mask for these weights, flat; packed where the mask is packed."""
+        return {name: as_stored(kept).span(*self.spans[name]).stored for name, kept in mask.items()}
 
     def whole(self, own: Mapping[str, Tensor | Bits], shapes: Mapping[str, torch.Size]) -> dict[str, Bits]:
-        """The mask of the whole network that the processes' parts, each flat, make up."""
-        found = {name: Bits.filled(False, shape, own[name].device) for name, shape in shapes.items()}
+        """The mask of the whole network, made from the parts of all processes.
+
+        Args:
+            own: The part of this process, flat.
+            shapes: Shapes of the whole parameters.
+        """
+        parts = {name: as_stored(kept) for name, kept in own.items()}
+        found = {name: Bits.filled(False, shape, parts[name].device) for name, shape in shapes.items()}
         found = {name: Bits(bits.packed.clone(), bits.shape) for name, bits in found.items()}
-        for name, kept in own.items():
+        for name, kept in parts.items():
             for begin in range(0, kept.numel(), limits().packed_entries):
                 end = min(begin + limits().packed_entries, kept.numel())
-                found[name].put(self.spans[name][0] + begin, span_of(kept, begin, end))
-        # no bit is that of two processes, so that none is carried
+                found[name].put(self.spans[name][0] + begin, kept.part(begin, end))
+        # a bit is set in at most one process, so the sum has no carry
         total = self.add(torch.cat([bits.packed for bits in found.values()]))
-        parts = total.split([len(bits.packed) for bits in found.values()])
+        packed = total.split([len(bits.packed) for bits in found.values()])
         return {
             name: Bits(part.to(bits.device), bits.shape)
-            for (name, bits), part in zip(found.items(), parts, strict=True)
+            for (name, bits), part in zip(found.items(), packed, strict=True)
         }
 
     def each(self, values: Tensor) -> Tensor:
-        """What each process has, by its number: shape `(ranks, *values.shape)`."""
+        """The values of every process, by its number: shape `(ranks, *values.shape)`."""
         table = values.new_zeros(self.ranks, *values.shape)
         table[self.rank] = values
         return self.add(table)
 
     def least(self, value: float) -> float:
-        """The least of the processes' numbers."""
+        """The smallest of the processes' numbers."""
         return float(self.each(torch.tensor(value, dtype=torch.float64)).min())
 
     def anywhere(self, here: bool) -> bool:
-        """Whether it is so in any process."""
+        """Whether `here` is True in at least one process."""
         return bool(self.add(torch.tensor(int(here))) > 0)
 
 
 def anywhere(here: bool, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether it is so in any of the processes that the tensors lie in."""
+    """Whether `here` is True in at least one of the processes that hold the tensors."""
     shards = Shards.of(tensors)
     return here if shards is None else shards.anywhere(here)
 
 
-def hold_shards_alone(module: nn.Module) -> None:
-    """Let a network that FSDP2 shards hold its shards alone again.
+def reshard(module: nn.Module) -> None:
+    """Make every module that FSDP2 shards use its shards again.
 
-    After a forward without a backward its outermost module keeps the whole weights, which its parameters then are; the
-    next forward would see these, whatever was written to the shards.
+    After a forward without a backward, the outermost module keeps its gathered weights as parameters. Its next forward
+    would use these and ignore what was written to the shards.
     """
     for part in module.modules():
         if hasattr(part, "set_reshard_after_forward") and hasattr(part, "unshard"):
@@ -189,10 +207,3 @@ def _holds_rows(tensor: Tensor) -> bool:
 
 def _none(tensor: Tensor) -> Tensor:
     return tensor.detach().new_empty(0)
-
-
-def _packed_span(kept: Bits, start: int, stop: int) -> Bits:
-    found = Bits.empty(torch.Size([stop - start]), kept.device)
-    for begin, end in found.blocks():
-        found.write(begin, kept.part(start + begin, start + end))
-    return found

@@ -1,1 +1,1 @@
-"""Which weights are kept."""
+"""Masks: which weights are kept, at one level and at all of them."""

@@ -1,4 +1,4 @@
-"""A pruned network: a mask over the dense weights, or over refitted ones."""
+"""A pruned network: a mask on dense or refitted weights."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lightning_roulette.large.shards import is_sharded
-from lightning_roulette.mask.mask import Mask, fill_pruned
+from lightning_roulette.large.masking import masked
+from lightning_roulette.mask.mask import Mask
 
 
 @dataclass(frozen=True, eq=False)
 class PrunedWeights:
-    """A network that an evaluator is asked about: a mask over the dense weights, or over refitted ones.
+    """A pruned network that an evaluator scores.
 
     Attributes:
-        mask: Which weights are kept.
+        mask: The weights that are kept.
         dense: The weights of the dense network, not copied.
-        refitted: Name to tensor, what takes their place: weights, and biases and running statistics besides. It is not
-            zero wherever the mask prunes.
+        refitted: Name to tensor. These values replace those of the dense network: weights, and also biases and running
+            statistics. They need not be zero where the mask prunes.
     """
 
     mask: Mask
@@ -28,15 +28,9 @@ class PrunedWeights:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """New tensors: the weights, zero where pruned; and all else that a refit changed, under its own names."""
+        """New tensors, by name: all weights, zero where pruned, and everything else that a refit changed."""
         return {name: self._value(name) for name in {**dict.fromkeys(self.dense), **self.refitted}}
 
     def _value(self, name: str) -> Tensor:
         value = (self.refitted[name] if name in self.refitted else self.dense[name]).detach()
-        if name not in self.mask:
-            return value.clone()
-        if is_sharded(value):
-            value = value.clone()
-            fill_pruned({name: value}, {name: self.mask[name]})
-            return value
-        return value.masked_fill(~self.mask[name].to(value.device), 0)
+        return masked(value, self.mask.flags[name]) if name in self.mask else value.clone()

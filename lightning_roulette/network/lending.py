@@ -1,4 +1,4 @@
-"""Lending a network's weights: written to inside a block, bit for bit what they were after it."""
+"""Lending a network's weights: they may change inside a block and have their old values after it, bit for bit."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_roulette.large.bits import Bits
-from lightning_roulette.large.shards import is_sharded, local
-from lightning_roulette.mask.mask import _as_they_lie, _count, _fill, _is_small, _parts
+from lightning_roulette.large.bits import Flags, is_small
+from lightning_roulette.large.masking import RemovedValues, fill
+from lightning_roulette.large.shards import local
+from lightning_roulette.mask.mask import flags_of
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of a network by all their names."""
+    """The parameters and buffers of a network by name. A tied parameter is listed under all its names."""
     return {**dict(module.named_buffers()), **dict(module.named_parameters(remove_duplicate=False))}
 
 
 @contextmanager
 def lent(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Inside the block the tensors may be written to; after it they are bit for bit what they were. Gives copies."""
+    """Write the old values back into tensors at the end of the block.
+
+    Yields:
+        Copies of the old values.
+    """
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     try:
         yield before
@@ -28,15 +33,38 @@ def lent(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         surely(lambda: copy_into(tensors, before))
 
 
+@contextmanager
+def applied(mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Set the pruned weights to zero inside the block, in place. After it, all weights have their old values.
+
+    Args:
+        mask: The mask.
+        weights: Name to tensor, at least those that the mask names.
+    """
+    # all are set aside before the first is filled, as two names may have one tensor
+    aside = [_set_aside(weights[name].detach(), flags) for name, flags in flags_of(mask).items()]
+
+    def give_back() -> None:
+        for one in aside:
+            one.give_back()
+
+    try:
+        for one in aside:
+            one.fill()
+        yield
+    finally:
+        surely(give_back)
+
+
 def copy_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Write values into tensors, in place."""
+    """Write values into the tensors of the same names, in place."""
     for name, value in values.items():
         write(tensors[name], value)
 
 
 @torch.no_grad()
 def write(tensor: Tensor, value: Tensor) -> None:
-    """Write a value into a tensor, in place; of an expanded one into the entries that stand for all."""
+    """Write a value into a tensor, in place. Entries of an expanded tensor that share memory are written once."""
     if tensor.layout == torch.strided and 0 in tensor.stride():
         for dim, step in enumerate(tensor.stride()):
             if step == 0 and tensor.shape[dim] > 1:
@@ -45,7 +73,11 @@ def write(tensor: Tensor, value: Tensor) -> None:
 
 
 def surely(action: Callable[[], None]) -> None:
-    """Do `action`, which may be repeated, to its end even when Ctrl-C arrives in the middle of it."""
+    """Run `action` to its end even if Ctrl-C interrupts it.
+
+    Args:
+        action: May be run twice.
+    """
     try:
         action()
     except KeyboardInterrupt:
@@ -53,50 +85,21 @@ def surely(action: Callable[[], None]) -> None:
         raise
 
 
-@contextmanager
-def applied(mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside the block the pruned weights are zero; after it, every weight is bit for bit what it was.
+class _WholeValues:
+    """All values of a small weight, set aside. This is faster than setting aside the removed values only."""
 
-    Values are written in place. Of a small tensor all are set aside meanwhile, which is quicker, else those removed.
-    """
-    kept = {name: ours for name, ours in _as_they_lie(mask) if _is_small(ours) or _count(ours) < ours.numel()}
-    dense = {name: weights[name].detach() for name in kept}
-    aside = {name: _set_aside(dense[name], kept[name]) for name in kept}
+    def __init__(self, weight: Tensor, kept: Flags) -> None:
+        self._weight, self._kept = weight, kept
+        self._values = local(weight).clone()
 
-    def give_back() -> None:
-        for name, values in aside.items():
-            _put_back(dense[name], kept[name], values)
+    def fill(self) -> None:
+        """Write zero wherever the weight is pruned."""
+        fill(self._weight, self._kept)
 
-    try:
-        for name, ours in kept.items():
-            _fill(dense[name], ours)
-        yield
-    finally:
-        surely(give_back)
+    def give_back(self) -> None:
+        """Write the values back."""
+        local(self._weight).copy_(self._values)
 
 
-def _set_aside(weight: Tensor, kept: Tensor | Bits) -> Tensor:
-    """What pruning overwrites: of a large tensor the removed values in order of index."""
-    if _is_small(kept):
-        return local(weight).clone()
-    if is_sharded(weight):
-        removed = sum(int(gone.count_nonzero()) for _, gone in _parts(weight, kept))
-    else:
-        removed = kept.numel() - _count(kept)
-    aside = local(weight).new_empty(removed)
-    place = 0
-    for part, gone in _parts(weight, kept):
-        values = part[gone]
-        aside[place : place + len(values)] = values
-        place += len(values)
-    return aside
-
-
-def _put_back(weight: Tensor, kept: Tensor | Bits, aside: Tensor) -> None:
-    if _is_small(kept):
-        local(weight).copy_(aside)
-        return
-    place = 0
-    for part, gone in _parts(weight, kept):
-        part.masked_scatter_(gone, aside[place:])
-        place += int(gone.count_nonzero())
+def _set_aside(weight: Tensor, kept: Flags) -> _WholeValues | RemovedValues:
+    return _WholeValues(weight, kept) if is_small(kept) else RemovedValues(weight, kept)

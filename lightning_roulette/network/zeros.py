@@ -1,4 +1,4 @@
-"""Zeros that stay zero while any optimizer trains on."""
+"""Pruned weights that stay zero while an optimizer trains the network."""
 
 from __future__ import annotations
 
@@ -10,35 +10,41 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_roulette.large.shards import is_sharded, local, part_of
-from lightning_roulette.mask.mask import fill_pruned
+from lightning_roulette.large.bits import Flags
+from lightning_roulette.large.masking import fill
+from lightning_roulette.large.shards import local, part_of
+from lightning_roulette.mask.mask import flags_of
 from lightning_roulette.network.hooks import Removable
 
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> integers of its size
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a float -> integers of its size
 
 
 class ZeroFill:
-    """Writes zero, in place, over the pruned entries of a weight, of its gradients and of what optimizers remember.
+    """Writes zero, in place, over the pruned entries of a weight, of its gradient and of an optimizer's state.
 
-    On the CPU by a bitwise and with 0 where pruned, -1 (all ones) where kept: exact as `masked_fill_` is, NaN, infinity
-    and -0.0 included, and some ten times as fast. This takes as much memory as the weight does.
+    On the CPU it uses a bitwise and with 0 where pruned and -1 (all bits set) where kept. Like `masked_fill_`, this is
+    exact for NaN, infinity and -0.0. It is about ten times as fast, and it needs as much memory as the weight.
 
     Args:
-        kept: Bool, True = kept; on the device of `weight`. Of a sharded weight what concerns this process's part.
-        weight: What is to be filled again and again; only its type, shape and memory format count here.
+        kept: Bool, True = kept, on the device of `weight`. For a sharded weight, the part of this process.
+        weight: Gives the type, the shape and the memory format of the tensors to fill.
     """
 
     def __init__(self, kept: Tensor, weight: Tensor) -> None:
-        self.kept, weight = kept, weight if not is_sharded(weight) else local(weight.detach())
+        self.kept, weight = kept, local(weight.detach())
         self._type = (weight.dtype, weight.device)
         self._bits: Tensor | None = None
-        if type(weight) in (Tensor, nn.Parameter) and weight.is_cpu and weight.is_floating_point():
-            # a memory format unlike that of the weight would cost most of what this gains
-            self._bits = torch.empty_like(weight, dtype=_BITS[weight.itemsize], requires_grad=False).copy_(kept).neg_()
+        if type(weight) is Tensor and weight.is_cpu and weight.is_floating_point():
+            # another memory format than the weight's would cost most of the speed
+            self._bits = torch.empty_like(weight, dtype=_INTEGERS[weight.itemsize]).copy_(kept).neg_()
 
     @torch.no_grad()
     def __call__(self, tensor: Tensor | None) -> None:
-        """Fill `tensor`, of the shape of the mask; None has nothing to fill, a sparse tensor the entries it stores."""
+        """Fill a tensor.
+
+        Args:
+            tensor: Has the shape of the mask. Of a sparse tensor the stored entries are filled. None is ignored.
+        """
         if tensor is None:
             return
         tensor = local(tensor)
@@ -47,17 +53,17 @@ class ZeroFill:
         elif tensor.layout == torch.sparse_coo:
             _fill_entries(tensor.detach(), self.kept)
         elif tensor.layout == torch.strided:
-            fill_pruned({"": tensor}, {"": self.kept})
+            fill(tensor.detach(), Flags(self.kept))
 
 
 def _fill_entries(sparse: Tensor, kept: Tensor) -> None:
-    # not coalesced, which would make another tensor: entries of the same place add up to zero, too
+    # `coalesce` would make a new tensor; it is not needed, as entries at the same place all become zero
     where = kept.to(sparse.device)[tuple(sparse._indices())]
     sparse._values().masked_fill_(~where, 0)
 
 
 class _HeldWeight:
-    """A weight, how it is filled, and whether its gradient has been since it was last written."""
+    """A weight, its fill, and the version of its gradient when that was last filled."""
 
     def __init__(self, parameter: nn.Parameter, fill: ZeroFill) -> None:
         self.parameter, self.fill = parameter, fill
@@ -70,17 +76,17 @@ class _HeldWeight:
         self._clean = None if grad is None else (weakref.ref(grad), grad._version)
 
     def has_clean_gradient(self) -> bool:
-        """Whether nothing was written to the gradient since; a write through `.data` goes unseen."""
+        """Whether the gradient was not written to since it was filled. Writes through `.data` are not seen."""
         if (grad := self.parameter.grad) is None:
             return True
         return self._clean is not None and self._clean[0]() is grad and self._clean[1] == grad._version
 
     def clean_when_accumulated(self) -> Removable | None:
-        """Fill each gradient as it is accumulated, those of a weight that is frozen now and thawed later, too."""
+        """Register a hook that fills each gradient when it is accumulated. It also works for weights unfrozen later."""
         if not self.parameter.is_leaf or not self.parameter.is_floating_point():
             return None
         frozen = not self.parameter.requires_grad
-        if frozen:  # torch takes no hook then; one that is there already stays
+        if frozen:  # torch refuses to register a hook on a frozen weight, but keeps one that is registered
             self.parameter.requires_grad_(True)
         try:
             hook: Removable = self.parameter.register_post_accumulate_grad_hook(self.clean_gradient)
@@ -91,24 +97,26 @@ class _HeldWeight:
 
 
 class ZeroHold:
-    """Holds pruned weights at zero, exactly, from now until `release`.
+    """Keeps pruned weights at exactly zero, from now until `release`.
 
-    Pruned entries are filled after every optimizer step. Their gradients are cleared as they are accumulated, so that
-    clipping sees the pruned network, and before the step, if they may have been written anew: by clipping, or where
-    there are several processes by the reduction. What the optimizers remember of them is cleared now, and whenever
-    they load a state. LBFGS mixes the memories of all weights: it forgets everything.
+    - Weights are filled after every optimizer step.
+    - Gradients are filled when they are accumulated, so that clipping sees the pruned network. They are filled again
+      before the step if they may have been written to: by clipping, or by the reduction between several processes.
+    - Optimizer state is filled now and whenever an optimizer loads a state. LBFGS mixes the state of all weights, so
+      its state is cleared.
 
-    Weights that are frozen now, and such as come to an optimizer later, are held like the others.
+    Weights that are frozen now, and weights that are added to an optimizer later, are kept at zero too.
 
     Args:
         parameters: Name to parameter, at least those in `mask`.
-        mask: Which weights are kept.
-        optimizers: Every optimizer that steps on the parameters. Those without `register_step_post_hook` are not
-            torch's; call `fill` after their steps.
-        afresh: Whether the optimizers may remember the network before it was pruned; else LBFGS forgets nothing.
+        mask: The weights that are kept.
+        optimizers: Every optimizer that steps on the parameters.
+        afresh: True if the optimizers may hold state of the network before it was pruned. If False, the state of LBFGS
+            is not cleared now.
 
     Attributes:
-        misses_steps: Whether there is such an optimizer.
+        misses_steps: Whether an optimizer has no `register_step_post_hook`, because it is not one of torch. Call `fill`
+            after each of its steps.
     """
 
     def __init__(
@@ -118,9 +126,9 @@ class ZeroHold:
         optimizers: Iterable[Optimizer],
         afresh: bool = True,
     ) -> None:
-        # needed at every step, a mask is not packed here
-        kept = {name: part_of(kept, parameters[name]).to(parameters[name].device) for name, kept in mask.items()}
-        self._held = [_HeldWeight(parameters[name], ZeroFill(kept[name], parameters[name])) for name in kept]
+        self._held = [
+            _HeldWeight(parameters[name], _fill_of(kept, parameters[name])) for name, kept in flags_of(mask).items()
+        ]
         self._hooks: list[Removable] = []
         self.misses_steps = False
         self.fill()
@@ -144,12 +152,12 @@ class ZeroHold:
             one.fill(one.parameter)
 
     def release(self) -> None:
-        """Take all hooks off; the zeros stay until somebody changes them."""
+        """Remove all hooks. The weights are not changed."""
         while self._hooks:
             self._hooks.pop().remove()
 
     def _before_step(self, *_: Any) -> None:
-        # a reduction writes where torch counts no writes
+        # a reduction between processes does not raise the gradient's version
         reduced = torch.distributed.is_available() and torch.distributed.is_initialized()
         for one in self._held:
             if reduced or not one.has_clean_gradient():
@@ -166,3 +174,8 @@ class ZeroHold:
             for memory in optimizer.state.get(one.parameter, {}).values():
                 if isinstance(memory, Tensor) and memory.shape == one.parameter.shape:
                     one.fill(memory)
+
+
+def _fill_of(kept: Flags, parameter: nn.Parameter) -> ZeroFill:
+    # unpacked, because it is needed at every step
+    return ZeroFill(part_of(kept, parameter).to(parameter.device), parameter)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lightning_roulette.judge.evaluator import Evaluator, Judge
 from lightning_roulette.judge.selection import keeps_floor
-from lightning_roulette.mask.mask import History, Mask
+from lightning_roulette.mask.history import History
+from lightning_roulette.mask.mask import Mask
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.report.report import SearchReport, StopReason

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from lightning_roulette.large.copies import copies_of
-from lightning_roulette.mask.mask import History, Mask, apply_mask
+from lightning_roulette.mask.history import History
+from lightning_roulette.mask.mask import Mask, apply_mask
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.network.lending import copy_into, named_tensors
 from lightning_roulette.refit.refitted import Survivors

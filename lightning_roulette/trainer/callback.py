@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from lightning_roulette.checks import check_choice, check_epochs, check_words
 from lightning_roulette.judge.evaluator import Evaluator
 from lightning_roulette.judge.journal import Noted
-from lightning_roulette.mask.mask import History, Mask, breaks, fits
+from lightning_roulette.mask.history import History
+from lightning_roulette.mask.mask import Mask, breaks, fits
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.network.lending import copy_into, named_tensors
 from lightning_roulette.refit.inputs import Calibration

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_roulette.large.shards import is_sharded
-from lightning_roulette.mask.mask import History
+from lightning_roulette.mask.history import History
 
 
 @dataclass(frozen=True)

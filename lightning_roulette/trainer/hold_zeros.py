@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from torch import Tensor
 
-from lightning_roulette.large.shards import hold_shards_alone
+from lightning_roulette.large.shards import reshard
 from lightning_roulette.mask.mask import Mask, apply_mask, breaks, fill_pruned, fits
 from lightning_roulette.network.lending import copy_into, named_tensors
 from lightning_roulette.network.parameters import aliases, prunable_parameters
@@ -151,7 +151,7 @@ class HoldZeros(ZeroHolder):
 
 
 def _found(module: LightningModule) -> Mask:
-    hold_shards_alone(module)
+    reshard(module)
     zeros = Mask.of_nonzeros(prunable_parameters(module))
     with_zeros = {name: kept for name, kept in zeros.items() if not bool(kept.all())}
     return Mask(with_zeros)

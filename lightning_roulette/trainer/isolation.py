@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 from torchmetrics import Metric, MetricCollection, MetricTracker
 
-from lightning_roulette.large.shards import hold_shards_alone
+from lightning_roulette.large.shards import reshard
 from lightning_roulette.network.lending import surely, write
 
 _ABSENT = object()
@@ -115,7 +115,7 @@ class IsolatedValidation:
 
     def __enter__(self) -> IsolatedValidation:
         trainer = self.trainer
-        hold_shards_alone(self._module)
+        reshard(self._module)
         self._loop = _borrowing_loop(trainer)
         self._snapshot = _Snapshot(trainer, self._module, self._loop)
         self._users = trainer._logger_connector
@@ -573,7 +573,7 @@ class _Snapshot:
     def restore_module(self, but: Collection[Tensor] = ()) -> None:
         """The module as at first, but for some buffers; what else changed, each validation begins anew."""
         spared = {id(buffer) for buffer in but}
-        hold_shards_alone(self._module)  # else the next validation would see these weights again
+        reshard(self._module)  # else the next validation would see these weights again
         for contents, members in self._made:
             contents.clear()
             contents.update(members)

@@ -18,7 +18,8 @@ import torch
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, Wheel, Winner, apply_mask, search
 from lightning_roulette.large.bits import Bits
 from lightning_roulette.large.copies import OnDisk
-from lightning_roulette.mask.mask import History
+from lightning_roulette.large.masking import RemovedValues
+from lightning_roulette.mask.history import History
 from lightning_roulette.network import lending
 from lightning_roulette.network.lending import applied
 from lightning_roulette.wheel import importance, wheel
@@ -202,24 +203,31 @@ def test_a_plain_mapping_prunes_a_large_network(large):
         assert torch.equal(weight, net[name].masked_fill(~kept[name], 0) if name in kept else net[name])
 
 
-def test_only_what_is_removed_is_set_aside(large, monkeypatch):
-    weights, sizes = network(), []
+@pytest.fixture
+def set_aside(monkeypatch) -> list[int]:
+    """The number of values that are set aside for each large weight, from now on."""
+    sizes = []
+
+    class Counted(RemovedValues):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            sizes.append(len(self.values))
+
+    monkeypatch.setattr(lending, "RemovedValues", Counted)
+    return sizes
+
+
+def test_only_what_is_removed_is_set_aside(large, set_aside):
+    weights = network()
     large()
-    put_back = lending._put_back
-
-    def tell(weight, kept, aside):
-        sizes.append(aside.numel())
-        put_back(weight, kept, aside)
-
-    monkeypatch.setattr(lending, "_put_back", tell)
     mask = Mask({name: torch.arange(one.numel()).view(one.shape) % 4 > 0 for name, one in weights.items()})
     with applied(mask, weights):
         assert not weights["turned"][~mask["turned"]].any()
-    assert sizes == [math.ceil(one.numel() / 4) for one in weights.values()]
-    sizes.clear()
+    assert set_aside == [math.ceil(one.numel() / 4) for one in weights.values()]
+    set_aside.clear()
     with applied(Mask.full(weights), weights):
         assert equal(weights, network())
-    assert sizes == []
+    assert set_aside == [0] * 4
 
 
 def test_no_mask_is_drawn_twice_in_a_row(large, monkeypatch):
@@ -301,19 +309,12 @@ def test_the_callback_prunes_a_large_network_as_a_small_one(make_trainer, tmp_pa
 
 
 def test_a_large_network_is_never_set_aside_whole_to_see_whether_validation_sees_it(
-    make_trainer, tmp_path, large, monkeypatch
+    make_trainer, tmp_path, large, set_aside
 ):
-    whole, sizes = lending._set_aside, []
-
-    def tell(weight, kept):
-        sizes.append(len(values := whole(weight, kept)))
-        return values
-
     large()
-    monkeypatch.setattr(lending, "_set_aside", tell)
     fitted(make_trainer, tmp_path)
-    assert sizes[0] == 16 * 24  # the first parameter, whole
-    assert sizes.count(24 * 10) == 0
+    assert set_aside[0] == 16 * 24  # the first parameter, whole
+    assert set_aside.count(24 * 10) == 0
 
 
 class Elsewhere(Blobs):

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_roulette import Mask
-from lightning_roulette.large.bits import Bits
+from lightning_roulette.large.bits import Bits, as_stored
 from lightning_roulette.large.limits import limited
-from lightning_roulette.large.shards import Shards, hold_shards_alone, is_sharded, local, part_of, start_of
+from lightning_roulette.large.shards import Shards, is_sharded, local, part_of, reshard, start_of
 from lightning_roulette.mask import mask as masks
 from lightning_roulette.network.lending import applied
 from lightning_roulette.network.zeros import ZeroFill
@@ -202,7 +202,7 @@ def test_the_parts_of_a_mask_are_those_of_the_rows_held(ranks):
         ours = Distributed(whole, rank, ranks, (Shard(0),))
         assert is_sharded(ours)
         for form in (kept, Bits.of(kept)):
-            assert torch.equal(part_of(form, ours), local(ours).remainder(3) == 0)
+            assert torch.equal(part_of(as_stored(form), ours), local(ours).remainder(3) == 0)
         assert local(ours).numel() == 0 or start_of(ours) == int(local(ours).flatten()[0])
 
 
@@ -228,7 +228,7 @@ def test_zeros_of_a_part_are_filled_again():
     whole = torch.arange(1.0, 36.0).view(7, 5)
     for rank in range(3):
         ours = Distributed(whole.clone(), rank, 3, (Shard(0),))
-        fill = ZeroFill(part_of(whole.remainder(3) == 0, ours), ours)
+        fill = ZeroFill(part_of(as_stored(whole.remainder(3) == 0), ours), ours)
         ours.held[0, :] = math.nan
         fill(ours)
         expected = whole.chunk(3)[rank].remainder(3) == 0
@@ -248,6 +248,6 @@ def test_weights_that_do_not_lie_by_rows_are_refused(placements, ndim):
 def test_plain_weights_have_no_shards():
     net = nn.Linear(3, 2)
     assert Shards.of(dict(net.named_parameters())) is None
-    hold_shards_alone(net)
+    reshard(net)
     assert local(net.weight) is net.weight
     assert start_of(net.weight) == 0

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_roulette import Mask, apply_mask, sparsity
-from lightning_roulette.mask.mask import History, fill_pruned
+from lightning_roulette.mask.history import History
+from lightning_roulette.mask.mask import fill_pruned
 from lightning_roulette.network.lending import applied, surely
 from tests.support.limits import set_limits
 

@@ -31,7 +31,7 @@ from lightning_roulette import (
 from lightning_roulette.judge.certificate import p_value, paired_error, samples_needed
 from lightning_roulette.judge.evaluator import Judge, divided
 from lightning_roulette.judge.selection import keeps_floor
-from lightning_roulette.mask.mask import History
+from lightning_roulette.mask.history import History
 from tests.support.evaluators import Logged, Sampled, Telling, key_of, noise
 
 nan = math.nan
