@@ -1,4 +1,8 @@
-"""The samples of a batch: counted, taken, and joined, whatever the batch is built of."""
+"""The samples of a batch: count them, take some of them, and join those of several batches.
+
+The containers of a batch are those of `torch.utils._pytree`. Its functions alone do not suffice: a list without tensors
+that has one entry for each sample is cut and joined like a tensor.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def rows_of(batch: Any) -> int | None:
-    """How many samples a batch holds: the first dimension that all its tensors share; None if they share none.
+    """Number of samples in a batch: the first dimension that all its tensors share.
 
-    A batch is a tensor, or a dict, list or tuple of batches. A list without tensors counts if it has an entry for each
-    sample; what is neither is the same for all samples.
+    A batch is a tensor, or a dict, list or tuple of batches. A list without tensors needs one entry for each sample.
+    Numbers, strings and None belong to all samples.
+
+    Returns:
+        The number, or None if the tensors differ in it or if the batch has any other part.
     """
     sizes = {leaf.shape[0] if leaf.dim() else None for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
     size = next(iter(sizes)) if len(sizes) == 1 else None
@@ -23,30 +30,32 @@ def rows_of(batch: Any) -> int | None:
 
 
 def taken(batch: Any, rows: slice | Tensor) -> Any:
-    """Some samples of a batch, in new containers; a slice gives views.
+    """Some samples of a batch, in new containers.
 
     Args:
-        batch: One of which `rows_of` tells the samples.
-        rows: A slice, or the index of each sample, shape `(m,)`, int64.
+        batch: A batch for which `rows_of` returns a number.
+        rows: A slice, which gives views; or the index of each sample, shape `(m,)`, int64, which gives copies.
     """
-    if isinstance(batch, Tensor):
-        return batch[rows if isinstance(rows, slice) else rows.to(batch.device)]
-    if isinstance(batch, Mapping):
-        return {key: taken(value, rows) for key, value in batch.items()}
-    if not _is_list(batch):
-        return batch
-    if _has_tensors(batch):
-        return _like(batch, [taken(value, rows) for value in batch])
-    return batch[rows] if isinstance(rows, slice) else type(batch)(batch[row] for row in rows.tolist())
+
+    def part(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf[rows if isinstance(rows, slice) else rows.to(leaf.device)]
+        if not _is_list(leaf):
+            return leaf
+        return leaf[rows] if isinstance(rows, slice) else type(leaf)(leaf[row] for row in rows.tolist())
+
+    return tree_map(part, batch, is_leaf=_lists_samples)
 
 
 def pieces_of(batches: Sequence[Any], samples: int = 2**11, at_a_time: int = 2**8) -> list[Any]:
-    """Small batches of the first samples of these, as views; whole batches where it is not known what a sample is.
+    """The first samples of some batches in small batches, as views.
+
+    Batches for which `rows_of` returns None are not cut, and count as `at_a_time` samples.
 
     Args:
-        batches: As many as there are.
-        samples: How many in all, up to the rest of a small batch; one of unknown size counts as `at_a_time`.
-        at_a_time: How many in one at most.
+        batches: Any number of batches.
+        samples: Number of samples in all. The last small batch may exceed it.
+        at_a_time: Largest number of samples in a small batch.
     """
     found: list[Any] = []
     for batch in batches:
@@ -63,25 +72,44 @@ def pieces_of(batches: Sequence[Any], samples: int = 2**11, at_a_time: int = 2**
 
 
 def joined(batches: Sequence[Any]) -> Any | None:
-    """One batch of the samples of all, in order; None if batches differ in more than their samples.
+    """One batch with the samples of all batches, in order.
 
     Args:
-        batches: Of which `rows_of` tells the samples.
+        batches: Batches for which `rows_of` returns a number.
+
+    Returns:
+        The batch, or None if the batches differ in structure, shape, dtype, device or in what belongs to all samples.
     """
+    first, *others = batches
     try:
-        return _joined(list(batches))
-    except (TypeError, ValueError, RuntimeError, KeyError):  # of another structure, shape, dtype or device
+        return tree_map(lambda *leaves: _joined(leaves), first, *others, is_leaf=_lists_samples)
+    except (TypeError, ValueError, RuntimeError, KeyError):
         return None
 
 
+def _joined(leaves: Sequence[Any]) -> Any:
+    first = leaves[0]
+    if any(type(leaf) is not type(first) for leaf in leaves):
+        raise TypeError
+    if isinstance(first, Tensor):
+        if any(leaf.dtype != first.dtype or leaf.shape[1:] != first.shape[1:] for leaf in leaves):
+            raise ValueError
+        return torch.cat(list(leaves))
+    if _is_list(first):
+        return type(first)(entry for leaf in leaves for entry in leaf)
+    if any(leaf != first for leaf in leaves):
+        raise ValueError
+    return first
+
+
 def _is_plain(batch: Any, size: int) -> bool:
-    """Whether a batch can be built anew from its parts, and no list in it could be meant for other than its samples."""
+    """Whether a batch can be built again from its parts, and every list without tensors has one entry a sample."""
     if isinstance(batch, Tensor):
         return type(batch) is Tensor and not batch.is_nested and batch.layout == torch.strided
     if type(batch) is dict:
         return all(_is_plain(value, size) for value in batch.values())
     if _is_list(batch):
-        if _has_tensors(batch):
+        if not _lists_samples(batch):
             return all(_is_plain(value, size) for value in batch)
         return len(batch) == size and not hasattr(batch, "_fields")
     return batch is None or isinstance(batch, str | int | float | bool)
@@ -91,42 +119,22 @@ def _is_list(batch: Any) -> bool:
     return type(batch) in (list, tuple) or (isinstance(batch, tuple) and hasattr(batch, "_fields"))
 
 
-def _has_tensors(batch: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(batch))
-
-
-def _like(batch: Any, parts: list[Any]) -> Any:
-    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-
-
-def _joined(batches: list[Any]) -> Any:
-    first = batches[0]
-    if any(type(batch) is not type(first) for batch in batches):
-        raise TypeError
-    if isinstance(first, Tensor):
-        if any(batch.dtype != first.dtype or batch.shape[1:] != first.shape[1:] for batch in batches):
-            raise ValueError
-        return torch.cat(batches)
-    if isinstance(first, Mapping):
-        if any(batch.keys() != first.keys() for batch in batches):
-            raise KeyError
-        return {key: _joined([batch[key] for batch in batches]) for key in first}
-    if not _is_list(first):
-        if any(batch != first for batch in batches):
-            raise ValueError
-        return first
-    if _has_tensors(first):
-        return _like(first, [_joined(list(parts)) for parts in zip(*batches, strict=True)])
-    return type(first)(entry for batch in batches for entry in batch)
+def _lists_samples(batch: Any) -> bool:
+    """Whether this is a list without tensors."""
+    return _is_list(batch) and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(batch))
 
 
 def bytes_of(batch: Any) -> int:
-    """The bytes of all tensors in a batch."""
+    """Bytes of all tensors in a batch."""
     return sum(tensor.nbytes for tensor in tensors_of(batch))
 
 
 def tensors_of(batch: Any) -> list[Tensor]:
-    """Every tensor in a batch: in containers of any kind, and in the attributes of objects."""
+    """Every tensor in a batch, in containers of any kind and in the attributes of any objects.
+
+    Neither `tree_leaves` nor `apply_to_collection` of lightning-utilities looks into sets or into objects that are not
+    dataclasses.
+    """
     found: list[Tensor] = []
     seen: set[int] = set()
     waiting = [batch]
@@ -148,6 +156,6 @@ def tensors_of(batch: Any) -> list[Tensor]:
 
 
 def attributes_of(one: Any) -> dict[str, Any]:
-    """The attributes of an object, also where it is a dataclass with slots."""
+    """The attributes of an object, including those of a dataclass with slots."""
     names = [field.name for field in fields(one)] if is_dataclass(one) else []
     return {name: getattr(one, name) for name in names if hasattr(one, name)} | getattr(one, "__dict__", {})
