@@ -1,4 +1,4 @@
-"""Checks of arguments: which argument, what came, what is allowed, what to do."""
+"""Checks of arguments. Each error names the argument, the value, what is allowed and what to do."""
 
 from __future__ import annotations
 
@@ -18,11 +18,19 @@ def check_number(
     below: float | None = None,
     remedy: str = "",
 ) -> None:
-    """Raise unless `value` is a number within the bounds; NaN is within none.
+    """Check that `value` is a number within the bounds that are given. NaN is out of all bounds.
+
+    Args:
+        name: The argument's name in error messages.
+        value: The argument.
+        at_least: Smallest value allowed.
+        above: The value must be larger than this.
+        below: The value must be smaller than this.
+        remedy: A sentence that ends the error message.
 
     Raises:
-        TypeError: If it is no number.
-        ValueError: If it is NaN or out of bounds.
+        TypeError: If `value` is not a number.
+        ValueError: If `value` is NaN or out of bounds.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r}, but must be a number. {remedy}".rstrip())
@@ -33,11 +41,11 @@ def check_number(
 
 
 def check_count(name: str, value: Any, *, at_least: int = 1) -> None:
-    """Raise unless `value` is a whole number of `at_least` or more.
+    """Check that `value` is a whole number of at least `at_least`.
 
     Raises:
-        TypeError: If it is no whole number.
-        ValueError: If it is less.
+        TypeError: If `value` is not a whole number.
+        ValueError: If `value` is smaller.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} is {value!r}, but must be a whole number.")
@@ -45,15 +53,20 @@ def check_count(name: str, value: Any, *, at_least: int = 1) -> None:
 
 
 def check_epochs(at_epoch: Any, confidence: float | None = None) -> None:
-    """Raise unless `at_epoch` is None, a number of epochs, or several in rising order.
+    """Check that `at_epoch` is None, an epoch, or several epochs in rising order.
 
     Raises:
-        TypeError: If it holds anything but whole numbers.
-        ValueError: If a number is negative, there is none, or they do not rise; or if several come with a confidence.
+        TypeError: If an epoch is not a whole number.
+        ValueError: In one of these cases:
+
+            - An epoch is negative.
+            - The list of epochs is empty.
+            - The epochs do not rise.
+            - There are several epochs and a confidence.
     """
     if at_epoch is None or not isinstance(at_epoch, Sequence) or isinstance(at_epoch, str):
         if isinstance(at_epoch, Iterable) and not isinstance(at_epoch, str):
-            raise TypeError(f"at_epoch is {at_epoch!r}, but must be a number, or a list or range of several.")
+            raise TypeError(f"at_epoch is {at_epoch!r}, but must be a number, a list or a range.")
         if at_epoch is not None:
             check_count("at_epoch", at_epoch, at_least=0)
         return
@@ -63,17 +76,17 @@ def check_epochs(at_epoch: Any, confidence: float | None = None) -> None:
         raise ValueError(f"at_epoch is {at_epoch!r}, but several epochs must rise, as range(10, 30) does.")
     if confidence is not None:
         raise ValueError(
-            f"at_epoch is {at_epoch!r} and confidence {confidence}, but a level that is judged until it holds cannot "
-            "be certified. Leave confidence out, or search once, with a single at_epoch or none."
+            f"at_epoch is {at_epoch!r} and confidence is {confidence}, but a level that is judged until it holds "
+            "cannot be certified. Leave out confidence, or search once, with a single at_epoch or none."
         )
 
 
 def check_seed(seed: Any) -> None:
-    """Raise unless `seed` is a signed 64-bit number.
+    """Check that `seed` is a signed 64-bit number.
 
     Raises:
-        TypeError: If it is no whole number.
-        ValueError: If it has more bits.
+        TypeError: If `seed` is not a whole number.
+        ValueError: If `seed` needs more than 64 bits.
     """
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed is {seed!r}, but must be a whole number.")
@@ -82,7 +95,7 @@ def check_seed(seed: Any) -> None:
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...], *, remedy: str = "") -> None:
-    """Raise unless `value` is one of the allowed words.
+    """Check that `value` is one of the allowed words.
 
     Raises:
         ValueError: If it is not.
@@ -93,7 +106,7 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...], *, remedy: str
 
 
 def check_words(name: str, value: Any, what: str) -> None:
-    """Raise unless `value` is a sequence of strings, and not itself one.
+    """Check that `value` is a sequence of strings. A single string is not allowed.
 
     Raises:
         TypeError: If it is not.
@@ -103,7 +116,7 @@ def check_words(name: str, value: Any, what: str) -> None:
 
 
 def check_group(name: str, value: Any, group: type) -> None:
-    """Raise unless `value` is an instance of the settings group.
+    """Check that `value` is an instance of a settings group.
 
     Raises:
         TypeError: If it is not.

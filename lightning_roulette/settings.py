@@ -1,4 +1,4 @@
-"""The finer choices in three frozen groups, and what they allow."""
+"""Frozen groups of settings, each with the values it allows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_roulette.checks import check_choice, check_count, check_number, c
 
 Importance = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
-CALIBRATED = ("sensitivity", "activation", "obs")  # what needs inputs
+CALIBRATED = ("sensitivity", "activation", "obs")  # computed on calibration inputs
 IMPORTANCES = ("magnitude", "lamp", *CALIBRATED)
 REFITS = ("batch_norm", "least_squares")
 SCOPES = ("global", "layer")
@@ -22,19 +22,40 @@ class Wheel:
     """How a candidate is drawn.
 
     Attributes:
-        sharpness: Exponent of the pruning odds, `importance ** -sharpness`: 0 is random pruning, 1 the literal
-            roulette, infinity magnitude pruning.
-        importance: `"magnitude"`; `"lamp"`, layer-adaptive magnitude; on calibration inputs `"sensitivity"`, magnitude
-            times the root of the root mean square of the weight's input times how much the network's outputs depend on
-            the output it leads to (see `Calibration.scales`), `"activation"`, magnitude times the root mean square of
-            the weight's input, and `"obs"`, magnitude over the root of the diagonal of the inverse Gram matrix of the
-            layer's inputs; or a function from all weights `{name: tensor}`, zero where the parent is pruned, to
-            importances of the same names and shapes. None: `"sensitivity"` with a least-squares refit of each level,
-            and for levels that are cut between epochs, if the network's outputs can be derived, else `"magnitude"`.
-        scope: `"global"`: one wheel over all layers; `"layer"`: each layer its own wheel at the same pruning rate.
-        allocation: How much candidates differ in what they take from which layer: each multiplies the importance of
-            each layer by a log-normal factor of this width, on top of its parent's. None: 0.3 with a least-squares
-            refit and more than one candidate, else 0. With `scope="layer"` it has no effect.
+        sharpness: Exponent of the pruning odds, which are `importance ** -sharpness`. The larger it is, the fewer
+            important weights are pruned:
+
+            - `0`: random pruning.
+            - `1`: the roulette in its original form, with odds inversely proportional to importance.
+            - `16`: the default.
+            - `inf`: no chance. The least important weights are pruned, which is magnitude pruning by default.
+        importance: What makes a weight important:
+
+            - `None`: chooses for you. `"sensitivity"` if every level gets a least-squares refit or if levels are cut
+              between epochs, provided that gradients through the network can be computed; otherwise `"magnitude"`.
+            - `"magnitude"`: `|w|`. For any network. Needs the weights only.
+            - `"lamp"`: layer-adaptive magnitude, `|w|` relative to the larger weights of its layer. For one wheel over
+              layers of very different sizes. Needs the weights only.
+            - `"sensitivity"`: `|w|`, times the square root of the root mean square of its input, times how strongly the
+              network's outputs depend on its output (see `Calibration.scales`). For searches with a least-squares
+              refit. Needs calibration inputs and a network with gradients.
+            - `"activation"`: `|w|` times the root mean square of its input. For networks whose inputs differ in size.
+              Needs calibration inputs.
+            - `"obs"`: `|w|` divided by the square root of its diagonal entry in the inverse Gram matrix of the layer's
+              inputs. For a comparison with the optimal brain surgeon. Needs calibration inputs.
+            - A function from `{name: weight}` to `{name: importance}` of the same shapes. For a measure of your own. It
+              gets all weights, zero where the parent is pruned.
+        scope: Which weights compete with one another:
+
+            - `"global"`: one wheel for all layers. Layers may end at different sparsities.
+            - `"layer"`: one wheel for each layer, all with the same pruning rate. For layers whose importance cannot be
+              compared.
+        allocation: How much candidates differ in how they distribute pruning over the layers. Each candidate multiplies
+            the importance of each layer by a log-normal factor of this width, in addition to its parent's factors:
+
+            - `None`: 0.3 with a least-squares refit and more than one candidate, otherwise 0.
+            - `0`: no difference.
+            - A positive number. It has no effect with `scope="layer"`.
     """
 
     sharpness: float = 16.0
@@ -53,15 +74,17 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Tree:
-    """How levels follow one another.
+    """How one level follows another, and when the search ends.
+
+    A level whose winner misses the floor fails. It is tried again at half the pruning rate, which stays halved.
 
     Attributes:
-        pruning_rate: Share of the current survivors that a level removes, in (0, 1).
-        max_levels: The search ends with this many accepted levels; None: no such end.
-        patience: The search ends with this many failed levels in a row. A level whose winner misses the floor is tried
-            again at half the rate, which stays halved.
-        smallest_rate: The search also ends where a failure would halve the rate below this, whatever the patience: on a
-            noisy score ever smaller steps would pass, one weight at a time.
+        pruning_rate: Share of the current survivors that a level removes, in (0, 1). A smaller rate takes more levels
+            to the same sparsity.
+        max_levels: Stop after this many accepted levels. None: no such limit.
+        patience: Stop after this many failed levels in a row.
+        smallest_rate: Stop when a failure would halve the rate below this value, whatever the patience. On a noisy
+            score ever smaller steps would pass, down to one weight at a time.
     """
 
     pruning_rate: float = 0.1
@@ -87,17 +110,31 @@ class Tree:
 class Validation:
     """How candidates are judged.
 
-    The data is dealt to folds at random. Some rank: the whole search sees only these. The others confirm: when the
-    search is over, its accepted levels are judged on them once, the densest first, until one misses the floor.
+    The validation data is divided into folds at random:
+
+    - The search half ranks candidates. The search sees nothing else.
+    - The held-out half confirms. After the search, its accepted levels are judged on it once, from the densest on,
+      until one misses the floor.
 
     Attributes:
-        rank_by: Name of the logged metric that orders a branch. None: the logged loss if there is one, else the
-            monitored metric. The floor is held by the monitored metric in any case.
-        confirm: Share of the data that confirms, in [0, 1). 0: ranking and floor share all of it.
-        race: Whether candidates that fall behind on the first folds drop out; else all are judged on all ranking folds.
-        cache_bytes: The batches of the validation data are read once and kept, up to so many bytes in all. If there is
-            more, the loader is read again for every part of a race.
-        keep_callbacks: Names of the user's callback classes that stay live while candidates are validated: for one
+        rank_by: Name of the logged metric that ranks the candidates of a level. The floor always applies to the
+            monitored metric.
+
+            - `None`: the logged loss if there is one, otherwise the monitored metric. A loss distinguishes candidates
+              with equal accuracy.
+            - A name. The module must log it in validation.
+        confirm: Share of the data that is held out, in [0, 1):
+
+            - `0.5`: the default.
+            - `0`: the search uses all data for ranking and for the floor. For small data sets. The winner's score is
+              then biased, because the same data chose it.
+        race: How the candidates of a level are compared:
+
+            - `True`: candidates that fall behind on the first folds drop out. Faster.
+            - `False`: every candidate is judged on the whole search half.
+        cache_bytes: The validation batches are read once and kept in memory, up to this many bytes. If there are more,
+            the loader is read again for every part of a race.
+        keep_callbacks: Class names of your callbacks that stay active while candidates are validated. For a callback
             that logs the monitored metric.
     """
 
@@ -111,24 +148,29 @@ class Validation:
         if self.rank_by is not None and not isinstance(self.rank_by, str):
             raise TypeError(f"rank_by is {self.rank_by!r}, but must be the name of a logged metric.")
         check_number(
-            "confirm", self.confirm, at_least=0, below=1, remedy="It is the share of the data kept for confirmation."
+            "confirm", self.confirm, at_least=0, below=1, remedy="It is the share of the data that is held out."
         )
         if not isinstance(self.race, bool):
             raise TypeError(f"race is {self.race!r}, but must be True or False.")
         check_count("cache_bytes", self.cache_bytes, at_least=0)
         check_words("keep_callbacks", self.keep_callbacks, "names of callback classes")
-        object.__setattr__(self, "keep_callbacks", tuple(self.keep_callbacks))  # a list, as read from YAML
+        object.__setattr__(self, "keep_callbacks", tuple(self.keep_callbacks))  # YAML gives a list
 
 
 @dataclass(frozen=True)
 class Refit:
-    """How a pruned network is brought closer to the dense one without training: here, running statistics alone.
+    """A refit of running statistics: those of batch normalisations are computed again for the pruned network.
+
+    Use it for networks with batch normalisation when weights must keep their values. It needs calibration batches, but
+    no labels and no gradients.
 
     Attributes:
-        batches: How many batches of the training data calibrate.
-        each_level: Whether each level is refitted before it is held against the floor; else only what was accepted is,
-            when the search is over.
-        finalists: Of each level so many of the best candidates are refitted and ranked again.
+        batches: Number of training batches used for calibration.
+        each_level: When levels are refitted:
+
+            - `True`: before each level is compared with the floor. Reaches higher sparsity.
+            - `False`: after the search, accepted levels only. Faster.
+        finalists: Number of the best candidates of each level that are refitted and ranked again.
     """
 
     batches: int = 100
@@ -144,14 +186,21 @@ class Refit:
 
 @dataclass(frozen=True)
 class LeastSquares(Refit):
-    """How the survivors are refitted: each layer's outputs as close as may be to the dense network's.
+    """A refit of the remaining weights: each layer's outputs come as close as possible to the dense network's.
+
+    The remaining weights and the bias of each layer are solved by least squares on its inputs. Running statistics are
+    computed again too. Use it to reach a high sparsity without training. It needs calibration batches, but no labels
+    and no gradients. It refits Linear, Conv1d to Conv3d and the input projections of MultiheadAttention.
 
     Attributes:
-        batches: How many batches of the training data calibrate.
-        each_level: Whether each level is refitted before it is held against the floor; else only what was accepted is,
-            when the search is over.
-        finalists: Of each level so many of the best candidates are refitted and ranked again.
-        damping: How strongly weights are drawn to their dense values, in units of the mean square of a layer's inputs.
+        batches: Number of training batches used for calibration.
+        each_level: When levels are refitted:
+
+            - `True`: before each level is compared with the floor. Reaches higher sparsity.
+            - `False`: after the search, accepted levels only. Faster.
+        finalists: Number of the best candidates of each level that are refitted and ranked again.
+        damping: How strongly weights are pulled towards their dense values, in units of the mean square of a layer's
+            inputs. Larger values are safer with few calibration batches.
     """
 
     damping: float = 1e-3
@@ -162,11 +211,19 @@ class LeastSquares(Refit):
 
 
 def refit_of(refit: str | Refit | None) -> Refit | None:
-    """The choices that a word stands for.
+    """The settings of a refit.
+
+    Args:
+        refit: One of
+
+            - `None`: no refit.
+            - `"batch_norm"`: the default `Refit`.
+            - `"least_squares"`: the default `LeastSquares`.
+            - A `Refit` or `LeastSquares`, which is returned.
 
     Raises:
-        TypeError: If it is neither a word nor a group of choices.
-        ValueError: If there is no such word.
+        TypeError: If `refit` is none of these types.
+        ValueError: If `refit` is another word.
     """
     if refit is None or isinstance(refit, Refit):
         return refit

@@ -1,4 +1,4 @@
-"""What a layer multiplies: its weight as matrices, and the rows of input that they see."""
+"""Layers as affine maps: a weight as matrices, and the rows of input that it is multiplied with."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_roulette.large.devices import with_float64
 from lightning_roulette.network.parameters import CONVOLUTIONS, LINEAR_MAPS, aliases, owners_of, parts_of_metrics
 
-# From the arguments of a module's forward to the input of one of its layers.
+# Takes the positional and the keyword arguments of a module's forward. Returns the input of one of its layers.
 Inputs = Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """An affine map `y = W x + b` that a module applies to rows `x` of its input; one for each group of channels.
+    """An affine map `y = W x + b` that a module applies to rows `x` of its input, one map for each group of channels.
 
     Attributes:
-        name: Of the parameter that holds `W`.
-        module: Whose forward applies it.
-        bias: Name of the parameter that holds `b`; None without one that may change.
-        outputs: Which entries of the first dimension of the weight it covers.
-        offsets: Which entries of the bias.
-        groups: How many maps there are, each with inputs of its own.
-        inputs: What the forward takes that they are applied to.
+        name: Name of the parameter that holds `W`.
+        module: The module that applies the map.
+        bias: Name of the parameter that holds `b`; None if there is no bias or if it must not change.
+        outputs: The part of the weight's first dimension that belongs to this layer.
+        offsets: The part of the bias that belongs to this layer.
+        groups: Number of maps. Each has its own inputs.
+        inputs: Returns the layer's input from the arguments of the module's forward.
     """
 
     name: str
@@ -42,17 +42,20 @@ class Layer:
     inputs: Inputs
 
     def matrices(self, weight: Tensor) -> Tensor:
-        """`W` as matrices, shape `(groups, outputs, inputs)`; a view where `weight` is contiguous."""
+        """`W` as matrices, shape `(groups, outputs, inputs)`; a view if `weight` is contiguous."""
         part = weight.detach()[self.outputs]
         return part.reshape(self.groups, len(part) // self.groups, -1)
 
     def rows(self, arguments: tuple[Any, ...], named: Mapping[str, Any], chosen: Callable[[int], Tensor]) -> Tensor:
-        """Some rows of input, float64, shape `(groups, rows, inputs)`.
+        """Some rows of input. A row is one position of one sample.
 
         Args:
-            arguments: Of the module's forward.
-            named: See `arguments`.
-            chosen: From how many rows there are to the indices of those wanted. A row is one position of one sample.
+            arguments: Positional arguments of the module's forward.
+            named: Keyword arguments of the module's forward.
+            chosen: Takes the number of rows and returns the indices of some of them.
+
+        Returns:
+            Float64, shape `(groups, rows, inputs)`.
         """
         inputs = self.inputs(arguments, named).detach()
         if isinstance(self.module, CONVOLUTIONS):
@@ -64,13 +67,23 @@ class Layer:
 
 
 def layers_of(module: nn.Module, names: Collection[str]) -> tuple[list[Layer], dict[str, str]]:
-    """The layers of a network whose weights have these names, and of the other weights why they are none.
+    """The layers of a network that can be refitted.
 
-    Layers are those of Linear, Conv1d to Conv3d, and the projections of queries, keys and values in MultiheadAttention.
+    These are:
+
+    - Linear,
+    - Conv1d, Conv2d and Conv3d,
+    - the projections of queries, keys and values in MultiheadAttention.
+
+    Subclasses count if they do not override `forward`.
 
     Args:
         module: The network.
-        names: Of some of its parameters.
+        names: Names of some of its parameters.
+
+    Returns:
+        - The layers whose weights have these names.
+        - The other parameters by name, each with the reason why it is not the weight of a layer.
     """
     shared = {name for known in aliases(module).values() if len(known) > 1 for name in known}
     found: list[Layer] = []
@@ -85,17 +98,17 @@ def layers_of(module: nn.Module, names: Collection[str]) -> tuple[list[Layer], d
 
 
 def _why_not(owner: nn.Module, own: str, shared: bool) -> str:
-    """Why a parameter is not the weight of a layer."""
+    """The reason why a parameter is not the weight of a layer."""
     kind = type(owner).__name__
     if shared:
-        return "tied: several modules use it"
+        return "not supported for tied weights"
     if not _computes_as_usual(owner):
-        return f"{own} of {kind}: its forward is its own"
-    return f"{own} of {kind}: its inputs cannot be seen"
+        return f"not supported for {kind}: it overrides forward"
+    return f"not supported for {own} of {kind}"
 
 
 def _computes_as_usual(part: nn.Module) -> bool:
-    """Whether a layer's outputs are those of the class of torch that it is, or derives from; others are no layers."""
+    """Whether a module computes what its torch class computes, because nothing overrides `forward`."""
     usual = next((kind for kind in (*LINEAR_MAPS, nn.MultiheadAttention) if isinstance(part, kind)), None)
     if usual is None:
         return True
@@ -105,9 +118,10 @@ def _computes_as_usual(part: nn.Module) -> bool:
 
 
 def batch_norms_of(module: nn.Module) -> dict[str, _BatchNorm]:
-    """The batch normalisations that keep running statistics, by the prefix of their buffers' names.
+    """The batch normalisations with running statistics, by the prefix of their buffers' names.
 
-    Not those whose scale is frozen, nor those inside metrics: they belong to networks that are not pruned.
+    Those with a frozen scale and those inside metrics are left out, because they belong to networks that are not
+    pruned.
     """
     inside = parts_of_metrics(module)
     return {
@@ -119,7 +133,12 @@ def batch_norms_of(module: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def channels(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
-    """What a batch normalisation is given, float64, shape `(rows, channels)`."""
+    """The input of a batch normalisation, float64, shape `(rows, channels)`.
+
+    Args:
+        arguments: Positional arguments of the module's forward.
+        named: Keyword arguments of the module's forward.
+    """
     inputs = with_float64(_argument(0, "input")(arguments, named).detach()).to(torch.float64)
     return inputs.movedim(1, -1).reshape(-1, inputs.shape[1])
 
@@ -140,7 +159,7 @@ def _layers(part: nn.Module, path: str, shared: Collection[str]) -> list[Layer]:
 
 
 def _projections(part: nn.MultiheadAttention, path: str, shared: Collection[str]) -> list[Layer]:
-    """Those of queries, keys and values. That of outputs is applied without a call of its module."""
+    """The projections of queries, keys and values. The module of the output projection is not called."""
     found, bias = [], _free(part, path, "in_proj_bias", shared)
     for place, word in enumerate(("query", "key", "value")):
         offsets = slice(place * part.embed_dim, (place + 1) * part.embed_dim)
@@ -151,7 +170,7 @@ def _projections(part: nn.MultiheadAttention, path: str, shared: Collection[str]
 
 
 def _free(part: nn.Module, path: str, own: str, shared: Collection[str]) -> str | None:
-    """The name of a bias, if there is one that is neither frozen nor shared, nor computed from others."""
+    """The name of a bias that may change; None if it is missing, frozen, tied or computed from other tensors."""
     bias, name = part._parameters.get(own), f"{path}{own}"
     return name if bias is not None and bias.requires_grad and name not in shared else None
 
@@ -166,7 +185,7 @@ def _argument(place: int, name: str) -> Inputs:
 
 
 def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, chosen: Callable[[int], Tensor]) -> Tensor:
-    """What the kernel lies on at some positions, shape `(groups, rows, inputs)`."""
+    """The inputs that the kernel covers at some positions, shape `(groups, rows, inputs)`."""
     dims = len(module.kernel_size)
     batch = inputs if inputs.dim() == dims + 2 else inputs.unsqueeze(0)
     border = module._reversed_padding_repeated_twice

@@ -1,4 +1,4 @@
-"""Which parameters of a module are prunable, under which names, and why the others are not."""
+"""The prunable parameters of a module, and the reasons why the others are not prunable."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_roulette.checks import check_words
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-LINEAR_MAPS = (nn.Linear, *CONVOLUTIONS)  # each output comes of one row of the weight
+LINEAR_MAPS = (nn.Linear, *CONVOLUTIONS)  # each output is computed from one row of the weight
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ATTENTION_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -28,21 +28,34 @@ def prunable_parameters(
 ) -> dict[str, nn.Parameter]:
     """The parameters whose weights may be pruned, by their names in `module.named_parameters()`.
 
-    By default: weights of Linear, of Conv1d to Conv3d and their transposed kin, of attention projections and recurrent
-    layers. Never biases, normalisation layers, embeddings (nor what is tied to one), frozen, quantised, parametrised,
-    lazy, meta or empty parameters, nor networks inside metrics. A tied weight is listed once, under its first name.
+    By default these are the weights of
+
+    - Linear, Conv1d to Conv3d and their transposed forms,
+    - attention projections,
+    - recurrent layers.
+
+    The following are never prunable by default:
+
+    - biases, normalisation layers, embeddings and weights tied to an embedding,
+    - frozen parameters.
+
+    The following are never prunable, also if `include` names them:
+
+    - quantised, complex, parametrised, lazy, meta or empty parameters,
+    - parameters of networks inside metrics.
+
+    A tied weight is listed once, under its first name.
 
     Args:
         module: Any module.
-        include: Glob patterns over parameter names that replace the default choice. Frozen parameters, biases,
-            embeddings and normalisation layers can be named here; what cannot hold a mask is left out still.
+        include: Glob patterns over parameter names that replace the default choice.
         exclude: Glob patterns over parameter names to leave out.
 
     Returns:
         Name to parameter, in the module's order.
 
     Raises:
-        TypeError: If `include` or `exclude` is no list of patterns.
+        TypeError: If `include` or `exclude` is not a list of patterns.
         ValueError: If a pattern matches no parameter.
 
     Example:
@@ -56,17 +69,25 @@ def prunable_parameters(
 def skipped_parameters(
     module: nn.Module, *, include: Patterns | None = None, exclude: Patterns | None = None
 ) -> dict[str, str]:
-    """The parameters that `prunable_parameters` leaves out, each with its reason.
+    """The parameters that `prunable_parameters` leaves out.
+
+    Args:
+        module: Any module.
+        include: Glob patterns over parameter names that replace the default choice.
+        exclude: Glob patterns over parameter names to leave out.
+
+    Returns:
+        Name to the reason why the parameter is left out.
 
     Raises:
-        TypeError: If `include` or `exclude` is no list of patterns.
+        TypeError: If `include` or `exclude` is not a list of patterns.
         ValueError: If a pattern matches no parameter.
     """
     return {n: reason for n, reason in _reasons(module, include, exclude).items() if reason is not None}
 
 
 def aliases(module: nn.Module) -> dict[str, list[str]]:
-    """For the first name of every parameter all names under which the module holds it (more than one: tied)."""
+    """The first name of every parameter to all its names. A tied parameter has several names."""
     first = {id(parameter): name for name, parameter in module.named_parameters()}
     names: dict[str, list[str]] = {name: [] for name in first.values()}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -75,12 +96,12 @@ def aliases(module: nn.Module) -> dict[str, list[str]]:
 
 
 def has_lazy_parameters(module: nn.Module) -> bool:
-    """Whether some parameter gets its shape only at the first forward."""
+    """Whether a parameter has no shape before the first forward."""
     return any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters())
 
 
 def _reasons(module: nn.Module, include: Patterns | None, exclude: Patterns | None) -> dict[str, str | None]:
-    """Name of each parameter (tied ones once) to None if prunable, else to why not."""
+    """Name of each parameter to the reason why it is not prunable, or to None. Tied parameters are listed once."""
     parameters, names = dict(module.named_parameters()), aliases(module)
     _check_patterns("include", include, names)
     _check_patterns("exclude", exclude, names)
@@ -106,29 +127,29 @@ def _reasons(module: nn.Module, include: Patterns | None, exclude: Patterns | No
 
 
 def _unfit(parameter: nn.Parameter, owner: nn.Module, own: str) -> str | None:
-    """Why no mask can be held on the parameter, whoever asks for it."""
+    """The reason why a parameter is not prunable even if `include` names it."""
     checks = (
         (isinstance(parameter, UninitializedParameter), "lazy: it has no shape yet"),
         (parameter.is_meta, "on the meta device: it has no values"),
         (isinstance(owner, parametrize.ParametrizationList), "parametrised: another tensor is computed from it"),
         (
             _is_source(owner, own),
-            "torch computes another tensor from it (prune, weight_norm, spectral_norm): remove that",
+            "torch computes another tensor from it: remove prune, weight_norm or spectral_norm",
         ),
-        (parameter.dtype not in _DTYPES, "neither a float nor a half: quantised or complex"),
+        (parameter.dtype not in _DTYPES, "quantised or complex"),
     )
     found = next((why for holds, why in checks if holds), None)
     return "empty" if found is None and parameter.numel() == 0 else found
 
 
 def _is_source(owner: nn.Module, own: str) -> bool:
-    """Whether a hook computes a plain attribute of the owner from this parameter, as older torch utilities do."""
+    """Whether a hook of an older torch utility computes an attribute of the owner from this parameter."""
     stems = [own.removesuffix(tail) for tail in ("_orig", "_g", "_v") if own.endswith(tail)]
     return any(stem not in owner._parameters and hasattr(owner, stem) for stem in stems)
 
 
 def owners_of(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Every name of every parameter to the module that holds it and its name there."""
+    """Every name of every parameter to the module that has it and its name in that module."""
     return {
         f"{prefix}.{own}" if prefix else own: (owner, own)
         for prefix, owner in module.named_modules(remove_duplicate=False)
@@ -138,7 +159,7 @@ def owners_of(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def _kind(owner: nn.Module, own: str) -> str | None:
-    """None where the owner makes the parameter prunable, else what it is instead."""
+    """None if the owner makes the parameter prunable by default, else a description of the parameter."""
     weight = own == "weight" and isinstance(owner, (*LINEAR_MAPS, *TRANSPOSED))
     projection = own in _ATTENTION_PROJECTIONS and isinstance(owner, nn.MultiheadAttention)
     recurrent = own.startswith("weight_") and isinstance(owner, nn.RNNBase | nn.RNNCellBase)
@@ -146,8 +167,8 @@ def _kind(owner: nn.Module, own: str) -> str | None:
 
 
 def parts_of_metrics(module: nn.Module) -> set[nn.Module]:
-    """All modules within the torchmetrics objects that a module holds."""
-    # where torchmetrics was never imported there is no metric; the core does not import it
+    """All modules inside the torchmetrics objects of a module."""
+    # torchmetrics is not imported here: if nobody imported it, there is no metric
     metric = getattr(sys.modules.get("torchmetrics"), "Metric", None)
     metrics = [part for part in module.modules() if metric is not None and isinstance(part, metric)]
     return {part for one in metrics for part in one.modules()}

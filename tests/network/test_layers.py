@@ -191,7 +191,7 @@ def test_a_class_with_a_forward_of_its_own_may_be_another_map(part):
     name = "in_proj_weight" if isinstance(part, nn.MultiheadAttention) else "weight"
     layers, left = layers_of(part, [name])
     assert layers == []
-    assert left == {name: f"{name} of {type(part).__name__}: its forward is its own"}
+    assert left == {name: f"not supported for {type(part).__name__}: it overrides forward"}
 
 
 def test_a_class_that_adds_no_forward_is_the_layer_it_derives_from():
@@ -217,7 +217,7 @@ def test_a_bias_that_is_computed_from_others_may_not_change():
 def test_a_bias_belongs_to_the_layer_of_its_weight():
     part = nn.Linear(2, 2)
     assert layers_of(part, ["weight", "bias"])[1] == {}
-    assert layers_of(part, ["bias"])[1] == {"bias": "bias of Linear: its inputs cannot be seen"}
+    assert layers_of(part, ["bias"])[1] == {"bias": "not supported for bias of Linear"}
 
 
 def test_layers_are_found_by_name_at_any_depth():
@@ -248,11 +248,11 @@ def test_what_is_no_layer_is_named_with_its_reason():
     layers, left = layers_of(Odd(), names)
     assert [layer.name for layer in layers] == ["free.weight"]
     assert left == {
-        "matrix": "matrix of Odd: its inputs cannot be seen",
-        "lstm.weight_ih_l0": "weight_ih_l0 of LSTM: its inputs cannot be seen",
-        "cell.weight_hh": "weight_hh of GRUCell: its inputs cannot be seen",
-        "up.weight": "weight of ConvTranspose1d: its inputs cannot be seen",
-        "one.weight": "tied: several modules use it",
+        "matrix": "not supported for matrix of Odd",
+        "lstm.weight_ih_l0": "not supported for weight_ih_l0 of LSTM",
+        "cell.weight_hh": "not supported for weight_hh of GRUCell",
+        "up.weight": "not supported for weight of ConvTranspose1d",
+        "one.weight": "not supported for tied weights",
     }
 
 

@@ -74,7 +74,7 @@ def zoo() -> Zoo:
     return Zoo()
 
 
-SOURCE = "torch computes another tensor from it (prune, weight_norm, spectral_norm): remove that"
+SOURCE = "torch computes another tensor from it: remove prune, weight_norm or spectral_norm"
 PRUNABLE = [
     "linear.weight",
     "conv1.weight",
@@ -125,8 +125,8 @@ SKIPPED = {
     "meta.weight": "on the meta device: it has no values",
     "empty.weight": "empty",
     "frozen.weight": "frozen",
-    "complex.weight": "neither a float nor a half: quantised or complex",
-    "integer.weight": "neither a float nor a half: quantised or complex",
+    "complex.weight": "quantised or complex",
+    "integer.weight": "quantised or complex",
     "metric.inception.weight": "belongs to a metric",
     "metric.inception.bias": "belongs to a metric",
 }

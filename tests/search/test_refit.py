@@ -582,6 +582,7 @@ def test_the_report_names_the_weights_that_cannot_be_refitted(each_level):
     report = winner.report
     assert report.left_alone == calibration.left_alone(winner.mask_at(0), how)
     assert report.left_alone.keys() == {"free", "unused.weight"}
+    assert "not supported for free" in report.left_alone["free"]
     assert "does not call it" in report.left_alone["unused.weight"]
     assert "Not refitted: free (" in str(report)
     for name in report.left_alone:
