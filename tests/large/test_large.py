@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-import pickle
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,6 @@ from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, Whe
 from lightning_roulette.large.bits import Bits
 from lightning_roulette.large.copies import OnDisk
 from lightning_roulette.large.masking import RemovedValues
-from lightning_roulette.mask.history import History
 from lightning_roulette.network import lending
 from lightning_roulette.network.lending import applied
 from lightning_roulette.wheel import importance, wheel
@@ -118,80 +115,12 @@ def test_a_search_changes_no_weight_and_no_importance_of_a_user(large):
     assert equal(own, before)
 
 
-# ---- masks and histories
-
-
-def test_the_mask_that_keeps_all_takes_a_byte_a_parameter():
-    weights = {"a": torch.empty(2**21 + 8), "b": torch.empty(1024, 2048)}
-    full = Mask.full(weights)
-    assert [kept.packed.untyped_storage().nbytes() for kept in full.stored.values()] == [1, 1]
-    assert full.survivors == full.size == 2**22 + 8
-    assert Mask.nothing(weights).survivors == 0
-    assert Mask.nothing(weights) <= full
-    assert full == Mask({name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()})
-
-
-def test_what_is_in_a_mask_is_told_without_unpacking_it(large, monkeypatch):
+def test_names_of_importances_are_looked_up_without_computing_them(large, monkeypatch):
     large()
-    mask, importances = Mask({"a": torch.ones(9, dtype=torch.bool)}), importance_of(network(), "magnitude")
-    monkeypatch.setattr(Bits, "unpacked", lambda _: pytest.fail("unpacked"))
-    monkeypatch.setattr(importance, "magnitude", lambda _: pytest.fail("made"))
-    assert "a" in mask
-    assert "b" not in mask
-    assert mask == Mask.full({"a": torch.ones(9)})
+    importances = importance_of(network(), "magnitude")
+    monkeypatch.setattr(importance, "magnitude", lambda _: pytest.fail("computed"))
     assert "few" in importances
     assert "b" not in importances
-
-
-def random_masks(levels: int) -> list[dict[str, torch.Tensor]]:
-    chance, masks_so_far = np.random.default_rng(8), [{"a": torch.ones(21, 9, dtype=torch.bool)}]
-    for _ in range(levels):
-        gone = torch.from_numpy(chance.random((21, 9)) < 0.05)
-        masks_so_far.append({"a": masks_so_far[-1]["a"] & ~gone})
-    return masks_so_far
-
-
-def test_a_packed_mask_is_the_mask(large):
-    chain = random_masks(3)
-    small = [Mask(one) for one in chain]
-    large()
-    packed = [Mask(one) for one in chain]
-    for one, other in zip(small, packed, strict=True):
-        assert isinstance(other.stored["a"], Bits)
-        assert torch.equal(other["a"], one["a"])
-        assert (other.survivors, other.size, other.densities) == (one.survivors, one.size, one.densities)
-        assert other == one == copy.deepcopy(other) == pickle.loads(pickle.dumps(other)) == Mask(other) == other.cpu()
-    for thin, thick in zip(packed[1:], packed, strict=False):
-        assert thin <= thick
-        assert not thick <= thin
-        assert thin != thick
-    assert not packed[0] <= Mask({"b": chain[0]["a"]})
-
-
-@pytest.mark.parametrize("levels", [0, 1, 4, 6, 300])
-def test_a_history_of_packed_masks_survives_a_checkpoint(large, levels, tmp_path):
-    large()
-    chain = [Mask(one) for one in random_masks(levels)]
-    history = History.of_dense(chain[0])
-    for mask in chain[1:]:
-        history = history.pruned(mask)
-    state = history.state()
-    assert state["pruned_at"]["a"].shape == (levels.bit_length(), 24)
-    assert state["packed"] == {"a": [21, 9]}
-    torch.save(state, tmp_path / "history.pt")
-    restored = History.from_state(torch.load(tmp_path / "history.pt", weights_only=True))
-    assert [restored.mask_at(level) for level in range(levels + 1)] == chain
-    assert Mask.load(tmp_path / "history.pt") == history.cpu().mask == chain[-1]
-    last = Mask({"a": torch.zeros(21, 9, dtype=torch.bool)})
-    assert restored.pruned(last).mask_at(levels + 1) == last
-    assert restored.pruned(last).mask_at(levels) == chain[-1]
-
-
-def test_a_file_of_a_large_network_written_before_masks_were_packed_is_read(large, tmp_path):
-    at = torch.from_numpy(np.random.default_rng(2).integers(0, 7, (21, 9)))
-    torch.save({"pruned_at": {"a": at.to(torch.uint8)}, "level": 4, "deepest": 6}, tmp_path / "old.pt")
-    large()
-    assert torch.equal(Mask.load(tmp_path / "old.pt")["a"], (at == 0) | (at > 4))
 
 
 def test_a_plain_mapping_prunes_a_large_network(large):
@@ -217,7 +146,7 @@ def set_aside(monkeypatch) -> list[int]:
     return sizes
 
 
-def test_only_what_is_removed_is_set_aside(large, set_aside):
+def test_only_removed_values_are_set_aside(large, set_aside):
     weights = network()
     large()
     mask = Mask({name: torch.arange(one.numel()).view(one.shape) % 4 > 0 for name, one in weights.items()})
@@ -247,35 +176,14 @@ def test_no_mask_is_drawn_twice_in_a_row(large, monkeypatch):
     assert spins == [0, 1] + [0] * (first == 0)
 
 
-# ---- the copies of a callback
+# ---- the callback
 
 
-def test_copies_on_disk_are_what_was_copied(monkeypatch):
-    set_limits(monkeypatch, written_entries=16)
-    weights = network(torch.bfloat16) | {"nan": torch.tensor([math.nan, -0.0]), "none": torch.empty(0, 3)}
-    there = OnDisk(weights)
-    before = {name: weight.clone() for name, weight in weights.items()}
-    for weight in weights.values():
-        weight.zero_()
-    for copied in (there, copy.deepcopy(there), pickle.loads(pickle.dumps(there))):
-        assert list(copied) == list(weights)
-        assert len(copied) == 6
-        for name, weight in before.items():
-            assert torch.equal(copied[name].view(torch.uint8), weight.contiguous().view(torch.uint8))
-    there["few"].fill_(7)
-    assert torch.equal(there["few"], before["few"])
-
-
-def test_where_the_disk_is_full_copies_stay_in_memory(large, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
+def test_the_copies_of_a_large_winner_are_on_disk(large):
     winner = grown(network())
     large()
-    assert isinstance(winner.cpu().dense, OnDisk)
-    monkeypatch.setattr(tempfile, "TemporaryFile", full)
     there = winner.cpu()
-    assert isinstance(there.dense, dict)
+    assert isinstance(there.dense, OnDisk)
     assert all(equal(there.weights_at(level), winner.weights_at(level)) for level in range(5))
 
 

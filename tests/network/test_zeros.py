@@ -1,4 +1,4 @@
-"""Zeros that are held: exact at every forward, through any optimizer, until released."""
+"""Pruned weights stay exactly zero at every forward, with any optimizer, until they are released."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIMIZERS = {
 }
 
 
-if hasattr(torch.optim, "Muon"):  # since torch 2.9; of matrices, whose entries it mixes
+if hasattr(torch.optim, "Muon"):  # since torch 2.9; it mixes the entries of matrices
     OPTIMIZERS["muon"] = lambda weights: torch.optim.Muon([one for one in weights if one.ndim == 2], lr=0.05)
 
 
@@ -87,13 +87,26 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seen=Non
         optimizer.step(closure)
 
 
-@pytest.mark.parametrize("made", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize("warm", [True, False], ids=["warm", "fresh"])
-def test_pruned_weights_are_zero_at_every_forward(made, warm):
+def held(made=OPTIMIZERS["adam"], steps: int = 0):
+    """A network that has trained some steps and is pruned now, its mask and its optimizer."""
     net = network()
     optimizer, mask = made(net.parameters()), half_of(net)
-    train(net, optimizer, 5 if warm else 0)  # momentum that would move them
+    train(net, optimizer, steps)
     ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    return net, mask, optimizer
+
+
+def momentum(weights) -> SGD:
+    return SGD(weights, lr=0.1, momentum=0.9)
+
+
+every_optimizer = pytest.mark.parametrize("made", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+@every_optimizer
+@pytest.mark.parametrize("warm", [True, False], ids=["warm", "fresh"])
+def test_pruned_weights_are_zero_at_every_forward(made, warm):
+    net, mask, optimizer = held(made, 5 if warm else 0)  # warm: momentum would move the pruned weights
     forwards = []
 
     def seen() -> None:
@@ -108,9 +121,8 @@ def test_pruned_weights_are_zero_at_every_forward(made, warm):
     assert (net[0].weight.detach()[kept] != before[kept]).all()  # the others train on
 
 
-@pytest.mark.parametrize("made", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_without_a_hold_the_zeros_are_lost(made):
-    # what the tests above would see if nothing were held
+@every_optimizer
+def test_after_release_the_zeros_are_lost(made):
     net = network()
     optimizer, mask = made(net.parameters()), half_of(net)
     hold = ZeroHold(dict(net.named_parameters()), mask, [optimizer])
@@ -122,7 +134,7 @@ def test_without_a_hold_the_zeros_are_lost(made):
     assert pruned_entries(net, mask).all()
 
 
-@pytest.mark.parametrize("made", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@every_optimizer
 def test_release_leaves_no_hook_behind(made):
     plain, held = network(), network()
     optimizers = [made(plain.parameters()), made(held.parameters())]
@@ -137,40 +149,31 @@ def test_release_leaves_no_hook_behind(made):
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "lbfgs"])
-def test_an_optimizer_remembers_nothing_of_pruned_weights(name):
+def test_an_optimizer_has_no_state_of_pruned_weights(name):
     net = network()
     optimizer, mask = OPTIMIZERS[name](net.parameters()), half_of(net)
     train(net, optimizer, 5)
+    before = deepcopy(optimizer.state[net[0].weight])
     assert any(memory.any() for memory in pruned_memories(optimizer, net, mask))
     ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    for key, memory in optimizer.state[net[0].weight].items():  # the state of kept weights, and counters, stay
+        here = mask["0.weight"] if torch.is_tensor(memory) and memory.shape == mask["0.weight"].shape else ...
+        assert torch.equal(torch.as_tensor(memory)[here], torch.as_tensor(before[key])[here])
     for _ in range(3):
         memories = pruned_memories(optimizer, net, mask)
         assert len(memories) >= 2
-        # decay that is added to the gradient adds nothing to a weight of zero
+        # weight decay adds nothing to the gradient of a weight that is zero
         assert not any(memory.any() for memory in memories)
         train(net, optimizer, 2)
-
-
-def test_what_is_remembered_of_kept_weights_and_steps_taken_stays():
-    net = network()
-    optimizer, mask = Adam(net.parameters()), half_of(net)
-    train(net, optimizer, 5)
-    state = optimizer.state[net[0].weight]
-    kept = mask["0.weight"]
-    before = {name: memory.clone() for name, memory in state.items()}
-    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
-    assert float(state["step"]) == 5
-    for name in ("exp_avg", "exp_avg_sq"):
-        assert torch.equal(state[name][kept], before[name][kept])
-    assert optimizer.state[net[0].bias]["exp_avg"].any()
 
 
 def test_lbfgs_forgets_its_history():
     net = network()
     optimizer = LBFGS(net.parameters(), lr=0.5, max_iter=4)
     train(net, optimizer, 3)
-    assert optimizer.state[net[0].weight]["old_dirs"]
-    ZeroHold(dict(net.named_parameters()), half_of(net), [optimizer])
+    for afresh in (False, True):
+        assert optimizer.state[net[0].weight]["old_dirs"]
+        ZeroHold(dict(net.named_parameters()), half_of(net), [optimizer], afresh)
     assert not optimizer.state
 
 
@@ -182,9 +185,7 @@ def masked_network(net: nn.Module, mask: Mask):
 
 
 def test_clipping_sees_the_gradient_of_the_pruned_network():
-    net, reference = network(), network()
-    mask, optimizer = half_of(net), SGD(net.parameters(), lr=0.1)
-    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    (net, mask, _), reference = held(), network()
     mse_loss(net(X), Y).backward()
     masked_network(reference, mask).backward()
     norm = nn.utils.clip_grad_norm_(net.parameters(), 0.1)
@@ -195,24 +196,20 @@ def test_clipping_sees_the_gradient_of_the_pruned_network():
 
 
 def test_training_is_that_of_the_pruned_network():
-    net, reference = network(), network()
-    mask = half_of(net)
-    optimizers = [SGD(one.parameters(), lr=0.05, momentum=0.9) for one in (net, reference)]
-    ZeroHold(dict(net.named_parameters()), mask, optimizers[:1])
-    train(net, optimizers[0], 20)
+    (net, mask, optimizer), reference = held(momentum), network()
+    train(net, optimizer, 20)
+    optimizer = momentum(reference.parameters())
     for _ in range(20):
-        optimizers[1].zero_grad()
+        optimizer.zero_grad()
         masked_network(reference, mask).backward()
-        optimizers[1].step()
+        optimizer.step()
     for name, one in reference.named_parameters():
         expected = one * mask[name] if name in mask else one
         assert torch.allclose(dict(net.named_parameters())[name], expected, atol=1e-6)
 
 
 def test_accumulated_gradients_stay_zero_at_pruned_weights():
-    net = network()
-    mask, optimizer = half_of(net), AdamW(net.parameters(), lr=0.05, weight_decay=0.5)
-    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    net, mask, optimizer = held(OPTIMIZERS["adamw"])
     for _ in range(5):
         for part in range(4):
             mse_loss(net(X[part::4]), Y[part::4]).backward()
@@ -223,18 +220,6 @@ def test_accumulated_gradients_stay_zero_at_pruned_weights():
         assert not pruned_entries(net, mask).any()
 
 
-def test_gradients_written_by_others_do_not_reach_the_optimizer():
-    # as a distributed reduction does, after the gradients were accumulated
-    net = network()
-    mask, optimizer = half_of(net), SGD(net.parameters(), lr=0.1, momentum=0.9)
-    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
-    net[0].weight.grad = torch.ones_like(net[0].weight)
-    optimizer.step()
-    momentum = optimizer.state[net[0].weight]["momentum_buffer"]
-    assert torch.equal(momentum, mask["0.weight"].float())
-    assert not pruned_entries(net, mask).any()
-
-
 def test_gradients_accumulated_before_the_hold_are_cleared():
     net = network()
     mask, optimizer = half_of(net), SGD(net.parameters(), lr=0.1)
@@ -243,18 +228,7 @@ def test_gradients_accumulated_before_the_hold_are_cleared():
     assert not net[0].weight.grad[~mask["0.weight"]].any()
 
 
-def test_nan_gradients_at_pruned_weights_do_no_harm():
-    net = network()
-    mask, optimizer = half_of(net), Adam(net.parameters(), lr=0.1)
-    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
-    net[0].weight.grad = torch.ones_like(net[0].weight).masked_fill(~mask["0.weight"], torch.nan)
-    optimizer.step()
-    assert not pruned_entries(net, mask).any()
-    assert net[0].weight.isfinite().all()
-    assert not optimizer.state[net[0].weight]["exp_avg"][~mask["0.weight"]].any()
-
-
-def test_parameters_and_their_names_stay():
+def test_parameters_keep_their_identity_and_their_names():
     net = network()
     before = {name: (id(one), one.data_ptr()) for name, one in net.named_parameters()}
     ZeroHold(dict(net.named_parameters()), half_of(net), [SGD(net.parameters(), lr=0.1)])
@@ -274,8 +248,8 @@ def test_every_one_of_several_optimizers_is_held():
         assert not pruned_entries(net, mask).any()
 
 
-def test_fill_clears_what_was_written_from_outside():
-    # as an optimizer that is not torch's, or weight averaging, would
+def test_fill_clears_what_others_wrote():
+    # another library's optimizer, or weight averaging
     net = network()
     mask = half_of(net)
     hold = ZeroHold(dict(net.named_parameters()), mask, [])
@@ -305,9 +279,7 @@ def test_an_optimizer_that_moves_weights_without_a_gradient_is_held():
                 for weight in self.param_groups[0]["params"]:
                     weight.add_(0.01)
 
-    net = network()
-    mask, optimizer = half_of(net), Langevin(net.parameters(), lr=0.1)
-    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    net, mask, optimizer = held(lambda weights: Langevin(weights, lr=0.1))
     train(net, optimizer, 2)
     assert not pruned_entries(net, mask).any()
 
@@ -417,10 +389,7 @@ def test_sparse_gradients_are_filled_where_they_have_entries():
 
 
 def test_weights_without_a_gradient_are_held():
-    net = network()
-    mask, optimizer = half_of(net), SGD(net.parameters(), lr=0.1, momentum=0.9)
-    train(net, optimizer, 2)
-    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    net, mask, optimizer = held(momentum, 2)
     optimizer.zero_grad()
     net[2](torch.ones(3, 8)).sum().backward()
     assert net[0].weight.grad is None
@@ -433,10 +402,7 @@ def test_weights_without_a_gradient_are_held():
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_with_a_gradient_scaler(fused):
-    net = network()
-    mask, optimizer = half_of(net), Adam(net.parameters(), lr=0.05, fused=fused)
-    train(net, optimizer, 2)
-    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    net, mask, optimizer = held(lambda weights: Adam(weights, lr=0.05, fused=fused), 2)
     scaler, skipped = torch.amp.GradScaler("cpu", init_scale=2.0**10), 0
     for step in range(6):
         optimizer.zero_grad()
@@ -475,32 +441,39 @@ def test_a_gradient_that_overflows_at_a_pruned_weight_skips_no_step():
     assert not weight[~kept].any()
 
 
-def test_a_gradient_written_in_place_is_filled_again():
-    net = network()
-    mask, optimizer = half_of(net), SGD(net.parameters(), lr=0.1, momentum=0.9)
-    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
-    mse_loss(net(X), Y).backward()
-    net[0].weight.grad.add_(1.0)
-    optimizer.step()
-    assert not optimizer.state[net[0].weight]["momentum_buffer"][~mask["0.weight"]].any()
+def replace(weight, kept):
+    weight.grad = torch.ones_like(weight)
 
 
-def test_what_a_reduction_over_processes_may_have_written_is_filled(monkeypatch):
-    # it writes as `.data` does, where torch counts no writes
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    net = network()
-    mask, optimizer = half_of(net), SGD(net.parameters(), lr=0.1, momentum=0.9)
-    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+def overflow(weight, kept):
+    weight.grad = torch.ones_like(weight).masked_fill(~kept, torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("write", "processes"),
+    [
+        (replace, False),
+        (overflow, False),
+        (lambda weight, _: weight.grad.add_(1.0), False),
+        (lambda weight, _: weight.grad.data.add_(1.0), True),  # as a reduction, whose writes torch does not count
+    ],
+    ids=["replaced", "nan", "in place", "reduced"],
+)
+def test_a_gradient_that_is_written_to_before_the_step_is_filled_again(monkeypatch, write, processes):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: processes)
+    net, mask, optimizer = held(momentum)
+    kept = mask["0.weight"]
     mse_loss(net(X), Y).backward()
-    net[0].weight.grad.data.add_(1.0)
+    write(net[0].weight, kept)
     optimizer.step()
-    assert not optimizer.state[net[0].weight]["momentum_buffer"][~mask["0.weight"]].any()
+    state = optimizer.state[net[0].weight]["momentum_buffer"]
+    assert torch.equal(state != 0, kept)
+    assert state.isfinite().all()
+    assert torch.equal(net[0].weight != 0, kept)
 
 
 def test_a_step_fills_each_gradient_and_each_weight_once(monkeypatch):
-    net = network()
-    mask, optimizer = half_of(net), Adam(net.parameters(), lr=0.1)
-    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    net, mask, optimizer = held()
     filled, fill = [], ZeroFill.__call__
     monkeypatch.setattr(ZeroFill, "__call__", lambda self, one: (filled.append(one), fill(self, one))[1])
     train(net, optimizer, 3)
