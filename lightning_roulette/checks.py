@@ -66,7 +66,7 @@ def check_epochs(at_epoch: Any, confidence: float | None = None) -> None:
     """
     if at_epoch is None or not isinstance(at_epoch, Sequence) or isinstance(at_epoch, str):
         if isinstance(at_epoch, Iterable) and not isinstance(at_epoch, str):
-            raise TypeError(f"at_epoch is {at_epoch!r}, but must be a number, a list or a range.")
+            raise TypeError(f"at_epoch is {at_epoch!r}, but must be a number, or a list or range of several.")
         if at_epoch is not None:
             check_count("at_epoch", at_epoch, at_least=0)
         return

@@ -1,4 +1,4 @@
-"""Weights in several processes: the wheel stops, bit for bit, where that of one process stops."""
+"""Sharded weights: all processes draw the mask that one process draws, and fill and restore their own part."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
-from lightning_roulette import Mask
+from lightning_roulette import Mask, PrunedWeights
 from lightning_roulette.large.bits import Bits, as_stored
 from lightning_roulette.large.limits import limited
 from lightning_roulette.large.shards import Shards, is_sharded, local, part_of, reshard, start_of
-from lightning_roulette.mask import mask as masks
+from lightning_roulette.mask.mask import fill_pruned
 from lightning_roulette.network.lending import applied
 from lightning_roulette.network.zeros import ZeroFill
 from lightning_roulette.wheel.chance import moved, random_bits
@@ -27,7 +28,7 @@ KINDS = ("spread", "tied", "zeros", "tiny and huge")
 
 
 def network(rows: list[int], kind: str, seed: int) -> dict[str, torch.Tensor]:
-    """Weights of so many rows each, with what makes a threshold hard to find."""
+    """Layers with these numbers of rows. Each kind makes the threshold of a draw hard to find in its own way."""
     chance = torch.Generator().manual_seed(seed)
     weights = {f"layer {i}": torch.randn(count, 3 + i, generator=chance) for i, count in enumerate(rows)}
     for one in weights.values():
@@ -46,7 +47,7 @@ def partly(weights, share: float) -> Mask:
 
 
 def spun(weights, parent, draws, *, ranks, whole=(), sharpness=1.0, scope="global", of=None):
-    """The mask of one process, and those that each of several finds."""
+    """The mask that one process draws, and the masks that several processes draw."""
     numbers = {"seed": 3, "level": 2, "candidate": 1}
     measure = of or (lambda tensors: {name: magnitude(one) for name, one in tensors.items()})
     options = {"sharpness": sharpness, "scope": scope}
@@ -81,24 +82,36 @@ def test_all_processes_find_the_mask_of_one(rows, kind, ranks, sharpness, share,
     assert found == [alone] * ranks
 
 
+def with_zeros() -> dict[str, torch.Tensor]:
+    """Two thirds are zero, and the smallest weight belongs to the first process."""
+    weights = {"layer": torch.randn(80, 5, generator=torch.Generator().manual_seed(0))}
+    weights["layer"][:, 2:] = 0
+    weights["layer"][0, 0] = 1e-30
+    return weights
+
+
+@pytest.mark.parametrize("held", [100, 1 << 24])
 @pytest.mark.parametrize("sharpness", SHARPNESSES)
-def test_equal_weights_go_in_the_order_of_one_process(sharpness):
-    weights = {name: torch.ones(7, 5) for name in "abc"}
-    for draws in (1, 34, 35, 36, 71, 104):
-        alone, found = spun(weights, Mask.full(weights), draws, ranks=3, sharpness=sharpness)
-        assert found == [alone] * 3
-
-
-@pytest.mark.parametrize("sharpness", [0.0, 4.0, math.inf])
-def test_what_all_processes_hold_counts_once(sharpness):
-    weights = network([8, 4, 6], "spread", 0)
-    alone, found = spun(weights, Mask.full(weights), 40, ranks=3, whole=("layer 1",), sharpness=sharpness)
-    assert found == [alone] * 3
+@pytest.mark.parametrize(
+    ("weights", "whole", "draws"),
+    [
+        ({name: torch.ones(7, 5) for name in "abc"}, (), (1, 34, 35, 36, 71, 104)),
+        (network([8, 4, 6], "spread", 0), ("layer 1",), (40,)),
+        (with_zeros(), (), (20, 120, 239, 240, 241)),
+        ({"layer": torch.randn(300, 100, generator=torch.Generator().manual_seed(0))}, (), (9000,)),
+    ],
+    ids=["ties", "one layer in every process", "zeros", "many keys with the same first digits"],
+)
+def test_hard_thresholds_are_those_of_one_process(weights, whole, draws, sharpness, held):
+    with limited(held_weights=held):
+        for count in draws:
+            alone, found = spun(weights, Mask.full(weights), count, ranks=3, whole=whole, sharpness=sharpness)
+            assert found == [alone] * 3
 
 
 @pytest.mark.parametrize("sharpness", [0.0, 2.0, math.inf])
-def test_a_wheel_that_makes_all_again_block_by_block_finds_the_same(sharpness):
-    """Of more weights than are held, and of masks that are packed; shards begin within a byte."""
+def test_packed_masks_and_keys_that_are_computed_in_blocks_change_nothing(sharpness):
+    # shards begin within a byte
     weights = network([301, 77], "zeros", 1)
     parent = partly(weights, 0.3)
     with (
@@ -113,25 +126,6 @@ def test_a_wheel_that_makes_all_again_block_by_block_finds_the_same(sharpness):
     assert held == alone
 
 
-@pytest.mark.parametrize("held", [100, 1 << 24])
-@pytest.mark.parametrize("sharpness", [0.5, 1.0, 16.0, 1e300])
-def test_zeros_race_one_another_wherever_the_smallest_weight_lies(sharpness, held):
-    weights = {"layer": torch.randn(80, 5, generator=torch.Generator().manual_seed(0))}
-    weights["layer"][:, 2:] = 0
-    weights["layer"][0, 0] = 1e-30  # of the first process
-    with limited(held_weights=held):
-        for draws in (20, 120, 239, 240, 241):
-            alone, found = spun(weights, Mask.full(weights), draws, ranks=3, sharpness=sharpness)
-            assert found == [alone] * 3
-
-
-def test_many_weights_of_which_the_first_digits_leave_several():
-    weights = {"layer": torch.randn(300, 100, generator=torch.Generator().manual_seed(0))}
-    for sharpness in (0.0, 1.0, 16.0, math.inf):
-        alone, found = spun(weights, Mask.full(weights), 9000, ranks=2, sharpness=sharpness)
-        assert found == [alone] * 2
-
-
 def test_all_processes_raise_if_one_has_nan():
     weights = {"layer": torch.ones(4, 2)}
     weights["layer"][0, 0] = math.nan
@@ -143,7 +137,7 @@ def test_all_processes_raise_if_one_has_nan():
 
 @given(stream=st.integers(-(2**63), 2**63 - 1), start=st.integers(0, 2**40))
 @settings(max_examples=30, deadline=None)
-def test_a_moved_stream_draws_what_the_other_draws_further_on(stream, start):
+def test_a_moved_stream_equals_the_original_stream_further_on(stream, start):
     index = torch.arange(5)
     assert torch.equal(random_bits(moved(stream, start), index), random_bits(stream, index + start))
 
@@ -160,7 +154,7 @@ class Placement:
 
 
 class Shard(Placement):
-    """Has the name of torch's own."""
+    """Has the name of torch's class."""
 
 
 class Mesh:
@@ -175,7 +169,7 @@ class Mesh:
 
 
 class Distributed:
-    """What is looked at of a DTensor."""
+    """The part of DTensor's interface that the package uses."""
 
     def __init__(self, whole, rank, ranks, placements, ndim=1) -> None:
         self.whole, self.shape, self.placements = whole, whole.shape, placements
@@ -195,7 +189,7 @@ class Distributed:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
-def test_the_parts_of_a_mask_are_those_of_the_rows_held(ranks):
+def test_each_process_gets_the_part_of_a_mask_for_its_rows(ranks):
     whole = torch.arange(35.0).view(7, 5)
     kept = whole.remainder(3) == 0
     for rank in range(ranks):
@@ -207,8 +201,8 @@ def test_the_parts_of_a_mask_are_those_of_the_rows_held(ranks):
 
 
 @pytest.mark.parametrize("most", [1 << 20, 4])
-def test_a_part_is_pruned_and_given_back_bit_for_bit(most):
-    """Also of a packed mask, a few rows at a time."""
+def test_a_part_is_pruned_and_restored_bit_for_bit(most):
+    # plain, or packed and a few rows at a time
     whole = torch.arange(1.0, 36.0).view(7, 5)
     kept = {"": whole.remainder(3) == 0}
     with limited(unpacked_entries=most, masked_entries=5):
@@ -220,19 +214,11 @@ def test_a_part_is_pruned_and_given_back_bit_for_bit(most):
             with applied(mask, {"": ours}):
                 assert torch.equal(ours.held, before.where(before.remainder(3) == 0, 0))
             assert torch.equal(ours.held, before)
-            masks.fill_pruned({"": ours}, mask)
+            fill_pruned({"": ours}, mask)
             assert torch.equal(ours.held, before.where(before.remainder(3) == 0, 0))
-
-
-def test_zeros_of_a_part_are_filled_again():
-    whole = torch.arange(1.0, 36.0).view(7, 5)
-    for rank in range(3):
-        ours = Distributed(whole.clone(), rank, 3, (Shard(0),))
-        fill = ZeroFill(part_of(as_stored(whole.remainder(3) == 0), ours), ours)
-        ours.held[0, :] = math.nan
-        fill(ours)
-        expected = whole.chunk(3)[rank].remainder(3) == 0
-        assert torch.equal(ours.held != 0, expected)
+            ours.held[:1] = math.nan
+            ZeroFill(part_of(as_stored(kept[""]), ours), ours)(ours)
+            assert torch.equal(ours.held != 0, before.remainder(3) == 0)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +226,7 @@ def test_zeros_of_a_part_are_filled_again():
     [((Shard(1),), 1), ((Shard(0), Shard(0)), 2), ((Placement(0),), 1)],
     ids=["columns", "two dimensions", "not torch's own"],
 )
-def test_weights_that_do_not_lie_by_rows_are_refused(placements, ndim):
+def test_weights_that_are_not_sharded_by_rows_are_refused(placements, ndim):
     with pytest.raises(ValueError, match=r"shape \(4, 6\) is placed.*fully_shard.*prune on one device"):
         start_of(Distributed(torch.zeros(4, 6), 0, 2, placements, ndim))
 
@@ -251,3 +237,20 @@ def test_plain_weights_have_no_shards():
     reshard(net)
     assert local(net.weight) is net.weight
     assert start_of(net.weight) == 0
+
+
+def test_a_real_sharded_weight_is_masked(tmp_path):
+    tensors = pytest.importorskip("torch.distributed.tensor")
+    if not hasattr(tensors, "distribute_tensor"):
+        pytest.skip("public since torch 2.5")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        weight, mesh = torch.arange(-6.0, 6.0).view(4, 3), init_device_mesh("cpu", (1,))
+        sharded = tensors.distribute_tensor(weight.clone(), mesh, [tensors.Shard(0)])
+        assert Mask.full({"w": sharded}) == Mask.full({"w": weight})
+        assert Mask.of_nonzeros({"w": sharded}) == Mask.of_nonzeros({"w": weight})
+        pruned = PrunedWeights(Mask({"w": weight > 0}), {"w": sharded}).weights["w"]
+        assert torch.equal(local(pruned), weight.clamp(min=0))
+        assert torch.equal(local(sharded), weight)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -148,21 +148,17 @@ def test_attention_rows_give_its_projections(sizes, bias, batch_first):
         assert torch.allclose(applied(layer, tuple(given[:2]), value), wanted, atol=1e-12)
 
 
-def test_a_frozen_bias_is_none_that_may_change():
-    module = nn.Sequential(nn.Linear(4, 3), nn.MultiheadAttention(4, 2))
-    assert {layer.bias for layer in layers_of(module, ["0.weight", "1.in_proj_weight"])[0]} == {
-        "0.bias",
-        "1.in_proj_bias",
-    }
+def test_a_bias_that_is_frozen_or_tied_must_not_change():
+    def biases() -> list[str | None]:
+        return [layer.bias for layer in layers_of(module, ["0.weight", "2.weight", "1.in_proj_weight"])[0]]
+
+    module = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.Linear(4, 4))
+    assert biases() == ["0.bias", *["1.in_proj_bias"] * 3, "2.bias"]
     module[0].bias.requires_grad_(False)
     module[1].in_proj_bias.requires_grad_(False)
-    assert {layer.bias for layer in layers_of(module, ["0.weight", "1.in_proj_weight"])[0]} == {None}
-
-
-def test_a_tied_bias_may_not_change():
-    module = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
-    module[1].bias = module[0].bias
-    assert [layer.bias for layer in layers_of(module, ["0.weight", "1.weight"])[0]] == [None, None]
+    assert biases() == [None] * 4 + ["2.bias"]
+    module[0].bias = module[2].bias
+    assert biases() == [None] * 5
 
 
 class Scaled(nn.Linear):

@@ -75,61 +75,37 @@ def zoo() -> Zoo:
 
 
 SOURCE = "torch computes another tensor from it: remove prune, weight_norm or spectral_norm"
-PRUNABLE = [
-    "linear.weight",
-    "conv1.weight",
-    "conv2.weight",
-    "conv3.weight",
-    "up1.weight",
-    "up2.weight",
-    "up3.weight",
-    "twin1.weight",
-    "attention.in_proj_weight",
-    "attention.out_proj.weight",
-    "cross_attention.q_proj_weight",
-    "cross_attention.k_proj_weight",
-    "cross_attention.v_proj_weight",
-    "cross_attention.out_proj.weight",
-    "lstm.weight_ih_l0",
-    "lstm.weight_hh_l0",
-    "lstm.weight_hr_l0",
-    "lstm.weight_ih_l0_reverse",
-    "lstm.weight_hh_l0_reverse",
-    "lstm.weight_hr_l0_reverse",
-    "gru_cell.weight_ih",
-    "gru_cell.weight_hh",
-    "compiled._orig_mod.weight",
-    "half.weight",
-]
-SKIPPED = {
-    "own": "own of Zoo",
-    "linear.bias": "bias of Linear",
-    "conv2.bias": "bias of Conv2d",
-    "batch_norm.weight": "weight of BatchNorm2d",
-    "layer_norm.weight": "weight of LayerNorm",
-    "embedding.weight": "weight of Embedding",
-    "tied_embedding.weight": "weight of Embedding",
-    "twin2.bias": "bias of Linear",
-    "attention.in_proj_bias": "in_proj_bias of MultiheadAttention",
-    "attention.out_proj.bias": "bias of NonDynamicallyQuantizableLinear",
-    "cross_attention.bias_k": "bias_k of MultiheadAttention",
-    "lstm.bias_ih_l0": "bias_ih_l0 of LSTM",
-    "gru_cell.bias_hh": "bias_hh of GRUCell",
-    "normed.parametrizations.weight.original0": "parametrised: another tensor is computed from it",
-    "normed.parametrizations.weight.original1": "parametrised: another tensor is computed from it",
-    "old_normed.weight_g": SOURCE,
-    "old_normed.weight_v": SOURCE,
-    "pruned.weight_orig": SOURCE,
-    "lazy.weight": "lazy: it has no shape yet",
-    "lazy.bias": "lazy: it has no shape yet",
-    "meta.weight": "on the meta device: it has no values",
-    "empty.weight": "empty",
-    "frozen.weight": "frozen",
-    "complex.weight": "quantised or complex",
-    "integer.weight": "quantised or complex",
-    "metric.inception.weight": "belongs to a metric",
-    "metric.inception.bias": "belongs to a metric",
+NAMES = """
+    linear.weight conv1.weight conv2.weight conv3.weight up1.weight up2.weight up3.weight twin1.weight
+    attention.in_proj_weight attention.out_proj.weight cross_attention.q_proj_weight
+    cross_attention.k_proj_weight cross_attention.v_proj_weight cross_attention.out_proj.weight
+    lstm.weight_ih_l0 lstm.weight_hh_l0 lstm.weight_hr_l0 lstm.weight_ih_l0_reverse lstm.weight_hh_l0_reverse
+    lstm.weight_hr_l0_reverse gru_cell.weight_ih gru_cell.weight_hh compiled._orig_mod.weight half.weight
+"""
+PRUNABLE = NAMES.split()
+REASONS = {
+    "own of Zoo": "own",
+    "bias of Linear": "linear.bias twin2.bias",
+    "bias of Conv2d": "conv2.bias",
+    "weight of BatchNorm2d": "batch_norm.weight",
+    "weight of LayerNorm": "layer_norm.weight",
+    "weight of Embedding": "embedding.weight tied_embedding.weight",
+    "in_proj_bias of MultiheadAttention": "attention.in_proj_bias",
+    "bias of NonDynamicallyQuantizableLinear": "attention.out_proj.bias",
+    "bias_k of MultiheadAttention": "cross_attention.bias_k",
+    "bias_ih_l0 of LSTM": "lstm.bias_ih_l0",
+    "bias_hh of GRUCell": "gru_cell.bias_hh",
+    "parametrised: another tensor is computed from it": "normed.parametrizations.weight.original0"
+    " normed.parametrizations.weight.original1",
+    SOURCE: "old_normed.weight_g old_normed.weight_v pruned.weight_orig",
+    "lazy: it has no shape yet": "lazy.weight lazy.bias",
+    "on the meta device: it has no values": "meta.weight",
+    "empty": "empty.weight",
+    "frozen": "frozen.weight",
+    "quantised or complex": "complex.weight integer.weight",
+    "belongs to a metric": "metric.inception.weight metric.inception.bias",
 }
+SKIPPED = {name: reason for reason, names in REASONS.items() for name in names.split()}
 
 
 def test_weights_of_the_documented_layers_are_prunable(zoo):
@@ -184,26 +160,28 @@ def test_a_subclass_of_a_layer_is_that_layer():
     assert list(prunable_parameters(Scaled(3, 2))) == ["weight"]
 
 
-def test_a_recurrent_weight_under_the_old_weight_norm_is_skipped():
-    lstm = old_weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
-    assert list(prunable_parameters(lstm)) == ["weight_ih_l0"]
-    assert {"weight_hh_l0_g", "weight_hh_l0_v"} <= skipped_parameters(lstm).keys()
-
-
-def test_a_recurrent_weight_pruned_by_torch_is_skipped():
-    lstm = prune.l1_unstructured(nn.LSTM(3, 4), "weight_ih_l0", 0.5)
-    assert list(prunable_parameters(lstm)) == ["weight_hh_l0"]
-
-
-def test_a_parametrised_recurrent_weight_is_skipped():
-    lstm = parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
-    assert list(prunable_parameters(lstm)) == ["weight_ih_l0"]
-    assert "parametrizations.weight_hh_l0.original0" in skipped_parameters(lstm)
-
-
-def test_a_projection_pruned_by_torch_is_skipped():
-    attention = prune.l1_unstructured(nn.MultiheadAttention(4, 2), "in_proj_weight", 0.5)
-    assert list(prunable_parameters(attention)) == ["out_proj.weight"]
+@pytest.mark.parametrize(
+    ("layer", "prunable", "skipped"),
+    [
+        (lambda: old_weight_norm(nn.LSTM(3, 4), "weight_hh_l0"), "weight_ih_l0", "weight_hh_l0_g"),
+        (lambda: old_weight_norm(nn.LSTM(3, 4), "weight_hh_l0"), "weight_ih_l0", "weight_hh_l0_v"),
+        (lambda: prune.l1_unstructured(nn.LSTM(3, 4), "weight_ih_l0", 0.5), "weight_hh_l0", "weight_ih_l0_orig"),
+        (
+            lambda: parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0"),
+            "weight_ih_l0",
+            "parametrizations.weight_hh_l0.original0",
+        ),
+        (
+            lambda: prune.l1_unstructured(nn.MultiheadAttention(4, 2), "in_proj_weight", 0.5),
+            "out_proj.weight",
+            "in_proj_weight_orig",
+        ),
+    ],
+)
+def test_the_source_of_a_computed_weight_is_skipped(layer, prunable, skipped):
+    made = layer()
+    assert list(prunable_parameters(made)) == [prunable]
+    assert skipped in skipped_parameters(made)
 
 
 @pytest.mark.parametrize(
