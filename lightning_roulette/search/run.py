@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from lightning_roulette.judge.certificate import Outcomes, Singles, method_of, size_of, too_few
 from lightning_roulette.judge.evaluator import Judge
 from lightning_roulette.judge.race import Reference, Rung, no_race, rungs
-from lightning_roulette.mask.mask import History
+from lightning_roulette.mask.history import History
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.report.report import Scores, SearchReport, StopReason

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from lightning_roulette.mask.mask import History, Mask
+from lightning_roulette.mask.history import History
+from lightning_roulette.mask.mask import Mask
 from lightning_roulette.refit.refitted import Refitted, Survivors
 from lightning_roulette.report.report import Level, SearchReport
 
