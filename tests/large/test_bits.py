@@ -1,4 +1,4 @@
-"""Bits: a bool tensor packed and unpacked is what it was, whatever its shape, its size and its place in memory."""
+"""A packed bool tensor has the same entries, for every shape, size and memory format."""
 
 from __future__ import annotations
 
@@ -64,16 +64,16 @@ def test_bits_combine_as_bools_do(pairs):
 
 @pytest.mark.parametrize("shape", [(), (0,), (8,), (13,), (3, 5, 2)])
 @pytest.mark.parametrize("value", [True, False])
-def test_all_of_one_value_is_as_if_packed(shape, value):
+def test_bits_of_one_value_equal_packed_ones(shape, value):
     filled = Bits.filled(value, torch.Size(shape), torch.device("cpu"))
     assert filled.equals(Bits.of(torch.full(shape, value)))
     assert filled.unpacked().shape == shape
 
 
-def test_all_of_one_value_take_a_byte():
+def test_bits_of_one_value_take_one_byte():
     filled = Bits.filled(True, torch.Size([1024, 1024]), torch.device("cpu"))
     assert filled.packed.untyped_storage().nbytes() == 1
-    assert filled.part(2**20 - 3, 2**20).tolist() == [True] * 3  # of a single byte
+    assert filled.part(2**20 - 3, 2**20).tolist() == [True] * 3  # all in one byte
     assert filled.count() == 2**20
 
 
@@ -81,7 +81,7 @@ def test_equal_bits_of_another_shape_are_not_equal():
     assert not Bits.of(some(12)).equals(Bits.of(some(12).view(3, 4)))
 
 
-def test_memory_format_and_place_do_not_matter():
+def test_memory_format_and_offset_do_not_matter():
     last = some(2 * 3 * 4 * 5).view(2, 3, 4, 5).to(memory_format=torch.channels_last)
     turned, behind = some(60).view(6, 10).T, some(61)[1:]
     with limited(packed_entries=8):

@@ -1,4 +1,4 @@
-"""Large networks: what saves memory changes no mask, no weight and no file, and it does save memory."""
+"""Large networks are pruned exactly like small ones, with less memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, Wheel, Winner, apply_mask, search
+from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, Wheel, Winner, search
 from lightning_roulette.large.bits import Bits
 from lightning_roulette.large.copies import OnDisk
 from lightning_roulette.large.masking import RemovedValues
@@ -30,7 +30,7 @@ WEIGHTS = ("net.0.weight", "net.2.weight")
 
 @pytest.fixture
 def large(monkeypatch):
-    """A function after which networks of any size are large ones, in many blocks."""
+    """A function that makes the package treat every network as a large one, in many blocks."""
 
     def make_large() -> None:
         set_limits(
@@ -48,7 +48,7 @@ def large(monkeypatch):
 
 
 def network(dtype=torch.float32) -> dict[str, torch.Tensor]:
-    """Weights of which some are zero, some tie, and some lie in another order in memory."""
+    """Weights with zeros, with ties, and in other memory formats."""
     chance = np.random.default_rng(5)
     found = {
         "conv": torch.from_numpy(chance.standard_normal((6, 4, 3, 3))).to(memory_format=torch.channels_last),
@@ -86,14 +86,14 @@ def test_a_large_network_is_searched_as_a_small_one_is(large, dtype, how):
 
 
 @pytest.mark.parametrize("kind", ["lamp", lambda weights: {name: one.abs() + 1 for name, one in weights.items()}])
-def test_importances_that_are_held_are_read_in_blocks_too(large, kind):
+def test_an_importance_that_is_held_gives_the_same_mask_in_blocks(large, kind):
     how = Wheel(4, importance=kind)
     expected = {name: kept.clone() for name, kept in grown(network(), wheel=how).mask.items()}
     large()
     assert equal(dict(grown(network(), wheel=how).mask), expected)
 
 
-def test_magnitudes_are_made_when_they_are_asked_for(large):
+def test_magnitudes_are_computed_at_each_access(large):
     weights = network(torch.bfloat16)
     large()
     found = importance_of(weights, "magnitude")
@@ -105,7 +105,7 @@ def test_magnitudes_are_made_when_they_are_asked_for(large):
         assert torch.equal(thrice.part(name, 2, 5), magnitude(weight).flatten()[2:5] * 3)
 
 
-def test_a_search_changes_no_weight_and_no_importance_of_a_user(large):
+def test_a_search_changes_neither_weights_nor_the_importance_of_a_user(large):
     weights, given = network(torch.float64), network(torch.float64)
     own = {name: weight.abs() for name, weight in network(torch.float64).items()}
     before = {name: values.clone() for name, values in own.items()}
@@ -123,18 +123,9 @@ def test_names_of_importances_are_looked_up_without_computing_them(large, monkey
     assert "b" not in importances
 
 
-def test_a_plain_mapping_prunes_a_large_network(large):
-    module, net = Blobs(), dict(Blobs().named_parameters())
-    kept = {name: torch.arange(net[name].numel()).view(net[name].T.shape).T % 3 > 0 for name in WEIGHTS}
-    large()
-    apply_mask(module, kept)
-    for name, weight in module.named_parameters():
-        assert torch.equal(weight, net[name].masked_fill(~kept[name], 0) if name in kept else net[name])
-
-
 @pytest.fixture
 def set_aside(monkeypatch) -> list[int]:
-    """The number of values that are set aside for each large weight, from now on."""
+    """The number of values that is set aside for each large weight."""
     sizes = []
 
     class Counted(RemovedValues):
@@ -216,7 +207,7 @@ def test_the_callback_prunes_a_large_network_as_a_small_one(make_trainer, tmp_pa
     assert equal(dict(resumed.mask), expected)
 
 
-def test_a_large_network_is_never_set_aside_whole_to_see_whether_validation_sees_it(
+def test_whether_validation_depends_on_weights_is_found_without_setting_all_aside(
     make_trainer, tmp_path, large, set_aside
 ):
     large()
@@ -232,7 +223,7 @@ class Elsewhere(Blobs):
         self.log("val_acc", self.net[0].bias.detach().sum())
 
 
-def test_a_large_network_that_validation_does_not_see_is_refused(make_trainer, large):
+def test_a_validation_that_does_not_depend_on_a_large_network_is_refused(make_trainer, large):
     large()
     trainer = make_trainer(callbacks=[RouletteWheelPruning(refit=None)])
     with pytest.raises(RuntimeError, match="validation logs the same with all prunable weights at zero"):
@@ -245,6 +236,6 @@ def test_a_search_takes_less_than_a_byte_a_weight():
     program = Path(__file__).parents[2] / "examples" / "benchmarks" / "memory.py"
     command = [sys.executable, str(program), "--measure", "search", "--sizes", "2e7"]
     found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
-    # what a spin needs at any size, and libraries that are loaded late, are about sixty megabytes
+    # a draw at any size, and libraries that are loaded late, need about sixty megabytes
     assert found["weights"] > 1.9e7
     assert found["peak"] - found["bytes"] < found["weights"] + 7e7

@@ -154,7 +154,7 @@ def test_applying_keeps_the_identity_and_names_of_parameters(packed):
     net = network()
     before = {name: (id(one), one.data_ptr()) for name, one in net.named_parameters()}
     keys = list(net.state_dict())
-    apply_mask(net, {"0.weight": torch.tensor([[True, False, True], [False, False, True]])})
+    apply_mask(net, {"0.weight": torch.tensor([[True, False], [False, False], [True, True]]).T})
     assert {name: (id(one), one.data_ptr()) for name, one in net.named_parameters()} == before
     assert list(net.state_dict()) == keys
     assert (net[0].weight != 0).tolist() == [[True, False, True], [False, False, True]]

@@ -1,4 +1,4 @@
-"""Layers: their rows times their maps are the module's own outputs, whatever the module is set to."""
+"""The rows of a layer times its matrices are the module's outputs, for every setting of the module."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def everywhere(count: int) -> torch.Tensor:
 
 
 def applied(layer, arguments, named=None, chosen=everywhere) -> torch.Tensor:
-    """What the layer says that its module gives: shape (rows, outputs), those of one group after those of another."""
+    """The module's outputs computed from rows and matrices, shape (rows, outputs)."""
     parameters = dict(layer.module.named_parameters())
     maps = layer.matrices(parameters[layer.name.rpartition(".")[2]])
     found = (layer.rows(arguments, named or {}, chosen) @ maps.mT).movedim(0, 1).flatten(1)
@@ -87,7 +87,7 @@ def test_convolution_rows_give_its_outputs(dims, mode, padding):
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
-def test_a_convolution_may_be_given_one_sample_alone(dims, mode):
+def test_a_convolution_accepts_a_sample_without_a_batch_dimension(dims, mode):
     module = CONVOLUTIONS[dims](4, 6, KERNEL[:dims], padding=PADDING[:dims], groups=2, padding_mode=mode)
     assert_applies(known(module), numbers(4, *(7, 6, 5)[:dims]), 0)
 
@@ -100,7 +100,7 @@ def test_the_same_padding_of_even_kernels_is_uneven(dims, mode):
     assert_applies(known(module), numbers(2, 2, *(7, 6)[:dims]), 1)
 
 
-def test_weights_and_inputs_may_lie_in_memory_as_they_like():
+def test_memory_formats_do_not_matter():
     module = known(nn.Conv2d(4, 6, 3, groups=2)).to(memory_format=torch.channels_last)
     assert_applies(module, numbers(2, 4, 7, 7).to(memory_format=torch.channels_last), 1)
     assert_applies(module, numbers(2, 7, 7, 4).permute(0, 3, 2, 1), 1)
@@ -108,7 +108,7 @@ def test_weights_and_inputs_may_lie_in_memory_as_they_like():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_rows_are_doubles(dtype):
+def test_rows_are_float64(dtype):
     for module, inputs in ((nn.Linear(4, 3), numbers(5, 4)), (nn.Conv1d(4, 3, 2), numbers(2, 4, 6))):
         (layer,) = all_layers(module)
         found = layer.rows((inputs.to(dtype),), {}, everywhere)
@@ -183,7 +183,7 @@ def patched():
 
 
 @pytest.mark.parametrize("part", [Scaled(2, 2), Standardised(1, 2, 3), Attends(4, 2), patched()])
-def test_a_class_with_a_forward_of_its_own_may_be_another_map(part):
+def test_a_class_that_overrides_forward_is_no_layer(part):
     name = "in_proj_weight" if isinstance(part, nn.MultiheadAttention) else "weight"
     layers, left = layers_of(part, [name])
     assert layers == []
@@ -202,7 +202,7 @@ class Doubled(nn.Module):
         return 2 * x
 
 
-def test_a_bias_that_is_computed_from_others_may_not_change():
+def test_a_bias_that_is_computed_from_other_tensors_must_not_change():
     part = nn.Linear(2, 2)
     register_parametrization(part, "bias", Doubled())
     layers, left = layers_of(part, ["weight"])
@@ -239,7 +239,7 @@ class Odd(nn.Module):
         self.other.weight = self.one.weight
 
 
-def test_what_is_no_layer_is_named_with_its_reason():
+def test_every_other_weight_has_a_reason():
     names = ["matrix", "lstm.weight_ih_l0", "cell.weight_hh", "up.weight", "one.weight", "free.weight"]
     layers, left = layers_of(Odd(), names)
     assert [layer.name for layer in layers] == ["free.weight"]
@@ -264,7 +264,7 @@ class Judged(Metric):
         pass
 
 
-def test_batch_norms_that_follow_the_network_are_found():
+def test_batch_norms_with_running_statistics_are_found():
     module = nn.ModuleDict(
         {
             "plain": nn.BatchNorm1d(2),
@@ -284,7 +284,7 @@ def test_batch_norms_that_follow_the_network_are_found():
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4), (5, 3, 4, 2), (5, 3, 2, 2, 2)])
-def test_channels_are_what_a_batch_norm_averages(shape):
+def test_channels_have_the_statistics_that_a_batch_norm_computes(shape):
     inputs = numbers(*shape).float()
     norm = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)](3, momentum=1.0)
     norm(inputs)

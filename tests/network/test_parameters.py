@@ -1,4 +1,4 @@
-"""Prunable parameters: which weights of every kind of module, under which names, and why not the others."""
+"""Prunable parameters of every kind of module, and the reasons for the others."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_weights_of_the_documented_layers_are_prunable(zoo):
 
 
 @pytest.mark.parametrize(("name", "reason"), SKIPPED.items())
-def test_what_is_skipped_has_its_reason(zoo, name, reason):
+def test_a_skipped_parameter_has_its_reason(zoo, name, reason):
     assert skipped_parameters(zoo)[name] == reason
 
 
@@ -205,7 +205,7 @@ def test_include_replaces_the_default(zoo, include, names):
 
 
 @pytest.mark.parametrize("name", [n for n, why in SKIPPED.items() if "of" not in why.split() and why != "frozen"])
-def test_what_cannot_hold_a_mask_cannot_be_included(zoo, name):
+def test_include_cannot_override_these_reasons(zoo, name):
     assert prunable_parameters(zoo, include=[name]) == {}
     assert skipped_parameters(zoo, include=[name])[name] == SKIPPED[name]
 
@@ -247,7 +247,7 @@ def test_a_pattern_over_no_parameters_says_so():
         prunable_parameters(nn.ReLU(), include=["*.weight"])
 
 
-def test_a_lone_string_is_no_list_of_patterns():
+def test_a_single_string_is_no_list_of_patterns():
     with pytest.raises(TypeError, match="include"):
         prunable_parameters(nn.Sequential(nn.Linear(3, 2)), include="0.*")
 
@@ -264,7 +264,7 @@ def test_lazy_parameters_are_found_until_they_have_a_shape():
     assert list(prunable_parameters(net)) == ["0.weight", "1.weight"]
 
 
-def test_what_is_prunable_can_be_pruned_in_its_module(zoo):
+def test_prunable_weights_can_be_pruned(zoo):
     weights = prunable_parameters(zoo)
     kept = {name: torch.arange(one.numel()).view(one.shape) % 2 == 0 for name, one in weights.items()}
     apply_mask(zoo, kept)

@@ -1,4 +1,4 @@
-"""Samples of a batch: counted, taken and joined in whatever a collate function builds, or left alone."""
+"""Samples of a batch are counted, taken and joined in every structure that a collate function builds."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def batch_of(*ids: int) -> dict[str, Any]:
     }
 
 
-def test_samples_are_counted_in_whatever_a_batch_is_built_of():
+def test_samples_are_counted_in_every_structure():
     x, y = torch.zeros(5, 3), torch.zeros(5, dtype=torch.long)
     for batch in (
         x,
@@ -130,7 +130,7 @@ def test_a_nested_tensor_has_no_samples():
 def test_a_named_tuple_without_tensors_is_no_list_of_samples():
     batch = {"x": torch.arange(2), "names": Pair("first", "second")}
     count = rows_of(batch)
-    # either nothing is known of it, or it is the same for all samples
+    # it has no samples, or it belongs to all samples
     if count is not None:
         assert same(taken(batch, slice(0, 1)), {"x": torch.tensor([0]), "names": Pair("first", "second")})
         assert same(taken(batch, torch.tensor([1])), {"x": torch.tensor([1]), "names": Pair("first", "second")})
@@ -160,7 +160,7 @@ def test_a_slice_gives_views_and_an_index_copies():
     assert batch["x"][0] == 0
 
 
-def test_what_is_taken_is_in_new_containers():
+def test_taken_samples_are_in_new_containers():
     batch = batch_of(10, 11)
     part = taken(batch, slice(0, 2))
     part.pop("image")
@@ -213,7 +213,7 @@ def test_an_empty_batch_of_another_shape_is_not_joined():
 
 
 def structures(depth: int = 2) -> st.SearchStrategy:
-    """Functions from the numbers of samples to a batch; every list and tuple in it holds a tensor or counts samples."""
+    """Functions from sample numbers to a batch. Every list in it has a tensor or one entry a sample."""
     leaves = st.sampled_from(
         [
             torch.tensor,
@@ -241,7 +241,7 @@ def structures(depth: int = 2) -> st.SearchStrategy:
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(structures(), st.lists(st.integers(1, 5), min_size=1, max_size=4), st.randoms(use_true_random=False))
-def test_what_is_joined_can_be_taken_apart_again(structure, sizes, chance):
+def test_joined_batches_can_be_taken_apart(structure, sizes, chance):
     ids = [100 + n for n in range(sum(sizes))]
     stretches = [slice(sum(sizes[:n]), sum(sizes[: n + 1])) for n in range(len(sizes))]
 

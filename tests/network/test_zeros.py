@@ -50,7 +50,7 @@ def network() -> nn.Sequential:
 
 
 def half_of(net: nn.Module) -> Mask:
-    """A checkerboard, so that every unit keeps inputs and outputs and its weights learn on."""
+    """A checkerboard. Every unit keeps inputs and outputs, and its kept weights go on learning."""
     weights = prunable_parameters(net)
     boards = {name: torch.arange(w.shape[0])[:, None] + torch.arange(w.shape[1]) for name, w in weights.items()}
     return Mask({name: board % 2 == 0 for name, board in boards.items()})
@@ -62,7 +62,7 @@ def pruned_entries(net: nn.Module, mask: Mask) -> torch.Tensor:
 
 
 def pruned_memories(optimizer: torch.optim.Optimizer, net: nn.Module, mask: Mask) -> list[torch.Tensor]:
-    """What the optimizer remembers of pruned entries, one tensor for each of its memories."""
+    """The optimizer's state of pruned entries."""
     parameters = dict(net.named_parameters())
     return [
         memory[~kept]
@@ -73,7 +73,7 @@ def pruned_memories(optimizer: torch.optim.Optimizer, net: nn.Module, mask: Mask
 
 
 def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seen=None) -> None:
-    """`steps` steps; `seen` is called at every forward, those that a line search makes included."""
+    """Train some steps. `seen` is called at every forward, also at those of a line search."""
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -118,7 +118,7 @@ def test_pruned_weights_are_zero_at_every_forward(made, warm):
     assert len(forwards) >= 21
     assert set(forwards) == {0}
     kept = mask["0.weight"]
-    assert (net[0].weight.detach()[kept] != before[kept]).all()  # the others train on
+    assert (net[0].weight.detach()[kept] != before[kept]).all()  # the others learn
 
 
 @every_optimizer
@@ -167,7 +167,7 @@ def test_an_optimizer_has_no_state_of_pruned_weights(name):
         train(net, optimizer, 2)
 
 
-def test_lbfgs_forgets_its_history():
+def test_the_state_of_lbfgs_is_cleared():
     net = network()
     optimizer = LBFGS(net.parameters(), lr=0.5, max_iter=4)
     train(net, optimizer, 3)
@@ -317,8 +317,8 @@ def test_a_gradient_of_another_type_than_the_weight_is_filled():
     assert grad.tolist() == [[1.0, 0.0]]
 
 
-def test_filling_counts_as_a_write():
-    # or autograd would go on with values that are no longer there
+def test_autograd_sees_that_a_tensor_was_filled():
+    # otherwise it would compute gradients from values that are gone
     weight = torch.ones(3, requires_grad=True)
     product = weight * weight
     ZeroFill(torch.tensor([True, False, True]), weight)(weight)
@@ -326,10 +326,10 @@ def test_filling_counts_as_a_write():
         product.sum().backward()
 
 
-# ---- parts of training that come late, or not at all
+# ---- weights that train late, or not at all
 
 
-def test_a_weight_that_thaws_later_is_clipped_like_the_others():
+def test_a_weight_that_is_unfrozen_later_is_clipped_like_the_others():
     net, reference = network(), network()
     net[0].weight.requires_grad_(False)
     mask, optimizer = half_of(network()), Adam([net[2].weight], lr=0.05)
@@ -352,7 +352,7 @@ def test_a_weight_that_thaws_later_is_clipped_like_the_others():
     assert (net[0].weight[mask["0.weight"]] != reference[0].weight[mask["0.weight"]]).all()
 
 
-def test_an_optimizer_that_loads_what_it_remembered_before_the_hold_forgets_it():
+def test_a_state_from_before_the_hold_is_filled_when_it_is_loaded():
     net = network()
     mask, optimizer = half_of(net), Adam(net.parameters(), lr=0.05)
     train(net, optimizer, 3)
