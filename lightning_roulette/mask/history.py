@@ -19,6 +19,9 @@ class History:
         numbers: Parameter name to the number of the level that pruned each weight.
         level: The winner's level, to which `mask` belongs.
         deepest: The last level; None: `level`.
+
+    Attributes:
+        most_levels: Largest number of levels that can be stored.
     """
 
     most_levels = torch.iinfo(torch.int16).max
