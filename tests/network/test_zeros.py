@@ -106,8 +106,11 @@ every_optimizer = pytest.mark.parametrize("made", OPTIMIZERS.values(), ids=OPTIM
 @every_optimizer
 @pytest.mark.parametrize("warm", [True, False], ids=["warm", "fresh"])
 def test_pruned_weights_are_zero_at_every_forward(made, warm):
-    net, mask, optimizer = held(made, 5 if warm else 0)  # warm: momentum would move the pruned weights
-    forwards = []
+    net, forwards = network(), []
+    optimizer, mask = made(net.parameters()), half_of(net)
+    train(net, optimizer, 5 if warm else 0)  # momentum would move the pruned weights
+    identity = {name: (id(one), one.data_ptr()) for name, one in net.named_parameters()}
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
 
     def seen() -> None:
         forwards.append(int(pruned_entries(net, mask).count_nonzero()))
@@ -119,6 +122,7 @@ def test_pruned_weights_are_zero_at_every_forward(made, warm):
     assert set(forwards) == {0}
     kept = mask["0.weight"]
     assert (net[0].weight.detach()[kept] != before[kept]).all()  # the others learn
+    assert {name: (id(one), one.data_ptr()) for name, one in net.named_parameters()} == identity
 
 
 @every_optimizer
@@ -209,7 +213,11 @@ def test_training_is_that_of_the_pruned_network():
 
 
 def test_accumulated_gradients_stay_zero_at_pruned_weights():
-    net, mask, optimizer = held(OPTIMIZERS["adamw"])
+    net = network()
+    mask, optimizer = half_of(net), OPTIMIZERS["adamw"](net.parameters())
+    mse_loss(net(X), Y).backward()
+    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
+    assert not net[0].weight.grad[~mask["0.weight"]].any()
     for _ in range(5):
         for part in range(4):
             mse_loss(net(X[part::4]), Y[part::4]).backward()
@@ -218,21 +226,6 @@ def test_accumulated_gradients_stay_zero_at_pruned_weights():
         optimizer.step()
         optimizer.zero_grad()
         assert not pruned_entries(net, mask).any()
-
-
-def test_gradients_accumulated_before_the_hold_are_cleared():
-    net = network()
-    mask, optimizer = half_of(net), SGD(net.parameters(), lr=0.1)
-    mse_loss(net(X), Y).backward()
-    ZeroHold(dict(net.named_parameters()), mask, [optimizer])
-    assert not net[0].weight.grad[~mask["0.weight"]].any()
-
-
-def test_parameters_keep_their_identity_and_their_names():
-    net = network()
-    before = {name: (id(one), one.data_ptr()) for name, one in net.named_parameters()}
-    ZeroHold(dict(net.named_parameters()), half_of(net), [SGD(net.parameters(), lr=0.1)])
-    assert {name: (id(one), one.data_ptr()) for name, one in net.named_parameters()} == before
 
 
 def test_every_one_of_several_optimizers_is_held():
@@ -259,28 +252,30 @@ def test_fill_clears_what_others_wrote():
     assert torch.equal(net[0].weight.detach(), 3.0 * mask["0.weight"])
 
 
-def test_a_frozen_weight_is_held_too():
+class Langevin(SGD):
+    """Moves weights without a gradient too."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        with torch.no_grad():
+            for weight in self.param_groups[0]["params"]:
+                weight.add_(0.01)
+
+
+@pytest.mark.parametrize("made", [momentum, lambda weights: Langevin(weights, lr=0.1)])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_step_zeros_pruned_weights_without_a_gradient(made, frozen):
     net = network()
-    net[0].weight.requires_grad_(False)
-    mask = half_of(network())
-    optimizer = SGD(net.parameters(), lr=0.1, weight_decay=0.1)
+    net[0].weight.requires_grad_(not frozen)
+    mask, optimizer = half_of(network()), made(net.parameters())
+    train(net, optimizer, 2)
     ZeroHold(dict(net.named_parameters()), mask, [optimizer])
     with torch.no_grad():
         net[0].weight.fill_(3.0)
-    train(net, optimizer, 1)
-    assert not pruned_entries(net, mask).any()
-
-
-def test_an_optimizer_that_moves_weights_without_a_gradient_is_held():
-    class Langevin(SGD):
-        def step(self, closure=None):
-            super().step(closure)
-            with torch.no_grad():
-                for weight in self.param_groups[0]["params"]:
-                    weight.add_(0.01)
-
-    net, mask, optimizer = held(lambda weights: Langevin(weights, lr=0.1))
-    train(net, optimizer, 2)
+    optimizer.zero_grad()
+    net[2](torch.ones(3, 8)).sum().backward()
+    assert net[0].weight.grad is None
+    optimizer.step()
     assert not pruned_entries(net, mask).any()
 
 
@@ -386,15 +381,6 @@ def test_sparse_gradients_are_filled_where_they_have_entries():
         assert not table.weight.detach()[~kept].any()
         assert not optimizer.state[table.weight]["exp_avg"][~kept].any()
     assert (table.weight.detach()[rows] != before[rows])[kept[rows]].all()
-
-
-def test_weights_without_a_gradient_are_held():
-    net, mask, optimizer = held(momentum, 2)
-    optimizer.zero_grad()
-    net[2](torch.ones(3, 8)).sum().backward()
-    assert net[0].weight.grad is None
-    optimizer.step()
-    assert not pruned_entries(net, mask).any()
 
 
 # ---- gradients that are written after they were accumulated
