@@ -32,7 +32,7 @@ class History:
 
     @classmethod
     def of_dense(cls, weights: Mapping[str, Tensor]) -> History:
-        """The history of a network of which nothing is pruned."""
+        """The history of a dense network."""
         return cls({name: LevelNumbers.of_dense(weight) for name, weight in weights.items()})
 
     def pruned(self, mask: Mask) -> History:
@@ -92,6 +92,6 @@ class History:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> History:
-        """The history whose `state` this is."""
+        """Read what `state` returned."""
         level = int(state["level"])
         return cls(levels_in(state), level, int(state.get("deepest", level)))

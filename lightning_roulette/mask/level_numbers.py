@@ -30,7 +30,7 @@ class LevelNumbers:
 
     @classmethod
     def of_dense(cls, weight: Tensor) -> LevelNumbers:
-        """Numbers of a parameter of which nothing is pruned."""
+        """Numbers of a dense parameter: all are 0."""
         return cls((), Bits.filled(True, weight.shape, device_for_bits(weight)))
 
     @classmethod
