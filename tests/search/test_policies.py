@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_roulette import Candidate, Level, Mask, SearchReport, StopReason, Tree
-from lightning_roulette.mask.mask import History
+from lightning_roulette.mask.history import History
 from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.search.policies import Levels, OneLevel, Step, cubic, level_draws, missing, removable
 from lightning_roulette.search.state import State
