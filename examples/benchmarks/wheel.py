@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_roulette import Mask
-from lightning_roulette.wheel.wheel import Sectors
+from lightning_roulette.wheel.level import LevelWheel
 
 COLUMNS = (
     "spin",
@@ -39,9 +39,9 @@ def importance_of(size: int) -> Tensor:
     return torch.rand(size, generator=torch.Generator().manual_seed(0))
 
 
-def sectors_of(weights: dict[str, Tensor], sharpness: float, alive: float = 1.0) -> Sectors:
+def wheel_of(weights: dict[str, Tensor], sharpness: float, alive: float = 1.0) -> LevelWheel:
     parent = Mask({name: importance_of(len(values)) <= alive for name, values in weights.items()})
-    return Sectors(weights, parent, sharpness=sharpness)
+    return LevelWheel(weights, parent, sharpness=sharpness)
 
 
 def rivals(importance: Tensor, sharpness: float) -> dict[str, Callable[[], object]]:
@@ -49,16 +49,16 @@ def rivals(importance: Tensor, sharpness: float) -> dict[str, Callable[[], objec
     draws, one = len(importance) // 5, {"a": importance}
     many = {str(number): part for number, part in enumerate(importance.tensor_split(50))}
     wheels = {
-        "spin": sectors_of(one, sharpness),
-        "spin, 50 parameters": sectors_of(many, sharpness),
-        "spin, half pruned": sectors_of(one, sharpness, alive=0.5),
+        "spin": wheel_of(one, sharpness),
+        "spin, 50 parameters": wheel_of(many, sharpness),
+        "spin, half pruned": wheel_of(one, sharpness, alive=0.5),
     }
     actions: dict[str, Callable[[], object]] = {"kthvalue": lambda: importance.kthvalue(draws)}
     for name, wheel in wheels.items():
         share = draws * wheel.parent.survivors // len(importance)
         actions[name] = lambda wheel=wheel, share=share: wheel.spin(share, seed=0, level=1, candidate=0)
     full = wheels["spin"].parent
-    actions["building"] = lambda: Sectors(one, full, sharpness=sharpness)
+    actions["building"] = lambda: LevelWheel(one, full, sharpness=sharpness)
     odds = importance.double().clamp_(min=1e-6).pow_(-sharpness)
     odds /= odds.sum()
     if len(odds) <= LARGEST_MULTINOMIAL:
@@ -88,8 +88,8 @@ def memory(which: str) -> int:
 
 def bytes_of_spin(size: int, sharpness: float) -> float:
     """By how much a spin raises the memory of this process at its peak, per weight."""
-    sectors_of({"warm": importance_of(100_000)}, sharpness).spin(200, seed=0, level=1, candidate=0)
-    wheel = sectors_of({"a": importance_of(size)}, sharpness)
+    wheel_of({"warm": importance_of(100_000)}, sharpness).spin(200, seed=0, level=1, candidate=0)
+    wheel = wheel_of({"a": importance_of(size)}, sharpness)
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
     wheel.spin(size // 5, seed=0, level=1, candidate=0)

@@ -15,7 +15,7 @@ from lightning_roulette.search.state import State
 from lightning_roulette.settings import Wheel
 from lightning_roulette.wheel.chance import normal, stream
 from lightning_roulette.wheel.importance import importance_of, weighed
-from lightning_roulette.wheel.wheel import Sectors
+from lightning_roulette.wheel.level import LevelWheel
 
 
 class Drawing:
@@ -42,7 +42,7 @@ class Drawing:
         self._fallback = ""
         self._parent: Mask | None = None
         self._importance: Mapping[str, Tensor] = {}
-        self._sectors: Sectors
+        self._level_wheel: LevelWheel
 
     @property
     def in_words(self) -> str:
@@ -58,7 +58,7 @@ class Drawing:
         if self._parent is state.parent:
             return
         self._importance = self._importance_of(state)
-        self._sectors = Sectors(
+        self._level_wheel = LevelWheel(
             self._importance,
             state.parent,
             sharpness=self._wheel.sharpness,
@@ -75,12 +75,12 @@ class Drawing:
             draws: Weights to remove.
             candidate: Index of the candidate among all of its level.
         """
-        sectors = self._sectors
+        level_wheel = self._level_wheel
         if self._allocation:
             factors = {name: math.exp(value) for name, value in self.factors(state, candidate).items()}
             importance = weighed(self._importance, factors)
-            sectors = Sectors(importance, state.parent, sharpness=self._wheel.sharpness, shards=self._shards)
-        return sectors.spin(draws, seed=self._seed, level=state.next_level, candidate=candidate)
+            level_wheel = LevelWheel(importance, state.parent, sharpness=self._wheel.sharpness, shards=self._shards)
+        return level_wheel.spin(draws, seed=self._seed, level=state.next_level, candidate=candidate)
 
     def factors(self, state: State, candidate: int) -> Mapping[str, float]:
         """Logarithm of what a candidate multiplies the importance of each parameter by."""

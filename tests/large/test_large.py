@@ -19,8 +19,9 @@ from lightning_roulette.large.copies import OnDisk
 from lightning_roulette.large.masking import RemovedValues
 from lightning_roulette.network import lending
 from lightning_roulette.network.lending import applied
-from lightning_roulette.wheel import importance, wheel
+from lightning_roulette.wheel import importance
 from lightning_roulette.wheel.importance import Magnitudes, importance_of, magnitude, weighed
+from lightning_roulette.wheel.level import LevelWheel
 from tests.support.evaluators import Logged, noise
 from tests.support.limits import set_limits
 from tests.support.modules import Blobs, train_loader, val_loader
@@ -151,14 +152,14 @@ def test_only_removed_values_are_set_aside(large, set_aside):
 
 
 def test_no_mask_is_drawn_twice_in_a_row(large, monkeypatch):
-    spins, spin = [], wheel.Sectors.spin
+    spins, spin = [], LevelWheel.spin
 
     def tell(self, *arguments, **place):
         spins.append(place["candidate"])
         return spin(self, *arguments, **place)
 
     large()
-    monkeypatch.setattr(wheel.Sectors, "spin", tell)
+    monkeypatch.setattr(LevelWheel, "spin", tell)
     folds = Logged(lambda mask, fold: float(mask["many"][0, 0]) + noise(mask, fold), 4)
     winner = search(
         network(), folds, branches=2, tolerance=math.inf, tree=Tree(max_levels=1), validation=Validation(race=False)

@@ -20,7 +20,7 @@ from lightning_roulette.network.lending import applied
 from lightning_roulette.network.zeros import ZeroFill
 from lightning_roulette.wheel.chance import moved, random_bits
 from lightning_roulette.wheel.importance import Magnitudes, magnitude
-from lightning_roulette.wheel.wheel import Sectors
+from lightning_roulette.wheel.level import LevelWheel
 from tests.support.together import on_shards
 
 SHARPNESSES = (0.0, 0.5, 1.0, 16.0, 1e300, math.inf)
@@ -51,11 +51,11 @@ def spun(weights, parent, draws, *, ranks, whole=(), sharpness=1.0, scope="globa
     numbers = {"seed": 3, "level": 2, "candidate": 1}
     measure = of or (lambda tensors: {name: magnitude(one) for name, one in tensors.items()})
     options = {"sharpness": sharpness, "scope": scope}
-    alone = Sectors(measure(weights), parent, **options).spin(draws, **numbers)
+    alone = LevelWheel(measure(weights), parent, **options).spin(draws, **numbers)
     found = on_shards(
         weights,
         ranks,
-        lambda shards, own: Sectors(measure(own), parent, **options, shards=shards).spin(draws, **numbers),
+        lambda shards, own: LevelWheel(measure(own), parent, **options, shards=shards).spin(draws, **numbers),
         whole,
     )
     return alone, found
@@ -129,7 +129,7 @@ def test_packed_masks_and_keys_that_are_computed_in_blocks_change_nothing(sharpn
 def test_all_processes_raise_if_one_has_nan():
     weights = {"layer": torch.ones(4, 2)}
     weights["layer"][0, 0] = math.nan
-    found = on_shards(weights, 2, lambda shards, own: Sectors(own, Mask.full(weights), sharpness=1, shards=shards))
+    found = on_shards(weights, 2, lambda shards, own: LevelWheel(own, Mask.full(weights), sharpness=1, shards=shards))
     assert [type(one) for one in found] == [ValueError, ValueError]
     assert "NaN" in str(found[0])
     assert "another process" in str(found[1])
