@@ -1,4 +1,4 @@
-"""Importance: magnitude, LAMP against its definition, and what a user's function must return."""
+"""Importance: the magnitude, LAMP against its definition, and what a user's function must return."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_roulette.wheel.importance import importance_of, lamp, magnitude
+from lightning_roulette.settings import CALIBRATED, IMPORTANCES
+from lightning_roulette.wheel.importance import MEASURES, importance_of, lamp, magnitude
 
 
 def naive_lamp(weights: list[float]) -> list[float]:
-    """By definition, each weight against all that come after it in ascending order of magnitude (ties by place)."""
+    """The definition: each weight over all later ones in ascending order of magnitude, ties in order of index."""
     places = range(len(weights))
     ranks = [(abs(weights[place]), place) for place in places]
     at_least = [math.fsum(weights[j] ** 2 for j in places if ranks[j] >= ranks[i]) for i in places]
@@ -54,30 +55,20 @@ def test_lamp_follows_its_definition(values):
 def test_lamp_lies_in_0_to_1_and_the_largest_weight_has_1(dtype):
     weight = random_weight(30, 20).to(dtype)
     found = lamp(weight)
-    assert found.dtype == torch.float64
-    assert found.shape == weight.shape
+    assert (found.dtype, found.shape) == (torch.float64, weight.shape)
     assert float(found.min()) >= 0
-    assert float(found.max()) == 1.0
-    assert float(found.flatten()[weight.abs().argmax()]) == 1.0
+    assert float(found.max()) == float(found.flatten()[weight.abs().argmax()]) == 1.0
 
 
-def test_lamp_ignores_the_scale_and_sign_of_a_layer():
-    weight = random_weight(40, 10)
-    assert torch.equal(lamp(weight * 2.0**20), lamp(weight))
-    assert torch.equal(lamp(-weight), lamp(weight))
-    assert torch.allclose(lamp(weight * 1e-12), lamp(weight), rtol=1e-5)
-
-
-def test_lamp_follows_its_weight_wherever_it_stands():
+def test_lamp_depends_on_the_order_of_magnitudes_alone():
     weight = random_weight(400)
-    order = torch.from_numpy(np.random.default_rng(1).permutation(400))
-    assert torch.equal(lamp(weight[order]), lamp(weight)[order])
-    assert torch.equal(lamp(weight.view(20, 20).T), lamp(weight.view(20, 20).T.contiguous()))
-
-
-def test_lamp_orders_a_layer_as_magnitude_does():
-    weight = random_weight(400)
-    assert torch.equal(lamp(weight).argsort(), magnitude(weight).argsort())
+    found, order = lamp(weight), torch.from_numpy(np.random.default_rng(1).permutation(400))
+    assert torch.equal(found.argsort(), magnitude(weight).argsort())
+    assert torch.equal(lamp(weight * 2.0**20), found)
+    assert torch.equal(lamp(-weight), found)
+    assert torch.allclose(lamp(weight * 1e-12), found, rtol=1e-5)
+    assert torch.equal(lamp(weight[order]), found[order])
+    assert torch.equal(lamp(weight.view(20, 20).T), found.view(20, 20).T)
 
 
 def test_lamp_of_zeros_is_zero():
@@ -92,16 +83,16 @@ def test_pruned_weights_do_not_change_lamp_of_the_survivors():
     assert torch.equal(lamp(thinner)[thinner != 0], lamp(weight)[thinner != 0])
 
 
-def test_lamp_of_equal_weights_grows_with_their_place():
-    found = lamp(torch.full((4,), -3.0)).tolist()
-    assert found == pytest.approx([math.sqrt(1 / 4), math.sqrt(1 / 3), math.sqrt(1 / 2), 1.0])
-
-
 def test_lamp_spans_single_precision_without_overflow():
     assert lamp(torch.tensor([3e38, 1e-38, 3e38])).tolist() == pytest.approx([math.sqrt(0.5), 1e-38 / 3e38 / 2**0.5, 1])
 
 
-@pytest.mark.parametrize(("kind", "measure"), [("magnitude", magnitude), ("lamp", lamp)])
+def test_every_importance_that_can_be_named_is_measured():
+    assert {*MEASURES, *CALIBRATED} == set(IMPORTANCES)
+    assert not {*MEASURES} & {*CALIBRATED}
+
+
+@pytest.mark.parametrize(("kind", "measure"), MEASURES.items())
 def test_a_kind_is_measured_layer_by_layer(kind, measure):
     weights = {"a": nn.Parameter(random_weight(3, 4)), "b": nn.Parameter(random_weight(5, seed=1) * 100)}
     found = importance_of(weights, kind)
@@ -117,17 +108,21 @@ def test_a_function_sees_all_weights_at_once_and_without_gradients():
     def relative(given):
         seen.update(given)
         largest = max(weight.abs().max() for weight in given.values())
-        return {name: weight.abs() / largest for name, weight in reversed(given.items())} | {"extra": torch.ones(1)}
+        found = {name: weight.abs() / largest for name, weight in reversed(given.items())}
+        return {name: nn.Parameter(values) for name, values in found.items()} | {"extra": torch.ones(1)}
 
     found = importance_of(weights, relative)
     assert list(found) == list(seen) == ["a", "b"]
-    assert not any(weight.requires_grad for weight in seen.values())
+    assert not any(weight.requires_grad for weight in (*seen.values(), *found.values()))
     assert float(found["a"].max()) < float(found["b"].max()) == 1.0
 
 
-def test_a_function_may_return_tensors_with_gradients():
-    found = importance_of({"a": nn.Parameter(torch.ones(2))}, lambda given: {"a": nn.Parameter(torch.ones(2))})
-    assert not found["a"].requires_grad
+@pytest.mark.parametrize("kind", CALIBRATED)
+def test_a_calibrated_kind_is_the_magnitude_times_its_scales(kind):
+    weights, asked = {"a": nn.Parameter(random_weight(3, 4))}, []
+    found = importance_of(weights, kind, lambda named: asked.append(named) or {"a": torch.full((3, 1), 2.0)})
+    assert asked == [kind]
+    assert torch.equal(found["a"], 2 * magnitude(weights["a"].detach()))
 
 
 @pytest.mark.parametrize(
