@@ -1,4 +1,4 @@
-"""Sharded weights: all processes draw the mask that one process draws, and fill and restore their own part."""
+"""Sharded weights: each process holds, fills and restores its own part of a weight and of a mask."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -18,128 +16,6 @@ from lightning_roulette.large.shards import Shards, is_sharded, local, part_of, 
 from lightning_roulette.mask.mask import fill_pruned
 from lightning_roulette.network.lending import applied
 from lightning_roulette.network.zeros import ZeroFill
-from lightning_roulette.wheel.chance import moved, random_bits
-from lightning_roulette.wheel.importance import Magnitudes, magnitude
-from lightning_roulette.wheel.level import LevelWheel
-from tests.support.together import on_shards
-
-SHARPNESSES = (0.0, 0.5, 1.0, 16.0, 1e300, math.inf)
-KINDS = ("spread", "tied", "zeros", "tiny and huge")
-
-
-def network(rows: list[int], kind: str, seed: int) -> dict[str, torch.Tensor]:
-    """Layers with these numbers of rows. Each kind makes the threshold of a draw hard to find in its own way."""
-    chance = torch.Generator().manual_seed(seed)
-    weights = {f"layer {i}": torch.randn(count, 3 + i, generator=chance) for i, count in enumerate(rows)}
-    for one in weights.values():
-        if kind == "tied":
-            one.copy_(one.round())
-        elif kind == "zeros":
-            one.masked_fill_(torch.rand(one.shape, generator=chance) < 0.5, 0)
-        elif kind == "tiny and huge":
-            one.mul_(10.0 ** torch.randint(-38, 38, one.shape, generator=chance))
-    return weights
-
-
-def partly(weights, share: float) -> Mask:
-    chance = torch.Generator().manual_seed(5)
-    return Mask({name: torch.rand(one.shape, generator=chance) >= share for name, one in weights.items()})
-
-
-def spun(weights, parent, draws, *, ranks, whole=(), sharpness=1.0, scope="global", of=None):
-    """The mask that one process draws, and the masks that several processes draw."""
-    numbers = {"seed": 3, "level": 2, "candidate": 1}
-    measure = of or (lambda tensors: {name: magnitude(one) for name, one in tensors.items()})
-    options = {"sharpness": sharpness, "scope": scope}
-    alone = LevelWheel(measure(weights), parent, **options).spin(draws, **numbers)
-    found = on_shards(
-        weights,
-        ranks,
-        lambda shards, own: LevelWheel(measure(own), parent, **options, shards=shards).spin(draws, **numbers),
-        whole,
-    )
-    return alone, found
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    rows=st.lists(st.integers(1, 9), min_size=1, max_size=3),
-    kind=st.sampled_from(KINDS),
-    ranks=st.integers(1, 4),
-    sharpness=st.sampled_from(SHARPNESSES),
-    share=st.floats(0, 1),
-    pruned=st.sampled_from([0.0, 0.4]),
-    scope=st.sampled_from(["global", "layer"]),
-    seed=st.integers(0, 1000),
-)
-def test_all_processes_find_the_mask_of_one(rows, kind, ranks, sharpness, share, pruned, scope, seed):
-    weights = network(rows, kind, seed)
-    parent = partly(weights, pruned)
-    spare = sum(max(0, count - 1) for count in parent.counts.values()) if scope == "layer" else parent.survivors
-    draws = int(share * spare)
-    alone, found = spun(weights, parent, draws, ranks=ranks, sharpness=sharpness, scope=scope)
-    assert parent.survivors - alone.survivors == draws
-    assert found == [alone] * ranks
-
-
-def with_zeros() -> dict[str, torch.Tensor]:
-    """Two thirds are zero, and the smallest weight belongs to the first process."""
-    weights = {"layer": torch.randn(80, 5, generator=torch.Generator().manual_seed(0))}
-    weights["layer"][:, 2:] = 0
-    weights["layer"][0, 0] = 1e-30
-    return weights
-
-
-@pytest.mark.parametrize("held", [100, 1 << 24])
-@pytest.mark.parametrize("sharpness", SHARPNESSES)
-@pytest.mark.parametrize(
-    ("weights", "whole", "draws"),
-    [
-        ({name: torch.ones(7, 5) for name in "abc"}, (), (1, 34, 35, 36, 71, 104)),
-        (network([8, 4, 6], "spread", 0), ("layer 1",), (40,)),
-        (with_zeros(), (), (20, 120, 239, 240, 241)),
-        ({"layer": torch.randn(300, 100, generator=torch.Generator().manual_seed(0))}, (), (9000,)),
-    ],
-    ids=["ties", "one layer in every process", "zeros", "many keys with the same first digits"],
-)
-def test_hard_thresholds_are_those_of_one_process(weights, whole, draws, sharpness, held):
-    with limited(held_weights=held):
-        for count in draws:
-            alone, found = spun(weights, Mask.full(weights), count, ranks=3, whole=whole, sharpness=sharpness)
-            assert found == [alone] * 3
-
-
-@pytest.mark.parametrize("sharpness", [0.0, 2.0, math.inf])
-def test_packed_masks_and_keys_that_are_computed_in_blocks_change_nothing(sharpness):
-    # shards begin within a byte
-    weights = network([301, 77], "zeros", 1)
-    parent = partly(weights, 0.3)
-    with (
-        limited(held_weights=100, unpacked_entries=50),
-        limited(block_keys=64),
-    ):
-        packed = Mask(dict(parent))
-        assert all(isinstance(one, Bits) for one in packed.stored.values())
-        alone, found = spun(weights, packed, 500, ranks=4, sharpness=sharpness, of=Magnitudes)
-        assert found == [alone] * 4
-    held, _ = spun(weights, parent, 500, ranks=1, sharpness=sharpness)
-    assert held == alone
-
-
-def test_all_processes_raise_if_one_has_nan():
-    weights = {"layer": torch.ones(4, 2)}
-    weights["layer"][0, 0] = math.nan
-    found = on_shards(weights, 2, lambda shards, own: LevelWheel(own, Mask.full(weights), sharpness=1, shards=shards))
-    assert [type(one) for one in found] == [ValueError, ValueError]
-    assert "NaN" in str(found[0])
-    assert "another process" in str(found[1])
-
-
-@given(stream=st.integers(-(2**63), 2**63 - 1), start=st.integers(0, 2**40))
-@settings(max_examples=30, deadline=None)
-def test_a_moved_stream_equals_the_original_stream_further_on(stream, start):
-    index = torch.arange(5)
-    assert torch.equal(random_bits(moved(stream, start), index), random_bits(stream, index + start))
 
 
 class Placement:
