@@ -1,9 +1,13 @@
-"""What does one spin of the wheel cost? Times relative to `torch.kthvalue` on the same importances, and memory.
+"""What does one spin of the wheel cost? Time relative to `torch.kthvalue` on the same importances, and memory.
 
-Every row is one number of weights, a fifth of which is drawn from one full float32 parameter. All but the last column
-are medians of interleaved repeats, divided by that of `torch.kthvalue`. `torch.multinomial` and `numpy.random.choice`
-draw as many weights without replacement, with probabilities in place of odds; the former refuses more than 2**24.
-Memory, on Linux only, is by how much a spin raises that of a fresh process at its peak, its mask included.
+Each row is one number of weights. A spin draws a fifth of them from one full float32 parameter. Times are medians of
+interleaved repeats, divided by the median of `torch.kthvalue`. The columns compare:
+
+- "spin": later spins of one `LevelWheel`; "building": making it.
+- "law": one call of `spin`, which makes and compares all keys.
+- "multinomial", "numpy choice": as many draws without replacement by `torch.multinomial`, which refuses more than
+  2**24 weights, and by `numpy.random.choice`.
+- "bytes/weight": by how much a spin raises the peak memory of a fresh process, its mask included. Linux only.
 """
 
 import argparse
@@ -20,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_roulette import Mask
+from lightning_roulette import Mask, spin
 from lightning_roulette.wheel.level import LevelWheel
 
 COLUMNS = (
@@ -28,6 +32,7 @@ COLUMNS = (
     "spin, 50 parameters",
     "spin, half pruned",
     "building",
+    "law",
     "multinomial",
     "numpy choice",
     "bytes/weight",
@@ -45,7 +50,7 @@ def wheel_of(weights: dict[str, Tensor], sharpness: float, alive: float = 1.0) -
 
 
 def rivals(importance: Tensor, sharpness: float) -> dict[str, Callable[[], object]]:
-    """The column of each measured action."""
+    """The action of each column."""
     draws, one = len(importance) // 5, {"a": importance}
     many = {str(number): part for number, part in enumerate(importance.tensor_split(50))}
     wheels = {
@@ -59,6 +64,8 @@ def rivals(importance: Tensor, sharpness: float) -> dict[str, Callable[[], objec
         actions[name] = lambda wheel=wheel, share=share: wheel.spin(share, seed=0, level=1, candidate=0)
     full = wheels["spin"].parent
     actions["building"] = lambda: LevelWheel(one, full, sharpness=sharpness)
+    alive = torch.ones(len(importance), dtype=torch.bool)
+    actions["law"] = lambda: spin(importance, alive, draws, sharpness=sharpness, seed=0)
     odds = importance.double().clamp_(min=1e-6).pow_(-sharpness)
     odds /= odds.sum()
     if len(odds) <= LARGEST_MULTINOMIAL:
@@ -70,7 +77,7 @@ def rivals(importance: Tensor, sharpness: float) -> dict[str, Callable[[], objec
 
 
 def seconds(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The median time of each action; they take turns, so that a slow moment of the machine meets all of them."""
+    """The median time of each action. They take turns, so that a slow moment of the machine affects all of them."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(repeats):
         for name, act in actions.items():
@@ -81,13 +88,13 @@ def seconds(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str,
 
 
 def memory(which: str) -> int:
-    """Bytes of this process, on Linux: `VmRSS` it holds now, `VmHWM` is the most it held since that was reset."""
+    """Bytes of this process, on Linux: `VmRSS` is what it holds now, `VmHWM` its maximum since the last reset."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[which].split()[0]) * 1024
 
 
 def bytes_of_spin(size: int, sharpness: float) -> float:
-    """By how much a spin raises the memory of this process at its peak, per weight."""
+    """By how much a spin raises the peak memory of this process, per weight."""
     wheel_of({"warm": importance_of(100_000)}, sharpness).spin(200, seed=0, level=1, candidate=0)
     wheel = wheel_of({"a": importance_of(size)}, sharpness)
     Path("/proc/self/clear_refs").write_text("5")
