@@ -53,7 +53,7 @@ def lawful(weights, parent, draws, sharpness=1.0) -> Mask:
     return by_law(magnitudes(weights), parent, draws, sharpness=sharpness, **PLACE)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     rows=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     kind=st.sampled_from(["spread", "tied", "zeros", "tiny and huge"]),
@@ -62,31 +62,49 @@ def lawful(weights, parent, draws, sharpness=1.0) -> Mask:
     share=st.floats(0, 1),
     alive=st.sampled_from([1.0, 0.6]),
     scope=st.sampled_from(["global", "layer"]),
+    whole=st.sampled_from([(), ("layer 0",)]),
     seed=st.integers(0, 1000),
 )
-def test_all_processes_find_the_mask_of_one(rows, kind, ranks, sharpness, share, alive, scope, seed):
+def test_all_processes_find_the_mask_of_one(rows, kind, ranks, sharpness, share, alive, scope, whole, seed):
+    """Also if all of them hold the whole of a parameter."""
     weights = network(rows, kind, seed)
     parent = partly(weights, alive)
     spare = sum(max(0, count - 1) for count in parent.counts.values()) if scope == "layer" else parent.survivors
     draws = int(share * spare)
     alone = LevelWheel(magnitudes(weights), parent, sharpness=sharpness, scope=scope).spin(draws, **PLACE)
     assert parent.survivors - alone.survivors == draws
-    assert spun(weights, parent, draws, ranks, sharpness, scope=scope) == [alone] * ranks
+    assert spun(weights, parent, draws, ranks, sharpness, whole=whole, scope=scope) == [alone] * ranks
 
 
+def tied() -> dict[str, torch.Tensor]:
+    return {name: torch.ones(7, 5) for name in "abc"}
+
+
+def crowded() -> dict[str, torch.Tensor]:
+    """Many keys share their first digits."""
+    return {"layer": torch.randn(300, 100, generator=torch.Generator().manual_seed(0))}
+
+
+def zeros() -> dict[str, torch.Tensor]:
+    """The first process has the smallest weight, and all processes have zeros."""
+    weights = {"layer": torch.randn(80, 5, generator=torch.Generator().manual_seed(0))}
+    weights["layer"][:, 2:] = 0
+    weights["layer"][0, 0] = 1e-30
+    return weights
+
+
+@pytest.mark.parametrize("held", [100, 1 << 24])
 @pytest.mark.parametrize("sharpness", SHARPNESSES)
-def test_equal_weights_are_drawn_in_order(sharpness):
-    weights = {name: torch.ones(7, 5) for name in "abc"}
+@pytest.mark.parametrize(
+    ("weights", "draws"),
+    [(tied(), (1, 34, 35, 36, 71, 104)), (crowded(), (9000,)), (zeros(), (20, 120, 239, 240, 241))],
+    ids=["tied", "crowded", "zeros"],
+)
+def test_all_processes_draw_as_the_law_does(weights, draws, sharpness, held):
     parent = Mask.full(weights)
-    for draws in (1, 34, 35, 36, 71, 104):
-        assert spun(weights, parent, draws, 3, sharpness) == [lawful(weights, parent, draws, sharpness)] * 3
-
-
-@pytest.mark.parametrize("sharpness", [0.0, 4.0, math.inf])
-def test_weights_that_all_processes_hold_count_once(sharpness):
-    weights = network([8, 4, 6], "spread", 0)
-    parent = Mask.full(weights)
-    assert spun(weights, parent, 40, 3, sharpness, whole=("layer 1",)) == [lawful(weights, parent, 40, sharpness)] * 3
+    with limited(held_weights=held):
+        for count in draws:
+            assert spun(weights, parent, count, 3, sharpness) == [lawful(weights, parent, count, sharpness)] * 3
 
 
 @pytest.mark.parametrize("sharpness", [0.0, 2.0, math.inf])
@@ -99,25 +117,6 @@ def test_large_networks_find_the_same(sharpness):
         packed = Mask(dict(parent))
         assert all(isinstance(one, Bits) for one in packed.stored.values())
         assert spun(weights, packed, 500, 4, sharpness, of=Magnitudes) == [Mask(expected)] * 4
-
-
-@pytest.mark.parametrize("held", [100, 1 << 24])
-@pytest.mark.parametrize("sharpness", [0.5, 1.0, 16.0, 1e300])
-def test_zeros_are_drawn_first_whichever_process_has_the_smallest_weight(sharpness, held):
-    weights = {"layer": torch.randn(80, 5, generator=torch.Generator().manual_seed(0))}
-    weights["layer"][:, 2:] = 0
-    weights["layer"][0, 0] = 1e-30  # held by the first process
-    parent = Mask.full(weights)
-    with limited(held_weights=held):
-        for draws in (20, 120, 239, 240, 241):
-            assert spun(weights, parent, draws, 3, sharpness) == [lawful(weights, parent, draws, sharpness)] * 3
-
-
-@pytest.mark.parametrize("sharpness", [0.0, 1.0, 16.0, math.inf])
-def test_many_keys_with_the_same_first_digits_are_told_apart(sharpness):
-    weights = {"layer": torch.randn(300, 100, generator=torch.Generator().manual_seed(0))}
-    parent = Mask.full(weights)
-    assert spun(weights, parent, 9000, 2, sharpness) == [lawful(weights, parent, 9000, sharpness)] * 2
 
 
 def test_all_processes_raise_if_one_has_nan():

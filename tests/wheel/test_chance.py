@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import random
 from fractions import Fraction
 
 import numpy as np
@@ -82,32 +81,20 @@ def assert_balanced(bits: np.ndarray) -> None:
     assert chi < stats.chi2.isf(FALSE_ALARM, 64)
 
 
-# ---- the formula
-
-
 @pytest.mark.parametrize(
-    ("seed", "first"),
+    ("key", "index", "bits"),
     [
-        (0, [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]),
-        (1234567, [6457827717110365317, 3203168211198807973, 9817491932198370423]),
+        (0, 0, 0xE220A8397B1DCDAF),  # those published for SplitMix64
+        (0, 2, 0x06C45D188009454F),
+        (1234567, 1, 3203168211198807973),
+        (stream(0, 0, 0, ""), 0, 0x385123156E2FED59),
+        (stream(42, 3, 19, "net.0.weight"), 123_456_789, 0x18DE3A5C21A0218F),
+        (stream(2**63 - 1, 1, 0, "layer"), 1, 0x7654496EC71B6551),
+        (stream(-(2**63), 2**40, 2**50, "größe"), 2**40, 0x39D8F30B878BF724),
     ],
 )
-def test_bits_of_a_stream_are_those_published_for_splitmix64(seed, first):
-    assert as_uint64(random_bits(seed, torch.arange(3))).tolist() == first
-
-
-@pytest.mark.parametrize(
-    ("place", "index", "bits"),
-    [
-        ((0, 0, 0, ""), 0, 0x385123156E2FED59),
-        ((42, 3, 19, "net.0.weight"), 123_456_789, 0x18DE3A5C21A0218F),
-        ((-1, 1, 0, "layer"), 0, 0x18A95CEC900A7765),
-        ((2**63 - 1, 1, 0, "layer"), 1, 0x7654496EC71B6551),
-        ((-(2**63), 2**40, 2**50, "größe"), 2**40, 0x39D8F30B878BF724),
-    ],
-)
-def test_bits_never_change_between_releases(place, index, bits):
-    assert int(as_uint64(random_bits(stream(*place), torch.tensor([index])))[0]) == bits
+def test_bits_never_change_between_releases(key, index, bits):
+    assert int(random_bits(key, torch.tensor(index))) == signed(bits)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -151,28 +138,17 @@ def test_a_clock_depends_on_its_own_index_only():
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(index)))
     assert torch.equal(log_clocks(key, index[order]), together[order])
     assert torch.equal(torch.cat([log_clocks(key, part) for part in index.split(7919)]), together)
-    assert torch.equal(log_clocks(key, index.view(400, 500).T), together.view(400, 500).T)
-    assert torch.equal(log_clocks(torch.full_like(index, key), index), together)
+    assert torch.equal(log_clocks(torch.full((500, 400), key), index.view(400, 500).T), together.view(400, 500).T)
 
 
 def test_no_global_generator_is_read_or_advanced():
-    before = torch.random.get_rng_state()
     with torch.random.fork_rng():
-        torch.manual_seed(1)
-        first = log_clocks(stream(*ORIGIN), torch.arange(100))
-        torch.manual_seed(2)
-        assert torch.equal(log_clocks(stream(*ORIGIN), torch.arange(100)), first)
-    log_clocks(stream(*ORIGIN), torch.arange(100))
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-# ---- the distribution
-
-
-def test_each_byte_of_the_bits_is_uniform():
-    octets = as_uint64(random_bits(stream(*ORIGIN), torch.arange(200_000))).view(np.uint8).reshape(-1, 8)
-    for place in range(8):
-        assert stats.chisquare(np.bincount(octets[:, place], minlength=256)).pvalue > FALSE_ALARM, f"byte {place}"
+        found = []
+        for seed in (1, 2):
+            before = torch.manual_seed(seed).get_state()
+            found.append(log_clocks(stream(*ORIGIN), torch.arange(100)))
+            assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("which", INPUTS)
@@ -194,30 +170,6 @@ def test_clocks_along_an_input_are_exponential_and_neighbours_uncorrelated(which
     for lag in (1, 2, 7):
         pairs = standard[lag:] * standard[:-lag]
         assert abs(float(pairs.mean())) * math.sqrt(pairs.numel()) < stats.norm.isf(FALSE_ALARM / 2)
-
-
-@pytest.mark.parametrize("which", INPUTS[:3])
-def test_one_changed_bit_of_a_number_flips_half_of_all_bits(which):
-    place, chance, index = INPUTS.index(which), random.Random(5), torch.arange(32)
-    flipped = []
-    for bit in range(64):
-        for _ in range(4):
-            before = [chance.randrange(-(2**63), 2**63), chance.randrange(2**20), chance.randrange(2**20), "w"]
-            after = list(before)
-            after[place] = signed((before[place] & MASK) ^ (1 << bit))
-            flipped.append(random_bits(stream(*before), index) ^ random_bits(stream(*after), index))
-    assert_balanced(as_uint64(torch.stack(flipped)))
-    for bit in range(64):
-        ones = sum(int(word).bit_count() for word in as_uint64(torch.stack(flipped[4 * bit : 4 * bit + 4])).flat)
-        assert abs(ones - 4 * 32 * 32) < stats.norm.isf(FALSE_ALARM / 2) * math.sqrt(4 * 32 * 64 / 4)
-
-
-def test_one_changed_letter_of_a_name_flips_half_of_all_bits():
-    index, flipped = torch.arange(32), []
-    for number, letter in itertools.product(range(100), "abc"):
-        before, after = f"net.{number}.weight", f"net.{number}.weigh{letter}"
-        flipped.append(random_bits(stream(0, 1, 0, before), index) ^ random_bits(stream(0, 1, 0, after), index))
-    assert_balanced(as_uint64(torch.stack(flipped)))
 
 
 def test_one_changed_bit_of_the_index_flips_half_of_all_bits():
