@@ -139,7 +139,7 @@ def long_arcs(
     Raises:
         ValueError: If an importance is negative or not finite.
     """
-    arcs = {name: _arc(importance, name, kept, sharpness) for name, kept in parent.stored.items()}
+    arcs = {name: _arc(importance, name, kept.bits(), sharpness) for name, kept in parent.flags.items()}
     smallest = least_of(min((arc.check() for arc in arcs.values()), default=math.inf))
     if smallest == 0 and 0 < sharpness < math.inf:  # in any process
         smallest = least_of(min((arc.smallest_positive() for arc in arcs.values()), default=math.inf))
@@ -147,7 +147,6 @@ def long_arcs(
     return {name: replace(arc, law=law) for name, arc in arcs.items()}
 
 
-def _arc(importance: Mapping[str, Tensor], name: str, kept: Tensor | Bits, sharpness: float) -> LongArc:
-    parent = kept if isinstance(kept, Bits) else Bits.of(kept)
+def _arc(importance: Mapping[str, Tensor], name: str, parent: Bits, sharpness: float) -> LongArc:
     counts = [parent.count(*block) for block in parent.blocks(block_size(parent.device))]
     return LongArc(name, parent, partial(flat_importance, importance, name, parent.device), Law(sharpness), counts)
