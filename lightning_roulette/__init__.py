@@ -16,7 +16,7 @@ from lightning_roulette.search.observer import Observer
 from lightning_roulette.search.search import search
 from lightning_roulette.search.winner import Winner
 from lightning_roulette.settings import LeastSquares, Refit, Tree, Validation, Wheel
-from lightning_roulette.wheel.law import spin
+from lightning_roulette.wheel.level import spin
 
 if TYPE_CHECKING:
     from lightning_roulette.trainer.callback import RouletteWheelPruning

@@ -27,54 +27,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_roulette.checks import check_number, check_seed
-from lightning_roulette.large.devices import with_float64
-from lightning_roulette.wheel.chance import log_clocks, stream
+from lightning_roulette.wheel.chance import log_clocks
 
 # log E spans less than 42 (see chance.log_clocks). A weight whose term lies further below the others is drawn first.
 _BELOW_ALL = 64.0
-
-
-def spin(importance: Tensor, survivors: Tensor, draws: int, *, sharpness: float, seed: int) -> Tensor:
-    """Draw weights for pruning from one vector.
-
-    The next weight is `i` with probability `odds[i]` over the sum of the odds of the weights that are left, where
-    `odds = importance ** -sharpness` (Plackett-Luce). Drawn weights are not drawn again. All draws come from one race
-    of exponential clocks (Efraimidis and Spirakis 2006).
-
-    Args:
-        importance: Shape `(n,)`, finite and non-negative. Scale does not matter. Zeros are drawn first at every
-            sharpness above 0.
-        survivors: Shape `(n,)`, bool. Only weights that are True can be drawn.
-        draws: Number of distinct weights to draw, at most the number of survivors.
-        sharpness: Exponent of the odds. 0 draws at random, 1 is the literal roulette, infinity draws the least
-            important weights (ties in order of index).
-        seed: Signed 64-bit number. Equal seeds draw equal weights on every device (up to ties of rounded logarithms).
-
-    Returns:
-        Shape `(n,)`, bool: True where a weight is drawn for pruning.
-
-    Raises:
-        ValueError: If `draws` exceeds the survivors, `sharpness` is negative, or an importance is negative or not
-            finite.
-
-    Example:
-        >>> spin(torch.tensor([3.0, 1.0, 2.0]), torch.ones(3, dtype=torch.bool), 2, sharpness=math.inf, seed=0)
-        tensor([False,  True,  True])
-    """
-    if importance.dim() != 1 or survivors.shape != importance.shape or survivors.dtype != torch.bool:
-        raise ValueError(
-            f"importance has shape {tuple(importance.shape)} and survivors shape {tuple(survivors.shape)} of "
-            f"{survivors.dtype}, but both must be vectors of one length, survivors of bool. Flatten them first."
-        )
-    check_seed(seed)
-    check_number("sharpness", sharpness, at_least=0, remedy="Infinity is magnitude pruning.")
-    check_importance("the weights", importance)
-    check_draws(draws, int(survivors.count_nonzero()))
-    values, alive = with_float64(importance.detach()), with_float64(survivors)
-    chance = {} if math.isinf(sharpness) else {"": stream(seed, 0, 0, "")}
-    drawn = draw({"": values}, {"": alive}, draws, sharpness=sharpness, streams=chance)
-    return drawn[""].to(survivors.device)
 
 
 def draw(
@@ -203,8 +159,8 @@ def check_importance(name: str, importance: Tensor) -> float:
     least, most = importance.aminmax()
     if not bool((least >= 0) & (most < math.inf)):
         raise ValueError(
-            f"importance of {name} has negative, infinite or NaN entries, but must be finite and non-negative. "
-            "Do the weights hold NaN or infinity?"
+            f"importance of {name or 'the weights'} has negative, infinite or NaN entries, but must be finite and "
+            "non-negative. Do the weights hold NaN or infinity?"
         )
     return float(least)
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
-from lightning_roulette.checks import check_choice, check_number
+from lightning_roulette.checks import check_choice, check_number, check_seed
 from lightning_roulette.large.limits import limits
 from lightning_roulette.large.shards import Shards
 from lightning_roulette.mask.mask import Mask
@@ -22,6 +23,43 @@ from lightning_roulette.wheel.long_arcs import long_arcs
 from lightning_roulette.wheel.threshold import SampledThreshold, Threshold
 
 T = TypeVar("T")
+
+
+def spin(importance: Tensor, survivors: Tensor, draws: int, *, sharpness: float, seed: int) -> Tensor:
+    """Draw weights for pruning from one vector.
+
+    The next weight is `i` with probability `odds[i]` over the sum of the odds of the weights that are left, where
+    `odds = importance ** -sharpness` (Plackett-Luce). Drawn weights are not drawn again. All draws come from one race
+    of exponential clocks (Efraimidis and Spirakis 2006).
+
+    Args:
+        importance: Shape `(n,)`, finite and non-negative. Scale does not matter. Zeros are drawn first at every
+            sharpness above 0.
+        survivors: Shape `(n,)`, bool. Only weights that are True can be drawn.
+        draws: Number of distinct weights to draw, at most the number of survivors.
+        sharpness: Exponent of the odds. 0 draws at random, 1 is the literal roulette, infinity draws the least
+            important weights (ties in order of index).
+        seed: Signed 64-bit number. Equal seeds draw equal weights on every device (up to ties of rounded logarithms).
+
+    Returns:
+        Shape `(n,)`, bool: True where a weight is drawn for pruning.
+
+    Raises:
+        ValueError: If `draws` exceeds the survivors, `sharpness` is negative, or an importance is negative or not
+            finite.
+
+    Example:
+        >>> spin(torch.tensor([3.0, 1.0, 2.0]), torch.ones(3, dtype=torch.bool), 2, sharpness=math.inf, seed=0)
+        tensor([False,  True,  True])
+    """
+    if importance.dim() != 1 or survivors.shape != importance.shape or survivors.dtype != torch.bool:
+        raise ValueError(
+            f"importance has shape {tuple(importance.shape)} and survivors shape {tuple(survivors.shape)} of "
+            f"{survivors.dtype}, but both must be vectors of one length, survivors of bool. Flatten them first."
+        )
+    check_seed(seed)
+    wheel = LevelWheel({"": importance}, Mask({"": survivors}), sharpness=sharpness)
+    return survivors & ~wheel.spin(draws, seed=seed, level=0, candidate=0)[""]
 
 
 class LevelWheel:

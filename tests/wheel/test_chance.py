@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lightning_roulette.wheel.chance import log_clocks, moved, normal, random_bits, stream
+from lightning_roulette.wheel.chance import log_clocks, moved, normal, random_bits, stream, uniforms
 
 FALSE_ALARM = 1e-6
 ORIGIN = (0, 1, 0, "net.0.weight")
@@ -195,3 +195,21 @@ def test_normal_numbers_are_normal():
 def test_bits_are_the_same_on_cuda():
     index = torch.arange(100_000)
     assert torch.equal(random_bits(stream(*ORIGIN), index.cuda()).cpu(), random_bits(stream(*ORIGIN), index))
+
+
+def test_normal_numbers_are_independent_of_the_uniforms_of_the_weights():
+    keys = [stream(0, 1, place, "layer") for place in range(2000)]
+    index = torch.arange(20)
+    both = torch.stack([torch.cat([torch.tensor([normal(key)]).double(), uniforms(key, index)]) for key in keys])
+    found = torch.corrcoef(both.T)[0, 1:]
+    assert float(found.abs().max()) < 5 / math.sqrt(len(keys))
+    squares = torch.corrcoef(torch.cat([both[:, :1] ** 2, both[:, 1:]], 1).T)[0, 1:]
+    assert float(squares.abs().max()) < 5 / math.sqrt(len(keys))
+
+
+def test_normal_numbers_follow_box_and_muller_on_counters_that_no_weight_has():
+    key = stream(3, 1, 4, "layer")
+    radius, angle = uniforms(key, torch.tensor([-1, -2])).tolist()
+    assert normal(key) == math.sqrt(-2 * math.log(radius)) * math.cos(2 * math.pi * angle)
+    assert normal(key) == normal(key)
+    assert normal(key) != normal(stream(3, 1, 4, "other"))

@@ -20,7 +20,7 @@ from scipy import stats
 
 from lightning_roulette import spin
 from lightning_roulette.wheel.chance import log_clocks, stream
-from lightning_roulette.wheel.law import layer_shares
+from lightning_roulette.wheel.law import draw, layer_shares
 from tests.support.wheels import by_law, partly
 
 FALSE_ALARM = 1e-5
@@ -28,9 +28,12 @@ EVERYTHING = torch.ones(3, dtype=torch.bool)
 
 
 def drawn(importance, draws, *, sharpness=1.0, seed=0) -> list[int]:
-    """Indices of the weights drawn."""
+    """Indices of the weights drawn, by definition."""
     tensor = torch.as_tensor(importance, dtype=torch.float32)
-    return spin(tensor, tensor >= 0, draws, sharpness=sharpness, seed=seed).nonzero().flatten().tolist()
+    streams = {} if math.isinf(sharpness) else {"": stream(seed, 0, 0, "")}
+    found = draw({"": tensor}, {"": tensor >= 0}, draws, sharpness=sharpness, streams=streams)[""]
+    assert torch.equal(found, spin(tensor, tensor >= 0, draws, sharpness=sharpness, seed=seed))
+    return found.nonzero().flatten().tolist()
 
 
 def order_of(importance, *, sharpness: float, seed: int) -> tuple[int, ...]:
