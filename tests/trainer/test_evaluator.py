@@ -35,7 +35,7 @@ from lightning_roulette.judge.certificate import Batches, Resamples, Singles, sa
 from lightning_roulette.judge.race import rungs
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.report.report import Method
-from lightning_roulette.trainer.isolation import IsolatedValidation
+from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from tests.support.modules import Blobs, blobs, train_loader, val_loader
 from tests.trainer.test_isolation import (
     BY_DEFAULT,

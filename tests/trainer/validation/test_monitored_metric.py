@@ -1,4 +1,4 @@
-"""Which logged metric judges, and in which direction."""
+"""The logged metric that judges, the one that ranks, and their directions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_roulette import RouletteWheelPruning, Tree, Validation
-from lightning_roulette.trainer.isolation import Logged
-from lightning_roulette.trainer.metric import find_metric
+from lightning_roulette.trainer.validation.logged import Logged
+from lightning_roulette.trainer.validation.monitored_metric import find_metric, watched_in
 from tests.support.modules import Blobs, blobs, train_loader, val_loader
 
 
@@ -33,7 +33,7 @@ def trainer_with(*callbacks, plateau=None):
 
 
 def found(what, trainer=None, monitor=None, mode=None, tolerance=0.0, rank_by=None):
-    return find_metric(what, trainer or trainer_with(), monitor, mode, tolerance, rank_by)
+    return find_metric(what, watched_in(trainer or trainer_with()), monitor, mode, tolerance, rank_by)
 
 
 CHECKPOINT = ModelCheckpoint(monitor="val_quality", mode="max")
@@ -146,14 +146,11 @@ FALLING = """val_loss loss valLoss val/total-loss train_loss1 val_mse RMSE mae n
     loss_ema fid ece val_loss/dataloader_idx_0"""
 
 
-@pytest.mark.parametrize("name", RISING.split())
-def test_names_that_rise(name):
-    assert found(logged(name)).mode == "max"
-
-
-@pytest.mark.parametrize("name", FALLING.split())
-def test_names_that_fall(name):
-    assert found(logged(name)).mode == "min"
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "max") for name in RISING.split()), *((name, "min") for name in FALLING.split())]
+)
+def test_a_name_may_tell_the_direction(name, mode):
+    assert found(logged(name)).mode == mode
 
 
 @pytest.mark.parametrize("name", ["val_quality", "x", "accordion", "macro", "lossless", "acc_loss", "terrier"])
@@ -163,65 +160,49 @@ def test_a_name_that_tells_no_direction_is_an_error(name):
     assert found(logged(name), mode="min").mode == "min"
 
 
-# ---- the loss that breaks ties
-
-
-@pytest.mark.parametrize(
-    ("names", "loss"),
-    [
-        (("val_acc", "val_loss"), "val_loss"),
-        (("val_acc", "val_loss", "aux_loss"), "val_loss"),
-        (("val_acc", "loss_a", "loss_b"), None),
-        (("val_acc", "my_loss"), "my_loss"),
-        (("val_acc", "val_loss", "val_loss_epoch"), "val_loss"),
-        (("val_acc", "val_mse"), None),
-        (("val_acc",), None),
-    ],
-)
-def test_ties_are_broken_by_the_one_loss(names, loss):
-    assert found(logged(*names), monitor="val_acc").loss == loss
-
-
-def test_the_loss_that_is_watched_breaks_no_ties():
-    assert found(logged("val_loss", "val_acc"), monitor="val_loss").loss is None
-
-
 # ---- what ranks
 
 
 @pytest.mark.parametrize(
     ("names", "monitor", "rank_by", "expected"),
     [
-        # without a wish the loss ranks, and the metric breaks ties
+        # by default the loss ranks, and the metric breaks ties
         (("val_acc", "val_loss"), "val_acc", None, ("val_loss", "min", None)),
         (("val_acc", "val_loss", "aux_loss"), "val_acc", None, ("val_loss", "min", None)),
+        (("val_acc", "val_loss", "val_loss_epoch"), "val_acc", None, ("val_loss", "min", None)),
         (("val_acc", "my_loss/dataloader_idx_0"), "val_acc", None, ("my_loss/dataloader_idx_0", "min", None)),
-        # where there is none, or several, or it is the metric, the metric ranks
+        # the metric ranks if there is no loss, or several, or if it is the loss
+        (("val_acc",), "val_acc", None, ("val_acc", "max", None)),
         (("val_acc", "val_mse"), "val_acc", None, ("val_acc", "max", None)),
         (("val_acc", "loss_a", "loss_b"), "val_acc", None, ("val_acc", "max", None)),
         (("val_acc", "val_loss"), "val_loss", None, ("val_loss", "min", None)),
         (("loss_a", "val_loss"), "loss_a", None, ("loss_a", "min", "val_loss")),
-        # a wish is fulfilled, and the loss then breaks ties
+        # what is asked for ranks, and the loss breaks ties
         (("val_acc", "val_loss"), "val_acc", "val_acc", ("val_acc", "max", "val_loss")),
+        (("val_acc", "my_loss"), "val_acc", "val_acc", ("val_acc", "max", "my_loss")),
         (("val_acc", "val_loss"), "val_acc", "val_loss", ("val_loss", "min", None)),
         (("val_acc", "val_f1", "val_loss"), "val_acc", "val_f1", ("val_f1", "max", "val_loss")),
         (("val_acc", "val_mse"), "val_acc", "val_mse", ("val_mse", "min", None)),
     ],
 )
-def test_the_loss_ranks_unless_another_metric_is_asked_to(names, monitor, rank_by, expected):
+def test_the_loss_ranks_unless_another_metric_is_asked_for(names, monitor, rank_by, expected):
     metric = found(logged(*names), monitor=monitor, rank_by=rank_by)
     assert metric.monitor == monitor
     assert (metric.rank_by, metric.rank_mode, metric.tiebreak) == expected
     assert metric.rank_sign == {"max": 1, "min": -1}[expected[1]]
 
 
-def test_a_mode_is_that_of_the_metric_and_of_no_other_that_ranks():
-    metric = found(logged("val_acc", "val_loss"), monitor="val_acc", mode="min")
-    assert (metric.mode, metric.rank_by, metric.rank_mode) == ("min", "val_loss", "min")
-    metric = found(logged("val_acc", "val_loss"), monitor="val_loss", mode="max")
-    assert (metric.mode, metric.rank_by, metric.rank_mode) == ("max", "val_loss", "max")
-    metric = found(logged("val_acc", "val_loss"), monitor="val_loss", mode="max", rank_by="val_loss")
-    assert metric.rank_mode == "max"
+@pytest.mark.parametrize(
+    ("monitor", "mode", "rank_by", "expected"),
+    [
+        ("val_acc", "min", None, ("min", "val_loss", "min")),
+        ("val_loss", "max", None, ("max", "val_loss", "max")),
+        ("val_loss", "max", "val_loss", ("max", "val_loss", "max")),
+    ],
+)
+def test_a_mode_is_that_of_the_metric_and_of_no_other_that_ranks(monitor, mode, rank_by, expected):
+    metric = found(logged("val_acc", "val_loss"), monitor=monitor, mode=mode, rank_by=rank_by)
+    assert (metric.mode, metric.rank_by, metric.rank_mode) == expected
 
 
 def test_what_shall_rank_may_have_two_names():
@@ -293,10 +274,9 @@ def test_a_metric_of_several_numbers_is_an_error_that_tells_its_shape(monitor):
 class Logging(Blobs):
     """Logs what it is told to, by name."""
 
-    def __init__(self, **metrics):
+    def __init__(self, forked=False, **metrics):
         super().__init__()
-        self.metrics = torch.nn.ModuleDict(metrics)
-        self.forked = False
+        self.metrics, self.forked = torch.nn.ModuleDict(metrics), forked
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
         scores = self(batch[0])
@@ -319,24 +299,20 @@ def accuracy():
     return MulticlassAccuracy(10, average="micro")
 
 
-def test_the_bare_callback_judges_by_the_accuracy(make_trainer):
-    report = searched(make_trainer, Blobs())
-    assert (report.monitor, report.mode) == ("val_acc", "max")
-
-
-def test_a_torchmetrics_object_tells_its_direction_itself(make_trainer):
-    report = searched(make_trainer, Logging(hits=accuracy()))
-    assert (report.monitor, report.mode) == ("hits", "max")
-    report = searched(make_trainer, Logging(spread=MeanSquaredError()), monitor="spread")
-    assert (report.monitor, report.mode) == ("spread", "min")
-
-
-@pytest.mark.parametrize("forked", [False, True])
-def test_a_forked_metric_is_found_under_its_plain_name(forked, make_trainer):
-    module = Logging(hits=accuracy())
-    module.forked = forked
-    report = searched(make_trainer, module, tolerance=0.5)
-    assert (report.monitor, report.mode) == ("hits", "max")
+@pytest.mark.parametrize(
+    ("module", "options", "expected"),
+    [
+        (Blobs, {}, ("val_acc", "max")),
+        (lambda: Logging(hits=accuracy()), {}, ("hits", "max")),
+        (lambda: Logging(spread=MeanSquaredError()), {"monitor": "spread"}, ("spread", "min")),
+        (lambda: Logging(hits=accuracy()), {"tolerance": 0.5}, ("hits", "max")),
+        (lambda: Logging(forked=True, hits=accuracy()), {"tolerance": 0.5}, ("hits", "max")),
+    ],
+    ids=["plain", "rises", "falls", "one name", "two names"],
+)
+def test_a_search_is_judged_by_what_a_module_logs(module, options, expected, make_trainer):
+    report = searched(make_trainer, module(), **options)
+    assert (report.monitor, report.mode) == expected
 
 
 @pytest.mark.parametrize("index", [0, 1])
