@@ -47,7 +47,7 @@ class TrainerEvaluator:
     ) -> None:
         self._trainer, self._module, self._validation = trainer, module, validation
         self._data, self._weights, self._metric = data, weights, metric
-        self.folds, self.undivided_because = data.folds, data.whole
+        self.folds, self.undivided_because = data.folds, data.undivided_because
         self.at_once, self.at_least = data.at_once, data.at_least
         self._warned = not trainer.is_global_zero
 

@@ -29,13 +29,13 @@ class FoldedData:
 
     Attributes:
         folds: The number of folds.
-        whole: Why there is only one fold; empty if there are several.
+        undivided_because: Why there is only one fold; empty if there are several.
         at_once: The number of folds that fit into memory.
         at_least: The number of folds that make up no more than a single batch.
     """
 
     folds = at_once = at_least = 1
-    whole = ""
+    undivided_because = ""
 
     def of(self, folds: Sequence[int]) -> Iterator[tuple[Any, int]]:
         """Return the batches of some folds, each with the number of its loader, in the order of the loaders."""
@@ -46,8 +46,8 @@ class FoldedData:
         raise NotImplementedError
 
     @property
-    def cut(self) -> bool:
-        """Whether batches were cut into samples, and may still be put together as the loaders gave them."""
+    def regrouped(self) -> bool:
+        """Whether samples were regrouped into new batches, while the batches of the loaders are still known."""
         return False
 
     @property
@@ -60,15 +60,15 @@ class FoldedData:
         return False
 
     def undivided(self, why: str) -> FoldedData:
-        """Return the batches as the loaders gave them, in one fold.
+        """Return the batches of the loaders in one fold.
 
         Args:
             why: The reason, for the report.
         """
         return self
 
-    def stay_cut(self) -> None:
-        """Forget the batches as the loaders gave them."""
+    def stay_regrouped(self) -> None:
+        """Forget the batches of the loaders."""
 
     def validate(self, validation: IsolatedValidation, folds: Sequence[int]) -> Logged:
         """Validate on some folds, and return what the module logs."""
@@ -91,7 +91,7 @@ class FoldedData:
 class TrainerLoopData(FoldedData):
     """Validation data that only the Trainer's own loop can read, in one fold."""
 
-    whole = "validation_step takes the iterator over the loaders, so that its batches cannot be dealt"
+    undivided_because = "validation_step takes the iterator over the loaders, so its batches cannot be dealt to folds"
 
     def validate(self, validation: IsolatedValidation, folds: Sequence[int]) -> Logged:
         """See `FoldedData`."""
@@ -110,7 +110,7 @@ class KeptData(FoldedData):
         lengths: See `dealt`.
         seed: See `dealt`.
         copies: See `dealt`.
-        whole: See `dealt`.
+        undivided_because: See `dealt`.
         by_rows: See `dealt`.
     """
 
@@ -120,22 +120,22 @@ class KeptData(FoldedData):
         lengths: Sequence[float],
         seed: int,
         copies: bool = False,
-        whole: str = "",
+        undivided_because: str = "",
         by_rows: bool = False,
     ) -> None:
         self._lengths, self._seed, self._copies = lengths, seed, copies
         reasons = (why_one_fold(loader, found) for loader, found in batches.items())
-        self.whole = whole or next(filter(None, reasons), "")
-        self.folds = self.at_once = 1 if self.whole else FOLDS
+        self.undivided_because = undivided_because or next(filter(None, reasons), "")
+        self.folds = self.at_once = 1 if self.undivided_because else FOLDS
         self._portions = {loader: self._dealt(loader, found, by_rows) for loader, found in batches.items()}
         self.at_least = min((one.at_least for one in self._portions.values()), default=1)
         self._tensors = tensors_of([one.contents() for one in self._portions.values()])
         self._before = write_counts(self._tensors)
-        cut = any(isinstance(one, SplitRows) for one in self._portions.values())
-        self._uncut: Mapping[int, list[Any]] | None = batches if cut else None
+        split = any(isinstance(one, SplitRows) for one in self._portions.values())
+        self._original: Mapping[int, list[Any]] | None = batches if split else None
 
     def _dealt(self, loader: int, batches: list[Any], by_rows: bool) -> WholeBatches | SplitRows:
-        if self.whole or (len(batches) >= FOLDS and not (by_rows and splits(batches))):
+        if self.undivided_because or (len(batches) >= FOLDS and not (by_rows and splits(batches))):
             folds = folds_of(len(batches), self.folds, self._lengths[loader], self._seed, loader)
             return WholeBatches(batches, folds)
         return SplitRows.shuffled(batches, self._seed, loader)
@@ -150,9 +150,9 @@ class KeptData(FoldedData):
         return [portion.count(folds) for portion in self._portions.values()]
 
     @property
-    def cut(self) -> bool:
+    def regrouped(self) -> bool:
         """See `FoldedData`."""
-        return self._uncut is not None
+        return self._original is not None
 
     @property
     def first_tried(self) -> range:
@@ -165,12 +165,12 @@ class KeptData(FoldedData):
 
     def undivided(self, why: str) -> KeptData:
         """See `FoldedData`."""
-        batches = self._uncut or {loader: one.contents() for loader, one in self._portions.items()}
+        batches = self._original or {loader: one.contents() for loader, one in self._portions.items()}
         return KeptData(batches, self._lengths, self._seed, self._copies, why)
 
-    def stay_cut(self) -> None:
+    def stay_regrouped(self) -> None:
         """See `FoldedData`."""
-        self._uncut = None
+        self._original = None
 
     def by_fold(self, folds: Sequence[int]) -> Iterator[tuple[Any, int]]:
         """See `FoldedData`. `of` cuts neighbouring folds as one."""
@@ -191,7 +191,7 @@ class StreamedData(FoldedData):
         seed: See `dealt`.
         cache_bytes: See `dealt`.
         copies: See `dealt`.
-        whole: See `dealt`.
+        undivided_because: See `dealt`.
     """
 
     def __init__(
@@ -202,13 +202,13 @@ class StreamedData(FoldedData):
         seed: int,
         cache_bytes: int,
         copies: bool = False,
-        whole: str = "",
+        undivided_because: str = "",
     ) -> None:
         self._arguments = (read, sizes, lengths, seed, cache_bytes, copies)
         self._read, self._most, self._copies = read, cache_bytes, copies
         self.folds = 1 if whole else min(FOLDS, max(1, min(len(found) for found in sizes.values())))
         alone = "a loader gives a single batch, and cache_bytes does not hold the data"
-        self.whole = whole or ("" if self.folds > 1 else alone)
+        self.undivided_because = undivided_because or ("" if self.folds > 1 else alone)
         self._fold_of = {
             loader: folds_of(len(found), self.folds, lengths[loader], seed, loader) for loader, found in sizes.items()
         }
@@ -240,7 +240,7 @@ class StreamedData(FoldedData):
 
     def undivided(self, why: str) -> StreamedData:
         """See `FoldedData`."""
-        return StreamedData(*self._arguments, whole=why)
+        return StreamedData(*self._arguments, undivided_because=why)
 
     def _keep(self, folds: Sequence[int]) -> None:
         wanted, size = list(folds), sum(self._bytes[fold] for fold in folds)
@@ -271,7 +271,7 @@ def dealt(
     cache_bytes: int,
     copies: bool = False,
     by_rows: bool = False,
-    whole: str = "",
+    undivided_because: str = "",
 ) -> FoldedData:
     """Read the data of some loaders once, and deal it to folds.
 
@@ -287,7 +287,7 @@ def dealt(
         copies: Whether to give out copies of tensors, for a module that writes into its batches.
         by_rows: Whether to deal single samples wherever batches can be split. Whole batches are no independent samples
             if the data is ordered, for example by class.
-        whole: Why the data shall be one fold; empty if it shall be divided.
+        undivided_because: Why the data shall be one fold; empty if it shall be divided.
     """
     kept: dict[int, list[Any]] = {loader: [] for loader in range(len(lengths))}
     sizes: dict[int, list[int]] = {loader: [] for loader in range(len(lengths))}
@@ -300,5 +300,5 @@ def dealt(
         else:
             kept = {loader: [] for loader in kept}
     if total <= cache_bytes:
-        return KeptData(kept, lengths, seed, copies, whole, by_rows)
-    return StreamedData(read, sizes, lengths, seed, cache_bytes, copies, whole)
+        return KeptData(kept, lengths, seed, copies, undivided_because, by_rows)
+    return StreamedData(read, sizes, lengths, seed, cache_bytes, copies, undivided_because)

@@ -35,7 +35,15 @@ def folded(
         return TrainerLoopData(), validation.run()
     data, logged = _accepted(validation, dealt(validation.read, lengths, seed, cache_bytes, by_rows=by_rows))
     if in_any_process(validation.trainer, data.altered()):  # the module writes into its batches
-        data = dealt(validation.read, lengths, seed, cache_bytes, copies=True, by_rows=by_rows, whole=data.whole)
+        data = dealt(
+            validation.read,
+            lengths,
+            seed,
+            cache_bytes,
+            copies=True,
+            by_rows=by_rows,
+            undivided_because=data.undivided_because,
+        )
         logged = data.validate(validation, data.first_tried)
     return _equal_in_all_processes(validation.trainer, data), logged
 
@@ -56,16 +64,15 @@ def undivided(validation: IsolatedValidation, seed: int, cache_bytes: int, why: 
     if validation.hands_over_iterator:
         return TrainerLoopData()
     # copies, as it is not known yet whether the module writes into its batches
-    return dealt(validation.read, lengths, seed, cache_bytes, copies=True, whole=why)
+    return dealt(validation.read, lengths, seed, cache_bytes, copies=True, undivided_because=why)
 
 
-def whole_if_cutting_matters(
+def whole_if_regrouping_matters(
     validation: IsolatedValidation, data: FoldedData, logged: Logged, metric: MonitoredMetric
 ) -> FoldedData:
-    """Return the data in one fold if the module logs something else on batches that were cut from those of the loaders.
+    """Return the data in one fold if regrouping its samples changes what the module logs, else as it is.
 
-    It does if the first dimension is not that of samples, or if a value is no mean over samples. Otherwise return the
-    data as it is.
+    It changes it if the first dimension is not that of samples, or if a value is no mean over samples.
 
     Args:
         validation: Entered. All processes of its Trainer decide alike.
@@ -73,13 +80,13 @@ def whole_if_cutting_matters(
         logged: What the module logs on all of it.
         metric: The metric of which two values are compared.
     """
-    if not data.cut:
+    if not data.regrouped:
         return data
-    whole = data.undivided("the module logs something else on batches that are cut anew")
+    whole = data.undivided("the module logs other values on regrouped samples")
     names, rtol = {metric.monitor, metric.rank_by}, rounding(validation.trainer)
     before = whole.validate(validation, range(1))
     differs = any(not _close(logged.value(name), before.value(name), rtol) for name in names)
-    data.stay_cut()
+    data.stay_regrouped()
     return whole if in_any_process(validation.trainer, differs) else data
 
 
@@ -92,14 +99,14 @@ def rounding(trainer: Trainer) -> float:
 
 
 def _accepted(validation: IsolatedValidation, data: FoldedData) -> tuple[FoldedData, Logged]:
-    """The data, and what the module logs on it; in one fold if the module fails on batches that were cut."""
-    if not data.cut or validation.trainer.world_size > 1:
+    """The data, and what the module logs on it; in one fold if the module fails on regrouped samples."""
+    if not data.regrouped or validation.trainer.world_size > 1:
         return data, data.validate(validation, data.first_tried)
     try:
         data.validate(validation, [0])  # the smallest batches that there will be
         return data, data.validate(validation, data.first_tried)
     except Exception as error:
-        whole = data.undivided(f"validation fails on batches that are cut anew ({type(error).__name__}: {error})")
+        whole = data.undivided(f"validation fails on regrouped samples ({type(error).__name__}: {error})")
     return whole, whole.validate(validation, whole.first_tried)
 
 
@@ -107,9 +114,9 @@ def _equal_in_all_processes(trainer: Trainer, data: FoldedData) -> FoldedData:
     """The data as all processes can deal theirs: each has batches of its own, and all must validate equally often."""
     if trainer.world_size == 1:
         return data
-    least, most = least_and_most(trainer, [data.folds, int(data.cut), data.at_once, data.at_least])
+    least, most = least_and_most(trainer, [data.folds, int(data.regrouped), data.at_once, data.at_least])
     if least[:2] != most[:2]:
-        data = data.undivided("the processes cannot deal their batches alike")
+        data = data.undivided("the processes cannot deal their batches to folds in the same way")
         least = [1] * 4
     data.at_once, data.at_least = least[2:]
     return data

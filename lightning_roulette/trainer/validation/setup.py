@@ -18,7 +18,7 @@ from lightning_roulette.trainer.validation.logged import Logged
 from lightning_roulette.trainer.validation.monitored_metric import MonitoredMetric, Watched, find_metric, watched_in
 from lightning_roulette.trainer.validation.muting import callbacks_of
 from lightning_roulette.trainer.validation.processes import mean_over_processes
-from lightning_roulette.trainer.validation.reading import folded, undivided, whole_if_cutting_matters
+from lightning_roulette.trainer.validation.reading import folded, undivided, whole_if_regrouping_matters
 from lightning_roulette.trainer.validation.refusals import refuse_if_blind
 
 _Weights = dict[str, nn.Parameter]
@@ -124,7 +124,7 @@ class ValidationSetup:
             validation = stack.enter_context(self.isolated())
             data, logged = folded(validation, self.seed, self.choices.cache_bytes, by_rows=by_rows)
             metric, prunable = self._find(logged, watched, leave=stack.close), weights()
-            data = whole_if_cutting_matters(validation, data, logged, metric)
+            data = whole_if_regrouping_matters(validation, data, logged, metric)
             if first:
                 refuse_if_blind(validation, data, prunable)
             size = validation.size()
@@ -143,7 +143,7 @@ class ValidationSetup:
             RuntimeError: If there is no validation data, or validation does not depend on the weights.
         """
         with self.isolated() as validation:
-            why = "a cut has one candidate, so that nothing ranks"
+            why = "a cut has one candidate, so nothing is ranked"
             data = undivided(validation, self.seed, self.choices.cache_bytes, why)
             if first:
                 refuse_if_blind(validation, data, weights)

@@ -99,7 +99,7 @@ def nearly_equal(counts: Sequence[int]) -> bool:
 
 
 def in_order(data) -> bool:
-    return (data.folds, data.whole, data.at_once) == (FOLDS, "", FOLDS)
+    return (data.folds, data.undivided_because, data.at_once) == (FOLDS, "", FOLDS)
 
 
 # ------------------------------------------------------------------------------------------------ whole batches
@@ -276,7 +276,7 @@ def ragged(count: int) -> list[Any]:
 def test_data_that_cannot_be_dealt_is_one_fold_and_says_why(loaders, why):
     data = Loaders(*loaders).dealt()
     assert (data.folds, data.at_once) == (1, 1)
-    assert why in data.whole
+    assert why in data.undivided_because
     found = list(data.of([0]))
     expected = [(batch, number) for number, loader in enumerate(loaders) for batch in loader]
     assert [number for _, number in found] == [number for _, number in expected]
@@ -309,7 +309,7 @@ def test_data_that_is_read_again_is_dealt_like_data_that_is_kept(sizes, seed, sh
     loaders = Loaders(*(numbered(*found, first=1000 * n) for n, found in enumerate(sizes)))
     kept, streamed = loaders.dealt(seed), loaders.dealt(seed, int(share * loaders.bytes))
     assert isinstance(streamed, StreamedData)
-    assert (streamed.folds, streamed.whole) == (FOLDS, "")
+    assert (streamed.folds, streamed.undivided_because) == (FOLDS, "")
     for fold in EVERY:
         assert labels(streamed, fold) == labels(kept, fold)
         assert numbers(streamed, fold) == numbers(kept, fold)
@@ -396,7 +396,7 @@ def test_few_batches_that_are_too_large_to_keep_make_fewer_folds(counts):
     loaders = Loaders(*(numbered(*[10] * count, first=1000 * n) for n, count in enumerate(counts)))
     data = loaders.dealt(cache_bytes=10)
     alone = "a loader gives a single batch, and cache_bytes does not hold the data"
-    assert (data.folds, data.at_once, data.whole) == (min(counts), 1, "" if min(counts) > 1 else alone)
+    assert (data.folds, data.at_once, data.undivided_because) == (min(counts), 1, "" if min(counts) > 1 else alone)
     found = [labels(data, fold) for fold in range(data.folds)]
     assert sorted(batch for fold in found for batch in fold) == [
         batch["label"].tolist() for loader in loaders.loaders for batch in loader
