@@ -206,7 +206,7 @@ class StreamedData(FoldedData):
     ) -> None:
         self._arguments = (read, sizes, lengths, seed, cache_bytes, copies)
         self._read, self._most, self._copies = read, cache_bytes, copies
-        self.folds = 1 if whole else min(FOLDS, max(1, min(len(found) for found in sizes.values())))
+        self.folds = 1 if undivided_because else min(FOLDS, max(1, min(len(found) for found in sizes.values())))
         alone = "a loader gives a single batch, and cache_bytes does not hold the data"
         self.undivided_because = undivided_because or ("" if self.folds > 1 else alone)
         self._fold_of = {
