@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 
 from lightning_roulette.large.limits import limits
-from lightning_roulette.trainer.validation.loop import training_loader
+from lightning_roulette.trainer.validation.loop import training_loaders
 from lightning_roulette.wheel.chance import random_bits, stream
 
 _DRAINED = (
@@ -43,12 +43,12 @@ def own_loader(trainer: Trainer, seed: int) -> Iterable[Any]:
     Raises:
         RuntimeError: If the training data is an iterator, which can be read only once.
     """
-    combined = training_loader(trainer)
+    combined, mode = training_loaders(trainer)
     loaders, structure = tree_flatten(combined.iterables, is_leaf=lambda one: not isinstance(one, dict | list | tuple))
     ours = [_own(loader, seed) for loader in loaders]
     if combined.iterables is combined.flattened[0] and len(ours) == 1:
         return ours[0]
-    return (batch for batch, _, _ in CombinedLoader(tree_unflatten(ours, structure), mode=combined._mode))
+    return (batch for batch, _, _ in CombinedLoader(tree_unflatten(ours, structure), mode=mode))
 
 
 def _own(loader: Any, seed: int) -> Iterable[Any]:

@@ -27,7 +27,7 @@ from lightning_roulette.network.lending import surely
 from lightning_roulette.trainer.validation.logged import CallbackMetrics, Logged, RecordedResults, Results, logged_in
 from lightning_roulette.trainer.validation.loop import BorrowedLoop, transferred
 from lightning_roulette.trainer.validation.muting import callbacks_of, muted_callbacks, muted_logger
-from lightning_roulette.trainer.validation.snapshot import PlainAttributes, Snapshot, seed_everything_with
+from lightning_roulette.trainer.validation.snapshot import PlainAttributes, Snapshot, seed_global_generators
 from lightning_roulette.trainer.validation.steps import Steps
 
 _ABSENT = object()
@@ -238,7 +238,7 @@ class IsolatedValidation:
         self._prepared()
         self._snapshot.begin()
         try:
-            seed_everything_with(seed)
+            seed_global_generators(seed)
             self._loop._on_evaluation_model_eval()
             for batch in islice(loader, most):
                 yield transferred(self.trainer, batch, 0)

@@ -134,11 +134,14 @@ def transferred(trainer: Trainer, batch: Any, loader: int) -> Any:
     return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=loader)
 
 
-def training_loader(trainer: Trainer) -> CombinedLoader:
-    """Return the loaders of the training data as one. Lightning makes public only what the user passed."""
+def training_loaders(trainer: Trainer) -> tuple[CombinedLoader, str]:
+    """Return the loaders of the training data as one, and the mode in which they are combined.
+
+    Lightning makes public only what the user passed, which may be a collection of loaders.
+    """
     combined: CombinedLoader | None = trainer.fit_loop._combined_loader
     assert combined is not None
-    return combined
+    return combined, combined._mode
 
 
 def _samples(loader: Any, batches: float) -> int | None:

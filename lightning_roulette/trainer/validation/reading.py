@@ -35,15 +35,8 @@ def folded(
         return TrainerLoopData(), validation.run()
     data, logged = _accepted(validation, dealt(validation.read, lengths, seed, cache_bytes, by_rows=by_rows))
     if in_any_process(validation.trainer, data.altered()):  # the module writes into its batches
-        data = dealt(
-            validation.read,
-            lengths,
-            seed,
-            cache_bytes,
-            copies=True,
-            by_rows=by_rows,
-            undivided_because=data.undivided_because,
-        )
+        why = data.undivided_because
+        data = dealt(validation.read, lengths, seed, cache_bytes, True, by_rows, why)
         logged = data.validate(validation, data.first_tried)
     return _equal_in_all_processes(validation.trainer, data), logged
 

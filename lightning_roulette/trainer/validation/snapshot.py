@@ -138,7 +138,7 @@ class PlainAttributes:
                 waiting += one.values() if isinstance(one, dict) else one
 
 
-def seed_everything_with(seed: int) -> None:
+def seed_global_generators(seed: int) -> None:
     """Set the global random generators, inside a block that puts them back. Transforms draw from them."""
     torch.manual_seed(int(seed))
     numpy.random.seed(int(seed) % 2**32)  # noqa: NPY002

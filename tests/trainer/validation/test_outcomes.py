@@ -181,19 +181,16 @@ def test_a_macro_average_is_no_mean_over_samples_even_of_a_network_without_error
     assert isinstance(found, Resamples)
 
 
-# ---- numbers per batch
-
-
-def test_batches_have_the_weights_of_the_mean():
-    values, weights = torch.tensor([1.0, 4.0]), torch.tensor([3.0, 1.0])
-    found = batches_of(values, weights, -1, 1.75)
-    assert found.values.tolist() == [-1.0, -4.0]
-    assert torch.equal(found.weights, weights)
-
-
-@pytest.mark.parametrize(("weights", "value"), [([3.0, 1.0], 2.5), ([4.0, 0.0], 1.0), ([1.0, -0.5], 1.0)])
-def test_batches_have_no_outcomes_if_the_value_is_not_their_mean(weights, value):
-    assert batches_of(torch.tensor([1.0, 4.0]), torch.tensor(weights), 1, value) is None
+@pytest.mark.parametrize(
+    ("weights", "value", "known"),
+    [([3.0, 1.0], 1.75, True), ([3.0, 1.0], 2.5, False), ([4.0, 0.0], 1.0, False), ([1.0, -0.5], 1.0, False)],
+)
+def test_batches_have_the_weights_of_the_mean_and_none_if_the_value_is_not_their_mean(weights, value, known):
+    found = batches_of(torch.tensor([1.0, 4.0]), torch.tensor(weights), -1, value)
+    assert (found is not None) == known
+    if found is not None:
+        assert found.values.tolist() == [-1.0, -4.0]
+        assert found.weights.tolist() == weights
 
 
 # ---- no outcomes
