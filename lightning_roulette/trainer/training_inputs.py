@@ -194,7 +194,7 @@ def _gives_the_same(
     They do not if
 
     - a step depends on its batch size;
-    - the first dimension is not that of samples;
+    - the first dimension does not count samples;
     - a step fails, for example because the memory of the device is too small.
     """
     try:

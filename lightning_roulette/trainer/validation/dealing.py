@@ -39,7 +39,7 @@ class WholeBatches:
         return sum(fold in folds for fold in self.folds)
 
     def contents(self) -> list[Any]:
-        """Return what is kept in memory."""
+        """Return all that is in memory."""
         return list(self.batches)
 
 
@@ -88,7 +88,7 @@ class SplitRows:
         return sum(1 for _ in self._cuts(folds))
 
     def contents(self) -> list[Any]:
-        """Return what is kept in memory."""
+        """Return all that is in memory."""
         return list(self.pools)
 
     def _cuts(self, folds: Sequence[int]) -> Iterator[tuple[Any, slice]]:
@@ -104,8 +104,7 @@ class SplitRows:
 def folds_of(count: int, folds: int, length: float, seed: int, loader: int) -> list[int]:
     """Return the fold of each of `count` batches.
 
-    The numbers of batches in two folds differ by at most one, and so do those of the first and the second half of the
-    folds. The first fold is a small one.
+    Any two folds differ by at most one batch, and so do the two halves of the folds. No fold is smaller than the first.
 
     Args:
         count: The number of batches.

@@ -75,7 +75,7 @@ class FoldedData:
         return validation.run_on(self.of(folds), counts=self.counts(folds))
 
     def record(self, validation: IsolatedValidation, folds: Sequence[int]) -> Logged:
-        """Validate on some folds, and also record what is logged for each batch. Each batch is of one fold."""
+        """Validate on some folds, in batches of one fold each, and record what is logged for each batch."""
         counts = [sum(ours) for ours in zip(*(self.counts([fold]) for fold in folds), strict=True)]
         return validation.run_on(self.by_fold(folds), recorded=True, counts=counts)
 
@@ -182,7 +182,7 @@ class KeptData(FoldedData):
 
 
 class StreamedData(FoldedData):
-    """Batches of which a part is in memory: the folds asked for last, and as many of the next folds as fit.
+    """Batches that are partly in memory: the folds asked for last, and as many of the next folds as fit.
 
     Args:
         read: See `dealt`.

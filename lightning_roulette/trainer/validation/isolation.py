@@ -129,7 +129,7 @@ class IsolatedValidation:
 
     @property
     def loader(self) -> int | None:
-        """The number of the loader whose batch is being validated, if there are several."""
+        """The number of the loader that is being validated, if there are several."""
         return self._loop.results.dataloader_idx
 
     @property
@@ -187,7 +187,7 @@ class IsolatedValidation:
 
         Args:
             batches: Each with the number of its loader, in the order of the loaders.
-            recorded: Whether to record what is logged for each batch.
+            recorded: Whether to record the values of each batch.
             counts: The number of batches of each loader, for a module that asks. None: the number its loader gives.
 
         Returns:
@@ -231,7 +231,7 @@ class IsolatedValidation:
         """Yield batches of training data as `see` takes them.
 
         Args:
-            loader: A loader that nobody else reads.
+            loader: A loader that is read only here.
             most: The largest number of batches.
             seed: Seed of the global random generators while the batches are read.
         """

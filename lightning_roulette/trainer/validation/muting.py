@@ -20,15 +20,15 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 def muted_callbacks(callbacks: Sequence[Callback], keep: Collection[str] = ()) -> list[Callback]:
     """Return twins of callbacks whose hooks do nothing.
 
-    `isinstance` and `trainer.progress_bar_callback` still work. To remove the callbacks instead would end the thread
-    of RichProgressBar, which looks for its bar among them.
+    `isinstance` and `trainer.progress_bar_callback` still work. Without its bar among the callbacks, the thread
+    of RichProgressBar would end.
 
     Args:
         callbacks: The callbacks of a Trainer.
         keep: Names of classes whose callbacks are returned as they are.
 
     Returns:
-        The twins in the same order. A callback of which no twin can be made is left out.
+        The twins in the same order. A callback is left out if no twin can be made.
     """
     twins = [one if type(one).__name__ in keep else _muted_callback(one) for one in callbacks]
     return [one for one in twins if one is not None]

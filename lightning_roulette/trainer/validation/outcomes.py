@@ -44,7 +44,7 @@ class Call:
 
     Attributes:
         arguments: By position or by name.
-        loader: The number of the loader whose batch was validated, if there are several.
+        loader: The number of the loader that was validated, if there are several.
     """
 
     arguments: Mapping[int | str, Any]
@@ -61,7 +61,7 @@ def calls_of(metric: Metric, module: nn.Module, loader: Callable[[], int | None]
     Args:
         metric: The metric.
         module: The module that holds it, alone or in a collection.
-        loader: Returns the number of the loader whose batch is being validated.
+        loader: Returns the number of the loader that is being validated.
 
     Returns:
         A list. The calls are in it after the block.

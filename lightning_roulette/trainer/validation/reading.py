@@ -65,13 +65,13 @@ def whole_if_regrouping_matters(
 ) -> FoldedData:
     """Return the data in one fold if regrouping its samples changes what the module logs, else as it is.
 
-    It changes it if the first dimension is not that of samples, or if a value is no mean over samples.
+    Regrouping matters if the first dimension does not count samples, or if a value is no mean over samples.
 
     Args:
         validation: Entered. All processes of its Trainer decide alike.
         data: As `folded` dealt it.
         logged: What the module logs on all of it.
-        metric: The metric of which two values are compared.
+        metric: Names the values that are compared.
     """
     if not data.regrouped:
         return data
