@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import CombinedLoader
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import (
     BatchSampler,
@@ -22,7 +21,7 @@ from torch.utils.data import (
 )
 
 from lightning_roulette.large.limits import limits
-from lightning_roulette.trainer.validation.loop import training_loaders
+from lightning_roulette.trainer.validation.loop import combined_like, training_loader
 from lightning_roulette.wheel.chance import random_bits, stream
 
 _DRAINED = (
@@ -43,12 +42,12 @@ def own_loader(trainer: Trainer, seed: int) -> Iterable[Any]:
     Raises:
         RuntimeError: If the training data is an iterator, which can be read only once.
     """
-    combined, mode = training_loaders(trainer)
+    combined = training_loader(trainer)
     loaders, structure = tree_flatten(combined.iterables, is_leaf=lambda one: not isinstance(one, dict | list | tuple))
     ours = [_own(loader, seed) for loader in loaders]
     if combined.iterables is combined.flattened[0] and len(ours) == 1:
         return ours[0]
-    return (batch for batch, _, _ in CombinedLoader(tree_unflatten(ours, structure), mode=mode))
+    return (batch for batch, _, _ in combined_like(combined, tree_unflatten(ours, structure)))
 
 
 def _own(loader: Any, seed: int) -> Iterable[Any]:

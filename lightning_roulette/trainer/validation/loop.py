@@ -134,14 +134,16 @@ def transferred(trainer: Trainer, batch: Any, loader: int) -> Any:
     return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=loader)
 
 
-def training_loaders(trainer: Trainer) -> tuple[CombinedLoader, str]:
-    """Return the loaders of the training data as one, and the mode in which they are combined.
-
-    Lightning makes public only what the user passed, which may be a collection of loaders.
-    """
+def training_loader(trainer: Trainer) -> CombinedLoader:
+    """Return the loaders of the training data as one. Lightning makes public only what the user passed."""
     combined: CombinedLoader | None = trainer.fit_loop._combined_loader
     assert combined is not None
-    return combined, combined._mode
+    return combined
+
+
+def combined_like(combined: CombinedLoader, loaders: Any) -> CombinedLoader:
+    """Return other loaders as one, in the mode of `combined`."""
+    return CombinedLoader(loaders, mode=combined._mode)
 
 
 def _samples(loader: Any, batches: float) -> int | None:

@@ -27,8 +27,8 @@ def refuse_if_blind(validation: IsolatedValidation, data: FoldedData, weights: _
     """Raise if validation does not depend on the prunable weights.
 
     Every candidate would get the same score, and the search would prune everything. A module may, for example, validate
-    averaged weights of its own. The logged values are compared with those at zero
-    weights: first on one fold, and on all folds if they are equal there.
+    averaged weights of its own. The logged values are compared with those at zero weights: first on one fold, and on
+    all folds if they are equal there.
 
     Args:
         validation: Entered.
