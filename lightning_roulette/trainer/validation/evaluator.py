@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -94,14 +95,11 @@ class RecordingEvaluator(TrainerEvaluator):
     The arguments are those of `TrainerEvaluator`.
     """
 
-    _probed = False
-    _object: Metric | None = None
-
     def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, Outcomes | None]:
         """Return the scores of a candidate, and the outcomes of single samples or of single batches, if known."""
         if self._trainer.world_size > 1:  # a process sees only its own samples
             return self(candidate, folds), None
-        judged_by = self._judged_by()
+        judged_by = self._judged_by
         with self._as(candidate), ExitStack() as stack:
             if judged_by is None:
                 logged = self._data.record(self._validation, folds)
@@ -124,10 +122,7 @@ class RecordingEvaluator(TrainerEvaluator):
         values, weights = (torch.tensor([float(pair[i]) for pair in updates], dtype=torch.float64) for i in (0, 1))
         return batches_of(values, weights, self._metric.sign, value)
 
+    @cached_property
     def _judged_by(self) -> Metric | None:
-        """The torchmetrics object that was logged as the monitored metric; None if a plain number was logged."""
-        if not self._probed:
-            logged = self._data.validate(self._validation, [0])
-            self._object = logged.metrics.get(self._metric.monitor)
-            self._probed = True
-        return self._object
+        """The torchmetrics object that is logged as the monitored metric; None if a plain number is logged."""
+        return self._data.validate(self._validation, [0]).metrics.get(self._metric.monitor)

@@ -376,17 +376,6 @@ def test_all_data_that_fits_is_read_once_and_a_byte_less_is_streamed():
     assert isinstance(loaders.dealt(cache_bytes=loaders.bytes - 1), StreamedData)
 
 
-def test_without_a_cache_every_question_reads_the_loaders():
-    loaders = Loaders(numbered(*[4] * 32))
-    data = loaders.dealt(cache_bytes=0)
-    assert (data.folds, data.at_once, loaders.count) == (FOLDS, 1, 1)
-    found = [samples(data, fold) for fold in EVERY]
-    assert sorted(sample for fold in found for sample in fold) == list(range(128))
-    assert loaders.count == 1 + FOLDS
-    assert samples(data, *EVERY) == list(range(128))
-    assert loaders.count == 2 + FOLDS
-
-
 @pytest.mark.parametrize("counts", [(1,), (2,), (5,), (15,), (40, 3), (16, 2)])
 def test_few_batches_that_are_too_large_to_keep_make_fewer_folds(counts):
     loaders = Loaders(*(numbered(*[10] * count, first=1000 * n) for n, count in enumerate(counts)))

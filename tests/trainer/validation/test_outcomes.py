@@ -120,21 +120,21 @@ def test_a_mean_over_samples_has_an_outcome_for_each_sample(name, sign, give):
 # ---- other metrics
 
 
+OTHERS = {
+    "accuracy": (MulticlassAccuracy(4, average="macro"), classified()),
+    "f1": (MulticlassF1Score(4, average="macro"), classified()),
+    "auroc": (MulticlassAUROC(4), classified()),
+    "ignoring": (MulticlassAccuracy(4, average="micro", ignore_index=2), classified()),
+    "unbounded": (MeanSquaredError(), [(scores[:, 0], scores[:, 1]) for scores, _ in classified()]),
+}
+
+
 @ways
-@pytest.mark.parametrize(
-    "metric",
-    [
-        MulticlassAccuracy(4, average="macro"),
-        MulticlassF1Score(4, average="macro"),
-        MulticlassAUROC(4),
-        MulticlassAccuracy(4, average="micro", ignore_index=2),
-    ],
-    ids=["accuracy", "f1", "auroc", "ignoring"],
-)
-def test_a_metric_that_is_no_mean_over_samples_is_computed_on_resamples(metric, give):
-    batches = classified()
-    metric.reset()
-    found = outcomes(metric, batches, give)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_metric_that_is_no_mean_over_samples_is_computed_on_resamples(name, sign, give):
+    metric, batches = OTHERS[name][0].clone(), OTHERS[name][1]
+    found = outcomes(metric, batches, give, sign)
     scores, target = whole(batches)
     assert isinstance(found, Resamples)
     assert found.size == len(target)
@@ -142,18 +142,9 @@ def test_a_metric_that_is_no_mean_over_samples_is_computed_on_resamples(metric, 
     again = torch.randint(len(target), (len(target),), generator=torch.Generator().manual_seed(1))
     for index in (everything, again):
         metric.reset()
-        expected = float(metric(scores[index], target[index]))
+        expected = sign * float(metric(scores[index], target[index]))
         assert found.score(index) == pytest.approx(expected, abs=1e-6)
     assert found.score(everything) != found.score(again)
-
-
-def test_a_metric_without_bounds_is_computed_on_resamples():
-    batches = [(scores[:, 0], scores[:, 1]) for scores, _ in classified()]
-    found = outcomes(MeanSquaredError(), batches, sign=-1)
-    first, second = whole(batches)
-    some = torch.tensor([3, 3, 50])
-    assert isinstance(found, Resamples)
-    assert found.score(some) == pytest.approx(-float((first - second)[some].square().mean()), abs=1e-6)
 
 
 def test_a_mean_of_one_number_a_batch_has_an_outcome_for_each_batch():
