@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -99,12 +99,14 @@ class RecordingEvaluator(TrainerEvaluator):
         """Return the scores of a candidate, and the outcomes of single samples or of single batches, if known."""
         if self._trainer.world_size > 1:  # a process sees only its own samples
             return self(candidate, folds), None
-        judged_by = self._judged_by
-        with self._as(candidate), ExitStack() as stack:
-            if judged_by is None:
+        if (judged_by := self._judged_by) is None:
+            with self._as(candidate):
                 logged = self._data.record(self._validation, folds)
-                return self._scores(logged), self._outcomes_of_batches(logged)
-            calls = stack.enter_context(calls_of(judged_by, self._module, lambda: self._validation.loader))
+            return self._scores(logged), self._outcomes_of_batches(logged)
+        with (
+            self._as(candidate),
+            calls_of(judged_by, self._module, lambda: self._validation.loader) as calls,
+        ):
             logged = self._data.validate(self._validation, folds)
         return self._scores(logged), self._outcomes_of_calls(judged_by, calls, logged)
 
