@@ -44,10 +44,10 @@ from lightning_roulette import (
     search,
 )
 from lightning_roulette.judge.race import rungs
-from lightning_roulette.trainer.validation.evaluator import TrainerEvaluator
+from lightning_roulette.trainer.data.reading import folded
+from lightning_roulette.trainer.scores.evaluator import TrainerEvaluator
+from lightning_roulette.trainer.scores.monitored_metric import find_metric, watched_in
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
-from lightning_roulette.trainer.validation.monitored_metric import find_metric, watched_in
-from lightning_roulette.trainer.validation.reading import folded
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore")

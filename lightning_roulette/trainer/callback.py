@@ -31,6 +31,12 @@ from lightning_roulette.search.search import search
 from lightning_roulette.search.winner import Winner, load
 from lightning_roulette.settings import CALIBRATED, LeastSquares, Refit, Tree, Validation, Wheel, refit_of
 from lightning_roulette.trainer.between_epochs import BetweenEpochs
+from lightning_roulette.trainer.data.folded_data import FoldedData
+from lightning_roulette.trainer.data.training_inputs import (
+    TrainerCalibration,
+    calibration_batches,
+    refuse_blind_to_training,
+)
 from lightning_roulette.trainer.files import (
     RunFiles,
     checkpoint_with_these_weights,
@@ -47,18 +53,12 @@ from lightning_roulette.trainer.preflight import (
     refuse_without_validation,
 )
 from lightning_roulette.trainer.resuming import as_training_ended, journal_of, warn_of_no_search
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
+from lightning_roulette.trainer.scores.refusals import refuse_too_few_samples
+from lightning_roulette.trainer.scores.setup import CandidateValidation, ValidationSetup
 from lightning_roulette.trainer.show.watcher import EpochWatcher, Watcher, log, speak_up
 from lightning_roulette.trainer.spawned import FromWorker, Handover
-from lightning_roulette.trainer.training_inputs import (
-    TrainerCalibration,
-    calibration_batches,
-    refuse_blind_to_training,
-)
-from lightning_roulette.trainer.validation.folded_data import FoldedData
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
-from lightning_roulette.trainer.validation.monitored_metric import MonitoredMetric
-from lightning_roulette.trainer.validation.refusals import refuse_too_few_samples
-from lightning_roulette.trainer.validation.setup import CandidateValidation, ValidationSetup
 
 
 class RouletteWheelPruning(ZeroHolder):

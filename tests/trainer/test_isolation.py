@@ -33,14 +33,14 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision,
 
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, apply_mask, prunable_parameters, search
 from lightning_roulette.mask.pruned import PrunedWeights
+from lightning_roulette.trainer.data.folded_data import TrainerLoopData
+from lightning_roulette.trainer.data.reading import folded
+from lightning_roulette.trainer.processes import mean_over_processes
+from lightning_roulette.trainer.scores.evaluator import RecordingEvaluator, TrainerEvaluator
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from lightning_roulette.trainer.validation import isolation, snapshot
-from lightning_roulette.trainer.validation.evaluator import RecordingEvaluator, TrainerEvaluator
-from lightning_roulette.trainer.validation.folded_data import TrainerLoopData
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from lightning_roulette.trainer.validation.logged import Logged
-from lightning_roulette.trainer.validation.monitored_metric import MonitoredMetric
-from lightning_roulette.trainer.validation.processes import mean_over_processes
-from lightning_roulette.trainer.validation.reading import folded
 from tests.support.modules import Blobs, blobs, train_loader, val_loader
 
 HOOKS = (

@@ -18,8 +18,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, prunable_parameters, sparsity
 from lightning_roulette.report.report import StopReason
+from lightning_roulette.trainer.scores.evaluator import TrainerEvaluator
 from lightning_roulette.trainer.spawned import Handover
-from lightning_roulette.trainer.validation.evaluator import TrainerEvaluator
 from tests.support.failing import Fails, counting
 from tests.support.modules import Blobs, blobs, train_loader, val_loader
 

@@ -11,9 +11,9 @@ from lightning_roulette.mask.mask import Mask
 from lightning_roulette.report.report import Candidate, Level, SearchReport
 from lightning_roulette.search.observer import Observer
 from lightning_roulette.search.winner import Winner
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from lightning_roulette.trainer.show.bar import line_of
 from lightning_roulette.trainer.show.curves import Curves
-from lightning_roulette.trainer.validation.monitored_metric import MonitoredMetric
 
 log = logging.getLogger("lightning_roulette")
 _W = TypeVar("_W", bound="Watcher")

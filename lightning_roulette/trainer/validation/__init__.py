@@ -1,1 +1,1 @@
-"""Validation of pruned networks within a fit: loggers, callbacks and random state are left untouched."""
+"""Validation of a network that is lent: loggers, callbacks and random state are left untouched."""

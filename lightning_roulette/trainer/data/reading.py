@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_roulette.trainer.validation.folded_data import FoldedData, TrainerLoopData, dealt
+from lightning_roulette.trainer.data.folded_data import FoldedData, TrainerLoopData, dealt
+from lightning_roulette.trainer.processes import in_any_process, least_and_most
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from lightning_roulette.trainer.validation.logged import Logged
-from lightning_roulette.trainer.validation.monitored_metric import MonitoredMetric
-from lightning_roulette.trainer.validation.processes import in_any_process, least_and_most
 
 
 def folded(
@@ -61,7 +62,7 @@ def undivided(validation: IsolatedValidation, seed: int, cache_bytes: int, why: 
 
 
 def whole_if_regrouping_matters(
-    validation: IsolatedValidation, data: FoldedData, logged: Logged, metric: MonitoredMetric
+    validation: IsolatedValidation, data: FoldedData, logged: Logged, names: Collection[str]
 ) -> FoldedData:
     """Return the data in one fold if regrouping its samples changes what the module logs, else as it is.
 
@@ -71,12 +72,12 @@ def whole_if_regrouping_matters(
         validation: Entered. All processes of its Trainer decide alike.
         data: As `folded` dealt it.
         logged: What the module logs on all of it.
-        metric: Names the values that are compared.
+        names: The logged values that are compared.
     """
     if not data.regrouped:
         return data
     whole = data.undivided("the module logs other values on regrouped samples")
-    names, rtol = {metric.monitor, metric.rank_by}, rounding(validation.trainer)
+    rtol = rounding(validation.trainer)
     before = whole.validate(validation, range(1))
     differs = any(not _close(logged.value(name), before.value(name), rtol) for name in names)
     data.stay_regrouped()

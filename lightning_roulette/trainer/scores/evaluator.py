@@ -17,12 +17,12 @@ from lightning_roulette.mask.mask import fill_pruned
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.network.lending import applied, copy_into, lent, named_tensors
 from lightning_roulette.report.report import Scores
-from lightning_roulette.trainer.validation.folded_data import FoldedData
+from lightning_roulette.trainer.data.folded_data import FoldedData
+from lightning_roulette.trainer.processes import mean_over_processes
+from lightning_roulette.trainer.scores.monitored_metric import LOADER, MonitoredMetric
+from lightning_roulette.trainer.scores.outcomes import Call, batches_of, calls_of, outcomes_of
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from lightning_roulette.trainer.validation.logged import Logged
-from lightning_roulette.trainer.validation.monitored_metric import LOADER, MonitoredMetric
-from lightning_roulette.trainer.validation.outcomes import Call, batches_of, calls_of, outcomes_of
-from lightning_roulette.trainer.validation.processes import mean_over_processes
 
 
 class TrainerEvaluator:

@@ -19,10 +19,10 @@ from lightning_roulette.network.samples import bytes_of, joined, pieces_of, rows
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.settings import Refit
-from lightning_roulette.trainer.own_loader import own_loader
-from lightning_roulette.trainer.validation.containers import rebuilt
+from lightning_roulette.trainer.data.containers import rebuilt
+from lightning_roulette.trainer.data.own_loader import own_loader
+from lightning_roulette.trainer.data.reading import rounding
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
-from lightning_roulette.trainer.validation.reading import rounding
 
 
 class TrainerCalibration(Calibration):

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_roulette.network.samples import bytes_of, tensors_of
-from lightning_roulette.trainer.validation.containers import rebuilt, write_counts
-from lightning_roulette.trainer.validation.dealing import (
+from lightning_roulette.trainer.data.containers import rebuilt, write_counts
+from lightning_roulette.trainer.data.dealing import (
     FOLDS,
     SplitRows,
     WholeBatches,

@@ -11,15 +11,15 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, Pro
 from torch import nn
 
 from lightning_roulette.settings import Validation
-from lightning_roulette.trainer.validation.evaluator import RecordingEvaluator, TrainerEvaluator
-from lightning_roulette.trainer.validation.folded_data import FoldedData
+from lightning_roulette.trainer.data.folded_data import FoldedData
+from lightning_roulette.trainer.data.reading import folded, undivided, whole_if_regrouping_matters
+from lightning_roulette.trainer.processes import mean_over_processes
+from lightning_roulette.trainer.scores.evaluator import RecordingEvaluator, TrainerEvaluator
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric, Watched, find_metric, watched_in
+from lightning_roulette.trainer.scores.refusals import refuse_if_blind
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from lightning_roulette.trainer.validation.logged import Logged
-from lightning_roulette.trainer.validation.monitored_metric import MonitoredMetric, Watched, find_metric, watched_in
 from lightning_roulette.trainer.validation.muting import callbacks_of
-from lightning_roulette.trainer.validation.processes import mean_over_processes
-from lightning_roulette.trainer.validation.reading import folded, undivided, whole_if_regrouping_matters
-from lightning_roulette.trainer.validation.refusals import refuse_if_blind
 
 _Weights = dict[str, nn.Parameter]
 
@@ -124,7 +124,7 @@ class ValidationSetup:
             validation = stack.enter_context(self.isolated())
             data, logged = folded(validation, self.seed, self.choices.cache_bytes, by_rows=by_rows)
             metric, prunable = self._find(logged, watched, leave=stack.close), weights()
-            data = whole_if_regrouping_matters(validation, data, logged, metric)
+            data = whole_if_regrouping_matters(validation, data, logged, {metric.monitor, metric.rank_by})
             if first:
                 refuse_if_blind(validation, data, prunable)
             size = validation.size()

@@ -12,8 +12,8 @@ from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_roulette import RouletteWheelPruning, Tree, Validation
+from lightning_roulette.trainer.scores.monitored_metric import find_metric, watched_in
 from lightning_roulette.trainer.validation.logged import Logged
-from lightning_roulette.trainer.validation.monitored_metric import find_metric, watched_in
 from tests.support.modules import Blobs, blobs, train_loader, val_loader
 
 

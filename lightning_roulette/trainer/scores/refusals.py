@@ -15,10 +15,10 @@ from lightning_roulette.judge.evaluator import divided
 from lightning_roulette.large.limits import limits
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.lending import applied
-from lightning_roulette.trainer.validation.dealing import FOLDS
-from lightning_roulette.trainer.validation.folded_data import FoldedData
+from lightning_roulette.trainer.data.dealing import FOLDS
+from lightning_roulette.trainer.data.folded_data import FoldedData
+from lightning_roulette.trainer.scores.outcomes import is_mean
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
-from lightning_roulette.trainer.validation.outcomes import is_mean
 
 _Weights = Mapping[str, nn.Parameter]
 
