@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 import torch
 from lightning.pytorch import Trainer
@@ -34,10 +35,10 @@ def folded(
     lengths = validation.lengths()
     if validation.hands_over_iterator:
         return TrainerLoopData(), validation.run()
-    data, logged = _accepted(validation, dealt(validation.read, lengths, seed, cache_bytes, by_rows=by_rows))
+    deal = partial(dealt, validation.read, lengths, seed, cache_bytes, by_rows=by_rows)
+    data, logged = _accepted(validation, deal())
     if in_any_process(validation.trainer, data.altered()):  # the module writes into its batches
-        why = data.undivided_because
-        data = dealt(validation.read, lengths, seed, cache_bytes, True, by_rows, why)
+        data = deal(copies=True, undivided_because=data.undivided_because)
         logged = data.validate(validation, data.first_tried)
     return _equal_in_all_processes(validation.trainer, data), logged
 
