@@ -45,8 +45,8 @@ from lightning_roulette import (
 )
 from lightning_roulette.judge.race import rungs
 from lightning_roulette.trainer.data.reading import folded
-from lightning_roulette.trainer.scores.evaluator import TrainerEvaluator
 from lightning_roulette.trainer.scores.monitored_metric import find_metric, watched_in
+from lightning_roulette.trainer.scores.trainer_evaluator import TrainerEvaluator
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -36,8 +36,8 @@ from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.trainer.data.folded_data import TrainerLoopData
 from lightning_roulette.trainer.data.reading import folded
 from lightning_roulette.trainer.processes import mean_over_processes
-from lightning_roulette.trainer.scores.evaluator import RecordingEvaluator, TrainerEvaluator
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
+from lightning_roulette.trainer.scores.trainer_evaluator import RecordingEvaluator, TrainerEvaluator
 from lightning_roulette.trainer.validation import isolation, snapshot
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from lightning_roulette.trainer.validation.logged import Logged

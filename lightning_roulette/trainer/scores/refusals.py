@@ -17,7 +17,7 @@ from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.lending import applied
 from lightning_roulette.trainer.data.dealing import FOLDS
 from lightning_roulette.trainer.data.folded_data import FoldedData
-from lightning_roulette.trainer.scores.outcomes import is_mean
+from lightning_roulette.trainer.scores.metric_calls import is_mean
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 
 _Weights = Mapping[str, nn.Parameter]

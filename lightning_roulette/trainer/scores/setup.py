@@ -14,9 +14,9 @@ from lightning_roulette.settings import Validation
 from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.data.reading import folded, undivided, whole_if_regrouping_matters
 from lightning_roulette.trainer.processes import mean_over_processes
-from lightning_roulette.trainer.scores.evaluator import RecordingEvaluator, TrainerEvaluator
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric, Watched, find_metric, watched_in
 from lightning_roulette.trainer.scores.refusals import refuse_if_blind
+from lightning_roulette.trainer.scores.trainer_evaluator import RecordingEvaluator, TrainerEvaluator
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from lightning_roulette.trainer.validation.logged import Logged
 from lightning_roulette.trainer.validation.muting import callbacks_of

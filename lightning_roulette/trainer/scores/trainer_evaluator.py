@@ -19,8 +19,8 @@ from lightning_roulette.network.lending import applied, copy_into, lent, named_t
 from lightning_roulette.report.report import Scores
 from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.processes import mean_over_processes
+from lightning_roulette.trainer.scores.metric_calls import Call, batches_of, calls_of, outcomes_of
 from lightning_roulette.trainer.scores.monitored_metric import LOADER, MonitoredMetric
-from lightning_roulette.trainer.scores.outcomes import Call, batches_of, calls_of, outcomes_of
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from lightning_roulette.trainer.validation.logged import Logged
 

@@ -18,7 +18,7 @@ from torchmetrics.classification import (
 )
 
 from lightning_roulette.judge.certificate import Batches, Resamples, Singles
-from lightning_roulette.trainer.scores.outcomes import batches_of, calls_of, outcomes_of
+from lightning_roulette.trainer.scores.metric_calls import batches_of, calls_of, outcomes_of
 
 SIZES = (32, 32, 7)
 
