@@ -506,7 +506,7 @@ class RouletteWheelPruning(ZeroHolder):
             with judging.isolated() as validation:
                 logged = validation.run(1)
             metric = self._know(trainer, judging.metric(logged))
-        return judging.whole(metric, self._weights(module), self._history is None)
+        return judging.undivided(metric, self._weights(module), self._history is None)
 
     def _weights(self, module: LightningModule) -> dict[str, nn.Parameter]:
         """The prunable parameters; once levels are cut those of the first, whatever is frozen or thawed since."""

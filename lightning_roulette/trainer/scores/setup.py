@@ -131,7 +131,7 @@ class ValidationSetup:
         evaluate = RecordingEvaluator(self.trainer, self.module, validation, data, prunable, metric)
         return CandidateValidation(validation, data, metric, prunable, evaluate, size)
 
-    def whole(self, metric: MonitoredMetric, weights: _Weights, first: bool) -> CandidateValidation:
+    def undivided(self, metric: MonitoredMetric, weights: _Weights, first: bool) -> CandidateValidation:
         """Read the validation data into one fold, for networks that are not ranked.
 
         Args:
