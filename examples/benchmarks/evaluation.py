@@ -44,9 +44,10 @@ from lightning_roulette import (
     search,
 )
 from lightning_roulette.judge.race import rungs
-from lightning_roulette.trainer.evaluator import TrainerEvaluator, folded
-from lightning_roulette.trainer.isolation import IsolatedValidation
-from lightning_roulette.trainer.metric import find_metric
+from lightning_roulette.trainer.data.reading import folded
+from lightning_roulette.trainer.scores.monitored_metric import find_metric, watched_in
+from lightning_roulette.trainer.scores.trainer_evaluator import TrainerEvaluator
+from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore")
@@ -119,7 +120,7 @@ class Measured(Callback):
         validation = IsolatedValidation(trainer, module)
         with validation:
             (data, logged), reading = _timed(lambda: folded(validation, 0, 2**31))
-            metric = find_metric(logged, trainer, "val_acc", None, 0.005)
+            metric = find_metric(logged, watched_in(trainer), "val_acc", None, 0.005)
             evaluate = TrainerEvaluator(trainer, module, validation, data, weights, metric)
             candidate = PrunedWeights(Mask.full(weights), weights)
             folds = range(evaluate.folds)

@@ -31,9 +31,11 @@ from lightning_roulette.search.search import search
 from lightning_roulette.search.winner import Winner, load
 from lightning_roulette.settings import CALIBRATED, LeastSquares, Refit, Tree, Validation, Wheel, refit_of
 from lightning_roulette.trainer.between_epochs import BetweenEpochs
-from lightning_roulette.trainer.data import FoldedData
-from lightning_roulette.trainer.evaluator import (
-    refuse_too_few_samples,
+from lightning_roulette.trainer.data.folded_data import FoldedData
+from lightning_roulette.trainer.data.training_inputs import (
+    TrainerCalibration,
+    calibration_batches,
+    refuse_blind_to_training,
 )
 from lightning_roulette.trainer.files import (
     RunFiles,
@@ -43,9 +45,6 @@ from lightning_roulette.trainer.files import (
     save_accepted_levels,
 )
 from lightning_roulette.trainer.hold_zeros import ZeroHolder, average_becomes, hold_zeros, place_before_checkpoints
-from lightning_roulette.trainer.isolation import IsolatedValidation
-from lightning_roulette.trainer.judging import Judging, Ready
-from lightning_roulette.trainer.metric import Metric
 from lightning_roulette.trainer.preflight import (
     find_prunable,
     refuse_foreign_trainer,
@@ -53,14 +52,13 @@ from lightning_roulette.trainer.preflight import (
     refuse_trainer,
     refuse_without_validation,
 )
-from lightning_roulette.trainer.resuming import as_training_ended, journal_of, size_of_data, warn_of_no_search
+from lightning_roulette.trainer.resuming import as_training_ended, journal_of, warn_of_no_search
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
+from lightning_roulette.trainer.scores.refusals import refuse_too_few_samples
+from lightning_roulette.trainer.scores.setup import CandidateValidation, ValidationSetup
 from lightning_roulette.trainer.show.watcher import EpochWatcher, Watcher, log, speak_up
 from lightning_roulette.trainer.spawned import FromWorker, Handover
-from lightning_roulette.trainer.training_inputs import (
-    TrainerCalibration,
-    calibration_batches,
-    refuse_blind_to_training,
-)
+from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 
 
 class RouletteWheelPruning(ZeroHolder):
@@ -187,7 +185,7 @@ class RouletteWheelPruning(ZeroHolder):
     def _forget(self) -> None:
         self.report, self.best_model_path, self._history = None, "", None
         self._levels: Winner | None = None
-        self._metric: Metric | None = None
+        self._metric: MonitoredMetric | None = None
         self._module: weakref.ref[LightningModule] | None = None
         self._files: RunFiles | None = None
         self._measured_at_step = 0
@@ -466,7 +464,7 @@ class RouletteWheelPruning(ZeroHolder):
     def _rehearse(self, trainer: Trainer, module: LightningModule, batches: float) -> None:
         """Find the metric by a short validation, and refuse what cannot work with it."""
         judging = self._judging(trainer, module)
-        with judging.validating() as validation:
+        with judging.isolated() as validation:
             logged, samples = validation.run(batches), validation.samples()
             if self._looks_at_inputs and self._history is None:
                 remedy = "refit=None" if self.refit is not None else "wheel=Wheel(importance='magnitude')"
@@ -476,14 +474,14 @@ class RouletteWheelPruning(ZeroHolder):
             judged_by = logged.metrics.get(metric.monitor)
             refuse_too_few_samples(samples, judged_by, self.confidence, self.tolerance, self.validation.confirm)
 
-    def _judging(self, trainer: Trainer, module: LightningModule) -> Judging:
+    def _judging(self, trainer: Trainer, module: LightningModule) -> ValidationSetup:
         # what an earlier search was judged by is what its winner is measured by
         monitor, mode = (
             (self.report.monitor, self.report.mode) if self._history and self.report else (self.monitor, self.mode)
         )
-        return Judging(trainer, module, self.validation, monitor, mode, self.tolerance, self.seed, self)
+        return ValidationSetup(trainer, module, self.validation, monitor, mode, self.tolerance, self.seed, self)
 
-    def _know(self, trainer: Trainer, metric: Metric) -> Metric:
+    def _know(self, trainer: Trainer, metric: MonitoredMetric) -> MonitoredMetric:
         if metric != self._metric and trainer.is_global_zero:
             log.info(
                 f"RouletteWheelPruning: judged by {metric.monitor} ({metric.mode}, {metric.why}), ranked by "
@@ -492,23 +490,23 @@ class RouletteWheelPruning(ZeroHolder):
         self._metric = metric
         return metric
 
-    def _ready(self, trainer: Trainer, module: LightningModule) -> Ready:
+    def _ready(self, trainer: Trainer, module: LightningModule) -> CandidateValidation:
         """What judges the candidates of a search."""
         by_rows, first = self.confidence is not None, self._history is None
         ready = self._judging(trainer, module).dealt(lambda: self._weights(module), by_rows, first)
         self._know(trainer, ready.metric)
         return ready
 
-    def _ready_between_epochs(self, trainer: Trainer, module: LightningModule) -> Ready:
+    def _ready_between_epochs(self, trainer: Trainer, module: LightningModule) -> CandidateValidation:
         """What judges a network as trained, and the candidates of a cut; where there is one, data is not divided."""
         if self.branches > 1:
             return self._ready(trainer, module)
         judging = self._judging(trainer, module)
         if (metric := self._metric) is None:
-            with judging.validating() as validation:
+            with judging.isolated() as validation:
                 logged = validation.run(1)
             metric = self._know(trainer, judging.metric(logged))
-        return judging.whole(metric, self._weights(module), self._history is None)
+        return judging.undivided(metric, self._weights(module), self._history is None)
 
     def _weights(self, module: LightningModule) -> dict[str, nn.Parameter]:
         """The prunable parameters; once levels are cut those of the first, whatever is frozen or thawed since."""
@@ -543,12 +541,10 @@ class RouletteWheelPruning(ZeroHolder):
         watcher.on_end(report)
 
     @contextlib.contextmanager
-    def _noting(self, trainer: Trainer, module: LightningModule, ready: Ready) -> Iterator[Evaluator]:
+    def _noting(self, trainer: Trainer, module: LightningModule, ready: CandidateValidation) -> Iterator[Evaluator]:
         """Inside the block the evaluator's answers are noted in a file, which goes when the block ends well."""
-        with ready.validation:
-            size = size_of_data(ready.validation)
         metric = replace(ready.metric, why="")  # a resumed fit may have found it in another way
-        facts = [self._settings(trainer), *ready.weights, metric, ready.data.folds, size]
+        facts = [self._settings(trainer), *ready.weights, metric, ready.data.folds, ready.size]
         journal = journal_of(trainer, module, self._files, facts)
         yield ready.evaluate if journal is None else Noted(ready.evaluate, journal)
         if journal is not None:
@@ -688,7 +684,9 @@ class RouletteWheelPruning(ZeroHolder):
         same = ("target_sparsity", "refit", "wheel", "validation", "seed")
         return limits | {name: getattr(self, name) for name in same}
 
-    def _keep_accepted(self, trainer: Trainer, so_far: Winner | None, metric: Metric, reason: StopReason) -> None:
+    def _keep_accepted(
+        self, trainer: Trainer, so_far: Winner | None, metric: MonitoredMetric, reason: StopReason
+    ) -> None:
         """Of a search that did not end keep the report, and the masks in a file."""
         if so_far is None:
             return
@@ -703,7 +701,7 @@ class RouletteWheelPruning(ZeroHolder):
             )
 
     def _load(
-        self, trainer: Trainer, module: LightningModule, winner: Winner, metric: Metric, data: FoldedData
+        self, trainer: Trainer, module: LightningModule, winner: Winner, metric: MonitoredMetric, data: FoldedData
     ) -> SearchReport:
         """Load the winner in place, measure it once more, and save it; the dense network first."""
         pruned = winner.report.winner is not None

@@ -17,7 +17,7 @@ from lightning_roulette.mask.mask import Mask, apply_mask, breaks, fill_pruned, 
 from lightning_roulette.network.lending import copy_into, named_tensors
 from lightning_roulette.network.parameters import aliases, prunable_parameters
 from lightning_roulette.network.zeros import ZeroHold
-from lightning_roulette.trainer.isolation import callbacks_of
+from lightning_roulette.trainer.validation.muting import callbacks_of
 
 _log = logging.getLogger("lightning_roulette")
 

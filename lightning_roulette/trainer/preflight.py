@@ -14,7 +14,7 @@ from lightning_roulette.large.shards import Shards
 from lightning_roulette.network.parameters import has_lazy_parameters, prunable_parameters, skipped_parameters
 from lightning_roulette.search.arguments import beyond_shards
 from lightning_roulette.settings import Importance, LeastSquares, refit_of
-from lightning_roulette.trainer.isolation import callbacks_of
+from lightning_roulette.trainer.validation.muting import callbacks_of
 
 
 def refuse_foreign_trainer(trainer: Any) -> None:

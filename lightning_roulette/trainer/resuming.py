@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from lightning_roulette.judge.journal import Journal, fingerprint, lines_in
 from lightning_roulette.trainer.files import RunFiles
-from lightning_roulette.trainer.isolation import callbacks_of
 from lightning_roulette.trainer.show.watcher import log
+from lightning_roulette.trainer.validation.muting import callbacks_of
 
 
 def journal_of(
@@ -105,8 +104,3 @@ def warn_of_no_search(trainer: Trainer) -> bool:
         return False
     warnings.warn(f"RouletteWheelPruning does nothing in this fit: {why}", stacklevel=3)
     return True
-
-
-def size_of_data(validation: Any) -> tuple[object, ...]:
-    """How many batches the validation loaders have, and how many samples if they tell."""
-    return tuple(validation.lengths()), validation.samples()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightning_roulette.trainer.evaluator import TrainerEvaluator
+from lightning_roulette.trainer.scores.trainer_evaluator import TrainerEvaluator
 from tests.support.modules import Blobs
 
 

@@ -23,7 +23,7 @@ from lightning_roulette import (
     prunable_parameters,
     sparsity,
 )
-from lightning_roulette.trainer.data import dealt
+from lightning_roulette.trainer.data.folded_data import dealt
 from tests.support.modules import Blobs, train_loader, val_loader
 
 ON_ALL = Validation(confirm=0, race=False)  # all candidates on all data

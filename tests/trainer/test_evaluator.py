@@ -35,7 +35,7 @@ from lightning_roulette.judge.certificate import Batches, Resamples, Singles, sa
 from lightning_roulette.judge.race import rungs
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.report.report import Method
-from lightning_roulette.trainer.isolation import IsolatedValidation
+from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from tests.support.modules import Blobs, blobs, train_loader, val_loader
 from tests.trainer.test_isolation import (
     BY_DEFAULT,
@@ -846,7 +846,7 @@ def test_batches_that_tell_something_else_when_cut_are_not_cut(make_trainer):
     module = TimeFirst()
     trainer.fit(module, train_loader(), DataLoader(batches, batch_size=None))
     assert pruning.report.folds == (1, 0)
-    assert pruning.report.undivided_because == "the module logs something else on batches that are cut anew"
+    assert pruning.report.undivided_because == "the module logs other values on regrouped samples"
     said = trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)[0]["val_acc"]
     assert pruning.report.score == pytest.approx(said, abs=1e-6)
 
@@ -899,7 +899,7 @@ def test_a_module_that_needs_its_batch_size_is_judged_on_its_batches(make_traine
     trainer.fit(Fixed(), train_loader(batch_size=25), val_loader(batch_size=25))
     assert pruning.report.folds == (1, 0)
     assert pruning.report.undivided_because.startswith(
-        "validation fails on batches that are cut anew (RuntimeError: The size of"
+        "validation fails on regrouped samples (RuntimeError: The size of"
     )
     assert pruning.report.winner.undone == {}
     assert pruning.report.left_alone == {}

@@ -33,16 +33,14 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision,
 
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, apply_mask, prunable_parameters, search
 from lightning_roulette.mask.pruned import PrunedWeights
-from lightning_roulette.trainer import isolation as evaluation
-from lightning_roulette.trainer.evaluator import (
-    OwnLoop,
-    RecordingEvaluator,
-    TrainerEvaluator,
-    folded,
-    mean_over_processes,
-)
-from lightning_roulette.trainer.isolation import IsolatedValidation, Logged
-from lightning_roulette.trainer.metric import Metric as Judging
+from lightning_roulette.trainer.data.folded_data import TrainerLoopData
+from lightning_roulette.trainer.data.reading import folded
+from lightning_roulette.trainer.processes import mean_over_processes
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
+from lightning_roulette.trainer.scores.trainer_evaluator import RecordingEvaluator, TrainerEvaluator
+from lightning_roulette.trainer.validation import isolation, snapshot
+from lightning_roulette.trainer.validation.isolation import IsolatedValidation
+from lightning_roulette.trainer.validation.logged import Logged
 from tests.support.modules import Blobs, blobs, train_loader, val_loader
 
 HOOKS = (
@@ -77,7 +75,7 @@ ON_ALL = Validation(confirm=0, race=False)  # all candidates on all data
 
 
 def judged_by(monitor, mode="max", loss=None, rank_by=None, rank_mode=None):
-    return Judging(monitor, mode, "", loss, rank_by or monitor, rank_mode or mode)
+    return MonitoredMetric(monitor, mode, "", loss, rank_by or monitor, rank_mode or mode)
 
 
 def evaluator_of(trainer, module, validation, metric, weights=None, cache_bytes=2**31):
@@ -298,7 +296,7 @@ def test_everything_is_as_before_when_candidate_7_fails(hook, error, workers, ma
 # the first time at the start of reading, the second at its end, then at the start of each validation, last at the end
 @pytest.mark.parametrize("which", [1, 2, 3, -1])
 def test_everything_is_as_before_when_ctrl_c_arrives_while_things_are_given_back(which, make_trainer, monkeypatch):
-    found, calls, original = [], [], evaluation._set_rng_states
+    found, calls, original = [], [], snapshot._set_rng_states
 
     def interrupted(states, nth):
         calls.append(1)
@@ -308,11 +306,11 @@ def test_everything_is_as_before_when_ctrl_c_arrives_while_things_are_given_back
 
     def compare(trainer, module):
         before = state_of(trainer, module)
-        monkeypatch.setattr(evaluation, "_set_rng_states", partial(interrupted, nth=0))
+        monkeypatch.setattr(snapshot, "_set_rng_states", partial(interrupted, nth=0))
         one_level(trainer, module)
         nth = which % (len(calls) + 1)
         calls.clear()
-        monkeypatch.setattr(evaluation, "_set_rng_states", partial(interrupted, nth=nth))
+        monkeypatch.setattr(snapshot, "_set_rng_states", partial(interrupted, nth=nth))
         with pytest.raises(KeyboardInterrupt):
             one_level(trainer, module)
         found.append(changed(before, state_of(trainer, module)))
@@ -326,7 +324,7 @@ def test_everything_is_as_before_when_a_session_cannot_begin(make_trainer, monke
     found = []
 
     def compare(trainer, module):
-        monkeypatch.setattr(evaluation, "_swapped", broken_after_five(evaluation._swapped))
+        monkeypatch.setattr(isolation, "_swapped", broken_after_five(isolation._swapped))
         before = state_of(trainer, module)
         with pytest.raises(RuntimeError, match="sixth"):
             one_level(trainer, module)
@@ -1264,7 +1262,7 @@ class Logs:
 
 def test_processes_that_logged_different_values_agree_on_the_mean_and_one_warning_says_so():
     trainer, weights = many_processes(0.5, 0.75), {"a": torch.ones(2)}
-    evaluate = TrainerEvaluator(trainer, None, Logs(0.5), OwnLoop(), weights, judged_by("val_acc"))
+    evaluate = TrainerEvaluator(trainer, None, Logs(0.5), TrainerLoopData(), weights, judged_by("val_acc"))
     with pytest.warns(UserWarning, match="sync_dist=True") as warned:
         assert [evaluate(PrunedWeights(Mask.full(weights), weights), [0]).score for _ in range(3)] == [0.625] * 3
     assert len(warned) == 1
@@ -1273,6 +1271,6 @@ def test_processes_that_logged_different_values_agree_on_the_mean_and_one_warnin
 def test_processes_that_logged_one_value_agree_on_it_without_a_warning():
     weights = {"a": torch.ones(2)}
     one_value = many_processes(0.25, 0.25)
-    evaluate = TrainerEvaluator(one_value, None, Logs(0.25), OwnLoop(), weights, judged_by("val_acc"))
+    evaluate = TrainerEvaluator(one_value, None, Logs(0.25), TrainerLoopData(), weights, judged_by("val_acc"))
     assert evaluate(PrunedWeights(Mask.full(weights), weights), [0]).score == 0.25
     assert mean_over_processes(SimpleNamespace(world_size=1), torch.tensor(0.5)) == 0.5

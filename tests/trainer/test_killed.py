@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from lightning_roulette import LeastSquares, RouletteWheelPruning, Tree
 from lightning_roulette.judge.journal import Journal
-from lightning_roulette.trainer.evaluator import TrainerEvaluator
+from lightning_roulette.trainer.scores.trainer_evaluator import TrainerEvaluator
 from tests.support.modules import Blobs, blobs, val_loader
 
 ROOT = Path(__file__).parents[2]

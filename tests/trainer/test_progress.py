@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from lightning_roulette import RouletteWheelPruning, Tree, sparsity
 from lightning_roulette.judge.race import rungs
-from lightning_roulette.trainer.isolation import IsolatedValidation
 from lightning_roulette.trainer.show.bar import Line, line_of
 from lightning_roulette.trainer.show.curves import Curves
 from lightning_roulette.trainer.show.watcher import Watcher, log, speak_up
+from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from tests.support.modules import Blobs, train_loader, val_loader
 from tests.trainer.test_isolation import BY_DEFAULT, ON_ALL, judged_by, one_level, within
 

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from lightning_roulette import Mask, StopReason, Tree, Validation, prunable_parameters, sparsity
-from lightning_roulette.trainer.evaluator import TrainerEvaluator
+from lightning_roulette.trainer.scores.trainer_evaluator import TrainerEvaluator
 from tests.support.failing import Fails, counting
 from tests.support.modules import Blobs, blobs, train_loader, val_loader
 from tests.trainer.test_checkpoints import equal, load, pruner

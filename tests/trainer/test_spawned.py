@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, prunable_parameters, sparsity
 from lightning_roulette.report.report import StopReason
-from lightning_roulette.trainer.evaluator import TrainerEvaluator
+from lightning_roulette.trainer.scores.trainer_evaluator import TrainerEvaluator
 from lightning_roulette.trainer.spawned import Handover
 from tests.support.failing import Fails, counting
 from tests.support.modules import Blobs, blobs, train_loader, val_loader

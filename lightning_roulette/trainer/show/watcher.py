@@ -11,7 +11,7 @@ from lightning_roulette.mask.mask import Mask
 from lightning_roulette.report.report import Candidate, Level, SearchReport
 from lightning_roulette.search.observer import Observer
 from lightning_roulette.search.winner import Winner
-from lightning_roulette.trainer.metric import Metric
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from lightning_roulette.trainer.show.bar import line_of
 from lightning_roulette.trainer.show.curves import Curves
 
@@ -36,7 +36,7 @@ class Watcher(Observer):
         metric: What scores mean.
     """
 
-    def __init__(self, trainer: Trainer, metric: Metric) -> None:
+    def __init__(self, trainer: Trainer, metric: MonitoredMetric) -> None:
         self._metric = metric
         self._speaks = trainer.is_global_zero
         self._curves, self._line = Curves(trainer.loggers if self._speaks else ()), line_of(trainer)
@@ -109,7 +109,7 @@ class EpochWatcher(Watcher):
         epoch: How many epochs are trained.
     """
 
-    def __init__(self, trainer: Trainer, metric: Metric, epoch: int) -> None:
+    def __init__(self, trainer: Trainer, metric: MonitoredMetric, epoch: int) -> None:
         super().__init__(trainer, metric)
         self._epoch = epoch
 

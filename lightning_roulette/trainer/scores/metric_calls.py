@@ -1,4 +1,4 @@
-"""What a torchmetrics object was given, and what its score is for single samples."""
+"""Records the calls of a torchmetrics object, and computes from them the scores of single samples or batches."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from lightning_roulette.judge.certificate import Batches, Outcomes, Resamples, S
 from lightning_roulette.large.limits import limits
 from lightning_roulette.network.samples import bytes_of, joined, rows_of, taken
 
-_CLOSE = 1e-5  # relative, between a score logged in float32 and the same computed in another way
+_CLOSE = 1e-5  # relative error between a score logged in float32 and the same score computed in another way
 
-# Metrics that are a mean over samples if they average at all "micro", by the arguments that make one like them.
+# Metrics that are a mean over samples if they average "micro" (or have no average), and the arguments to copy one.
 _SAMPLEWISE: dict[type[Metric], tuple[str, ...]] = {
     **dict.fromkeys(
         (MulticlassAccuracy, MulticlassPrecision, MulticlassRecall, MulticlassF1Score),
@@ -43,8 +43,8 @@ class Call:
     """One call of a metric.
 
     Attributes:
-        arguments: By place or by name.
-        loader: The number of the loader that validated then, if there are several.
+        arguments: By position or by name.
+        loader: The number of the loader that was validated, if there are several.
     """
 
     arguments: Mapping[int | str, Any]
@@ -53,35 +53,44 @@ class Call:
 
 @contextmanager
 def calls_of(metric: Metric, module: nn.Module, loader: Callable[[], int | None]) -> Iterator[list[Call]]:
-    """Inside the block, the list grows by every call with which the module updates the metric.
+    """Record the calls that update a metric inside the block.
 
-    In a collection whose metrics share their states, only the first of them is called once that is known: its calls
-    then stand for all.
+    The metrics of a collection may share their states. Once torchmetrics knows that, it calls only the first of them.
+    Its calls then count for all of them.
 
     Args:
-        metric: The object.
-        module: Holds it, alone or in a collection.
-        loader: The number of the loader that validates now.
+        metric: The metric.
+        module: The module that holds it, alone or in a collection.
+        loader: Returns the number of the loader that is being validated.
+
+    Returns:
+        A list. The calls are in it after the block.
     """
     group = _sharing(metric, module)
     found: dict[int, list[Call]] = {id(one): [] for one in group}
     calls: list[Call] = []
     with ExitStack() as stack:
         for one in group:
-            stack.enter_context(_overheard(one, found[id(one)], loader))
+            stack.enter_context(_recording(one, found[id(one)], loader))
         yield calls
-        most = max(group, key=lambda one: len(found[id(one)]))  # the metric itself, if all were called as often
+        most = max(group, key=lambda one: len(found[id(one)]))  # the first of them is the metric itself
         calls += found[id(most)]
 
 
 def outcomes_of(metric: Metric, calls: Sequence[Call], sign: int, value: float) -> Outcomes | None:
-    """What the calls say of single samples, larger being better; None if `value` does not follow from them.
+    """Compute the outcomes of single samples from calls of a metric. Larger outcomes are better.
 
     Args:
-        metric: The object that was called. It is not changed.
+        metric: The metric that was called. It is not changed.
         calls: Its calls in one validation.
-        sign: 1 if larger values are better, else -1.
-        value: What it came to.
+        sign: 1 if larger values of the metric are better, else -1.
+        value: The value of the metric after these calls.
+
+    Returns:
+        - `Singles` for a metric that is a mean over samples, such as a micro accuracy;
+        - `Batches` for a `MeanMetric` that was given one number for each batch;
+        - `Resamples` for any other metric, to compute it on samples drawn with replacement;
+        - None if `value` does not follow from the calls.
     """
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -91,17 +100,17 @@ def outcomes_of(metric: Metric, calls: Sequence[Call], sign: int, value: float) 
         whole = joined([call.arguments for call in calls]) if countable else None
         if whole is None:
             return None
-        kind = _singles if is_mean(metric) else _resamples  # by what the metric is, whatever it came to
+        kind = _singles if is_mean(metric) else _resamples  # decided by the kind of metric, not by its value
         return kind(metric, whole, sign, value)
 
 
 def close(one: float, other: float) -> bool:
-    """Whether two numbers are equal up to rounding in float32."""
+    """Return whether two numbers are equal up to rounding in float32."""
     return math.isclose(one, other, rel_tol=_CLOSE, abs_tol=_CLOSE)
 
 
 def _sharing(metric: Metric, module: nn.Module) -> list[Metric]:
-    """The metric, and those of its collection."""
+    """The metric and the other metrics of its collection."""
     for part in module.modules():
         if isinstance(part, MetricCollection) and any(one is metric for one in part.values(copy_state=False)):
             return [metric, *(one for one in part.values(copy_state=False) if one is not metric)]
@@ -109,13 +118,13 @@ def _sharing(metric: Metric, module: nn.Module) -> list[Metric]:
 
 
 @contextmanager
-def _overheard(metric: Metric, heard: list[Call], loader: Callable[[], int | None]) -> Iterator[None]:
+def _recording(metric: Metric, calls: list[Call], loader: Callable[[], int | None]) -> Iterator[None]:
     forward, update = metric.forward, metric.update
     size = 0
-    inside = False  # forward calls update itself, once or twice
+    inside = False  # forward itself calls update, once or twice
 
-    def overhear(original: Callable[..., Any]) -> Callable[..., Any]:
-        def heard_out(*arguments: Any, **named: Any) -> Any:
+    def recording(original: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*arguments: Any, **named: Any) -> Any:
             nonlocal inside, size
             if inside:
                 return original(*arguments, **named)
@@ -124,18 +133,18 @@ def _overheard(metric: Metric, heard: list[Call], loader: Callable[[], int | Non
                 given: dict[int | str, Any] = {**dict(enumerate(arguments))}
                 given.update(named.items())
                 size += bytes_of(given)
-                heard.append(Call(given, loader()))
+                calls.append(Call(given, loader()))
                 if size > limits().recorded_bytes:
-                    heard.clear()
+                    calls.clear()
                 return original(*arguments, **named)
             finally:
                 inside = False
 
-        return heard_out
+        return recorded
 
     attributes: dict[str, Any] = vars(metric)
     before: dict[str, Any] = {name: attributes[name] for name in ("forward", "update") if name in attributes}
-    attributes |= {"forward": overhear(forward), "update": overhear(update)}
+    attributes |= {"forward": recording(forward), "update": recording(update)}
     try:
         yield
     finally:
@@ -145,7 +154,7 @@ def _overheard(metric: Metric, heard: list[Call], loader: Callable[[], int | Non
 
 
 def _means(calls: Sequence[Call], sign: int, value: float) -> Outcomes | None:
-    """Of a mean over numbers given batch by batch."""
+    """The outcomes of a mean over numbers that were given batch by batch."""
     numbers = [[torch.as_tensor(one, dtype=torch.float64).cpu() for one in call.arguments.values()] for call in calls]
     if not numbers or any(one.dim() for call in numbers for one in call):
         return None
@@ -155,13 +164,13 @@ def _means(calls: Sequence[Call], sign: int, value: float) -> Outcomes | None:
 
 
 def batches_of(values: Tensor, weights: Tensor, sign: int, value: float) -> Batches | None:
-    """The scores of batches; None if their weighted mean is not `value`."""
+    """Return the scores of batches, or None if their weighted mean is not `value`."""
     fit = bool((weights > 0).all()) and close(float((values * weights).sum() / weights.sum()), value)
     return Batches(sign * values, weights) if fit else None
 
 
 def _singles(metric: Metric, whole: Any, sign: int, value: float) -> Singles | None:
-    """The score of each sample, of a metric that is their mean; None if `value` is not."""
+    """The score of each sample, for a metric that is their mean; None if their mean is not `value`."""
     scores = _samplewise(metric, whole)
     if scores is None or not close(float(scores.mean()), value):
         return None
@@ -170,7 +179,7 @@ def _singles(metric: Metric, whole: Any, sign: int, value: float) -> Singles | N
 
 
 def is_mean(metric: Metric) -> bool:
-    """Whether the metric is a mean over samples, each between 0 and 1, on all data there could be."""
+    """Return whether the metric is a mean over samples, each between 0 and 1, whatever the data."""
     whole = getattr(metric, "multidim_average", None) == "global" and getattr(metric, "ignore_index", None) is None
     single = isinstance(metric, MulticlassAccuracy) or getattr(metric, "top_k", 1) == 1
     return type(metric) in _SAMPLEWISE and whole and single and getattr(metric, "average", "micro") == "micro"
@@ -191,7 +200,7 @@ def _resamples(metric: Metric, whole: Any, sign: int, value: float) -> Resamples
     try:
         if not close(_score(metric, whole), value):
             return None
-    except Exception:  # the metric needs more than its recorded arguments
+    except Exception:  # for example a metric that needs more than its recorded arguments
         return None
     return Resamples(lambda index: sign * _score(metric, taken(whole, index)), rows_of(whole) or 0)
 
@@ -203,7 +212,7 @@ def _score(metric: Metric, whole: Any) -> float:
 
 
 def _split(whole: Mapping[int | str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments by place, and by name."""
+    """The arguments by position, and those by name."""
     positional = [one for name, one in whole.items() if isinstance(name, int)]
     return positional, {name: one for name, one in whole.items() if isinstance(name, str)}
 

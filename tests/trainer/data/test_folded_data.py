@@ -1,10 +1,10 @@
-"""Validation data in folds: every sample in exactly one, dealt by the seed, kept as far as that is allowed."""
+"""Validation data in folds: each sample is in exactly one, the seed deals, and memory is limited."""
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections import Counter, OrderedDict, UserDict, namedtuple
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,39 +13,41 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_roulette.judge.race import rungs
-from lightning_roulette.trainer.data import FOLDS, KeptData, StreamedData, bytes_of, dealt, folds_of
+from lightning_roulette.network.samples import bytes_of, tensors_of
+from lightning_roulette.trainer.data.dealing import FOLDS, folds_of
+from lightning_roulette.trainer.data.folded_data import FoldedData, KeptData, StreamedData, dealt
 
 PLENTY = 2**40
+EVERY = range(FOLDS)
 
 Pair = namedtuple("Pair", ["image", "label"])
 
 
+@dataclass(frozen=True)
+class Record:
+    image: torch.Tensor
+    label: torch.Tensor
+
+
 def numbered(*sizes: int, first: int = 0, widths: Sequence[int] = ()) -> list[dict[str, torch.Tensor]]:
-    """Batches of these sizes; samples are numbered, and every tensor tells the number of its sample.
+    """Batches of these sizes. Samples are numbered, and every tensor holds the number of its sample.
 
     Args:
-        widths: Of the images of each batch, else 3.
+        widths: The width of the images of each batch. By default 3.
     """
     batches = []
     for place, size in enumerate(sizes):
         tags = torch.arange(first, first + size)
-        width = widths[place] if widths else 3
-        batches.append({"image": tags.float().view(-1, 1).repeat(1, width), "label": tags})
+        batches.append({"image": tags.float().view(-1, 1).repeat(1, widths[place] if widths else 3), "label": tags})
         first += size
     return batches
 
 
-@dataclass
-class Record:
-    image: torch.Tensor
-
-
 class Loaders:
-    """Loaders of which every reading is counted, and which give new tensors each time, as true ones do."""
+    """Loaders that count their readings, and give new tensors each time."""
 
     def __init__(self, *loaders: Sequence[Any], known: bool = True) -> None:
         self.loaders, self.count, self.given, self.most_alive = loaders, 0, [], 0
@@ -63,19 +65,19 @@ class Loaders:
 
     @property
     def alive(self) -> int:
-        """The bytes of all tensors ever given that somebody still holds."""
+        """The bytes of all tensors ever given that are still held."""
         return sum(tensor.nbytes for one in self.given if (tensor := one()) is not None)
 
     @property
     def bytes(self) -> int:
         return sum(bytes_of(batch) for loader in self.loaders for batch in loader)
 
-    def dealt(self, seed: int = 0, cache_bytes: int = PLENTY, copies: bool = False) -> KeptData | StreamedData:
+    def dealt(self, seed: int = 0, cache_bytes: int = PLENTY, copies: bool = False) -> FoldedData:
         return dealt(self.read, self.lengths, seed, cache_bytes, copies)
 
 
 def labels(data, *folds: int) -> list[list[int]]:
-    """The samples of each batch of some folds; images and labels are still together."""
+    """The samples of each batch of some folds. Images and labels are still together."""
     found = []
     for batch, _ in data.of(folds):
         assert batch["image"][:, 0].tolist() == batch["label"].tolist()
@@ -92,6 +94,14 @@ def numbers(data, *folds: int) -> list[int]:
     return [loader for _, loader in data.of(folds)]
 
 
+def nearly_equal(counts: Sequence[int]) -> bool:
+    return max(counts) - min(counts) <= 1
+
+
+def in_order(data) -> bool:
+    return (data.folds, data.undivided_because, data.at_once) == (FOLDS, "", FOLDS)
+
+
 # ------------------------------------------------------------------------------------------------ whole batches
 
 
@@ -100,100 +110,72 @@ def numbers(data, *folds: int) -> list[int]:
 def test_many_batches_are_dealt_whole_and_evenly(counts, seed):
     loaders = Loaders(*(numbered(*[2] * (count - 1), 1, first=1000 * n) for n, count in enumerate(counts)))
     data = loaders.dealt(seed)
-    assert (data.folds, data.whole, data.at_once) == (FOLDS, "", FOLDS)
-    by_fold = [labels(data, fold) for fold in range(FOLDS)]
+    assert in_order(data)
+    by_fold = [labels(data, fold) for fold in EVERY]
     original = [batch["label"].tolist() for loader in loaders.loaders for batch in loader]
     assert sorted(batch for fold in by_fold for batch in fold) == sorted(original)
     for loader in range(len(counts)):
-        sizes = [numbers(data, fold).count(loader) for fold in range(FOLDS)]
-        assert max(sizes) - min(sizes) <= 1
+        assert nearly_equal([numbers(data, fold).count(loader) for fold in EVERY])
     # within a fold as in the loaders
     assert all(fold == sorted(fold) for fold in by_fold)
-    assert all(numbers(data, fold) == sorted(numbers(data, fold)) for fold in range(FOLDS))
+    assert all(numbers(data, fold) == sorted(numbers(data, fold)) for fold in EVERY)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.integers(0, 100), st.integers(1, 16), st.integers(0, 1000), st.integers(0, 3))
-def test_batches_are_dealt_to_equal_folds_by_a_permutation(count, folds, seed, loader):
-    found = folds_of(count, folds, count, seed, loader)
-    sizes = Counter(found)
-    assert len(found) == count
-    assert set(found) <= set(range(folds))
-    assert max(sizes.values(), default=0) - min((sizes[fold] for fold in range(folds)), default=0) <= 1
-
-
-def test_equal_seeds_deal_equally_and_others_do_not():
-    loaders = Loaders(numbered(*[1] * 64))
-    first, again, other = (
-        [samples(data, fold) for fold in range(FOLDS)]
-        for data in (loaders.dealt(3), loaders.dealt(3), loaders.dealt(4))
-    )
-    assert first == again
-    assert sum(one == another for one, another in zip(first, other, strict=True)) <= 1
-    # at random, and not in turn
-    assert sum(one == list(range(fold, 64, FOLDS)) for fold, one in enumerate(first)) <= 1
-
-
-def test_loaders_are_dealt_independently():
-    data = Loaders(numbered(*[1] * 64), numbered(*[1] * 64, first=64)).dealt()
-    alike = [
-        [one for one in samples(data, fold) if one < 64] == [one - 64 for one in samples(data, fold) if one >= 64]
-        for fold in range(FOLDS)
-    ]
-    assert sum(alike) <= 1
-
-
-@pytest.mark.parametrize("seed", [0, 5])
-@pytest.mark.parametrize("cache_bytes", [PLENTY, 0])
-def test_batches_of_a_loader_that_tells_no_length_are_dealt_in_turn(seed, cache_bytes):
-    data = Loaders(numbered(*[1] * 37), known=False).dealt(seed, cache_bytes)
-    fold_of = {sample: fold for fold in range(FOLDS) for sample in samples(data, fold)}
-    assert sorted(fold_of) == list(range(37))
-    # sixteen in a row are in sixteen folds, by turns of the first half and the second, and so on from the beginning
-    assert {fold_of[sample] for sample in range(FOLDS)} == set(range(FOLDS))
-    assert all(fold_of[sample] == fold_of[sample + FOLDS] for sample in range(37 - FOLDS))
-    assert [fold_of[sample] < 8 for sample in range(37)] == [sample % 2 == 1 for sample in range(37)]
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.integers(0, 100), st.integers(1, 16), st.booleans(), st.integers(0, 1000), st.integers(0, 3))
+def test_folds_hold_equally_many_batches(count, folds, known, seed, loader):
+    found = folds_of(count, folds, count if known else math.inf, seed, loader)
+    sizes = [found.count(fold) for fold in range(folds)]
+    assert sum(sizes) == len(found) == count
+    assert nearly_equal(sizes)
 
 
 @pytest.mark.parametrize("length", [math.inf, 0])
 @pytest.mark.parametrize("count", [16, 17, 31, 33, 40, 100])
-def test_the_two_halves_of_the_folds_hold_as_many_batches(count, length):
+def test_the_two_halves_of_the_folds_are_equal_and_the_first_fold_is_a_small_one(count, length):
     found = folds_of(count, FOLDS, length, 0, 0)
-    sizes = [found.count(fold) for fold in range(FOLDS)]
-    assert sum(sizes) == count
-    assert max(sizes) - min(sizes) <= 1
-    assert abs(sum(sizes[:8]) - sum(sizes[8:])) <= 1
-    assert sizes[0] == min(sizes)
+    assert found.count(0) == count // FOLDS
+    assert nearly_equal([sum(fold < 8 for fold in found), sum(fold >= 8 for fold in found)])
+
+
+@pytest.mark.parametrize("sizes", [[1] * 64, [40, 40]], ids=["batches", "samples"])
+def test_equal_seeds_deal_equally_and_other_seeds_do_not(sizes):
+    loaders = Loaders(numbered(*sizes))
+    first, again, other = (
+        [sorted(samples(data, fold)) for fold in EVERY]
+        for data in (loaders.dealt(3), loaders.dealt(3), loaders.dealt(4))
+    )
+    assert first == again
+    assert sum(one == another for one, another in zip(first, other, strict=True)) <= 1
+    # at random: neither in turn nor in ranges
+    share = sum(sizes) // FOLDS
+    for ordered in (lambda fold: range(fold, sum(sizes), FOLDS), lambda fold: range(share * fold, share * (fold + 1))):
+        assert sum(one == list(ordered(fold)) for fold, one in enumerate(first)) <= 1
+
+
+def test_loaders_are_dealt_independently():
+    data = Loaders(numbered(*[1] * 64), numbered(*[1] * 64, first=64)).dealt()
+    both = [samples(data, fold) for fold in EVERY]
+    assert sum([x for x in one if x < 64] == [x - 64 for x in one if x >= 64] for one in both) <= 1
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+@pytest.mark.parametrize("cache_bytes", [PLENTY, 0])
+def test_a_loader_of_unknown_length_is_dealt_in_turn(seed, cache_bytes):
+    data = Loaders(numbered(*[1] * 37), known=False).dealt(seed, cache_bytes)
+    fold_of = {sample: fold for fold in EVERY for sample in samples(data, fold)}
+    assert sorted(fold_of) == list(range(37))
+    # sixteen in a row are in sixteen folds, alternately in the first half and in the second
+    assert {fold_of[sample] for sample in EVERY} == set(EVERY)
+    assert all(fold_of[sample] == fold_of[sample + FOLDS] for sample in range(37 - FOLDS))
+    assert [fold_of[sample] < 8 for sample in range(37)] == [sample % 2 == 1 for sample in range(37)]
 
 
 def test_several_folds_are_given_as_one_in_the_order_of_the_loaders():
-    loaders = Loaders(numbered(*[2] * 20), numbered(*[1] * 16, first=100))
-    data = loaders.dealt()
-    assert samples(data, *range(FOLDS)) == [*range(40), *range(100, 116)]
+    data = Loaders(numbered(*[2] * 20), numbered(*[1] * 16, first=100)).dealt()
+    assert samples(data, *EVERY) == [*range(40), *range(100, 116)]
     assert samples(data, 3, 9) == sorted(samples(data, 3) + samples(data, 9))
-    assert numbers(data, *range(FOLDS)) == [0] * 20 + [1] * 16
-
-
-def test_what_a_validation_step_takes_from_a_batch_is_there_the_next_time():
-    def damage(batch: Any) -> None:
-        inner = batch[0] if isinstance(batch, list | tuple) else batch["inner"]
-        inner.pop("image") if isinstance(inner, Mapping) else inner.pop()
-
-    x = torch.zeros(4)
-    for kind in (
-        lambda: [{"image": x, "label": x}, x],
-        lambda: {"inner": [x, x], "label": x},
-        lambda: ({"image": x, "label": x}, x),
-        lambda: Pair([x, x], x),
-        lambda: [UserDict({"image": x, "label": x}), x],
-        lambda: [OrderedDict({"image": x, "label": x}), x],
-    ):
-        data = Loaders([kind() for _ in range(20)]).dealt()
-        before = [bytes_of(batch) for batch, _ in data.of([0])]
-        for batch, _ in data.of([0]):
-            damage(batch)
-        assert [bytes_of(batch) for batch, _ in data.of([0])] == before == [3 * x.nbytes] * len(before)
-        assert [type(batch) for batch, _ in data.of([0])] == [type(kind())] * len(before)
+    assert numbers(data, *EVERY) == [0] * 20 + [1] * 16
 
 
 # ------------------------------------------------------------------------------------------------ samples
@@ -202,35 +184,20 @@ def test_what_a_validation_step_takes_from_a_batch_is_there_the_next_time():
 few_batches = st.lists(st.integers(1, 40), min_size=1, max_size=15).filter(lambda sizes: sum(sizes) >= FOLDS)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(few_batches, st.integers(-(2**63), 2**63 - 1))
-def test_few_batches_are_dealt_sample_by_sample(sizes, seed):
-    data = Loaders(numbered(*sizes)).dealt(seed)
-    assert (data.folds, data.whole, data.at_once) == (FOLDS, "", FOLDS)
-    by_fold = [samples(data, fold) for fold in range(FOLDS)]
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(few_batches, st.booleans(), st.integers(-(2**63), 2**63 - 1))
+def test_few_batches_are_dealt_sample_by_sample_whatever_their_shapes(sizes, equal, seed):
+    # unequal widths are those of sentences, padded to the longest of each batch
+    widths = [3] * len(sizes) if equal else range(5, 5 + len(sizes))
+    data = Loaders(numbered(*sizes, widths=widths)).dealt(seed)
+    assert in_order(data)
+    by_fold = [samples(data, fold) for fold in EVERY]
     assert sorted(sample for fold in by_fold for sample in fold) == list(range(sum(sizes)))
-    counts = [len(fold) for fold in by_fold]
-    assert max(counts) - min(counts) <= 1
-    assert all(1 <= len(batch) <= max(sizes) for fold in range(FOLDS) for batch in labels(data, fold))
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(few_batches, st.integers(0, 1000))
-def test_few_batches_of_unequal_shapes_are_dealt_evenly(sizes, seed):
-    # as of sentences, padded to the longest of each batch
-    data = Loaders(numbered(*sizes, widths=range(5, 5 + len(sizes)))).dealt(seed)
-    assert (data.folds, data.whole) == (FOLDS, "")
-    by_fold = [samples(data, fold) for fold in range(FOLDS)]
-    assert sorted(sample for fold in by_fold for sample in fold) == list(range(sum(sizes)))
-    counts = [len(fold) for fold in by_fold]
-    assert max(counts) - min(counts) <= 1
-    widths = {
-        sample: 5 + place
-        for place, size in enumerate(sizes)
-        for sample in range(sum(sizes[:place]), sum(sizes[:place]) + size)
-    }
-    for batch, _ in data.of(range(FOLDS)):
-        assert {widths[sample] for sample in batch["label"].tolist()} == {batch["image"].shape[1]}
+    assert nearly_equal([len(fold) for fold in by_fold])
+    assert all(1 <= len(batch) <= max(sizes) for fold in EVERY for batch in labels(data, fold))
+    width_of = [width for size, width in zip(sizes, widths, strict=True) for _ in range(size)]
+    for batch, _ in data.of(EVERY):
+        assert {width_of[sample] for sample in batch["label"].tolist()} == {batch["image"].shape[1]}
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -245,18 +212,7 @@ def test_a_union_of_folds_has_their_samples_in_batches_of_the_usual_size(sizes, 
 
 def test_all_folds_of_few_batches_take_no_more_batches_than_there_were():
     data = Loaders(numbered(40, 40, 40, 7)).dealt()
-    assert [len(batch) for batch in labels(data, *range(FOLDS))] == [31, 32, 32, 32]
-
-
-def test_equal_seeds_deal_samples_equally_and_others_do_not():
-    loaders = Loaders(numbered(40, 40))
-    first, again, other = (
-        [sorted(samples(data, fold)) for fold in range(FOLDS)]
-        for data in (loaders.dealt(3), loaders.dealt(3), loaders.dealt(4))
-    )
-    assert first == again
-    assert not any(one == another for one, another in zip(first, other, strict=True))
-    assert not any(one == list(range(5 * fold, 5 * fold + 5)) for fold, one in enumerate(first))
+    assert [len(batch) for batch in labels(data, *EVERY)] == [31, 32, 32, 32]
 
 
 def test_parts_of_every_kind_stay_with_their_samples():
@@ -266,7 +222,7 @@ def test_parts_of_every_kind_stay_with_their_samples():
 
     data = Loaders([batch(0), batch(10), batch(20)]).dealt()
     found = []
-    for (pair, names, constant), _ in data.of(range(FOLDS)):
+    for (pair, names, constant), _ in data.of(EVERY):
         assert type(pair) is Pair
         assert pair.image["x"].flatten().tolist() == pair.label.tolist() == [int(name) for name in names]
         assert constant == "the same"
@@ -275,11 +231,10 @@ def test_parts_of_every_kind_stay_with_their_samples():
 
 
 def test_each_loader_is_dealt_in_its_own_way():
-    loaders = Loaders(numbered(*[2] * 20), numbered(30, 20, first=100))
-    data = loaders.dealt()
-    assert (data.folds, data.whole) == (FOLDS, "")
-    assert sorted(samples(data, *range(FOLDS))) == [*range(40), *range(100, 150)]
-    for fold in range(FOLDS):
+    data = Loaders(numbered(*[2] * 20), numbered(30, 20, first=100)).dealt()
+    assert in_order(data)
+    assert sorted(samples(data, *EVERY)) == [*range(40), *range(100, 150)]
+    for fold in EVERY:
         found = list(data.of([fold]))
         assert [loader for _, loader in found] == sorted(loader for _, loader in found)
         assert {loader for _, loader in found} == {0, 1}
@@ -287,15 +242,14 @@ def test_each_loader_is_dealt_in_its_own_way():
         assert all(len(batch["label"]) == 2 for batch, loader in found if loader == 0)
 
 
-def test_one_reading_is_enough_for_what_may_be_kept():
-    loaders = Loaders(numbered(*[2] * 20), numbered(30, first=100))
-    data = loaders.dealt(cache_bytes=loaders.bytes)
-    for fold in range(FOLDS):
-        samples(data, fold)
-    samples(data, *range(FOLDS))
-    assert loaders.count == 1
-    assert isinstance(data, KeptData)
-    assert sum(bytes_of(batch) for batch, _ in data.of(range(FOLDS))) == loaders.bytes
+@pytest.mark.parametrize(
+    ("batch", "count", "fold"), [(64, 400, 2), (400, 400, 16), (20, 400, 1), (25, 400, 1), (50, 400, 2)]
+)
+def test_folds_that_fit_into_one_batch_cost_no_more_than_one(batch, count, fold):
+    batches = list(torch.arange(count).split(batch))
+    data = KeptData({0: batches}, [math.inf], seed=0)
+    assert data.at_least == (1 if len(batches) >= 16 else fold)
+    assert len(list(data.of(range(data.at_least)))) == 1 or len(batches) >= 16
 
 
 # ------------------------------------------------------------------------------------------------ one fold
@@ -318,7 +272,7 @@ def ragged(count: int) -> list[Any]:
 def test_data_that_cannot_be_dealt_is_one_fold_and_says_why(loaders, why):
     data = Loaders(*loaders).dealt()
     assert (data.folds, data.at_once) == (1, 1)
-    assert why in data.whole
+    assert why in data.undivided_because
     found = list(data.of([0]))
     expected = [(batch, number) for number, loader in enumerate(loaders) for batch in loader]
     assert [number for _, number in found] == [number for _, number in expected]
@@ -327,18 +281,14 @@ def test_data_that_cannot_be_dealt_is_one_fold_and_says_why(loaders, why):
         assert all(torch.equal(a, b) for a, b in zip(tree_leaves(batch), tree_leaves(original), strict=True))
 
 
-def test_sixteen_batches_need_not_be_split():
-    data = Loaders(ragged(16)).dealt()
-    assert (data.folds, data.whole) == (FOLDS, "")
-    assert [len(list(data.of([fold]))) for fold in range(FOLDS)] == [1] * FOLDS
+def test_sixteen_batches_need_not_be_split_and_sixteen_samples_make_a_fold_each():
+    batches, rows = Loaders(ragged(16)).dealt(), Loaders(numbered(9, 7)).dealt()
+    assert in_order(batches)
+    assert [len(list(batches.of([fold]))) for fold in EVERY] == [1] * FOLDS
+    assert sorted(labels(rows, fold) for fold in EVERY) == [[[sample]] for sample in range(16)]
 
 
-def test_sixteen_samples_make_a_fold_each():
-    data = Loaders(numbered(9, 7)).dealt()
-    assert sorted(labels(data, fold) for fold in range(FOLDS)) == [[[sample]] for sample in range(16)]
-
-
-# ------------------------------------------------------------------------------------------------ streamed
+# ------------------------------------------------------------------------------------------------ memory
 
 
 shares = st.floats(0, 1, exclude_max=True)
@@ -351,12 +301,12 @@ shares = st.floats(0, 1, exclude_max=True)
     shares,
     st.lists(st.sets(st.integers(0, FOLDS - 1), min_size=1), max_size=4),
 )
-def test_data_that_is_read_again_is_dealt_as_data_that_is_kept(sizes, seed, share, asked):
+def test_data_that_is_read_again_is_dealt_like_data_that_is_kept(sizes, seed, share, asked):
     loaders = Loaders(*(numbered(*found, first=1000 * n) for n, found in enumerate(sizes)))
     kept, streamed = loaders.dealt(seed), loaders.dealt(seed, int(share * loaders.bytes))
     assert isinstance(streamed, StreamedData)
-    assert (streamed.folds, streamed.whole) == (FOLDS, "")
-    for fold in range(FOLDS):
+    assert (streamed.folds, streamed.undivided_because) == (FOLDS, "")
+    for fold in EVERY:
         assert labels(streamed, fold) == labels(kept, fold)
         assert numbers(streamed, fold) == numbers(kept, fold)
     for folds in asked:
@@ -380,7 +330,7 @@ def test_no_more_is_kept_than_allowed(sizes, share, asked):
         for batch, _ in data.of(sorted(folds)):
             del batch
         assert loaders.alive <= allowed
-    # while reading, besides these the batch just read, the one before it and the last one given
+    # while reading, also the batch just read, the one before it and the last one given
     assert loaders.most_alive <= allowed + 3 * largest
 
 
@@ -396,9 +346,8 @@ def test_folds_that_fit_are_read_once_however_often_they_are_asked_for(sizes, sh
     before = loaders.count
     asked = [labels(data, *part) for _ in range(5)]
     assert asked == [asked[0]] * 5
-    assert loaders.count - before <= (1 if fits else 5)
-    if not fits:
-        assert loaders.count - before == 5
+    readings = loaders.count - before
+    assert readings <= 1 if fits else readings == 5
 
 
 @pytest.mark.parametrize("share", [0.07, 0.15, 0.3, 0.6])
@@ -412,33 +361,27 @@ def test_a_race_reads_the_loaders_at_most_once_a_part(share):
             for _ in range(rung.entrants):
                 samples(data, *part)
     parts = sum(len(rung.parts) for rung in stages)
-    assert loaders.count - before <= parts
-    # what fits besides is read along
-    assert loaders.count - before <= math.ceil(8 / data.at_once)
+    # the next folds are read along if they fit
+    assert loaders.count - before <= min(parts, math.ceil(8 / data.at_once))
 
 
-def test_with_no_cache_every_question_reads_the_loaders():
-    loaders = Loaders(numbered(*[4] * 32))
-    data = loaders.dealt(cache_bytes=0)
-    assert (data.folds, data.at_once, loaders.count) == (FOLDS, 1, 1)
-    found = [samples(data, fold) for fold in range(FOLDS)]
-    assert sorted(sample for fold in found for sample in fold) == list(range(128))
-    assert loaders.count == 1 + FOLDS
-    assert samples(data, *range(FOLDS)) == list(range(128))
-    assert loaders.count == 2 + FOLDS
-
-
-def test_a_byte_less_than_all_is_streamed():
-    loaders = Loaders(numbered(*[4] * 32))
-    assert isinstance(loaders.dealt(cache_bytes=loaders.bytes), KeptData)
+def test_all_data_that_fits_is_read_once_and_a_byte_less_is_streamed():
+    loaders = Loaders(numbered(*[2] * 20), numbered(30, first=100))
+    data = loaders.dealt(cache_bytes=loaders.bytes)
+    for fold in EVERY:
+        samples(data, fold)
+    assert sum(bytes_of(batch) for batch, _ in data.of(EVERY)) == loaders.bytes
+    assert loaders.count == 1
+    assert isinstance(data, KeptData)
     assert isinstance(loaders.dealt(cache_bytes=loaders.bytes - 1), StreamedData)
 
 
-@pytest.mark.parametrize("counts", [(2,), (5,), (15,), (40, 3), (16, 2)])
+@pytest.mark.parametrize("counts", [(1,), (2,), (5,), (15,), (40, 3), (16, 2)])
 def test_few_batches_that_are_too_large_to_keep_make_fewer_folds(counts):
     loaders = Loaders(*(numbered(*[10] * count, first=1000 * n) for n, count in enumerate(counts)))
     data = loaders.dealt(cache_bytes=10)
-    assert (data.folds, data.whole) == (min(counts), "")
+    alone = "a loader gives a single batch, and cache_bytes does not hold the data"
+    assert (data.folds, data.at_once, data.undivided_because) == (min(counts), 1, "" if min(counts) > 1 else alone)
     found = [labels(data, fold) for fold in range(data.folds)]
     assert sorted(batch for fold in found for batch in fold) == [
         batch["label"].tolist() for loader in loaders.loaders for batch in loader
@@ -446,25 +389,47 @@ def test_few_batches_that_are_too_large_to_keep_make_fewer_folds(counts):
     assert all(set(numbers(data, fold)) == set(range(len(counts))) for fold in range(data.folds))
 
 
-def test_a_single_batch_too_large_to_keep_is_one_fold_and_says_why():
-    loaders = Loaders(numbered(50))
-    data = loaders.dealt(cache_bytes=10)
-    assert data.folds == data.at_once == 1
-    assert "a loader gives a single batch" in data.whole
-    assert samples(data, 0) == list(range(50))
+# ------------------------------------------------------------------------------------------------ what a step may do
 
 
-def test_what_a_validation_step_takes_from_a_cached_batch_is_there_the_next_time():
-    loaders = Loaders(numbered(*[4] * 32))
-    data = loaders.dealt(cache_bytes=loaders.bytes // 2)
-    for batch, _ in data.of([0]):
-        batch.pop("image")
-    before = loaders.count
-    assert len(samples(data, 0)) == 8
-    assert loaders.count == before
+X = torch.zeros(4)
+KINDS = {
+    "list": lambda: [{"image": X, "label": X}, X],
+    "dict": lambda: {"inner": [X, X], "label": X},
+    "tuple": lambda: ({"image": X, "label": X}, X),
+    "namedtuple": lambda: Pair([X, X], X),
+    "UserDict": lambda: [UserDict({"image": X, "label": X}), X],
+    "OrderedDict": lambda: [OrderedDict({"image": X, "label": X}), X],
+    "defaultdict": lambda: [defaultdict(list, {"image": X, "label": X}), X],
+    "frozen dataclass": lambda: [Record(X, X), X],
+}
 
 
-def ways_of_keeping(copies: bool) -> list[KeptData | StreamedData]:
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_what_a_step_takes_out_of_a_batch_or_writes_into_copies_is_undone_the_next_time(kind, copies):
+    data = Loaders([kind() for _ in range(20)]).dealt(copies=copies)
+
+    def found() -> list[Any]:
+        return [batch for batch, _ in data.of([0])]
+
+    for batch in found():
+        inner = batch["inner"] if isinstance(batch, Mapping) else batch[0]
+        if copies:
+            for tensor in tensors_of(batch):
+                tensor.fill_(5)
+        if isinstance(inner, Record):
+            object.__setattr__(inner, "image", None)
+        else:
+            inner.pop("image") if isinstance(inner, Mapping) else inner.pop()
+    assert found()
+    assert [bytes_of(batch) for batch in found()] == [3 * X.nbytes] * len(found())
+    assert {type(batch) for batch in found()} == {type(kind())}
+    assert not any(tensor.any() for tensor in tensors_of(found()))
+    assert not data.altered()
+
+
+def ways_of_keeping(copies: bool) -> list[FoldedData]:
     """Whole batches, single samples of equal and of unequal shape, and a part of all batches."""
     many, few = Loaders(numbered(*[4] * 32)), numbered(20, 20)
     unequal = Loaders(numbered(20, 20, widths=(3, 4)))
@@ -472,46 +437,19 @@ def ways_of_keeping(copies: bool) -> list[KeptData | StreamedData]:
     return [*every, many.dealt(cache_bytes=many.bytes // 2, copies=copies)]
 
 
-def test_a_validation_that_writes_into_what_is_kept_is_found_out():
-    for data in ways_of_keeping(copies=False):
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_validation_that_writes_into_what_is_kept_is_noticed_and_copies_prevent_it(copies):
+    for data in ways_of_keeping(copies):
         before = samples(data, 2)
         for batch, _ in data.of([2]):
             batch.pop("image")
-        assert not data.altered()
-        for batch, _ in data.of([2]):
-            batch["label"] += 1000
-        assert data.altered()
-        assert [int(label) for batch, _ in data.of([2]) for label in batch["label"]] == [one + 1000 for one in before]
-
-
-def test_a_validation_may_write_into_copies():
-    for data in ways_of_keeping(copies=True):
-        before = samples(data, 2)
-        for batch, _ in data.of([2]):
-            batch["label"] += 1000
-            batch["image"].zero_()
-        assert not data.altered()
         assert samples(data, 2) == before
-
-
-def test_copies_are_made_in_containers_of_every_kind():
-    x = torch.zeros(4)
-    for kind in (
-        lambda: [{"image": x}, (x, [x])],
-        lambda: Pair({"image": x}, x),
-        lambda: UserDict({"image": x, "more": OrderedDict(x=x)}),
-        lambda: Record(x),
-        lambda: x,
-    ):
-        data = Loaders([kind() for _ in range(20)]).dealt(copies=True)
-        for batch, _ in data.of([0]):
-            assert type(batch) is type(kind())
-            apply_to_collection(batch, torch.Tensor, torch.Tensor.fill_, 5)
-        found: list[torch.Tensor] = []
-        apply_to_collection([batch for batch, _ in data.of([0])], torch.Tensor, found.append)
-        assert found
-        assert not any(tensor.any() for tensor in found)
         assert not data.altered()
+        for batch, _ in data.of([2]):
+            batch["label"] += 1000
+        assert data.altered() is not copies
+        after = [int(label) for batch, _ in data.of([2]) for label in batch["label"]]
+        assert after == [one + 1000 * (not copies) for one in before]
 
 
 def test_the_bytes_of_a_batch_are_those_of_its_tensors():
@@ -519,14 +457,3 @@ def test_the_bytes_of_a_batch_are_those_of_its_tensors():
     assert bytes_of(UserDict(x=x, y=[x.double()])) == 60 + 120
     assert bytes_of([x, {"y": (x.double(), "text", 3, None)}, Pair(x.bool(), x.half())]) == 60 + 120 + 15 + 30
     assert bytes_of("text") == 0
-
-
-@pytest.mark.parametrize(
-    ("batch", "count", "fold"), [(64, 400, 2), (400, 400, 16), (20, 400, 1), (25, 400, 1), (50, 400, 2)]
-)
-def test_folds_that_fit_into_one_batch_are_no_dearer_than_one(batch, count, fold):
-    batches = list(torch.arange(count).split(batch))
-    data = KeptData({0: batches}, [math.inf], seed=0)
-    expected = 1 if len(batches) >= 16 else fold
-    assert data.at_least == expected
-    assert len(list(data.of(range(data.at_least)))) == 1 or len(batches) >= 16

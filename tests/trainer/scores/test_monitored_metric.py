@@ -1,4 +1,4 @@
-"""Which logged metric judges, and in which direction."""
+"""The logged metric that judges, the one that ranks, and their directions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_roulette import RouletteWheelPruning, Tree, Validation
-from lightning_roulette.trainer.isolation import Logged
-from lightning_roulette.trainer.metric import find_metric
+from lightning_roulette.trainer.scores.monitored_metric import find_metric, watched_in
+from lightning_roulette.trainer.validation.logged import Logged
 from tests.support.modules import Blobs, blobs, train_loader, val_loader
 
 
@@ -33,7 +33,7 @@ def trainer_with(*callbacks, plateau=None):
 
 
 def found(what, trainer=None, monitor=None, mode=None, tolerance=0.0, rank_by=None):
-    return find_metric(what, trainer or trainer_with(), monitor, mode, tolerance, rank_by)
+    return find_metric(what, watched_in(trainer or trainer_with()), monitor, mode, tolerance, rank_by)
 
 
 CHECKPOINT = ModelCheckpoint(monitor="val_quality", mode="max")
@@ -75,7 +75,7 @@ def test_without_a_monitor_the_first_rule_that_names_one_metric_decides(what, wa
     assert why in metric.why
 
 
-def test_a_monitor_that_is_asked_for_is_taken():
+def test_a_monitor_that_is_passed_is_used():
     metric = found(logged("val_acc", "val_loss"), trainer_with(CHECKPOINT), monitor="val_loss")
     assert (metric.monitor, metric.mode, metric.why) == ("val_loss", "min", "as asked")
 
@@ -87,7 +87,7 @@ def test_a_metric_under_two_names_is_one_metric(loader):
     assert found(logged(f"val_loss{loader}", f"val_loss_epoch{loader}")).monitor == f"val_loss{loader}"
 
 
-def test_either_name_of_a_metric_may_be_asked_for_or_watched():
+def test_either_name_of_a_metric_may_be_passed_or_watched():
     both = logged("val_x", "val_x_epoch", "val_loss")
     rising = Logged(both.values, {"val_x": True})
     assert found(rising, monitor="val_x_epoch").mode == "max"
@@ -146,14 +146,11 @@ FALLING = """val_loss loss valLoss val/total-loss train_loss1 val_mse RMSE mae n
     loss_ema fid ece val_loss/dataloader_idx_0"""
 
 
-@pytest.mark.parametrize("name", RISING.split())
-def test_names_that_rise(name):
-    assert found(logged(name)).mode == "max"
-
-
-@pytest.mark.parametrize("name", FALLING.split())
-def test_names_that_fall(name):
-    assert found(logged(name)).mode == "min"
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "max") for name in RISING.split()), *((name, "min") for name in FALLING.split())]
+)
+def test_a_name_may_tell_the_direction(name, mode):
+    assert found(logged(name)).mode == mode
 
 
 @pytest.mark.parametrize("name", ["val_quality", "x", "accordion", "macro", "lossless", "acc_loss", "terrier"])
@@ -163,27 +160,9 @@ def test_a_name_that_tells_no_direction_is_an_error(name):
     assert found(logged(name), mode="min").mode == "min"
 
 
-# ---- the loss that breaks ties
-
-
-@pytest.mark.parametrize(
-    ("names", "loss"),
-    [
-        (("val_acc", "val_loss"), "val_loss"),
-        (("val_acc", "val_loss", "aux_loss"), "val_loss"),
-        (("val_acc", "loss_a", "loss_b"), None),
-        (("val_acc", "my_loss"), "my_loss"),
-        (("val_acc", "val_loss", "val_loss_epoch"), "val_loss"),
-        (("val_acc", "val_mse"), None),
-        (("val_acc",), None),
-    ],
-)
-def test_ties_are_broken_by_the_one_loss(names, loss):
-    assert found(logged(*names), monitor="val_acc").loss == loss
-
-
-def test_the_loss_that_is_watched_breaks_no_ties():
-    assert found(logged("val_loss", "val_acc"), monitor="val_loss").loss is None
+def test_a_loss_named_after_an_accuracy_is_a_loss():
+    assert found(logged("val_dice", "val_dice_loss"), tolerance=0.1).monitor == "val_dice"
+    assert found(logged("val_loss", "val_dice_loss"), trainer_with(ModelCheckpoint(monitor="val_loss"))).mode == "min"
 
 
 # ---- what ranks
@@ -192,64 +171,56 @@ def test_the_loss_that_is_watched_breaks_no_ties():
 @pytest.mark.parametrize(
     ("names", "monitor", "rank_by", "expected"),
     [
-        # without a wish the loss ranks, and the metric breaks ties
+        # by default the loss ranks, and the metric breaks ties
         (("val_acc", "val_loss"), "val_acc", None, ("val_loss", "min", None)),
         (("val_acc", "val_loss", "aux_loss"), "val_acc", None, ("val_loss", "min", None)),
+        (("val_acc", "val_loss", "val_loss_epoch"), "val_acc", None, ("val_loss", "min", None)),
         (("val_acc", "my_loss/dataloader_idx_0"), "val_acc", None, ("my_loss/dataloader_idx_0", "min", None)),
-        # where there is none, or several, or it is the metric, the metric ranks
+        # the metric ranks if there is no loss, or several, or if it is the loss
+        (("val_acc",), "val_acc", None, ("val_acc", "max", None)),
         (("val_acc", "val_mse"), "val_acc", None, ("val_acc", "max", None)),
         (("val_acc", "loss_a", "loss_b"), "val_acc", None, ("val_acc", "max", None)),
         (("val_acc", "val_loss"), "val_loss", None, ("val_loss", "min", None)),
         (("loss_a", "val_loss"), "loss_a", None, ("loss_a", "min", "val_loss")),
-        # a wish is fulfilled, and the loss then breaks ties
+        # what is asked for ranks, and the loss breaks ties
         (("val_acc", "val_loss"), "val_acc", "val_acc", ("val_acc", "max", "val_loss")),
+        (("val_acc", "my_loss"), "val_acc", "val_acc", ("val_acc", "max", "my_loss")),
         (("val_acc", "val_loss"), "val_acc", "val_loss", ("val_loss", "min", None)),
         (("val_acc", "val_f1", "val_loss"), "val_acc", "val_f1", ("val_f1", "max", "val_loss")),
         (("val_acc", "val_mse"), "val_acc", "val_mse", ("val_mse", "min", None)),
     ],
 )
-def test_the_loss_ranks_unless_another_metric_is_asked_to(names, monitor, rank_by, expected):
+def test_the_loss_ranks_unless_another_metric_is_asked_for(names, monitor, rank_by, expected):
     metric = found(logged(*names), monitor=monitor, rank_by=rank_by)
     assert metric.monitor == monitor
     assert (metric.rank_by, metric.rank_mode, metric.tiebreak) == expected
     assert metric.rank_sign == {"max": 1, "min": -1}[expected[1]]
 
 
-def test_a_mode_is_that_of_the_metric_and_of_no_other_that_ranks():
-    metric = found(logged("val_acc", "val_loss"), monitor="val_acc", mode="min")
-    assert (metric.mode, metric.rank_by, metric.rank_mode) == ("min", "val_loss", "min")
-    metric = found(logged("val_acc", "val_loss"), monitor="val_loss", mode="max")
-    assert (metric.mode, metric.rank_by, metric.rank_mode) == ("max", "val_loss", "max")
-    metric = found(logged("val_acc", "val_loss"), monitor="val_loss", mode="max", rank_by="val_loss")
-    assert metric.rank_mode == "max"
+@pytest.mark.parametrize(
+    ("monitor", "mode", "rank_by", "expected"),
+    [
+        ("val_acc", "min", None, ("min", "val_loss", "min")),
+        ("val_loss", "max", None, ("max", "val_loss", "max")),
+        ("val_loss", "max", "val_loss", ("max", "val_loss", "max")),
+    ],
+)
+def test_a_mode_is_that_of_the_metric_and_of_no_other_that_ranks(monitor, mode, rank_by, expected):
+    metric = found(logged("val_acc", "val_loss"), monitor=monitor, mode=mode, rank_by=rank_by)
+    assert (metric.mode, metric.rank_by, metric.rank_mode) == expected
 
 
-def test_what_shall_rank_may_have_two_names():
+def test_the_metric_that_ranks_may_have_two_names():
     both = logged("val_x", "val_x_epoch", "val_loss")
     metric = found(both, monitor="val_x", mode="max", rank_by="val_x_epoch")
     assert (metric.rank_by, metric.rank_mode) == ("val_x_epoch", "max")
-
-
-@pytest.mark.parametrize(
-    ("rank_by", "message"),
-    [
-        ("val_los", r"watches 'val_los', which .* did not log\. Logged: .*'val_loss'.* Pass rank_by=\.\.\."),
-        ("each", r"watches 'each', which has shape \(10,\).* pass rank_by="),
-        ("surprise", "larger values of 'surprise' are better. Rank by another metric"),
-    ],
-)
-def test_what_cannot_rank_is_refused(rank_by, message):
-    what = logged("val_acc", "val_loss", "surprise")
-    what = Logged({**what.values, "each": torch.zeros(10)}, {})
-    with pytest.raises(RuntimeError, match=message):
-        found(what, monitor="val_acc", rank_by=rank_by)
 
 
 # ---- errors
 
 
 @pytest.mark.parametrize("names", [("val_acc", "val_f1"), ("val_f1", "val_acc", "val_loss")])
-def test_a_tolerance_needs_a_monitor_where_several_could_be_meant(names):
+def test_a_tolerance_needs_a_monitor_if_several_metrics_could_be_meant(names):
     with pytest.raises(RuntimeError, match=r"tolerance is 0\.01.*'val_(acc|f1)', 'val_(acc|f1)'.*Pass monitor="):
         found(logged(*names), trainer_with(ModelCheckpoint(monitor="val_loss")), tolerance=0.01)
     watching = trainer_with(ModelCheckpoint(monitor="val_f1", mode="max"))
@@ -257,34 +228,49 @@ def test_a_tolerance_needs_a_monitor_where_several_could_be_meant(names):
     assert found(logged(*names), monitor="val_f1", tolerance=0.01).monitor == "val_f1"
 
 
-def test_a_tolerance_needs_no_monitor_where_one_is_meant():
+def test_a_tolerance_needs_no_monitor_if_one_metric_is_meant():
     assert found(logged("val_acc", "val_loss"), tolerance=0.01).monitor == "val_acc"
     assert found(logged("val_loss", "val_mse", rises=["val_x"]), tolerance=0.01).monitor == "val_x"
 
 
-@pytest.mark.parametrize("names", [("val_mse", "val_loss"), ("val_f1", "val_acc")])
-def test_several_metrics_that_nobody_watches_are_an_error_that_lists_them(names):
-    listed = ", ".join(repr(name) for name in sorted(names))
-    with pytest.raises(RuntimeError, match=rf"cannot tell which metric.* Logged: {listed}\. Pass monitor="):
-        found(logged(*names), trainer_with(CHECKPOINT, STOPPING, plateau=PLATEAU))
+EACH = Logged({"each": torch.zeros(10), **logged("val_acc", "val_loss", "surprise").values}, {"each": True})
+UNWATCHED = trainer_with(CHECKPOINT, STOPPING, plateau=PLATEAU)
 
 
-def test_a_monitor_that_was_not_logged_is_an_error_that_lists_what_was():
-    with pytest.raises(RuntimeError, match=r"watches 'val_ac', which .* did not log\. Logged: 'val_acc', 'val_loss'\."):
-        found(logged("val_loss", "val_acc"), monitor="val_ac")
-
-
-@pytest.mark.parametrize("monitor", [None, "val_acc"])
-def test_nothing_logged_is_an_error_that_says_how_to_log(monitor):
-    with pytest.raises(RuntimeError, match=r"Nothing was logged: call self\.log"):
-        found(logged(), monitor=monitor)
-
-
-@pytest.mark.parametrize("monitor", [None, "val_acc"])
-def test_a_metric_of_several_numbers_is_an_error_that_tells_its_shape(monitor):
-    each_class = Logged({"val_acc": torch.zeros(10), "val_loss": torch.zeros(())}, {"val_acc": True})
-    with pytest.raises(RuntimeError, match=r"'val_acc', which has shape \(10,\), but must be one number.*'val_loss'"):
-        found(each_class, monitor=monitor)
+@pytest.mark.parametrize(
+    ("what", "arguments", "message"),
+    [
+        (
+            logged("val_mse", "val_loss"),
+            {},
+            r"cannot tell which metric.* Logged: 'val_loss', 'val_mse'\. Pass monitor=",
+        ),
+        (logged("val_f1", "val_acc"), {}, r"cannot tell which .* Logged: 'val_acc', 'val_f1'\. Pass monitor="),
+        (logged(), {}, r"Nothing was logged: call self\.log"),
+        (logged(), {"monitor": "val_acc"}, r"Nothing was logged: call self\.log"),
+        (
+            logged("val_loss", "val_acc"),
+            {"monitor": "val_ac"},
+            r"watches 'val_ac', which .* did not log\. Logged: 'val_acc', 'val_loss'\.",
+        ),
+        (EACH, {}, r"'each', which has shape \(10,\), but must be one number.*'val_loss'"),
+        (EACH, {"monitor": "each"}, r"'each', which has shape \(10,\), but must be one number.*'val_loss'"),
+        (EACH, {"monitor": "val_acc", "rank_by": "each"}, r"watches 'each', which has shape \(10,\).* pass rank_by="),
+        (
+            EACH,
+            {"monitor": "val_acc", "rank_by": "val_los"},
+            r"watches 'val_los', which .* did not log\. Logged: .*'val_loss'.* Pass rank_by=\.\.\.",
+        ),
+        (
+            EACH,
+            {"monitor": "val_acc", "rank_by": "surprise"},
+            "larger values of 'surprise' are better. Rank by another metric",
+        ),
+    ],
+)
+def test_a_metric_that_cannot_judge_or_rank_is_an_error_that_lists_what_was_logged(what, arguments, message):
+    with pytest.raises(RuntimeError, match=message):
+        found(what, UNWATCHED, **arguments)
 
 
 # ---- as Lightning logs it
@@ -293,10 +279,9 @@ def test_a_metric_of_several_numbers_is_an_error_that_tells_its_shape(monitor):
 class Logging(Blobs):
     """Logs what it is told to, by name."""
 
-    def __init__(self, **metrics):
+    def __init__(self, forked=False, **metrics):
         super().__init__()
-        self.metrics = torch.nn.ModuleDict(metrics)
-        self.forked = False
+        self.metrics, self.forked = torch.nn.ModuleDict(metrics), forked
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
         scores = self(batch[0])
@@ -307,11 +292,11 @@ class Logging(Blobs):
         self.log("val_loss", torch.nn.functional.cross_entropy(scores, batch[1]), on_step=self.forked, on_epoch=True)
 
 
-def searched(make_trainer, module, loaders=None, callbacks=(), **pruning):
+def searched(make_trainer, module, callbacks=(), **pruning):
     """The report of a short search."""
     pruning = RouletteWheelPruning(2, tree=Tree(0.2, max_levels=1, patience=1), **pruning)
     trainer = make_trainer(callbacks=[pruning, *callbacks], max_epochs=1)
-    trainer.fit(module, train_loader(), loaders or val_loader())
+    trainer.fit(module, train_loader(), val_loader())
     return pruning.report
 
 
@@ -319,24 +304,33 @@ def accuracy():
     return MulticlassAccuracy(10, average="micro")
 
 
-def test_the_bare_callback_judges_by_the_accuracy(make_trainer):
-    report = searched(make_trainer, Blobs())
-    assert (report.monitor, report.mode) == ("val_acc", "max")
+class Scheduled(Logging):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "spread"}}
 
 
-def test_a_torchmetrics_object_tells_its_direction_itself(make_trainer):
-    report = searched(make_trainer, Logging(hits=accuracy()))
-    assert (report.monitor, report.mode) == ("hits", "max")
-    report = searched(make_trainer, Logging(spread=MeanSquaredError()), monitor="spread")
-    assert (report.monitor, report.mode) == ("spread", "min")
-
-
-@pytest.mark.parametrize("forked", [False, True])
-def test_a_forked_metric_is_found_under_its_plain_name(forked, make_trainer):
-    module = Logging(hits=accuracy())
-    module.forked = forked
-    report = searched(make_trainer, module, tolerance=0.5)
-    assert (report.monitor, report.mode) == ("hits", "max")
+@pytest.mark.parametrize(
+    ("module", "options", "expected"),
+    [
+        (Blobs, {}, ("val_acc", "max")),
+        (lambda: Logging(hits=accuracy()), {}, ("hits", "max")),
+        (lambda: Logging(spread=MeanSquaredError()), {"monitor": "spread"}, ("spread", "min")),
+        (lambda: Logging(hits=accuracy()), {"tolerance": 0.5}, ("hits", "max")),
+        (lambda: Logging(forked=True, hits=accuracy()), {"tolerance": 0.5}, ("hits", "max")),
+        (
+            lambda: Logging(hits=accuracy(), score=MulticlassF1Score(10)),
+            {"callbacks": [EarlyStopping("score", mode="min")]},
+            ("score", "min"),
+        ),
+        (lambda: Scheduled(spread=MeanSquaredError()), {}, ("spread", "max")),
+    ],
+    ids=["plain", "rises", "falls", "one name", "two names", "callback", "scheduler"],
+)
+def test_a_search_is_judged_by_what_a_module_logs_or_the_trainer_watches(module, options, expected, make_trainer):
+    report = searched(make_trainer, module(), **options)
+    assert (report.monitor, report.mode) == expected
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -350,44 +344,3 @@ def test_a_loader_is_chosen_by_the_name_of_its_metric(index, make_trainer):
     assert pruning.report.dense_score == pytest.approx(float(trainer.callback_metrics[name]), abs=1e-6)
     other = float(trainer.callback_metrics[f"val_loss/dataloader_idx_{1 - index}"])
     assert pruning.report.dense_score != pytest.approx(other, abs=1e-6)
-
-
-def test_two_loaders_need_a_monitor(make_trainer):
-    with pytest.raises(RuntimeError, match="'val_acc/dataloader_idx_0', 'val_acc/dataloader_idx_1'"):
-        searched(make_trainer, Blobs(), [val_loader(), val_loader(50)])
-
-
-def test_what_a_callback_of_the_trainer_watches_is_taken_in_its_mode(make_trainer):
-    module = Logging(hits=accuracy(), score=MulticlassF1Score(10))
-    report = searched(make_trainer, module, callbacks=[EarlyStopping("score", mode="min")])
-    assert (report.monitor, report.mode) == ("score", "min")
-
-
-def test_what_a_plateau_scheduler_watches_is_taken_in_its_mode(make_trainer):
-    class Scheduled(Logging):
-        def configure_optimizers(self):
-            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max")
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "spread"}}
-
-    report = searched(make_trainer, Scheduled(spread=MeanSquaredError()))
-    assert (report.monitor, report.mode) == ("spread", "max")
-
-
-@pytest.mark.parametrize("sanity_steps", [0, 2])
-def test_a_wrong_monitor_ends_training_before_its_second_epoch(sanity_steps, make_trainer):
-    pruning = RouletteWheelPruning(2, monitor="val_ac")
-    trainer = make_trainer(callbacks=[pruning], max_epochs=9, num_sanity_val_steps=sanity_steps)
-    with pytest.raises(RuntimeError, match=r"'val_ac'.*Logged: 'val_acc', 'val_loss'"):
-        trainer.fit(Blobs(), train_loader(), val_loader())
-    assert trainer.current_epoch == 0
-
-
-def test_a_metric_per_class_is_refused_at_the_start(make_trainer):
-    with pytest.raises(RuntimeError, match=r"'hits', which has shape \(10,\)"):
-        searched(make_trainer, Logging(hits=MulticlassAccuracy(10, average=None)))
-
-
-def test_a_loss_named_after_an_accuracy_is_none():
-    assert found(logged("val_dice", "val_dice_loss"), tolerance=0.1).monitor == "val_dice"
-    assert found(logged("val_loss", "val_dice_loss"), trainer_with(ModelCheckpoint(monitor="val_loss"))).mode == "min"

@@ -1,4 +1,4 @@
-"""What is heard of a metric, and what its score is for single samples."""
+"""The calls of a metric are recorded, and give the scores of single samples or batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torchmetrics.classification import (
 )
 
 from lightning_roulette.judge.certificate import Batches, Resamples, Singles
-from lightning_roulette.trainer.outcomes import batches_of, calls_of, outcomes_of
+from lightning_roulette.trainer.scores.metric_calls import batches_of, calls_of, outcomes_of
 
 SIZES = (32, 32, 7)
 
@@ -76,79 +76,65 @@ def right(batches, k=1):
 # ---- means over samples
 
 
+def one_hot(target):
+    return nn.functional.one_hot(target, 4)
+
+
+MEANS = {
+    "accuracy": (MulticlassAccuracy(4, average="micro"), classified(), right(classified())),
+    "two best": (MulticlassAccuracy(4, average="micro", top_k=2), classified(), right(classified(), k=2)),
+    "classes": (
+        MulticlassAccuracy(4, average="micro"),
+        [(scores.argmax(1), target) for scores, target in classified()],
+        right(classified()),
+    ),
+    "precision": (MulticlassPrecision(4, average="micro"), classified(), right(classified())),
+    **{
+        f"binary, {threshold}": (
+            BinaryAccuracy(threshold=threshold),
+            [(scores[:, 1], (target == 1).long()) for scores, target in classified()],
+            torch.cat([((scores[:, 1] > threshold) == (target == 1)).double() for scores, target in classified()]),
+        )
+        for threshold in (0.5, 0.8)
+    },
+    "multilabel": (
+        MultilabelAccuracy(4, threshold=0.3, average="micro"),
+        [(scores, one_hot(target)) for scores, target in classified()],
+        torch.cat([((scores > 0.3) == one_hot(target)).double().mean(1) for scores, target in classified()]),
+    ),
+}
+
+
 @ways
-def test_micro_accuracy_is_one_or_zero_of_each_sample(give):
-    batches = classified()
-    found = outcomes(MulticlassAccuracy(4, average="micro"), batches, give)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", MEANS)
+def test_a_mean_over_samples_has_an_outcome_for_each_sample(name, sign, give):
+    metric, batches, expected = MEANS[name]
+    found = outcomes(metric.clone(), batches, give, sign)
     assert isinstance(found, Singles)
-    assert torch.equal(found.values, right(batches))
-    assert 0 < found.values.mean() < 1
-    assert (found.low, found.high) == (0.0, 1.0)
-
-
-def test_accuracy_of_the_two_best_counts_the_second_best():
-    batches = classified()
-    found = outcomes(MulticlassAccuracy(4, average="micro", top_k=2), batches)
-    assert torch.equal(found.values, right(batches, k=2))
-    assert right(batches, k=2).sum() > right(batches).sum()
-
-
-def test_accuracy_of_classes_instead_of_scores():
-    batches = [(scores.argmax(1), target) for scores, target in classified()]
-    found = outcomes(MulticlassAccuracy(4, average="micro"), batches)
-    assert torch.equal(found.values, right(classified()))
-
-
-@ways
-@pytest.mark.parametrize("threshold", [0.5, 0.8])
-def test_binary_accuracy_is_one_or_zero_of_each_sample(give, threshold):
-    batches = [(scores[:, 1], (target == 1).long()) for scores, target in classified()]
-    found = outcomes(BinaryAccuracy(threshold=threshold), batches, give)
-    scores, target = whole(batches)
-    assert isinstance(found, Singles)
-    assert torch.equal(found.values, ((scores > threshold) == target).double())
-
-
-def test_multilabel_accuracy_is_a_share_of_the_labels_of_each_sample():
-    batches = [(scores, nn.functional.one_hot(target, 4)) for scores, target in classified()]
-    found = outcomes(MultilabelAccuracy(4, threshold=0.3, average="micro"), batches)
-    scores, target = whole(batches)
-    assert isinstance(found, Singles)
-    torch.testing.assert_close(found.values, ((scores > 0.3) == target).double().mean(1), check_dtype=False)
-
-
-def test_another_metric_that_is_a_mean_over_samples_is_asked_sample_by_sample():
-    batches = classified()
-    found = outcomes(MulticlassPrecision(4, average="micro"), batches)
-    assert isinstance(found, Singles)
-    assert torch.equal(found.values, right(batches))
-
-
-def test_larger_is_better_whatever_the_sign():
-    batches = classified()
-    found = outcomes(MulticlassAccuracy(4, average="micro"), batches, sign=-1)
-    assert torch.equal(found.values, -right(batches))
-    assert (found.low, found.high) == (-1.0, 0.0)
+    torch.testing.assert_close(found.values, sign * expected)
+    assert (found.low, found.high) == ((0.0, 1.0) if sign == 1 else (-1.0, 0.0))
+    assert 0 < expected.mean() < 1
 
 
 # ---- other metrics
 
 
+OTHERS = {
+    "accuracy": (MulticlassAccuracy(4, average="macro"), classified()),
+    "f1": (MulticlassF1Score(4, average="macro"), classified()),
+    "auroc": (MulticlassAUROC(4), classified()),
+    "ignoring": (MulticlassAccuracy(4, average="micro", ignore_index=2), classified()),
+    "unbounded": (MeanSquaredError(), [(scores[:, 0], scores[:, 1]) for scores, _ in classified()]),
+}
+
+
 @ways
-@pytest.mark.parametrize(
-    "metric",
-    [
-        MulticlassAccuracy(4, average="macro"),
-        MulticlassF1Score(4, average="macro"),
-        MulticlassAUROC(4),
-        MulticlassAccuracy(4, average="micro", ignore_index=2),
-    ],
-    ids=["accuracy", "f1", "auroc", "ignoring"],
-)
-def test_a_metric_that_is_no_mean_over_samples_is_computed_on_resamples(metric, give):
-    batches = classified()
-    metric.reset()
-    found = outcomes(metric, batches, give)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_metric_that_is_no_mean_over_samples_is_computed_on_resamples(name, sign, give):
+    metric, batches = OTHERS[name][0].clone(), OTHERS[name][1]
+    found = outcomes(metric, batches, give, sign)
     scores, target = whole(batches)
     assert isinstance(found, Resamples)
     assert found.size == len(target)
@@ -156,21 +142,12 @@ def test_a_metric_that_is_no_mean_over_samples_is_computed_on_resamples(metric, 
     again = torch.randint(len(target), (len(target),), generator=torch.Generator().manual_seed(1))
     for index in (everything, again):
         metric.reset()
-        expected = float(metric(scores[index], target[index]))
+        expected = sign * float(metric(scores[index], target[index]))
         assert found.score(index) == pytest.approx(expected, abs=1e-6)
     assert found.score(everything) != found.score(again)
 
 
-def test_a_metric_without_bounds_is_computed_on_resamples():
-    batches = [(scores[:, 0], scores[:, 1]) for scores, _ in classified()]
-    found = outcomes(MeanSquaredError(), batches, sign=-1)
-    first, second = whole(batches)
-    some = torch.tensor([3, 3, 50])
-    assert isinstance(found, Resamples)
-    assert found.score(some) == pytest.approx(-float((first - second)[some].square().mean()), abs=1e-6)
-
-
-def test_a_mean_of_numbers_per_batch_is_known_batch_by_batch():
+def test_a_mean_of_one_number_a_batch_has_an_outcome_for_each_batch():
     metric, numbers, weights = MeanMetric(), [0.5, 0.25, 1.0], [32, 32, 7]
     found = outcomes(metric, list(zip(numbers, weights, strict=True)), sign=-1)
     assert isinstance(found, Batches)
@@ -181,7 +158,7 @@ def test_a_mean_of_numbers_per_batch_is_known_batch_by_batch():
     assert found.weights.tolist() == [1, 1, 1]
 
 
-def test_a_mean_of_many_numbers_a_batch_is_drawn_again_from_these():
+def test_a_mean_of_many_numbers_a_batch_is_computed_on_resamples():
     numbers = torch.rand(8)
     found = outcomes(MeanMetric(), [(part, 1.0) for part in numbers.split(4)])
     assert isinstance(found, Resamples)
@@ -195,26 +172,23 @@ def test_a_macro_average_is_no_mean_over_samples_even_of_a_network_without_error
     assert isinstance(found, Resamples)
 
 
-# ---- numbers per batch
+@pytest.mark.parametrize(
+    ("weights", "value", "known"),
+    [([3.0, 1.0], 1.75, True), ([3.0, 1.0], 2.5, False), ([4.0, 0.0], 1.0, False), ([1.0, -0.5], 1.0, False)],
+)
+def test_batches_have_the_weights_of_the_mean_and_none_if_the_value_is_not_their_mean(weights, value, known):
+    found = batches_of(torch.tensor([1.0, 4.0]), torch.tensor(weights), -1, value)
+    assert (found is not None) == known
+    if found is not None:
+        assert found.values.tolist() == [-1.0, -4.0]
+        assert found.weights.tolist() == weights
 
 
-def test_batches_weigh_as_they_did_in_the_mean():
-    values, weights = torch.tensor([1.0, 4.0]), torch.tensor([3.0, 1.0])
-    found = batches_of(values, weights, -1, 1.75)
-    assert found.values.tolist() == [-1.0, -4.0]
-    assert torch.equal(found.weights, weights)
-
-
-@pytest.mark.parametrize(("weights", "value"), [([3.0, 1.0], 2.5), ([4.0, 0.0], 1.0), ([1.0, -0.5], 1.0)])
-def test_batches_of_which_the_value_is_not_the_mean_tell_nothing(weights, value):
-    assert batches_of(torch.tensor([1.0, 4.0]), torch.tensor(weights), 1, value) is None
-
-
-# ---- what does not follow from the calls
+# ---- no outcomes
 
 
 @pytest.mark.parametrize("metric", [MulticlassAccuracy(4, average="micro"), MulticlassF1Score(4), MeanMetric()])
-def test_a_value_that_does_not_follow_from_the_calls_tells_nothing(metric):
+def test_there_are_no_outcomes_if_the_value_does_not_follow_from_the_calls(metric):
     batches = [(0.5, 1.0)] * 3 if isinstance(metric, MeanMetric) else classified()
     metric.reset()
     calls, value = heard(metric, batches), float(metric.compute())
@@ -224,14 +198,14 @@ def test_a_value_that_does_not_follow_from_the_calls_tells_nothing(metric):
     assert outcomes_of(metric, [], 1, value) is None
 
 
-def test_what_was_given_before_is_missed():
+def test_there_are_no_outcomes_if_an_earlier_call_was_not_recorded():
     metric, batches = MulticlassAccuracy(4, average="micro"), classified()
     metric.update(1 - batches[0][0], batches[0][1])
     assert outcomes(metric, batches) is None
 
 
 class Reweighted(Metric):
-    """Takes a number for the whole batch besides the samples."""
+    """Takes samples and one number for the whole batch."""
 
     def __init__(self):
         super().__init__()
@@ -244,17 +218,17 @@ class Reweighted(Metric):
         return self.total
 
 
-def test_arguments_of_which_the_samples_cannot_be_told_tell_nothing():
+def test_there_are_no_outcomes_if_arguments_do_not_share_their_samples():
     batches = [(scores, torch.tensor(2.0)) for scores, _ in classified()]
     assert outcomes(Reweighted(), batches) is None
 
 
-# ---- what is heard
+# ---- recording
 
 
 @pytest.mark.parametrize("full", [True, False])
 @ways
-def test_each_call_is_heard_once_in_order(give, full):
+def test_each_call_is_recorded_once_in_order(give, full):
     batches = classified()
     metric = type("Stateful", (MulticlassAccuracy,), {"full_state_update": full})(4, average="micro")
     calls = heard(metric, batches, give)
@@ -265,7 +239,7 @@ def test_each_call_is_heard_once_in_order(give, full):
         assert all(one is given[name] for name, one in call.arguments.items())
 
 
-def test_a_call_tells_the_loader_that_validated():
+def test_a_call_holds_the_number_of_the_loader():
     metric, number = MulticlassAccuracy(4), iter([0, 0, 1])
     with calls_of(metric, nn.ModuleDict({"metric": metric}), lambda: next(number)) as calls:
         for batch in classified():
@@ -273,17 +247,17 @@ def test_a_call_tells_the_loader_that_validated():
     assert [call.loader for call in calls] == [0, 0, 1]
 
 
-def test_a_metric_gives_and_holds_what_it_does_unheard():
-    batches, plain, listened = classified(), MulticlassAccuracy(4), MulticlassAccuracy(4)
-    unheard = [float(plain(*batch)) for batch in batches]
+def test_recording_changes_neither_answers_nor_states_of_a_metric():
+    batches, plain, recorded = classified(), MulticlassAccuracy(4), MulticlassAccuracy(4)
+    expected = [float(plain(*batch)) for batch in batches]
     answers = []
-    heard(listened, batches, lambda metric, *batch: answers.append(float(metric(*batch))))
-    assert answers == unheard
-    assert float(listened.compute()) == float(plain.compute())
+    heard(recorded, batches, lambda metric, *batch: answers.append(float(metric(*batch))))
+    assert answers == expected
+    assert float(recorded.compute()) == float(plain.compute())
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("in a step"), KeyboardInterrupt()])
-def test_afterwards_nobody_listens(error):
+def test_after_the_block_nothing_is_recorded(error):
     collection = MetricCollection([MulticlassAccuracy(4), MulticlassPrecision(4), MulticlassAUROC(4)])
     metrics = list(collection.values(copy_state=False))
     before = [dict(vars(one)) for one in metrics]
@@ -299,7 +273,7 @@ def test_afterwards_nobody_listens(error):
     assert calls == []
 
 
-def test_a_metric_is_left_as_it_is_by_what_is_asked_of_it():
+def test_computing_outcomes_does_not_change_the_metric():
     for metric in (MulticlassAccuracy(4, average="micro"), MulticlassF1Score(4)):
         batches = classified()
         calls, value = heard(metric, batches), float(metric.compute())
@@ -328,7 +302,7 @@ def collection():
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("give", [by_call, by_update])
 @pytest.mark.parametrize("name", ["accuracy", "follows"])
-def test_a_metric_in_a_collection_that_shares_states_hears_all_batches(name, give, used):
+def test_calls_in_a_collection_count_for_all_metrics_that_share_states(name, give, used):
     batches, metrics = classified(), collection()
     if used:  # from then on the first of those that share is updated alone
         metrics.update(*batches[0])

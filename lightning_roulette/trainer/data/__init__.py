@@ -1,0 +1,1 @@
+"""Validation data in folds, and calibration inputs from the training data."""

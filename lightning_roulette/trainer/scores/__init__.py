@@ -1,0 +1,1 @@
+"""Scores of pruned networks: which metric, on which data, for which samples."""

@@ -1,0 +1,163 @@
+"""Sets up the validation of pruned networks in a fit: finds the metric, deals the data and makes the evaluator."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
+from torch import nn
+
+from lightning_roulette.settings import Validation
+from lightning_roulette.trainer.data.folded_data import FoldedData
+from lightning_roulette.trainer.data.reading import folded, undivided, whole_if_regrouping_matters
+from lightning_roulette.trainer.processes import mean_over_processes
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric, Watched, find_metric, watched_in
+from lightning_roulette.trainer.scores.refusals import refuse_if_blind
+from lightning_roulette.trainer.scores.trainer_evaluator import RecordingEvaluator, TrainerEvaluator
+from lightning_roulette.trainer.validation.isolation import IsolatedValidation
+from lightning_roulette.trainer.validation.logged import Logged
+from lightning_roulette.trainer.validation.muting import callbacks_of
+
+_Weights = dict[str, nn.Parameter]
+
+
+@dataclass(frozen=True, eq=False)
+class CandidateValidation:
+    """What the validation of candidates needs.
+
+    Attributes:
+        validation: Entered while `evaluate` is called.
+        data: The validation data.
+        metric: The metrics that judge and rank.
+        weights: The prunable parameters.
+        evaluate: The evaluator.
+        size: The number of batches of each loader, and the number of samples if known.
+    """
+
+    validation: IsolatedValidation
+    data: FoldedData
+    metric: MonitoredMetric
+    weights: _Weights
+    evaluate: TrainerEvaluator
+    size: tuple[object, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ValidationSetup:
+    """How a fit validates pruned networks.
+
+    Attributes:
+        trainer: The Trainer, in `fit`.
+        module: Its module.
+        choices: How candidates are validated.
+        monitor: The `monitor` that the user passed.
+        mode: The `mode` that the user passed.
+        tolerance: The `tolerance` that the user passed.
+        seed: Seed by which the data is dealt.
+        caller: The callback that searches. It logs no metric.
+    """
+
+    trainer: Trainer
+    module: LightningModule
+    choices: Validation
+    monitor: str | None
+    mode: str | None
+    tolerance: float
+    seed: int
+    caller: Callback
+
+    def isolated(self) -> IsolatedValidation:
+        """Return a validation to enter. Loggers, callbacks and random state are left untouched."""
+        return IsolatedValidation(self.trainer, self.module, self.choices.keep_callbacks)
+
+    def metric(self, logged: Logged) -> MonitoredMetric:
+        """Find the metric among what a validation logged, outside an isolated validation.
+
+        Raises:
+            RuntimeError: If the metric is not there, or cannot be told. If a callback logs it, the message says so.
+        """
+        return self._find(logged, watched_in(self.trainer), contextlib.nullcontext)
+
+    def _find(self, logged: Logged, watched: Sequence[Watched], leave: Callable[[], object]) -> MonitoredMetric:
+        """See `metric`. If it is not found, `leave` leaves the isolated validation: callbacks are then tried."""
+        try:
+            return find_metric(logged, watched, self.monitor, self.mode, self.tolerance, self.choices.rank_by)
+        except RuntimeError as error:
+            leave()
+            if (name := self._callback_that_logs_it(logged)) is None:
+                raise
+            raise RuntimeError(
+                f"{error} Your callback {name} logs it, but callbacks do not see candidates unless asked to: "
+                f"pass validation=Validation(keep_callbacks=[{name!r}])."
+            ) from None
+
+    def _callback_that_logs_it(self, logged: Logged) -> str | None:
+        """The class of a callback that logs the metric, if the metric is missing and one does."""
+        if self.monitor in logged.values or (self.monitor is None and logged.values):
+            return None
+        unlikely = (type(self.caller), Checkpoint, EarlyStopping, ProgressBar)
+        others = [one for one in callbacks_of(self.trainer) if not isinstance(one, unlikely)]
+        for name in dict.fromkeys(type(one).__name__ for one in others):
+            with contextlib.suppress(Exception):  # a callback that fails here does not log the metric
+                with IsolatedValidation(self.trainer, self.module, [*self.choices.keep_callbacks, name]) as validation:
+                    found = validation.run(1).values
+                if self.monitor in found or (self.monitor is None and found):
+                    return name
+        return None
+
+    def dealt(self, weights: Callable[[], _Weights], by_rows: bool, first: bool) -> CandidateValidation:
+        """Deal the validation data to folds, and make an evaluator that also returns outcomes.
+
+        Args:
+            weights: Returns the prunable weights. It is called once lazy parameters have their shapes.
+            by_rows: Whether to deal single samples.
+            first: Whether nothing is pruned yet. It is then checked that validation depends on the weights.
+
+        Raises:
+            RuntimeError: If there is no validation data or no metric, or validation does not depend on the weights.
+        """
+        watched = watched_in(self.trainer)
+        with contextlib.ExitStack() as stack:
+            validation = stack.enter_context(self.isolated())
+            data, logged = folded(validation, self.seed, self.choices.cache_bytes, by_rows=by_rows)
+            metric, prunable = self._find(logged, watched, leave=stack.close), weights()
+            data = whole_if_regrouping_matters(validation, data, logged, {metric.monitor, metric.rank_by})
+            if first:
+                refuse_if_blind(validation, data, prunable)
+            size = validation.size()
+        evaluate = RecordingEvaluator(self.trainer, self.module, validation, data, prunable, metric)
+        return CandidateValidation(validation, data, metric, prunable, evaluate, size)
+
+    def undivided(self, metric: MonitoredMetric, weights: _Weights, first: bool) -> CandidateValidation:
+        """Read the validation data into one fold, for networks that are not ranked.
+
+        Args:
+            metric: The metric that judges.
+            weights: The prunable weights.
+            first: See `dealt`.
+
+        Raises:
+            RuntimeError: If there is no validation data, or validation does not depend on the weights.
+        """
+        with self.isolated() as validation:
+            why = "a cut has one candidate, so nothing is ranked"
+            data = undivided(validation, self.seed, self.choices.cache_bytes, why)
+            if first:
+                refuse_if_blind(validation, data, weights)
+            size = validation.size()
+        evaluate = TrainerEvaluator(self.trainer, self.module, validation, data, weights, metric)
+        return CandidateValidation(validation, data, metric, weights, evaluate, size)
+
+    def measured(self, monitor: str, data: FoldedData | None = None) -> float:
+        """Return a metric of the network as it is, on all the validation data.
+
+        Args:
+            monitor: The metric.
+            data: Data that may be in memory. If it is not, the Trainer's loop reads the loaders.
+        """
+        with self.isolated() as validation:
+            logged = (data or FoldedData()).validate_all(validation)
+            return mean_over_processes(self.trainer, logged.value(monitor))

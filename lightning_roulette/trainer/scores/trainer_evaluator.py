@@ -1,0 +1,130 @@
+"""Scores of pruned networks: their weights are lent to the module, which validates them on folds of the data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_roulette.judge.certificate import Outcomes
+from lightning_roulette.mask.mask import fill_pruned
+from lightning_roulette.mask.pruned import PrunedWeights
+from lightning_roulette.network.lending import applied, copy_into, lent, named_tensors
+from lightning_roulette.report.report import Scores
+from lightning_roulette.trainer.data.folded_data import FoldedData
+from lightning_roulette.trainer.processes import mean_over_processes
+from lightning_roulette.trainer.scores.metric_calls import Call, batches_of, calls_of, outcomes_of
+from lightning_roulette.trainer.scores.monitored_metric import LOADER, MonitoredMetric
+from lightning_roulette.trainer.validation.isolation import IsolatedValidation
+from lightning_roulette.trainer.validation.logged import Logged
+
+
+class TrainerEvaluator:
+    """Scores pruned networks by isolated validation. Larger scores are better.
+
+    Args:
+        trainer: A Trainer in `fit`.
+        module: Its LightningModule.
+        validation: Entered whenever the evaluator is called.
+        data: The validation data.
+        weights: The prunable parameters of the module, by name.
+        metric: The metrics that rank, judge, and break ties.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        validation: IsolatedValidation,
+        data: FoldedData,
+        weights: Mapping[str, nn.Parameter],
+        metric: MonitoredMetric,
+    ) -> None:
+        self._trainer, self._module, self._validation = trainer, module, validation
+        self._data, self._weights, self._metric = data, weights, metric
+        self.folds, self.undivided_because = data.folds, data.undivided_because
+        self.at_once, self.at_least = data.at_once, data.at_least
+        self._warned = not trainer.is_global_zero
+
+    def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
+        """Return the scores of a candidate on the union of some folds."""
+        with self._as(candidate):
+            return self._scores(self._data.validate(self._validation, folds))
+
+    @contextmanager
+    def _as(self, candidate: PrunedWeights) -> Iterator[None]:
+        """Inside the block, which holds one validation, the network has the weights of the candidate."""
+        if not candidate.refitted:
+            with applied(candidate.mask, self._weights):
+                yield
+            return
+        tensors = {name: one for name, one in named_tensors(self._module).items() if name in candidate.refitted}
+        with lent(tensors):
+            copy_into(tensors, candidate.refitted)
+            fill_pruned(self._weights, candidate.mask)
+            yield
+
+    def _scores(self, logged: Logged) -> Scores:
+        metric = self._metric
+        rank = metric.rank_sign * self._agreed(logged.value(metric.rank_by))
+        score = metric.sign * self._agreed(logged.value(metric.monitor))
+        tiebreak = score if metric.tiebreak is None else -self._agreed(logged.value(metric.tiebreak))
+        return Scores(rank, score, tiebreak)
+
+    def _agreed(self, value: Tensor) -> float:
+        mean = mean_over_processes(self._trainer, value)
+        if not self._warned and abs(mean - float(value)) > 1e-6 * abs(mean):
+            self._warned = True
+            warnings.warn(
+                "RouletteWheelPruning: the processes logged different values of the metric; their mean is used. "
+                "Log it with sync_dist=True.",
+                stacklevel=2,
+            )
+        return mean
+
+
+class RecordingEvaluator(TrainerEvaluator):
+    """A `TrainerEvaluator` that also returns the outcomes behind the scores.
+
+    The arguments are those of `TrainerEvaluator`.
+    """
+
+    def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, Outcomes | None]:
+        """Return the scores of a candidate, and the outcomes of single samples or of single batches, if known."""
+        if self._trainer.world_size > 1:  # a process sees only its own samples
+            return self(candidate, folds), None
+        if (judged_by := self._judged_by) is None:
+            with self._as(candidate):
+                logged = self._data.record(self._validation, folds)
+            return self._scores(logged), self._outcomes_of_batches(logged)
+        with (
+            self._as(candidate),
+            calls_of(judged_by, self._module, lambda: self._validation.loader) as calls,
+        ):
+            logged = self._data.validate(self._validation, folds)
+        return self._scores(logged), self._outcomes_of_calls(judged_by, calls, logged)
+
+    def _outcomes_of_calls(self, judged_by: Metric, calls: Sequence[Call], logged: Logged) -> Outcomes | None:
+        name = self._metric.monitor
+        _, mark, number = name.partition(LOADER)
+        ours = [call for call in calls if not mark or call.loader == int(number)]
+        return outcomes_of(judged_by, ours, self._metric.sign, float(logged.value(name)))
+
+    def _outcomes_of_batches(self, logged: Logged) -> Outcomes | None:
+        name = self._metric.monitor
+        value, updates = float(logged.value(name)), logged.updates.get(name, ())
+        if not updates:
+            return None
+        values, weights = (torch.tensor([float(pair[i]) for pair in updates], dtype=torch.float64) for i in (0, 1))
+        return batches_of(values, weights, self._metric.sign, value)
+
+    @cached_property
+    def _judged_by(self) -> Metric | None:
+        """The torchmetrics object that is logged as the monitored metric; None if a plain number is logged."""
+        return self._data.validate(self._validation, [0]).metrics.get(self._metric.monitor)

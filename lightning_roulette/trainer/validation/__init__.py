@@ -1,0 +1,1 @@
+"""Validation of a network that is lent: loggers, callbacks and random state are left untouched."""

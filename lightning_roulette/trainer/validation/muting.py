@@ -1,0 +1,65 @@
+"""Muted twins of callbacks and loggers: the same class and attributes, but nothing is called or written."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers.logger import DummyLogger
+
+_WRITING = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the callbacks of a Trainer. Lightning declares no type for them."""
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def muted_callbacks(callbacks: Sequence[Callback], keep: Collection[str] = ()) -> list[Callback]:
+    """Return twins of callbacks whose hooks do nothing.
+
+    `isinstance` and `trainer.progress_bar_callback` still work. Without its bar among the callbacks, the thread
+    of RichProgressBar would end.
+
+    Args:
+        callbacks: The callbacks of a Trainer.
+        keep: Names of classes whose callbacks are returned as they are.
+
+    Returns:
+        The twins in the same order. A callback is left out if no twin can be made.
+    """
+    twins = [one if type(one).__name__ in keep else _muted_callback(one) for one in callbacks]
+    return [one for one in twins if one is not None]
+
+
+def muted_logger(logger: Logger) -> Logger:
+    """Return a twin of a logger that has the same directories and writes nothing."""
+    silent = dict.fromkeys(_WRITING, _do_nothing) | {"experiment": property(lambda self: DummyLogger().experiment)}
+    twin = _twin(logger, silent)
+    return DummyLogger() if twin is None else twin
+
+
+def _muted_callback(callback: Callback) -> Callback | None:
+    # a property takes precedence over a hook in the instance's own dict, where LambdaCallback keeps its hooks
+    hooks = dict.fromkeys((name for name in dir(callback) if name.startswith("on_")), property(lambda self: None))
+    twin: Callback | None = _twin(callback, hooks)
+    return twin
+
+
+def _twin(original: Any, overrides: Mapping[str, Any]) -> Any:
+    """Return an instance of a subclass that shares the attributes of `original`; None if that is not possible."""
+    kind = type(original)
+    try:
+        # a `__del__` of the class would act on what the twin shares with the original
+        names = {**overrides, "__del__": _do_nothing, "__module__": kind.__module__}
+        twin: Any = object.__new__(type(kind)(kind.__name__, (kind,), names))  # type: ignore[misc]
+        twin.__dict__ = original.__dict__
+    except Exception:  # for example a class with __slots__, or with an __init_subclass__ that raises
+        return None
+    return twin
+
+
+def _do_nothing(*_: Any, **__: Any) -> None:
+    pass
