@@ -1,10 +1,9 @@
-"""Measure one spin of the wheel: time relative to `torch.kthvalue` on the same importances, and memory.
+"""What does one spin of the wheel cost? Times relative to `torch.kthvalue` on the same importances, and memory.
 
-Each row is one number of weights. A fifth of them is drawn from one full float32 parameter. All columns but the last
-are medians of interleaved repeats, divided by the median of `torch.kthvalue`. `torch.multinomial` and
-`numpy.random.choice` draw the same number of weights without replacement, with probabilities instead of odds.
-`torch.multinomial` refuses more than 2**24 weights. The last column, on Linux only, is the memory that a spin adds to a
-new process at its peak, including the mask.
+Every row is one number of weights, a fifth of which is drawn from one full float32 parameter. All but the last column
+are medians of interleaved repeats, divided by that of `torch.kthvalue`. `torch.multinomial` and `numpy.random.choice`
+draw as many weights without replacement, with probabilities in place of odds; the former refuses more than 2**24.
+Memory, on Linux only, is by how much a spin raises that of a fresh process at its peak, its mask included.
 """
 
 import argparse
@@ -46,7 +45,7 @@ def sectors_of(weights: dict[str, Tensor], sharpness: float, alive: float = 1.0)
 
 
 def rivals(importance: Tensor, sharpness: float) -> dict[str, Callable[[], object]]:
-    """Return the action to measure for each column."""
+    """The column of each measured action."""
     draws, one = len(importance) // 5, {"a": importance}
     many = {str(number): part for number, part in enumerate(importance.tensor_split(50))}
     wheels = {
@@ -71,7 +70,7 @@ def rivals(importance: Tensor, sharpness: float) -> dict[str, Callable[[], objec
 
 
 def seconds(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return the median time of each action. Actions take turns, so that a slow machine affects all of them."""
+    """The median time of each action; they take turns, so that a slow moment of the machine meets all of them."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(repeats):
         for name, act in actions.items():
@@ -82,13 +81,13 @@ def seconds(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str,
 
 
 def memory(which: str) -> int:
-    """Return bytes of this process, on Linux: `VmRSS` is the current memory, `VmHWM` the peak since its reset."""
+    """Bytes of this process, on Linux: `VmRSS` it holds now, `VmHWM` is the most it held since that was reset."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[which].split()[0]) * 1024
 
 
 def bytes_of_spin(size: int, sharpness: float) -> float:
-    """Return the memory that a spin adds to this process at its peak, in bytes per weight."""
+    """By how much a spin raises the memory of this process at its peak, per weight."""
     sectors_of({"warm": importance_of(100_000)}, sharpness).spin(200, seed=0, level=1, candidate=0)
     wheel = sectors_of({"a": importance_of(size)}, sharpness)
     Path("/proc/self/clear_refs").write_text("5")
