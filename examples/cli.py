@@ -1,8 +1,8 @@
 """Train and prune from a YAML file and the command line.
 
 `python examples/cli.py fit --config examples/pruned.yaml` trains a small network on scikit-learn's digits, prunes it,
-and prints the table of the search. Any line of the file may be overridden: the callback that was listed last in it is
-meant by `--trainer.callbacks.`, as in
+and prints the report of the search. The command line can override any line of the file. `--trainer.callbacks.` means
+the last callback in the file:
 
     python examples/cli.py fit --config examples/pruned.yaml --trainer.callbacks.wheel.sharpness=.inf
 """
@@ -27,7 +27,7 @@ class Classifier(LightningModule):
         lr: Learning rate of Adam.
     """
 
-    def __init__(self, hidden: list[int] = [300, 100], lr: float = 1e-3) -> None:  # noqa: B006  # a list, as YAML has it
+    def __init__(self, hidden: list[int] = [300, 100], lr: float = 1e-3) -> None:  # noqa: B006  # YAML gives a list
         super().__init__()
         self.save_hyperparameters()
         sizes = [64, *hidden]
@@ -52,10 +52,10 @@ class Classifier(LightningModule):
 
 
 class Digits(LightningDataModule):
-    """1,397 images to train on, 400 to choose by.
+    """Scikit-learn's digits: 1,397 training images and 400 validation images.
 
     Args:
-        batch_size: Of the images to train on.
+        batch_size: Number of training images in a batch.
     """
 
     def __init__(self, batch_size: int = 50) -> None:
@@ -76,19 +76,19 @@ class Digits(LightningDataModule):
 
 
 class PruningCLI(LightningCLI):
-    """Prints what the search did."""
+    """A command line that prints the report of the search."""
 
     trainer: Trainer
 
     def after_fit(self) -> None:
         for callback in self.trainer.callbacks:
             if isinstance(callback, RouletteWheelPruning):
-                print(f"\n{callback.report}\n\nthe pruned network: {callback.best_model_path or 'not written'}")
+                print(f"\n{callback.report}\n\npruned network: {callback.best_model_path or 'not written'}")
 
 
 def main(args: list[str] | None = None) -> PruningCLI:
-    """Runs the command line; `args` are its words, None: those of the process."""
-    torch.set_num_threads(1)  # for tensors as small as these more threads only wait for one another
+    """Run the command line. `args` are its arguments; None uses the arguments of the process."""
+    torch.set_num_threads(1)  # more threads are slower for tensors this small
     return PruningCLI(Classifier, Digits, args=args, save_config_kwargs={"overwrite": True})
 
 

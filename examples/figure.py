@@ -1,4 +1,4 @@
-"""Draw a search, saved as JSON by `SearchReport.to_dict`, as the picture of the README."""
+"""Draw the picture of the README from a search report that was saved as JSON (`SearchReport.to_dict`)."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from lightning_roulette import SearchReport
 
 
 def draw(report: SearchReport, path: Path) -> None:
-    """Score, floor and the spread of each branch over the share of weights left; failed levels are crosses."""
+    """Draw score, floor and the spread of each branch against the share of weights left. Failed levels are crosses."""
     figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
     kept = report.accepted
     left = [1.0, *(1 - level.sparsity for level in kept)]

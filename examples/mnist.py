@@ -1,6 +1,7 @@
-"""Prune LeNet-300-100 and LeNet-5 on MNIST, and show magnitude pruning at the same tolerance beside it.
+"""Prune LeNet-300-100 and LeNet-5 on MNIST, and compare with magnitude pruning at the same tolerance.
 
-10,000 of the 60,000 training images choose (the validation data); the 10,000 test images only judge.
+10,000 of the 60,000 training images are validation data, on which all choices are made. The 10,000 test images are used
+for judging only.
 """
 
 import argparse
@@ -29,23 +30,23 @@ Split = tuple[Tensor, Tensor]
 
 
 def lenet_300_100() -> nn.Module:
-    """LeCun et al. 1998: 266,200 weights and 410 biases."""
+    """Return LeNet-300-100 (LeCun et al. 1998): 266,200 weights and 410 biases."""
     return nn.Sequential(
         nn.Flatten(), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)
     )
 
 
 def lenet_5() -> nn.Module:
-    """The form of LeNet-5 that pruning papers use (Caffe's): 430,500 weights and 580 biases."""
+    """Return LeNet-5 in the form of Caffe, which pruning papers use: 430,500 weights and 580 biases."""
     features = [nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), nn.Flatten()]
     return nn.Sequential(*features, nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10))
 
 
-NETWORKS = {"lenet-300-100": (lenet_300_100, 1000), "lenet-5": (lenet_5, 250)}  # and the batch to validate in
+NETWORKS = {"lenet-300-100": (lenet_300_100, 1000), "lenet-5": (lenet_5, 250)}  # with the validation batch size
 
 
 class Classifier(LightningModule):
-    """Any network over images of ten classes."""
+    """Any network for images of ten classes."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -53,12 +54,12 @@ class Classifier(LightningModule):
         self.val_acc = MulticlassAccuracy(10, average="micro")
 
     def training_step(self, batch: Split, batch_idx: int) -> Tensor:
-        """Cross entropy."""
+        """Return the cross entropy."""
         images, digits = batch
         return cross_entropy(self.net(images), digits)
 
     def validation_step(self, batch: Split, batch_idx: int) -> None:
-        """Logs what the search judges by."""
+        """Log the loss and the accuracy that the search uses."""
         images, digits = batch
         scores = self.net(images)
         self.log("val_loss", cross_entropy(scores, digits), batch_size=len(digits))
@@ -66,12 +67,16 @@ class Classifier(LightningModule):
         self.log("val_acc", self.val_acc)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam."""
+        """Return Adam."""
         return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 
 def mnist(path: Path | None) -> dict[str, Split]:
-    """Training, validation and test images as floats in [0, 1], from an .npz in the layout of Keras, or from OpenML."""
+    """Return training, validation and test images as floats in [0, 1].
+
+    Args:
+        path: An .npz in the layout of Keras. None: fetch the data from OpenML.
+    """
     if path is None:
         from sklearn.datasets import fetch_openml
 
@@ -87,7 +92,7 @@ def mnist(path: Path | None) -> dict[str, Split]:
 
 
 def batches(split: Split, size: int, shuffle: bool = False) -> DataLoader:
-    """Whole batches cut from tensors in memory."""
+    """Return a loader that cuts whole batches from tensors in memory."""
     data = TensorDataset(*split)
     sampler = BatchSampler(RandomSampler(data) if shuffle else range(len(data)), size, drop_last=False)
     return DataLoader(data, sampler=sampler, batch_size=None)
@@ -95,7 +100,7 @@ def batches(split: Split, size: int, shuffle: bool = False) -> DataLoader:
 
 @torch.no_grad()
 def accuracy(net: nn.Module, split: Split) -> float:
-    """Share of images whose digit has the highest score."""
+    """Return the share of images whose digit has the highest score."""
     net.eval()
     hits = sum(
         int((net(x).argmax(1) == y).sum()) for x, y in zip(split[0].split(2000), split[1].split(2000), strict=True)
@@ -104,7 +109,7 @@ def accuracy(net: nn.Module, split: Split) -> float:
 
 
 def magnitude_pruned(net: nn.Module, val: Split, tolerance: float) -> float:
-    """Share of weights left by magnitude pruning at the same tolerance, level by level; `net` is left pruned."""
+    """Prune `net` in place by magnitude, level by level, at a tolerance. Return the share of weights left."""
     dense = {name: value.clone() for name, value in net.state_dict().items()}
 
     def score(mask: dict[str, Tensor]) -> float:
@@ -119,7 +124,7 @@ def magnitude_pruned(net: nn.Module, val: Split, tolerance: float) -> float:
 
 
 def run(name: str, seed: int, options: argparse.Namespace, data: dict[str, Split]) -> dict[str, float | str | int]:
-    """Train, prune and judge one network."""
+    """Train, prune and test one network."""
     seed_everything(seed, verbose=False)
     network, val_batch = NETWORKS[name]
     module = Classifier(network())
@@ -158,14 +163,14 @@ def run(name: str, seed: int, options: argparse.Namespace, data: dict[str, Split
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="mnist.npz in the layout of Keras; fetched from OpenML if left out")
-    parser.add_argument("--network", choices=list(NETWORKS), action="append", help="both if left out")
+    parser.add_argument("--data", type=Path, help="mnist.npz in the layout of Keras; default: fetched from OpenML")
+    parser.add_argument("--network", choices=list(NETWORKS), action="append", help="default: both")
     parser.add_argument("--branches", type=int, default=20)
     parser.add_argument("--tolerance", type=float, default=0.005)
     parser.add_argument("--sharpness", type=float, default=Wheel().sharpness)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--results", type=Path, help="append each run to this file as a line of JSON")
+    parser.add_argument("--results", type=Path, help="append each run to this file as one line of JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args()
     data = mnist(options.data)

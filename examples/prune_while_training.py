@@ -1,10 +1,15 @@
-"""Prune LeNet-300-100 and LeNet-5 on MNIST in turn with training, and put what is left beside published numbers.
+"""Prune LeNet-300-100 and LeNet-5 on MNIST in turn with training, and compare with published numbers.
 
-With `--cifar10` a small ResNet too. 10,000 of the 60,000 training images of MNIST, 5,000 of the 50,000 of CIFAR-10,
-choose (the validation data); the 10,000 test images only judge. The learning rate
-falls to zero under a cosine, so that the dense network is trained out before the first cut, where its validation score
-sets the floor; then it starts once more, and falls to zero while the network is pruned. Beside the pruned network stand
-that dense one, and with `--dense` one that is trained on to the end without pruning.
+With `--cifar10`, also prune a small ResNet on CIFAR-10.
+
+- Validation data, for all choices: 10,000 of the 60,000 training images of MNIST, 5,000 of the 50,000 of CIFAR-10.
+- Test data, for judging only: 10,000 images.
+- Before the first cut the learning rate falls to zero under a cosine, so that the dense network is fully trained. Its
+  validation score sets the floor.
+- Then the learning rate starts again, and falls to zero while the network is pruned.
+
+The tables show the pruned network and the dense network before the first cut. With `--dense` they also show a network
+that is trained to the end without pruning.
 """
 
 import argparse
@@ -34,14 +39,14 @@ warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*Leaf
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained, and before which of its epochs it is cut."""
+    """How a network is trained, and before which epochs it is cut."""
 
     epochs: int
     at_epoch: range
-    lr: float  # where the first cosine begins
-    lr_while_pruning: float  # where the second begins
+    lr: float  # start of the first cosine
+    lr_while_pruning: float  # start of the second cosine
     weight_decay: float
-    target_sparsity: float | None  # None: each cut takes a share of what is left
+    target_sparsity: float | None  # None: each cut removes a share of the survivors
     pruning_rate: float = 0.15
     batch: int = 100
     val_batch: int = 1000
@@ -53,8 +58,8 @@ RECIPES = {
     "resnet": Recipe(20, range(7, 18), 5e-3, 3e-3, 5e-4, None, pruning_rate=0.25, batch=128, val_batch=250),
 }
 NETS = {name: maker for name, (maker, _) in NETWORKS.items()} | {"resnet": small_resnet}
-# compression and test error in %, of Molchanov, Ashukha and Vetrov, "Variational dropout sparsifies deep neural
-# networks" (ICML 2017), its table of other methods included
+# compression and test error in %, from Molchanov, Ashukha and Vetrov, "Variational dropout sparsifies deep neural
+# networks" (ICML 2017), including its table of other methods
 PUBLISHED = {
     "lenet-300-100": {
         "dense": (1, 1.64),
@@ -77,12 +82,12 @@ DENSE = {"dense_test": "dense, before the first cut", "dense_to_the_end": "dense
 
 
 class Annealed(Classifier):
-    """Adam under two cosines to zero; colour images are shifted and mirrored.
+    """A classifier that is trained by Adam under two cosines to zero. Colour images are shifted and mirrored.
 
     Args:
         net: The network.
         recipe: How it is trained.
-        seed: Of the shifts.
+        seed: Seed of the shifts and mirrorings.
     """
 
     def __init__(self, net: nn.Module, recipe: Recipe, seed: int = 0) -> None:
@@ -90,12 +95,12 @@ class Annealed(Classifier):
         self.recipe, self.chance = recipe, torch.Generator().manual_seed(seed)
 
     def training_step(self, batch: Split, batch_idx: int) -> Tensor:
-        """Cross entropy."""
+        """Return the cross entropy."""
         images, classes = batch
         return super().training_step((augmented(images, self.chance) if images.shape[1] == 3 else images, classes), 0)
 
     def configure_optimizers(self) -> dict:
-        """Adam with weight decay (L2)."""
+        """Return Adam with weight decay (L2) and the schedule."""
         optimizer = torch.optim.Adam(self.parameters(), lr=1.0, weight_decay=self.recipe.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
         first = steps * self.recipe.at_epoch[0] // self.recipe.epochs
@@ -110,7 +115,7 @@ class Annealed(Classifier):
 
 
 def trained(name: str, seed: int, data: dict[str, Split], recipe: Recipe, *callbacks: RouletteWheelPruning) -> Annealed:
-    """The network after the recipe."""
+    """Return the network, trained by the recipe."""
     seed_everything(seed, verbose=False)
     module = Annealed(NETS[name]().to(memory_format=torch.channels_last), recipe, seed)
     trainer = Trainer(
@@ -125,7 +130,7 @@ def trained(name: str, seed: int, data: dict[str, Split], recipe: Recipe, *callb
 
 
 def run(name: str, seed: int, data: dict[str, Split], recipe: Recipe, tolerance: float, dense: bool) -> Row:
-    """Train, prune and judge one network."""
+    """Train, prune and test one network."""
     pruning = RouletteWheelPruning(
         tolerance=tolerance,
         monitor="val_acc",
@@ -150,15 +155,15 @@ def run(name: str, seed: int, data: dict[str, Split], recipe: Recipe, tolerance:
 
 
 def trained_before_the_first_cut(pruning: RouletteWheelPruning, recipe: Recipe, name: str) -> Annealed:
-    """The dense network that set the floor, from the file beside that of the winner."""
+    """Return the dense network that set the floor. Its file is next to the winner's."""
     winner = Path(pruning.best_model_path)
     path = winner.with_name(winner.name.replace("pruned", "dense"))
     return Annealed.load_from_checkpoint(path, net=NETS[name](), recipe=recipe)
 
 
 def show(name: str, rows: list[Row]) -> None:
-    """One table, the densest first."""
-    print(f"\n{name}: compression (weights before over weights kept), and error on the test images in %")
+    """Print one table: published networks, dense networks, then the pruned network."""
+    print(f"\n{name}: compression (weights before / weights kept), and error on the test images in %")
     for method, (times, error) in PUBLISHED[name].items():
         print(f"  {method:34} {times:5}x  {error:5.2f}   published")
     for key, words in DENSE.items():
@@ -171,17 +176,15 @@ def show(name: str, rows: list[Row]) -> None:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and range in percent."""
+    """Return mean and range in percent."""
     return f"{100 * mean(values):5.2f} ({100 * min(values):.2f} to {100 * max(values):.2f})"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="mnist.npz in the layout of Keras; fetched from OpenML if left out")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="mnist.npz in the layout of Keras; default: fetched from OpenML")
     parser.add_argument("--cifar10", type=Path, help="cifar10.npz in the layout of Keras, for the ResNet")
-    parser.add_argument(
-        "--network", choices=list(NETS), action="append", help="those whose data is at hand if left out"
-    )
+    parser.add_argument("--network", choices=list(NETS), action="append", help="default: all whose data is available")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tolerance", type=float, default=0.005)
     parser.add_argument("--dense", action="store_true", help="also train as long without pruning")

@@ -1,4 +1,4 @@
-"""Train a small network on scikit-learn's digits, prune it, and see what that did to accuracy on unseen images."""
+"""Train a small network on scikit-learn's digits, prune it, and compare the accuracy on test images."""
 
 import logging
 
@@ -46,7 +46,7 @@ class DigitsClassifier(LightningModule):
 
 
 def loaders() -> tuple[DataLoader, DataLoader, DataLoader]:
-    """1,000 images to train on, 400 to choose by, 397 that nobody has seen."""
+    """Return loaders of 1,000 training, 400 validation and 397 test images."""
     images, digits = load_digits(return_X_y=True)
     order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
     images, digits = torch.tensor(images, dtype=torch.float32)[order] / 16, torch.tensor(digits)[order]
@@ -59,7 +59,7 @@ def loaders() -> tuple[DataLoader, DataLoader, DataLoader]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # for tensors as small as these more threads only wait for one another
+    torch.set_num_threads(1)  # more threads are slower for tensors this small
     seed_everything(0, verbose=False)
     train, val, test = loaders()
     model = DigitsClassifier()
@@ -76,9 +76,9 @@ def main() -> None:
     print(f"\n{pruning.report}\n")
     slim = trainer.test(model, test, verbose=False)[0]["test_acc"]
     dense = trainer.test(model, test, ckpt_path="best", verbose=False)[0]["test_acc"]
-    print(f"accuracy on 397 test images, which chose nothing: dense {dense:.2%}, pruned {slim:.2%}")
-    print(f"the pruned network: {pruning.best_model_path}")
-    print("its curves:         .venv/bin/tensorboard --logdir runs")
+    print(f"accuracy on 397 test images, not used for any choice: dense {dense:.2%}, pruned {slim:.2%}")
+    print(f"pruned network: {pruning.best_model_path}")
+    print("curves:         .venv/bin/tensorboard --logdir runs")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Does the certificate keep its word, and how much data does it need? Simulated searches whose truth is known.
+"""Simulated searches with known truth: is the certificate valid, and how much data does it need?
 
-Every search has a chain of 20 nested networks, and validation samples that are drawn anew. A sample that one network
-gets wrong (or right) by pruning stays wrong (right) in all slimmer ones. The levels are tested in order, up to the
-first that fails; the last that passed is the winner. Once a level passes if its mean decline is at most the tolerance,
-once if its p-value is at most 0.05.
+Every search has a chain of 20 nested networks, and new validation samples. A sample that becomes wrong (or right) by
+pruning stays wrong (or right) in all slimmer networks. The levels are tested in order up to the first that fails. The
+last level that passed is the winner. Two tests are compared:
+
+- by the mean: a level passes if its mean decline is at most the tolerance;
+- by the certificate: a level passes if its p-value is at most 0.05.
 """
 
 import argparse
@@ -16,8 +18,8 @@ from torch import Tensor
 from lightning_roulette.judge.certificate import log_wealth
 
 TOLERANCE, CONFIDENCE, LEVELS = 0.005, 0.95, 20
-AT_ONCE = 4_000_000  # samples in memory
-Chain = list[tuple[float, float]]  # shares of samples that become wrong and right, level by level
+AT_ONCE = 4_000_000  # samples in memory at a time
+Chain = list[tuple[float, float]]  # per level: shares of samples that become wrong, and right
 
 _JUST_TOO_MUCH = TOLERANCE * (1 + 1e-9)
 CHAINS: dict[str, Chain] = {
@@ -35,7 +37,7 @@ FLIPS = {
 
 
 def declines(uniform: Tensor, worse: float, better: float) -> Tensor:
-    """1 where a sample becomes wrong, -1 where it becomes right: nested in both shares."""
+    """Return 1 where a sample becomes wrong and -1 where it becomes right. Samples are nested in both shares."""
     return (uniform < worse).double() - (uniform >= 1 - better).double()
 
 
@@ -48,14 +50,14 @@ def passes_by_certificate(decline: Tensor) -> Tensor:
 
 
 def draws(searches: int, samples: int, seed: int) -> Iterator[Tensor]:
-    """Validation samples of all searches, some searches at a time."""
+    """Yield the validation samples of all searches, in batches of searches."""
     chance, batch = torch.Generator().manual_seed(seed), max(1, AT_ONCE // samples)
     for start in range(0, searches, batch):
         yield torch.rand(min(batch, searches - start), samples, generator=chance, dtype=torch.float64)
 
 
 def winners(uniform: Tensor, chain: Chain, passes: Callable[[Tensor], Tensor]) -> Tensor:
-    """The level of each search's winner, 0 if none passed."""
+    """Return the level of each search's winner, 0 if no level passed."""
     levels, on = torch.zeros(len(uniform), dtype=torch.int64), torch.arange(len(uniform))
     for level, (worse, better) in enumerate(chain, start=1):
         on = on[passes(declines(uniform[on], worse, better))]
@@ -70,7 +72,10 @@ def share(flags: list[Tensor]) -> float:
 
 
 def broken(searches: int, samples: int, chain: Chain, seed: int) -> list[float]:
-    """Shares of searches: winner beyond the tolerance by the mean and by the certificate; any level certified."""
+    """Return three shares of searches.
+
+    The winner is beyond the tolerance by the mean; the same by the certificate; any level is certified.
+    """
     beyond = torch.tensor([False] + [worse - better > TOLERANCE * (1 + 1e-12) for worse, better in chain])
     levels = [
         [winners(uniform, chain, passes) for passes in (passes_by_mean, passes_by_certificate)]
@@ -85,7 +90,7 @@ def broken(searches: int, samples: int, chain: Chain, seed: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--searches", type=int, default=1000)
     searches = parser.parse_args().searches
     error = 2 * math.sqrt(0.05 * 0.95 / searches)

@@ -1,11 +1,15 @@
-"""What a branch of 20 costs, and a single candidate.
+"""Measure the cost of a branch of 20 candidates, and of a single candidate.
 
-A branch is one level of a search, from the first spin to the winner's score on all ranking folds, in units of one dense
-`trainer.validate`: of a quiet Trainer (no logger, bar or checkpoint), and of one with Lightning's defaults. A candidate
-is one network judged on all folds, in units of the module's own `validation_step` called on the same cached batches
-with `self.log` bound to a live result collection. Medians of interleaved repeats. Then, for the race: in how many
-branches its winner is within one paired standard error of the winner of a branch in which all candidates are judged on
-all ranking folds, and the mean regret in such errors.
+All times are medians of interleaved repeats.
+
+- A branch is one level of a search, from the first spin to the winner's score on all search folds. Its unit is one
+  `trainer.validate` with the dense network: of a quiet Trainer (no logger, progress bar or checkpoint), and of a
+  Trainer with Lightning's defaults.
+- A candidate is one network judged on all folds. Its unit is the module's own `validation_step`, called on the same
+  cached batches with `self.log` bound to a live result collection.
+- The race is compared with branches in which all candidates are judged on all search folds. "agrees" is the share of
+  branches whose race winner is within one paired standard error of the best candidate. "regret" is the mean difference
+  in such errors.
 """
 
 import argparse
@@ -54,14 +58,14 @@ warnings.filterwarnings("ignore")
 
 
 def noise(shape: tuple[int, ...], count: int) -> tuple[Tensor, Tensor]:
-    """Images that stand for real ones where only the time counts; classes that a linear map tells."""
+    """Return random images, for timing only. A linear map gives their classes."""
     chance = torch.Generator().manual_seed(0)
     images = torch.randn(count, *shape, generator=chance)
     return images, (images.flatten(1) @ torch.randn(math.prod(shape), 10, generator=chance)).argmax(1)
 
 
 def cases() -> dict[str, tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]]:
-    """Network, training data, validation data, and batch size of each case."""
+    """Return the network, training data, validation data and batch size of each case."""
     of_digits = digits(0, 400)
     mnist_like, cifar_like = noise((1, 28, 28), 12_000), noise((3, 32, 32), 3000)
     return {
@@ -76,7 +80,7 @@ def _cut(split: tuple[Tensor, Tensor], train: int) -> tuple[tuple[Tensor, Tensor
 
 
 class Classifier(LightningModule):
-    """Logs a loss and a torchmetrics accuracy, as most modules do."""
+    """A module that logs a loss and a torchmetrics accuracy, as most modules do."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -96,7 +100,7 @@ class Classifier(LightningModule):
 
 
 class Stopwatch(Observer):
-    """Times the levels of a search."""
+    """An observer that measures the time of each level."""
 
     def __init__(self) -> None:
         self.levels: list[float] = []
@@ -110,7 +114,7 @@ class Stopwatch(Observer):
 
 
 class Measured(Callback):
-    """Measures at the end of training."""
+    """A callback that measures at the end of training."""
 
     def __init__(self, options: argparse.Namespace, val: DataLoader) -> None:
         self.options, self.val, self.found = options, val, {}
@@ -138,7 +142,7 @@ class Measured(Callback):
         self.found = {**middle, "reading": reading, "agrees": agrees, "regret": regret}
 
     def _validated(self, module: Classifier, quiet: bool) -> float:
-        """Seconds of one `trainer.validate`."""
+        """Return the seconds of one `trainer.validate`."""
         choices = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False} if quiet else {}
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
             other = Trainer(accelerator=self.options.accelerator, devices=1, default_root_dir=folder, **choices)
@@ -159,10 +163,10 @@ def _bare_steps(trainer: Trainer, module: LightningModule, batches: list) -> Non
 
 
 class Branches(Observer):
-    """An evaluator that notes how every candidate of a branch ranks on each fold and on all, for races run afterwards.
+    """An evaluator that records the ranks of every candidate on each fold and on all folds, for later races.
 
     Args:
-        evaluate: What it asks.
+        evaluate: The evaluator that it calls.
     """
 
     def __init__(self, evaluate: TrainerEvaluator) -> None:
@@ -171,7 +175,7 @@ class Branches(Observer):
         self.levels: list[list[tuple[float, list[float]]]] = []
 
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
-        """The scores, and a note if this is on many folds."""
+        """Return the scores. Record the ranks if there is more than one fold."""
         scores = self._evaluate(candidate, folds)
         if len(folds) > 1:
             self._ranks.append((scores.rank, [self._evaluate(candidate, [fold]).rank for fold in folds]))
@@ -181,12 +185,12 @@ class Branches(Observer):
         self._ranks.clear()
 
     def on_level(self, level: Level, so_far: object) -> None:
-        self.levels.append(self._ranks[: len(level.candidates)])  # after which the winner is asked once more
+        self.levels.append(self._ranks[: len(level.candidates)])  # the winner is validated once more after them
         self._ranks.clear()
 
 
 def agreement(weights: dict[str, nn.Parameter], evaluate: TrainerEvaluator, levels: int) -> tuple[float, float]:
-    """Of races in the branches of a search: how often the winner is good enough, and its mean regret in errors."""
+    """Return how often a race finds a good enough winner, and its mean regret in standard errors."""
     seen = Branches(evaluate)
     tree, validation = Tree(max_levels=levels), Validation(race=False)
     search(weights, seen, tolerance=math.inf, tree=tree, validation=validation, observer=seen)
@@ -198,7 +202,7 @@ def agreement(weights: dict[str, nn.Parameter], evaluate: TrainerEvaluator, leve
 
 
 def _regret(branch: list[tuple[float, list[float]]]) -> tuple[float, float]:
-    """How much worse than the best the race's winner ranks on all folds, and the paired standard error of that."""
+    """Return the difference between the best rank on all folds and the race winner's, and its paired standard error."""
     folds = len(branch[0][1])
     runners = list(range(len(branch)))
     for rung in rungs(len(branch), folds, folds):
@@ -220,7 +224,7 @@ def _timed(action: Callable[[], object]) -> tuple[object, float]:
 
 
 def measured(name: str, workers: int, options: argparse.Namespace) -> dict:
-    """The numbers of one case."""
+    """Return the measurements of one case."""
     seed_everything(0, verbose=False)
     net, train, val, size = cases()[name]
     loaders = [
@@ -243,7 +247,7 @@ def measured(name: str, workers: int, options: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(cases()), default=list(cases()))
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--repeats", type=int, default=5)

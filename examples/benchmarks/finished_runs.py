@@ -1,4 +1,4 @@
-"""Finished runs, kept as lines of JSON, so that nothing is measured twice."""
+"""Finished runs, stored as lines of JSON, so that no run is repeated."""
 
 import json
 import os
@@ -11,10 +11,10 @@ Row = dict[str, Any]
 
 
 class Runs:
-    """Finished runs in a file; a line that a kill cut short is dropped from it.
+    """Finished runs in a file. Incomplete lines, from a killed process, are removed from the file.
 
     Args:
-        path: The file; it need not be there.
+        path: The file. It does not have to exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,15 +26,15 @@ class Runs:
             whole.replace(path)
 
     def of(self, **key: object) -> list[Row]:
-        """The rows with these entries."""
+        """Return the rows with these entries."""
         return [row for row in self.rows if key.items() <= row.items()]
 
     def has(self, **key: object) -> bool:
-        """Whether there is a row with these entries."""
+        """Return whether there is a row with these entries."""
         return bool(self.of(**key))
 
     def add(self, **row: object) -> None:
-        """Keep a row."""
+        """Add a row, and write it to the file."""
         self.rows.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
@@ -44,7 +44,7 @@ class Runs:
 
 
 def read(path: Path) -> list[Row]:
-    """The finished runs in a file; a line that a kill cut short is left out."""
+    """Return the finished runs in a file, without incomplete lines."""
     return [row for line in path.read_text().splitlines(keepends=True) if (row := _row(line)) is not None]
 
 

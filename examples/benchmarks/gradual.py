@@ -1,8 +1,9 @@
-"""Pruning in turn with training: does choosing among many draws pay, or a refit, where an epoch of training follows?
+"""Pruning in turn with training: do many draws per cut help, or a refit, when an epoch of training follows?
 
-LeNet-300-100 on MNIST is trained for 30 epochs under a cosine; before each from the seventh on a quarter of what is
-left is cut if the network keeps the floor: half a point of validation accuracy below the network after six epochs.
-Validation images choose, test images judge. Finished runs are lines of JSON and are not done again.
+LeNet-300-100 is trained on MNIST for 30 epochs under a cosine. Before each epoch from the seventh on, a quarter of the
+survivors is cut if the network keeps the floor. The floor is half a point of validation accuracy below the network
+after six epochs. All choices are made on validation images; test images are used for judging only. Finished runs are
+stored as lines of JSON and are not repeated.
 """
 
 import argparse
@@ -36,7 +37,7 @@ class Trained:
 
     Args:
         way: One of `WAYS`.
-        seed: Of training and pruning.
+        seed: Seed of training and pruning.
         data: Training, validation and test images.
     """
 
@@ -53,7 +54,7 @@ class Trained:
         self._hold: ZeroHold | None = None
 
     def judged(self, place: int | None) -> None:
-        """Judge the network, note what it is if it holds, and cut it for the `place`-th time; None: not any more."""
+        """Judge the network and record it if it holds. Then make cut number `place`; None makes no further cut."""
         began = time.monotonic()
         self.net.eval()
         evaluate = OnTensors(self.net, self.data["val"], 1000, seed=self.seed)
@@ -71,7 +72,7 @@ class Trained:
 
 
 def run(way: str, seed: int, data: dict[str, Split]) -> Row:
-    """One training with its cuts."""
+    """Train one network with its cuts."""
     began, one, (images, classes) = time.monotonic(), Trained(way, seed, data), data["train"]
     chance, steps = torch.Generator().manual_seed(seed), EPOCHS * math.ceil(len(classes) / BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(one.optimizer, steps)
@@ -88,10 +89,8 @@ def run(way: str, seed: int, data: dict[str, Split]) -> Row:
 
 
 def show(runs: Runs, seeds: list[int]) -> None:
-    """One line for each way."""
-    print(
-        "way                              weights left, % (range)   compression   test, points   time beside training"
-    )
+    """Print one line for each way."""
+    print("way                              weights left, % (range)   compression   test, points   pruning / training")
     for way in WAYS:
         if rows := [row for row in runs.of(way=way) if row["seed"] in seeds]:
             left, change = ([row[key] for row in rows] for key in ("left", "test"))
@@ -106,7 +105,7 @@ def show(runs: Runs, seeds: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="mnist.npz in the layout of Keras; fetched from OpenML if left out")
+    parser.add_argument("--data", type=Path, help="mnist.npz in the layout of Keras; default: fetched from OpenML")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("gradual.jsonl"))

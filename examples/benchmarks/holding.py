@@ -1,12 +1,14 @@
-"""What does it cost to hold zeros? A training step with `ZeroHold` over one without: both LeNets and a small ResNet.
+"""Measure the cost of holding zeros: a training step with `ZeroHold` relative to a step without.
 
-Random data, 90 % of the weights pruned at random. The steps of three copies of a network take turns: held, free, and
-free once more, which says how far the measurement itself is off. Medians and their ratios.
+The networks are both LeNets and a small ResNet, on random data, with 90 % of the weights pruned at random. The steps of
+three copies of a network take turns: one held, one free, and another free one that shows the error of the measurement.
+Times are medians.
 
-With Adam a part is not the hold's own: what it remembers of pruned weights is zero, and on some processors the library
-that takes its root (MKL) is several times slower on zeros. Fused Adam, quicker in any case, does not use it.
+A part of the cost with Adam does not come from `ZeroHold`. Adam's state of pruned weights is zero, and on some
+processors the library that takes its square root (MKL) is several times slower on zeros. Fused Adam is faster in any
+case and does not use this library.
 
-Then the same of the smallest network in a Trainer, whose step is longer: `HoldZeros`, free and free by turns.
+Then the smallest network is measured in a Trainer, whose step is longer, in the same way with `HoldZeros`.
 """
 
 import argparse
@@ -37,14 +39,14 @@ CASES = {  # network, shape of an image, images in a batch
     "LeNet-5": (NETWORKS["lenet-5"][0], (1, 28, 28), 100),
     "small ResNet": (small_resnet, (3, 32, 32), 128),
 }
-# so slow that no loss comes near 0, where gradients that underflow would make arithmetic slow
+# a small rate keeps the loss away from 0, where gradients underflow and arithmetic becomes slow
 OPTIMIZERS = {"Adam": partial(Adam, lr=1e-7), "fused Adam": partial(Adam, lr=1e-7, fused=True)}
 
 Step = Callable[[], None]
 
 
 def pruned(net: nn.Module) -> Mask:
-    """Prune 90 % of a network at random, in place; the mask."""
+    """Prune 90 % of a network at random, in place. Return the mask."""
     chance, weights = torch.Generator().manual_seed(0), prunable_parameters(net)
     mask = Mask({name: torch.rand(weight.shape, generator=chance) < 0.1 for name, weight in weights.items()})
     apply_mask(net, mask)
@@ -52,7 +54,7 @@ def pruned(net: nn.Module) -> Mask:
 
 
 def one_step(name: str, optimized_by: str, held: bool) -> Step:
-    """A function that takes one training step of a new network."""
+    """Return a function that takes one training step of a new network."""
     make, shape, batch = CASES[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -71,7 +73,7 @@ def one_step(name: str, optimized_by: str, held: bool) -> Step:
 
 
 def seconds(steps: list[Step], seconds_each: float) -> list[float]:
-    """Median seconds of each, taken in turns of some steps, of which the first two only fill the caches."""
+    """Return the median seconds of each step. Steps take turns; the first two of a turn only fill the caches."""
     taken: list[list[float]] = [[] for _ in steps]
     while any(sum(one) < seconds_each for one in taken):
         for step, times in zip(steps, taken, strict=True):
@@ -85,18 +87,18 @@ def seconds(steps: list[Step], seconds_each: float) -> list[float]:
 
 
 class Timed(Callback):
-    """When each step began."""
+    """A callback that records when each step begins."""
 
     def __init__(self) -> None:
         self.began: list[float] = []
 
     def on_train_batch_start(self, *_: object) -> None:
-        """Look at the clock."""
+        """Record the time."""
         self.began.append(time.perf_counter())
 
 
 def in_trainer(optimized_by: str, held: bool, epochs: int) -> list[float]:
-    """Seconds of each step of a Trainer that trains LeNet-300-100."""
+    """Return the seconds of each step of a Trainer that trains LeNet-300-100."""
     make, shape, batch = CASES["LeNet-300-100"]
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -111,14 +113,14 @@ def in_trainer(optimized_by: str, held: bool, epochs: int) -> list[float]:
 
 
 def show(name: str, optimized_by: str, held: float, free: float, again: float) -> None:
-    """One line of the table."""
+    """Print one line of the table."""
     print(f"{name:15}{optimized_by:12}{1e3 * free:>9.2f} ms{held / free:>14.4f}{again / free:>14.4f}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=10.0, help="measured for each copy of each network")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time of measurement for each copy of each network")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{'network':15}{'optimizer':12}{'free step':>12}{'held / free':>14}{'free / free':>14}")

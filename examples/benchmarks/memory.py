@@ -1,12 +1,15 @@
-"""What does a search need of memory, in units of the parameters' own bytes?
+"""Measure the memory of a search, in units of the bytes of the parameters. Linux only.
 
-Random weights in the shapes of transformer layers (five blocks of four square matrices and two four times as high or
-wide), on the CPU; one level of two candidates, each of which is put into the network for a validation that looks at a
-few weights only. A row is one fresh process: the most memory that was resident in it at any time (`VmHWM`), less what
-was when all was imported and nothing made. So 1.00 is the network alone. Linux only.
+The weights are random, on the CPU, in the shapes of transformer layers: five blocks of four square matrices, and two
+that are four times as high or wide. A search tries one level of two candidates. Each candidate is put into the network
+for a validation that reads only a few weights.
 
-By `search`: the function itself. By `callback`: a whole `Trainer.fit` with `RouletteWheelPruning(refit=None)` that
-writes no files. A checkpoint is a copy in memory while Lightning writes it, with or without a search.
+Each row is a new process. Its number is the peak of its resident memory (`VmHWM`) minus the memory after all imports.
+1.00 is the network alone.
+
+- `search`: the function.
+- `callback`: a whole `Trainer.fit` with `RouletteWheelPruning(refit=None)` that writes no files. Lightning copies a
+  checkpoint in memory while it writes it, with or without a search.
 """
 
 import argparse
@@ -31,23 +34,23 @@ from lightning_roulette.network.lending import applied
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore")
 
-BLOCKS, MATRICES, STEP = 5, 12, 64  # a block has twelve squares of its width
+BLOCKS, MATRICES, STEP = 5, 12, 64  # the matrices of a block have the size of twelve squares
 
 
 def layers(size: float, dtype: torch.dtype) -> nn.ModuleList:
-    """About so many weights."""
+    """Return layers with about `size` weights."""
     width = max(1, round(math.sqrt(size / BLOCKS / MATRICES) / STEP)) * STEP
     shapes = [*[(width, width)] * 4, (width, 4 * width), (4 * width, width)] * BLOCKS
     return nn.ModuleList(nn.Linear(*shape, bias=False, dtype=dtype) for shape in shapes)
 
 
 def glance(net: nn.ModuleList) -> Tensor:
-    """A number that a few weights of every layer make."""
+    """Return a number that depends on a few weights of every layer."""
     return torch.stack([layer.weight.detach()[0].float().abs().sum() for layer in net]).sum()
 
 
 class Stub(LightningModule):
-    """A network that trains one number besides, and whose validation glances at it."""
+    """A module that trains one extra number. Its validation reads a few weights of the network."""
 
     def __init__(self, net: nn.ModuleList) -> None:
         super().__init__()
@@ -97,7 +100,7 @@ WAYS = {"search": by_search, "callback": by_callback}
 
 
 def memory(which: str) -> int:
-    """Bytes of this process: `VmRSS` it holds now, `VmHWM` is the most it held at any time."""
+    """Return bytes of this process: `VmRSS` is the current memory, `VmHWM` the peak."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[which].split()[0]) * 1024
 
@@ -133,8 +136,10 @@ def row(way: str, size: float, options: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=float, nargs="+", default=[1e9], help="numbers of weights; 1e7 is quick")
-    parser.add_argument("--dtype", default="bfloat16", help="of the weights, a name in torch")
-    parser.add_argument("--rate", type=float, default=Tree().pruning_rate, help="share that the level removes")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of the weights, a name in torch")
+    parser.add_argument(
+        "--rate", type=float, default=Tree().pruning_rate, help="share of the weights that the level removes"
+    )
     parser.add_argument("--by", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--measure", choices=list(WAYS), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -142,7 +147,7 @@ def main() -> None:
         print(json.dumps(measure(options.measure, options.sizes[0], options.dtype, options.rate)))
         return
     print(f"{platform.machine()}, torch {torch.__version__}, a level that removes {options.rate:.0%}\n")
-    print("| by | weights | type | MB of them | MB idle | MB more at the peak | in their bytes | seconds |")
+    print("| by | weights | type | MB of weights | MB idle | MB added at the peak | peak / weights | seconds |")
     print("|---|---:|---|---:|---:|---:|---:|---:|")
     for size in options.sizes:
         for way in options.by:

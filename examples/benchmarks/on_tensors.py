@@ -1,4 +1,4 @@
-"""What the benchmarks share: data and networks in memory, and an evaluator that `search` takes, without a Trainer."""
+"""Shared code of the benchmarks: data and networks in memory, and an evaluator for `search` without a Trainer."""
 
 import math
 import sys
@@ -37,15 +37,15 @@ __all__ = [
 
 
 class OnTensors:
-    """An evaluator on images in memory: ranked by loss, or by accuracy; judged by accuracy.
+    """An evaluator on images in memory. It ranks by loss or by accuracy, and judges by accuracy.
 
     Args:
         net: The network, in evaluation mode.
-        split: Images and classes; single images are dealt to the folds.
-        batch: Images in a forward pass at most.
-        folds: How many folds.
-        by_accuracy: Whether accuracy ranks, too.
-        seed: Which image comes into which fold.
+        split: Images and classes. Single images are divided between the folds.
+        batch: Largest number of images in a forward pass.
+        folds: Number of folds.
+        by_accuracy: Whether to rank by accuracy instead of loss.
+        seed: Seed of the division into folds.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class OnTensors:
         self.batch, self.folds, self.by_accuracy = batch, folds, by_accuracy
 
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
-        """Scores of the network with the candidate's weights."""
+        """Return the scores of the network with the candidate's weights."""
         return self._scores(*self._judged(candidate, folds))
 
     def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, Singles]:
-        """The same, and which images were recognised."""
+        """Return the scores, and for each image whether it was classified correctly."""
         hits, losses = self._judged(candidate, folds)
         return self._scores(hits, losses), Singles(hits, 0.0, 1.0)
 
@@ -82,7 +82,7 @@ class OnTensors:
 
 
 def digits(seed: int, validation: int) -> dict[str, Split]:
-    """Scikit-learn's digits: 1,000 to train on, 397 to test on, up to 400 to validate on; split anew by each seed."""
+    """Return scikit-learn's digits: 1,000 training, 397 test and up to 400 validation images, split by the seed."""
     images, classes = load_digits(return_X_y=True)
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
     x, y = torch.tensor(images, dtype=torch.float32)[order] / 16, torch.tensor(classes)[order]
@@ -91,11 +91,11 @@ def digits(seed: int, validation: int) -> dict[str, Split]:
 
 
 def cifar10(path: Path, val: int) -> dict[str, Split]:
-    """45,000 images to train on, up to 5,000 to validate, 10,000 to test; normalised, in channels-last memory.
+    """Return 45,000 training, up to 5,000 validation and 10,000 test images, normalised, in channels-last memory.
 
     Args:
         path: An .npz in the layout of Keras.
-        val: How many images validate.
+        val: Number of validation images.
     """
     with np.load(path) as arrays:
         images = np.concatenate([arrays["x_train"], arrays["x_test"]])
@@ -108,12 +108,12 @@ def cifar10(path: Path, val: int) -> dict[str, Split]:
 
 
 def digits_mlp() -> nn.Module:
-    """50,200 weights, as in the quickstart."""
+    """Return the perceptron of the quickstart, with 50,200 weights."""
     return nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
 
 
 class Residual(nn.Module):
-    """Two convolutions and a way around them."""
+    """Two convolutions with a skip connection."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -126,14 +126,14 @@ class Residual(nn.Module):
 
 
 def small_resnet() -> nn.Module:
-    """Eight layers of the CIFAR family."""
+    """Return a ResNet with eight layers for images of CIFAR."""
     stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     blocks = [Residual(16, 16, 1), Residual(16, 32, 2), Residual(32, 64, 2)]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
 def trained(name: str, seed: int, split: Split, epochs: int, batch: int = 100) -> nn.Module:
-    """A network of one seed after Adam with a learning rate of 0.001."""
+    """Return the network of a seed, trained by Adam with a learning rate of 0.001."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = digits_mlp() if name == "digits" else NETWORKS[name][0]()
@@ -148,7 +148,7 @@ def trained(name: str, seed: int, split: Split, epochs: int, batch: int = 100) -
 
 
 def augmented(images: Tensor, chance: torch.Generator) -> Tensor:
-    """Images of 32 x 32 pixels, all shifted by the same up to four pixels, half of them mirrored."""
+    """Return images of 32 x 32 pixels, all shifted by the same up to four pixels, and half of them mirrored."""
     down, right = torch.randint(9, (2,), generator=chance).tolist()
     shifted = pad(images, (4, 4, 4, 4))[..., down : down + 32, right : right + 32]
     mirrored = torch.rand(len(images), generator=chance) < 0.5
@@ -156,12 +156,12 @@ def augmented(images: Tensor, chance: torch.Generator) -> Tensor:
 
 
 def dense_weights(net: nn.Module) -> dict[str, Tensor]:
-    """Copies of the prunable weights."""
+    """Return copies of the prunable weights."""
     return {name: weight.detach().clone() for name, weight in prunable_parameters(net).items()}
 
 
 def pruned_accuracy(net: nn.Module, weights: dict[str, Tensor], mask: dict[str, Tensor], split: Split) -> float:
-    """Accuracy with a mask; the network is left dense."""
+    """Return the accuracy with a mask. The network is dense afterwards."""
     apply_mask(net, mask)
     score = accuracy(net, split)
     with torch.no_grad():
@@ -172,13 +172,13 @@ def pruned_accuracy(net: nn.Module, weights: dict[str, Tensor], mask: dict[str, 
 
 @torch.no_grad()
 def accuracy_with(net: nn.Module, values: Mapping[str, Tensor], split: Split) -> float:
-    """Share of images classified rightly with other values in the network."""
+    """Return the share of images classified correctly with other values in the network."""
     parts = zip(split[0].split(1000), split[1].split(1000), strict=True)
     return sum(int((functional_call(net, dict(values), (x,)).argmax(1) == y).sum()) for x, y in parts) / len(split[1])
 
 
 def magnitude_curve(net: nn.Module, sparsities: Sequence[float], split: Split) -> list[float]:
-    """Accuracy after one-shot magnitude pruning over all layers, for each sparsity."""
+    """Return the accuracy after one-shot magnitude pruning over all layers, for each sparsity."""
     weights = dense_weights(net)
     magnitudes = torch.cat([weight.abs().flatten() for weight in weights.values()])
     ascending = magnitudes.sort().values

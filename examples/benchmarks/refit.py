@@ -1,9 +1,13 @@
-"""What a refit of the survivors is worth: accuracy at a fixed sparsity, and weights left at half a point.
+"""Measure the gain of a refit: accuracy at a fixed sparsity, and weights left at a tolerance of half a point.
 
-Magnitude pruning (one shot, all layers together) and the wheel (20 candidates a level), each without a refit, with
-batch normalisation recalibrated, and with least squares. Training images train and calibrate (without their classes),
-validation images choose, test images judge. Runs are kept as lines of JSON, networks in a folder beside them; neither
-is computed again.
+Two methods are compared: magnitude pruning (one shot, all layers together), and the wheel (20 candidates per level).
+Each runs without a refit, with recalibrated batch normalisation, and with least squares.
+
+- Training images are used for training and, without their classes, for calibration.
+- Validation images are used for choices.
+- Test images are used for judging only.
+
+Runs are stored as lines of JSON, and trained networks in a folder. Neither is computed again.
 """
 
 import argparse
@@ -31,22 +35,25 @@ from torch.nn.functional import cross_entropy
 
 from lightning_roulette import Calibration, Mask, Tree, Validation, search
 
-# Levels that leave 2 ** (-1 / 3) of the weights come close to 80, 90, 95 and 98 % after 7, 10, 13 and 17 of them.
+# Levels that each keep 2 ** (-1 / 3) of the weights reach about 80, 90, 95 and 98 % after 7, 10, 13 and 17 levels.
 RATE, LEVELS = 1 - 2 ** (-1 / 3), {7: "80", 10: "90", 13: "95", 17: "98"}
 REFITS: dict[str, str | None] = {"none": None, "batch_norm": "batch_norm", "least_squares": "least_squares"}
 NETS = ("lenet-300-100", "lenet-5", "resnet")
-# epochs, images in a batch, learning rate
 INPUTS = {"lenet-300-100": 50_000, "lenet-5": 10_000, "resnet": 2_500}  # calibration images
+# epochs, images in a batch, learning rate
 TRAINING = {"lenet-300-100": (12, 100, 1e-3), "lenet-5": (8, 100, 1e-3), "resnet": (8, 128, 5e-3)}
 
 
 def network(name: str) -> nn.Module:
-    """One of three, untrained: 266,200, 430,500 and 77,808 prunable weights."""
+    """Return one of three untrained networks, with 266,200, 430,500 and 77,808 prunable weights."""
     return small_resnet() if name == "resnet" else NETWORKS[name][0]()
 
 
 def trained(name: str, seed: int, split: Split, folder: Path) -> nn.Module:
-    """The network after Adam with weight decay (0.0005, L2) under a cosine; CIFAR images are shifted and mirrored."""
+    """Return the network, trained by Adam with weight decay (0.0005, L2) under a cosine.
+
+    Images of CIFAR are shifted and mirrored.
+    """
     path = folder / f"{name}-{seed}.pt"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -73,7 +80,7 @@ def trained(name: str, seed: int, split: Split, folder: Path) -> nn.Module:
 
 
 def magnitude_mask(weights: Mapping[str, Tensor], survivors: int) -> Mask:
-    """The largest weights of all layers together."""
+    """Return the mask of the largest weights of all layers together."""
     ascending = torch.cat([weight.abs().flatten() for weight in weights.values()]).sort().values
     threshold = ascending[len(ascending) - survivors]
     return Mask({name: weight.abs() >= threshold for name, weight in weights.items()})
@@ -91,18 +98,18 @@ class Case:
         self.calibration = Calibration(self.net, [data["train"][0][chosen]])
 
     def searched(self, how: str | None, **choices: object) -> tuple[object, float]:
-        """A search, and its seconds."""
+        """Return the winner of a search, and its seconds."""
         evaluate = OnTensors(self.net, self.data["val"], 1000, seed=self.seed)
         began = time.monotonic()
         winner = search(self.weights, evaluate, refit=how, calibration=self.calibration, seed=self.seed, **choices)
         return winner, time.monotonic() - began
 
     def lost(self, values: Mapping[str, Tensor]) -> float:
-        """By how much test accuracy is below the dense network's."""
+        """Return how far the test accuracy is below the dense network's."""
         return self.dense - accuracy_with(self.net, values, self.data["test"])
 
     def at_fixed_sparsity(self, refit: str, runs: Runs) -> None:
-        """Accuracies of the wheel and of magnitude pruning at the same numbers of weights."""
+        """Measure the wheel and magnitude pruning at the same numbers of weights."""
         how, key = REFITS[refit], {"network": self.name, "seed": self.seed, "refit": refit}
         if not runs.has(**key, method="wheel"):
             tree, confirm = Tree(RATE, max_levels=max(LEVELS)), Validation(confirm=0)
@@ -121,7 +128,7 @@ class Case:
                 runs.add(**row, accuracy=self.dense - self.lost(values))
 
     def at_half_a_point(self, refit: str, tolerance: float, runs: Runs) -> None:
-        """What a search at a tolerance leaves, and what it lost on the test images."""
+        """Measure the weights left by a search at a tolerance, and the loss on the test images."""
         key = {"network": self.name, "seed": self.seed, "refit": refit, "tolerance": tolerance}
         if runs.has(**key, method="search"):
             return
@@ -132,7 +139,7 @@ class Case:
 
 
 def tables(runs: Runs, names: Sequence[str], tolerance: float) -> None:
-    """Means over the seeds, with the range in brackets."""
+    """Print means over the seeds, with ranges in brackets."""
     print("\naccuracy on the test images, %, by sparsity; seconds to 98 %")
     for name in names:
         dense = [row["dense"] for row in runs.rows if row["method"] == "search" and row["network"] == name]
@@ -159,19 +166,21 @@ def tables(runs: Runs, names: Sequence[str], tolerance: float) -> None:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and range in percent."""
+    """Return mean and range in percent."""
     return f"{100 * mean(values):6.2f} ({100 * min(values):.2f} to {100 * max(values):.2f})"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="mnist.npz in the layout of Keras; fetched from OpenML if left out")
-    parser.add_argument("--cifar10", type=Path, help="cifar10.npz in the layout of Keras; left out without it")
-    parser.add_argument("--network", choices=NETS, action="append", help="all if left out")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="mnist.npz in the layout of Keras; default: fetched from OpenML")
+    parser.add_argument(
+        "--cifar10", type=Path, help="cifar10.npz in the layout of Keras; without it the ResNet is skipped"
+    )
+    parser.add_argument("--network", choices=NETS, action="append", help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--refits", choices=list(REFITS), nargs="+", default=list(REFITS))
     parser.add_argument("--tolerance", type=float, default=0.005)
-    parser.add_argument("--half", action="store_true", help="weights left at half a point only")
+    parser.add_argument("--half", action="store_true", help="measure only the weights left at a tolerance")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("refit.jsonl"))
     parser.add_argument("--networks", type=Path, default=Path("networks"), help="folder of trained networks")
     parser.add_argument("--train-only", action="store_true")

@@ -1,11 +1,15 @@
-"""Does a winner hold on data nobody searched on? Reported decline beside the decline on test images.
+"""Compare the reported decline of a winner with its decline on test images.
 
-Ways to select are compared on the same trained networks: naive (branch and floor by accuracy on all validation images,
-nothing confirmed), by loss (the same, but loss orders the branch), with a share of the images kept for confirmation
-(0.5 is the default), with a certificate, and with the survivors refitted on training images (the default of the
-callback), alone and with a certificate. The test images judge and choose nothing. One-shot magnitude pruning stands
-beside them: how many weights it keeps where it loses as much on the test images, in the mean. Finished runs are kept as
-lines of JSON and not run again.
+These ways to select are compared on the same trained networks:
+
+- naive: accuracy on all validation images orders the branch and is compared with the floor; nothing is held out;
+- by loss, shared: the same, but the loss orders the branch;
+- confirm: this share of the images is held out (0.5 is the default);
+- confidence: with a certificate;
+- refit: the survivors are refitted on training images (the default of the callback), alone and with a certificate.
+
+Test images are used for judging only. For comparison, the table shows how many weights one-shot magnitude pruning keeps
+at the same mean loss on the test images. Finished runs are stored as lines of JSON and are not repeated.
 """
 
 import argparse
@@ -45,7 +49,7 @@ WAYS = {
 
 
 def one_run(net: nn.Module, data: dict[str, Split], way: str, options: argparse.Namespace, seed: int) -> dict:
-    """One search, and what the test images say of its winner."""
+    """Run one search, and measure its winner on the test images."""
     choices = dict(WAYS[way])
     evaluate = OnTensors(net, data["val"], 1000, by_accuracy=choices.pop("by_accuracy", False), seed=seed)
     weights, dense = dense_weights(net), accuracy(net, data["test"])
@@ -55,7 +59,7 @@ def one_run(net: nn.Module, data: dict[str, Split], way: str, options: argparse.
     try:
         winner = search(weights, evaluate, branches=20, tolerance=options.tolerance, seed=seed, **choices)
     except ValueError as error:  # too few samples for a certificate
-        if "confirmation samples" not in str(error):
+        if "can certify" not in str(error):
             raise
         return {"impossible": str(error)}
     test = accuracy_with(net, winner.weights, data["test"])
@@ -73,7 +77,7 @@ def one_run(net: nn.Module, data: dict[str, Split], way: str, options: argparse.
 
 
 def runs(name: str, size: int, options: argparse.Namespace, images: dict[str, Split] | None) -> list[dict]:
-    """All runs of one network and validation size, those of earlier calls included."""
+    """Return all runs of one network and validation size, including those of earlier calls."""
     done = Runs(options.results)
     seeds = range(options.seeds or (30 if name == "digits" else 5))
     asked = {"network": name, "size": size, "tolerance": options.tolerance}
@@ -94,7 +98,7 @@ def runs(name: str, size: int, options: argparse.Namespace, images: dict[str, Sp
 
 
 def table(name: str, size: int, rows: list[dict], ways: list[str]) -> None:
-    """One line for each way."""
+    """Print one line for each way."""
     curves = [row["declines"] for row in rows if row["way"] == "magnitude"]
     magnitude = [mean(column) for column in zip(*curves, strict=True)]
     for way in ways:
@@ -114,11 +118,13 @@ def table(name: str, size: int, rows: list[dict], ways: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="mnist.npz in the layout of Keras; fetched from OpenML if left out")
-    parser.add_argument("--network", choices=["digits", "lenet-300-100"], action="append", help="both if left out")
-    parser.add_argument("--sizes", type=int, nargs="+", help="validation images; 200 400, and 2000 10000 for MNIST")
-    parser.add_argument("--seeds", type=int, help="how many; 30 for digits, 5 for MNIST if left out")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="mnist.npz in the layout of Keras; default: fetched from OpenML")
+    parser.add_argument("--network", choices=["digits", "lenet-300-100"], action="append", help="default: both")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", help="numbers of validation images; default: 200 400, for MNIST 2000 10000"
+    )
+    parser.add_argument("--seeds", type=int, help="number of seeds; default: 30 for digits, 5 for MNIST")
     parser.add_argument("--tolerance", type=float, default=0.005)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("selection.jsonl"))

@@ -1,8 +1,8 @@
-"""How sharp should the wheel be? Weights left and test accuracy of both LeNets on MNIST, for several sharpnesses.
+"""Measure the weights left and the test accuracy of both LeNets on MNIST for several sharpnesses of the wheel.
 
-Every network is trained once per seed and then searched with each sharpness by the plain `search` function at its
-defaults: ranked by validation loss, judged by accuracy, confirmed on half of the validation images; the test images
-only judge. Finished runs are kept as lines of JSON and not run again.
+Every network is trained once per seed. Then `search` runs with each sharpness at its other defaults: it ranks by
+validation loss, judges by accuracy, and holds out half of the validation images. Test images are used for judging only.
+Finished runs are stored as lines of JSON and are not repeated.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from lightning_roulette import Wheel, search
 
 
 def searched(net: nn.Module, data: dict[str, Split], batch: int, sharpness: float, options: argparse.Namespace) -> dict:
-    """One search and what the test images say of its winner."""
+    """Run one search, and measure its winner on the test images."""
     evaluate, dense = OnTensors(net, data["val"], batch), accuracy(net, data["test"])
     weights = dense_weights(net)
     began = time.monotonic()
@@ -41,8 +41,8 @@ def searched(net: nn.Module, data: dict[str, Split], batch: int, sharpness: floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="mnist.npz in the layout of Keras; fetched from OpenML if left out")
-    parser.add_argument("--network", choices=list(NETWORKS), action="append", help="both if left out")
+    parser.add_argument("--data", type=Path, help="mnist.npz in the layout of Keras; default: fetched from OpenML")
+    parser.add_argument("--network", choices=list(NETWORKS), action="append", help="default: both")
     parser.add_argument("--sharpness", type=float, nargs="+", default=[1, 2, 4, 8, float("inf")])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--branches", type=int, default=20)

@@ -1,7 +1,8 @@
-"""The eight tasks of the paper's table: settled labels, and human opinion on the quality of images.
+"""The eight tasks of the paper's table. They have settled labels, or human opinion on the quality of images.
 
-Each is read from an .npz in the layout of Keras' mnist.npz (`x_train`, `y_train`, `x_test`, `y_test`; `sd_train` and
-`sd_test` where the raters' spread is known). The test part of a file only judges; what chooses is carved from the rest.
+Each task is read from an .npz in the layout of Keras' mnist.npz: `x_train`, `y_train`, `x_test`, `y_test`, and
+`sd_train` and `sd_test` if the raters' spread is known. The test part of a file is used for judging only. Validation
+rows are taken from the training part.
 """
 
 from collections.abc import Sequence
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor
 
 Arrays = dict[str, np.ndarray]
-QUICK = 300  # rows of a part, in miniature
+QUICK = 300  # rows of a part in a quick run
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task comes from, and what is made of it; `val` is how many rows choose (at most a fifth)."""
+    """The file and the network of a task. `val` is the number of validation rows (at most a fifth of the rows)."""
 
     title: str
     file: str
@@ -60,7 +61,7 @@ class Part:
     Args:
         x: Inputs, normalised; images of shape `(n, channels, height, width)`, tables of shape `(n, columns)`.
         y: Shape `(n,)`: classes, or mean scores in the units of the file.
-        spread: Shape `(n,)`: standard deviation of the raters' scores, in the units of the file, where known.
+        spread: Shape `(n,)`: standard deviation of the raters' scores, in the units of the file. None if unknown.
     """
 
     x: Tensor
@@ -71,24 +72,24 @@ class Part:
         return len(self.y)
 
     def rows(self, chosen: Tensor | slice) -> "Part":
-        """Some of the rows."""
+        """Return some of the rows."""
         return Part(self.x[chosen], self.y[chosen], None if self.spread is None else self.spread[chosen])
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What to learn, to choose by and to be judged by.
+    """The data of a task: what a network learns, what choices are made on, and what judges it.
 
     Args:
         name: One of `TASKS`.
-        opinion: Whether mean scores are predicted; else classes.
-        network: What `networks.build` makes of it.
-        train: Trains.
-        val: Chooses.
-        judge: Judges, and nothing else.
-        centre: Mean of the training scores; zero for classes.
-        scale: Their standard deviation; one for classes. Networks predict `(score - centre) / scale`.
-        held_out: Whether the judge is a piece of the training data, the test data unread.
+        opinion: Whether mean scores are predicted. Otherwise classes are.
+        network: Name of the network, see `networks.build`.
+        train: Rows for training.
+        val: Rows for choices.
+        judge: Rows for judging only.
+        centre: Mean of the training scores. Zero for classes.
+        scale: Standard deviation of the training scores. One for classes. Networks predict `(score - centre) / scale`.
+        held_out: Whether `judge` is a part of the training data. Then the test data is not read.
     """
 
     name: str
@@ -103,29 +104,29 @@ class Task:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one input."""
+        """Shape of one input."""
         return tuple(self.train.x.shape[1:])
 
     def standardised(self, y: Tensor) -> Tensor:
-        """What the network ought to put out for these scores."""
+        """Return the outputs of a perfect network for these scores."""
         return (y - self.centre) / self.scale
 
 
 def load(name: str, folder: Path, held_out: bool = False, quick: bool = False) -> Task:
-    """A task, split the same way at each call.
+    """Return a task. Its split is the same at each call.
 
-    A seeded permutation of the training rows deals validation rows, and, if `held_out`, as many to judge; so validation
-    rows are the same either way. Rows are dealt one by one, as the files' own splits do: in TID2013 and KADID-10k each
-    reference image and each distortion is on both sides of the test split, so their judges ask for the gaps in a table,
-    not for unseen images.
+    A seeded permutation of the training rows gives the validation rows and, if `held_out`, the same number of rows to
+    judge. The validation rows do not depend on `held_out`. Single rows are assigned, as in the files' own splits: in
+    TID2013 and KADID-10k each reference image and each distortion is on both sides of the test split. Their test rows
+    are gaps in a table, and not unseen images.
 
-    The `sd` of TID2013 is left out: it is the error of the mean score, not the raters' standard deviation (for most
-    rows it is below the least that whole-numbered scores of that mean can have).
+    The `sd` of TID2013 is not used. It is the error of the mean score, not the raters' standard deviation: for most
+    rows it is smaller than any standard deviation of integer scores with this mean.
 
     Args:
         name: One of `TASKS`, or `cifar10-resnet-20`.
-        folder: Where the .npz files are; MNIST is fetched from OpenML if it is not there.
-        held_out: Leave the test part of the file unread, and judge by training rows.
+        folder: Folder of the .npz files. MNIST is fetched from OpenML if it is not there.
+        held_out: Judge on training rows, and do not read the test part of the file.
         quick: Keep the first 300 rows of each part.
 
     Raises:
@@ -148,10 +149,10 @@ def load(name: str, folder: Path, held_out: bool = False, quick: bool = False) -
 
 
 def check_there(name: str, folder: Path) -> None:
-    """See that the file of a task is in the folder, or can be fetched.
+    """Check that the file of a task is in the folder or can be fetched.
 
     Raises:
-        FileNotFoundError: If not.
+        FileNotFoundError: If it is not in the folder and cannot be fetched.
     """
     source = SOURCES[name]
     if source.original != MNIST and not (folder / source.file).exists():
@@ -162,7 +163,7 @@ def check_there(name: str, folder: Path) -> None:
 
 
 def _arrays(source: Source, folder: Path, parts: Sequence[str]) -> Arrays:
-    """The arrays of the parts named; others are not read."""
+    """Return the arrays of these parts. Other parts are not read."""
     path = folder / source.file
     if path.exists():
         with np.load(path) as arrays:
@@ -176,7 +177,7 @@ def _arrays(source: Source, folder: Path, parts: Sequence[str]) -> Arrays:
 
 
 def _part(arrays: Arrays, part: str, source: Source) -> Part:
-    """Inputs as they are in the file, targets as tensors."""
+    """Return a part with its inputs as in the file, and its targets as tensors."""
     x = torch.from_numpy(arrays[f"x_{part}"])
     y = torch.from_numpy(arrays[f"y_{part}"].reshape(-1).astype(np.float32 if source.opinion else np.int64))
     spread = arrays.get(f"sd_{part}") if source.spread else None
@@ -184,7 +185,11 @@ def _part(arrays: Arrays, part: str, source: Source) -> Part:
 
 
 def _normalised(parts: Sequence[Part]) -> list[Part]:
-    """Grey images in [0, 1]; colour channels and columns standardised by the first part, constant columns zero."""
+    """Return parts with normalised inputs.
+
+    Grey images are in [0, 1]. Colour channels and columns are standardised by the first part. Constant columns are
+    zero.
+    """
     first = _floats(parts[0].x)
     centre, factor = torch.zeros(1), torch.ones(1)
     if first.ndim == 2 or first.shape[1] == 3:
@@ -195,7 +200,7 @@ def _normalised(parts: Sequence[Part]) -> list[Part]:
 
 
 def _floats(x: Tensor) -> Tensor:
-    """Bytes of shape `(n, height, width[, 3])` as images in [0, 1], channels last in memory; tables as they are."""
+    """Return tables as floats, and bytes of shape `(n, height, width[, 3])` as images in [0, 1], channels last."""
     if x.ndim == 2:
         return x.float()
     images = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)

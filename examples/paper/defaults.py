@@ -1,7 +1,8 @@
-"""How the defaults were settled: each choice varied alone, judged by held-out training data, the test data unread.
+"""How the defaults were chosen: each choice is varied alone and judged on held-out training data.
 
-A search without a floor goes down to 3 % of the weights; what it lost by then, and on the way, is the mean over some
-shares of weights left of the change on the held-out data. Finished runs are lines of JSON and are not done again.
+The test data is not read. A search without a floor goes down to 3 % of the weights. Its loss is the change of the score
+on the held-out data, averaged over several shares of weights left. Finished runs are stored as lines of JSON and are
+not repeated.
 """
 
 import argparse
@@ -26,9 +27,9 @@ from finished_runs import Row, Runs
 from lightning_roulette import LeastSquares, PrunedWeights, Scores, Tree, Validation, Wheel, search
 
 TASKS = ("mnist", "tid2013", "kadid10k")
-LEFT = (0.2, 0.1, 0.05, 0.03)  # where a search is judged
+LEFT = (0.2, 0.1, 0.05, 0.03)  # shares of weights at which a search is judged
 INPUTS = 10_000
-# Where it began. What is settled since is the last but five.
+# The start. The defaults chosen since are the variant "pruning_rate 0.1, finalists 1, sharpness 16".
 START: dict[str, object] = {
     "wheel": Wheel(sharpness=8, allocation=0.3, importance="sensitivity"),
     "tree": Tree(pruning_rate=0.2),
@@ -56,7 +57,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 
 def choices(variant: str) -> dict[str, object]:
-    """The groups of choices that a variant makes of where it began."""
+    """Return the groups of settings of a variant."""
     varied = {name: value for name, value in VARIANTS[variant].items() if name not in ("refit", "by_score")}
     found = {}
     for name, group in START.items():
@@ -67,7 +68,7 @@ def choices(variant: str) -> dict[str, object]:
 
 
 class ByScore(OnPart):
-    """Ranked by the score that judges, not by the loss."""
+    """An evaluator that ranks by the score that judges, not by the loss."""
 
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
         scores = super().__call__(candidate, folds)
@@ -79,7 +80,7 @@ class ByScore(OnPart):
 
 
 def measured(case: Case, variant: str) -> Row:
-    """The held-out score on the way down, and its change where `LEFT` says."""
+    """Return the curve of the held-out score, and its change at the shares in `LEFT`."""
     options = choices(variant)
     evaluate = (ByScore if "by_score" in VARIANTS[variant] else OnPart)(case, case.val)
     levels = math.ceil(math.log(LEFT[-1]) / math.log(1 - options["tree"].pruning_rate))
@@ -95,7 +96,7 @@ def measured(case: Case, variant: str) -> Row:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """For each variant the mean change, and its paired difference from where it began with its standard error."""
+    """Print for each variant the mean change, and its paired difference from the start with its standard error."""
     for task in dict.fromkeys(row["task"] for row in rows):
         of = {(row["variant"], row["seed"]): row for row in rows if row["task"] == task}
         print(f"\n{task}: change at {', '.join(f'{100 * one:g}' for one in LEFT)} % of the weights, x 100; mean")
@@ -114,7 +115,7 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of NAME.npz in the layout of Keras' mnist.npz")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))

@@ -1,10 +1,12 @@
-"""Ours and its peers: what makes a trained network slim, all from the same weights and with the same rights to data.
+"""Our method and its peers. All prune the same trained networks and may use the same data.
 
-Training data may be used for gradients and calibration inputs, validation data for choosing, and what judges does
-nothing else. A peer orders the weights in its own way; how many may go is then chosen for it on the validation data:
-of all numbers of survivors on a fine grid the smallest that keeps the floor, even if a larger one does not. Where each
-number takes many validations, a long one or a refit, one in `STRIDE` of the grid is tried, and then those between the
-smallest that holds and the next. No method trains the pruned network, and no peer chooses the survivors' values anew.
+- Training data may be used for gradients and calibration inputs, validation data for choices. The data that judges is
+  used for nothing else.
+- A peer orders the weights in its own way. The number of survivors is then chosen on the validation data: the smallest
+  number on a fine grid that keeps the floor, even if a larger one does not.
+- If a number of survivors takes many validations, long validations or a refit, only one in `STRIDE` points of the grid
+  is tried. Then the points between the smallest that holds and the next one are tried.
+- No method trains the pruned network. No peer changes the values of the survivors.
 """
 
 import copy
@@ -40,15 +42,20 @@ from lightning_roulette.judge.selection import keeps_floor
 from lightning_roulette.wheel.importance import lamp
 
 TOLERANCE = 0.005
-INPUTS = {"lenet-5": 10_000, "photo-cnn": 10_000, "resnet-8": 2_500, "resnet-20": 2_500}  # that calibrate, at most
+INPUTS = {
+    "lenet-5": 10_000,
+    "photo-cnn": 10_000,
+    "resnet-8": 2_500,
+    "resnet-20": 2_500,
+}  # largest number of calibration inputs
 GRADIENT_BATCH = 100
 NOISE = 0.03  # in units of a layer's root mean square weight
-# of simulated annealing: the magnitudes that may be exchanged, as a share of the survivors on either side of the
-# threshold; what share of these a step exchanges; and the first temperature, in units of the first loss
+# simulated annealing: the weights that may be exchanged, as a share of the survivors on either side of the threshold;
+# the share of these that a step exchanges; the first temperature, in units of the first loss
 NEAR, EXCHANGED, HEAT = 0.05, 0.3, 0.002
-BLOCK = 500  # validation rows that are looked at together
+BLOCK = 500  # validation rows of one forward pass
 STRIDE = 4  # a curve shows every fourth point of the grid
-SINGLES = 2_000  # training rows that are derived one by one
+SINGLES = 2_000  # training rows with a gradient of their own
 
 Values = Mapping[str, Tensor]
 Pruner = Callable[[int], Mask]
@@ -56,14 +63,14 @@ Pruner = Callable[[int], Mask]
 
 @dataclass(frozen=True)
 class Size:
-    """How much is tried.
+    """The size of the experiments.
 
     Attributes:
-        branches: Candidates of a level, and draws of noise.
+        branches: Number of candidates per level, and of draws of noise.
         tree: How levels follow one another.
         refit: How survivors are refitted.
-        inputs: How many inputs calibrate at most, whatever the network.
-        step: The grid of survivors falls by this factor.
+        inputs: Largest number of calibration inputs, for any network.
+        step: Factor between one point of the grid of survivors and the next.
         least: Share of the weights at which the grid ends.
     """
 
@@ -80,13 +87,13 @@ QUICK = Size(2, Tree(pruning_rate=0.5, max_levels=2, patience=1), LeastSquares(f
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What a method ends with.
+    """The result of a method.
 
     Attributes:
         left: Share of the prunable weights that is kept.
-        values: The weights, zero where pruned, and all else that differs from the dense network.
-        path: The same two for other networks that the method came by, made when they are asked for.
-        validations: The work in validations of one network on all validation data.
+        values: The weights, zero where pruned, and every other value that differs from the dense network.
+        path: `left` and `values` of other networks that the method tried, computed when they are read.
+        validations: The work, in validations of one network on all validation data.
     """
 
     left: float
@@ -96,14 +103,14 @@ class Found:
 
 
 class Case:
-    """A trained network of a task, and how good it is with other values in it.
+    """A trained network of a task. It can be scored with other values.
 
     Args:
-        task: Its data.
-        net: Dense, in evaluation mode; never changed.
-        seed: All chance of a method.
-        size: How much is tried.
-        device: Where the work is done.
+        task: The data.
+        net: The dense network, in evaluation mode. It is never changed.
+        seed: Seed of all random numbers of a method.
+        size: The size of the experiments.
+        device: Device for the work.
     """
 
     def __init__(self, task: Task, net: nn.Module, seed: int, size: Size = Size(), device: str = "cpu") -> None:
@@ -117,18 +124,18 @@ class Case:
 
     @cached_property
     def grid(self) -> list[int]:
-        """How many survivors are tried for a peer, from all weights downwards."""
+        """Numbers of survivors that are tried for a peer, in descending order from all weights."""
         steps = math.ceil(math.log(self.size.least) / math.log(self.size.step))
         return sorted({max(1, round(self.total * self.size.step**step)) for step in range(steps + 1)}, reverse=True)
 
     @cached_property
     def dense(self) -> dict[str, float | None]:
-        """The dense network's validation score, under `val`, and what judges it."""
+        """Validation score of the dense network, under `val`, and its judged scores."""
         return {"val": self.score({}, self.val), **self.judged({})}
 
     @cached_property
     def shuffled(self) -> Tensor:
-        """The training rows in an order that is the seed's."""
+        """Indices of the training rows, in an order that depends on the seed."""
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.seed))
         return order.to(self.train.y.device)
 
@@ -139,18 +146,18 @@ class Case:
         return Calibration(self.net, [self.train.x[self.shuffled[:inputs]]], seed=self.seed)
 
     def outputs(self, values: Values, part: Part) -> Tensor:
-        """Of the network with some of its values replaced."""
+        """Return the outputs of the network with some of its values replaced."""
         if part is self.val:
             self.validations += 1
         self._lent.load_state_dict({**self._dense, **values})
         return predict(self._lent, part.x)
 
     def score(self, values: Values, part: Part) -> float:
-        """Accuracy, or correlation of ranks; larger is better."""
+        """Return the accuracy, or the correlation of ranks. Larger is better."""
         return score(self.outputs(values, part), part.y, self.task.opinion)
 
     def holds(self, values: Values, floor: float) -> bool:
-        """Whether the validation score keeps the floor; of classes no more rows are looked at than it takes to tell."""
+        """Return whether the validation score keeps the floor. For classes, stop as soon as the answer is known."""
         if self.task.opinion:
             return keeps_floor(self.score(values, self.val), floor)
         rows, missed, seen = len(self.val), 0, 0
@@ -163,11 +170,11 @@ class Case:
         return keeps_floor((rows - missed) / rows, floor)
 
     def loss(self, values: Values, part: Part) -> float:
-        """The mean over a part."""
+        """Return the mean loss over a part."""
         return float(losses(self.outputs(values, part), self.task, part.y).double().mean())
 
     def judged(self, values: Values) -> dict[str, float | None]:
-        """All that is reported of a network, by the data that judges; None where it does not apply."""
+        """Return all reported scores of a network, on the data that judges. None: does not apply to the task."""
         outputs, task = self.outputs(values, self.judge), self.task
         return {
             "judge": score(outputs, self.judge.y, task.opinion),
@@ -176,17 +183,17 @@ class Case:
         }
 
     def masked(self, mask: Mask) -> Values:
-        """The dense weights, zero where pruned."""
+        """Return the dense weights, zero where pruned."""
         return PrunedWeights(mask, self.weights).weights
 
 
 class OnPart:
-    """An evaluator on data in memory: single samples are dealt to folds, ranked by loss, judged by the task's score.
+    """An evaluator on data in memory. It ranks by loss, and judges by the task's score. Single samples form the folds.
 
     Args:
         case: The network and its task.
-        part: What validates.
-        folds: How many folds.
+        part: The validation data.
+        folds: Number of folds.
     """
 
     def __init__(self, case: Case, part: Part, folds: int = 16) -> None:
@@ -194,11 +201,11 @@ class OnPart:
         self.case, self.folds, self._part = case, folds, part.rows(order.to(part.y.device))
 
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
-        """Scores of the network with the candidate's weights on adjacent folds."""
+        """Return the scores of the network with the candidate's weights on adjacent folds."""
         return self._judged(candidate, folds)[0]
 
     def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, Singles | None]:
-        """The same, and which samples were classified rightly; a correlation is no mean over samples."""
+        """Return the scores, and for each sample whether it was classified correctly. None for a correlation."""
         scores, outputs, part = self._judged(candidate, folds)
         hits = None if self.case.task.opinion else (outputs.argmax(1) == part.y).double()
         return scores, None if hits is None else Singles(hits, 0.0, 1.0)
@@ -212,7 +219,7 @@ class OnPart:
 
 
 def paper(case: Case) -> Found:
-    """The paper as its abstract reads: a roulette of sharpness 1, branches ranked and levels accepted by the score."""
+    """Run the paper's method as its abstract reads: sharpness 1, and the score both ranks and accepts."""
     return _of(
         case,
         search(
@@ -229,7 +236,7 @@ def paper(case: Case) -> Found:
 
 
 def ours(case: Case, refit: bool = True) -> Found:
-    """The defaults of `search`, with a refit or without."""
+    """Run `search` with its defaults, with a refit or without."""
     return _of(
         case,
         search(
@@ -252,13 +259,14 @@ def _of(case: Case, winner: Winner) -> Found:
 
 
 def slimmest(case: Case, pruner: Pruner, stride: int = 1, pruned: Callable[[Mask], Values] | None = None) -> Found:
-    """Of all networks on the grid that keep the floor the slimmest.
+    """Return the slimmest network on the grid that keeps the floor.
 
     Args:
         case: The network.
-        pruner: From a number of survivors to a mask.
-        stride: One of so many points of the grid is tried; then those between the slimmest that holds and the next.
-        pruned: From a mask to the values of the network; the dense ones, zero where pruned, if left out.
+        pruner: Function from a number of survivors to a mask.
+        stride: First only every `stride`-th point of the grid is tried. Then the points between the slimmest that holds
+            and the next one are tried.
+        pruned: Function from a mask to the values of the network. None: the dense values, zero where pruned.
     """
     floor, before, pruned = case.dense["val"] - TOLERANCE, case.validations, pruned or case.masked
 
@@ -268,14 +276,14 @@ def slimmest(case: Case, pruner: Pruner, stride: int = 1, pruned: Callable[[Mask
     least = min([case.total, *holding(case.grid[::stride])])
     place = case.grid.index(least)
     least = min([least, *holding(case.grid[place + 1 : place + stride])])
-    work = case.validations - before + 1  # the dense network's
+    work = case.validations - before + 1  # 1 for the dense network
     shown = sorted({*case.grid[::STRIDE], least}, reverse=True)
     path = ((survivors / case.total, pruned(pruner(survivors))) for survivors in shown)
     return Found(least / case.total, pruned(pruner(least)), path, work)
 
 
 def refitted_once(case: Case) -> Found:
-    """One-shot magnitude over all layers, then our least squares: what the refit is worth without the search."""
+    """Prune by one-shot magnitude over all layers, then refit by our least squares: the refit without the search."""
     calibration = case.calibration
 
     def pruned(mask: Mask) -> Values:
@@ -285,7 +293,7 @@ def refitted_once(case: Case) -> Found:
 
 
 class Falling:
-    """A pruner that keeps the weights of the highest scores, all layers together; ties go to the first.
+    """A pruner that keeps the weights with the highest scores in all layers together. Ties go to the first.
 
     Args:
         scores: Parameter name to tensor.
@@ -296,11 +304,11 @@ class Falling:
         self._order = torch.cat([one.flatten() for one in scores.values()]).argsort(descending=True, stable=True)
 
     def __call__(self, survivors: int) -> Mask:
-        """The mask that keeps so many."""
+        """Return the mask that keeps this number of weights."""
         return self.mask(torch.arange(len(self._order)) < survivors)
 
     def mask(self, kept_in_order: Tensor) -> Mask:
-        """The mask that keeps the weights of these places in the order; shape `(weights,)`, bool."""
+        """Return the mask that keeps the weights at these places in the order. Shape `(weights,)`, bool."""
         kept = torch.zeros(len(self._order), dtype=torch.bool, device=self._order.device)
         kept[self._order[kept_in_order.to(kept.device)]] = True
         parts = kept.split([shape.numel() for shape in self._shapes.values()])
@@ -308,7 +316,7 @@ class Falling:
 
 
 def lightning_pruning(case: Case, how: str) -> Pruner:
-    """Lightning's own callback, all layers together, applied once to a copy of the network."""
+    """Return a pruner that applies Lightning's own callback once to a copy of the network, all layers together."""
 
     def pruner(survivors: int) -> Mask:
         module = _Holder(_copied(case.net))
@@ -323,16 +331,15 @@ def lightning_pruning(case: Case, how: str) -> Pruner:
 
 
 def layer_wise(case: Case) -> Pruner:
-    """The largest weights of each layer, the same share of every layer, by torch's own function."""
+    """Return a pruner that keeps the largest weights of each layer, the same share of every layer."""
     sizes = [weight.numel() for weight in case.weights.values()]
     ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
 
     def pruner(survivors: int) -> Mask:
         net = _copied(case.net)
         where = {name: _owner(net, name) for name in case.weights}
-        kept = [
-            round(survivors * end / case.total) for end in ends
-        ]  # of the layers up to here, so that the sum is exact
+        # weights kept in the layers up to each, so that the sum is exact
+        kept = [round(survivors * end / case.total) for end in ends]
         for (layer, name), size, now, so_far in zip(where.values(), sizes, kept, [0, *kept[:-1]], strict=True):
             prune.l1_unstructured(layer, name, amount=size - (now - so_far))
         return _mask_of(where)
@@ -341,17 +348,17 @@ def layer_wise(case: Case) -> Pruner:
 
 
 def by_gradient(case: Case) -> Pruner:
-    """`|g|`, the gradient of the training loss."""
+    """Score `|g|`: the gradient of the training loss."""
     return Falling({name: mean.abs() for name, (mean, _) in gradients(case).items()})
 
 
 def by_sensitivity(case: Case) -> Pruner:
-    """`|w g|`: by how much the training loss changes to first order (SNIP, Lee et al. 2019, of a trained network)."""
+    """Score `|w g|`: first-order change of the training loss (SNIP, Lee et al. 2019, for a trained network)."""
     return Falling({name: (case.weights[name] * mean).abs() for name, (mean, _) in gradients(case).items()})
 
 
 def by_taylor(case: Case) -> Pruner:
-    """`|w|` times the mean of `|g|` over single training rows, whose gradients do not cancel as their mean's do."""
+    """Score `|w|` times the mean of `|g|` over single training rows. Such gradients do not cancel each other."""
     order = case.shuffled[:SINGLES]
     sums = {name: torch.zeros_like(weight) for name, weight in case.weights.items()}
     for found in _derived(case, order.split(1)):
@@ -361,27 +368,27 @@ def by_taylor(case: Case) -> Pruner:
 
 
 def by_fisher(case: Case) -> Pruner:
-    """`w ** 2` times the mean squared gradient of a batch: optimal brain damage with Fisher's diagonal as curvature."""
+    """Score `w ** 2` times the mean squared gradient of a batch: optimal brain damage with the diagonal Fisher."""
     return Falling({name: case.weights[name].square() * square for name, (_, square) in gradients(case).items()})
 
 
 def by_lamp(case: Case) -> Pruner:
-    """Layer-adaptive magnitude (Lee et al. 2021)."""
+    """Score by layer-adaptive magnitude (Lee et al. 2021)."""
     return Falling({name: lamp(weight) for name, weight in case.weights.items()})
 
 
 def wanda(case: Case) -> Pruner:
-    """`|w|` times the root mean square of its input, compared within each output (Sun et al. 2024).
+    """Score `|w|` times the root mean square of its input, compared within each output (Sun et al. 2024).
 
-    As there, every output keeps the same share of its weights, up to one. There embeddings and head stay dense, and
-    inputs are those of the pruned layers before; here all layers are pruned, as by every other method, by the inputs of
-    the dense network.
+    As in the source, every output keeps the same share of its weights, up to one weight. There are two differences from
+    the source. All layers are pruned, as by every other method here; the source keeps embeddings and the head dense.
+    The inputs are those of the dense network; the source uses the inputs from the pruned layers before.
     """
     return _within_groups(case, groups=len)
 
 
 def wanda_by_layer(case: Case) -> Pruner:
-    """The same scores compared within each layer, so that units which training has left dead may go whole."""
+    """Score as `wanda`, compared within each layer. Units that training has left dead can then be removed."""
     return _within_groups(case, groups=lambda weight: 1)
 
 
@@ -396,9 +403,9 @@ def _within_groups(case: Case, groups: Callable[[Tensor], int]) -> Pruner:
 
 
 def noisy(case: Case) -> Pruner:
-    """Magnitude after Gaussian noise, the best of some draws by validation loss at each number of survivors.
+    """Prune by magnitude after Gaussian noise. Keep the draw with the best validation loss at each size.
 
-    The first step of Avendano Munoz, Cohen and Omidvar, "Stochastic Pruning" (IJCNN 2025), without their evolution.
+    Source: the first step of Avendano Munoz, Cohen and Omidvar, "Stochastic Pruning" (IJCNN 2025), without evolution.
     """
     best: dict[int, int] = {}
 
@@ -421,13 +428,14 @@ def noisy(case: Case) -> Pruner:
 
 
 def annealed(case: Case) -> Pruner:
-    """Simulated annealing over masks: the best one seen by validation loss at each number of survivors.
+    """Search masks by simulated annealing. Keep the mask with the best validation loss at each size.
 
-    It starts from that of the next larger number, less the smallest of its weights; the first from all weights. A step
-    exchanges some survivors for as many pruned weights, drawn among those of about the threshold's magnitude. There are
-    as many steps as a branch has candidates, so that as much is validated as in a search without a race.
+    It starts from the mask of the next larger number of survivors without its smallest weights, and at first from all
+    weights. A step exchanges some survivors for the same number of pruned weights. They are drawn among the weights
+    whose magnitude is close to the threshold. The number of steps is the number of candidates of a branch, so the
+    number of validations equals that of a search without a race.
     """
-    known = {case.total: torch.ones(case.total, dtype=torch.bool)}  # in the order of falling magnitude
+    known = {case.total: torch.ones(case.total, dtype=torch.bool)}  # in order of descending magnitude
     ordered = Falling({name: one.abs() for name, one in case.weights.items()})
 
     def pruner(survivors: int) -> Mask:
@@ -464,7 +472,7 @@ def _anneal(case: Case, ordered: Falling, survivors: int, kept: Tensor) -> Tenso
 
 
 def gradients(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each weight the mean over batches of training data of the loss's gradient, and of its square."""
+    """Return, for each weight, the means over training batches of the loss's gradient and of its square."""
     sums = {name: (torch.zeros_like(one), torch.zeros_like(one)) for name, one in case.weights.items()}
     batches = case.shuffled.split(GRADIENT_BATCH)
     for batch, found in zip(batches, _derived(case, batches), strict=True):
@@ -475,7 +483,7 @@ def gradients(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _derived(case: Case, batches: Iterable[Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The gradient of the loss of each batch of training rows."""
+    """Yield the gradient of the loss for each batch of training rows."""
     net = copy.deepcopy(case.net)
     weights = prunable_parameters(net)
     for batch in batches:
@@ -497,8 +505,8 @@ PEERS: dict[str, Callable[[Case], Pruner]] = {
     "Gaussian noise": noisy,
     "simulated annealing": annealed,
 }
-DEAR = ("Gaussian noise", "simulated annealing")  # each number of survivors takes them many validations
-LONG = ("photo-cnn",)  # a validation takes long, and none can be broken off, as ranks are of all rows
+DEAR = ("Gaussian noise", "simulated annealing")  # they need many validations for each number of survivors
+LONG = ("photo-cnn",)  # long validations that need all rows, because ranks depend on all rows
 OURS: dict[str, Callable[[Case], Found]] = {
     "ours, paper": paper,
     "ours, no refit": lambda case: ours(case, refit=False),
@@ -509,7 +517,7 @@ METHODS = (*OURS, *PEERS)
 
 
 def applied(case: Case, method: str) -> Found:
-    """What a method makes of a network."""
+    """Return the result of a method for a network."""
     if method in OURS:
         return OURS[method](case)
     stride = STRIDE if method in DEAR or case.task.network in LONG else 1
@@ -517,12 +525,12 @@ def applied(case: Case, method: str) -> Found:
 
 
 def _seed(*numbers: int) -> int:
-    """Of 32 bits, as torch's generator on the CPU looks at no more."""
+    """Return a seed of 32 bits: torch's generator on the CPU ignores further bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class _Holder(LightningModule):
-    """What Lightning's callback looks at."""
+    """A module for Lightning's callback."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -530,7 +538,7 @@ class _Holder(LightningModule):
 
 
 def _copied(net: nn.Module) -> nn.Module:
-    """As torch's pruning needs it: it takes no weights with channels last in memory."""
+    """Return a copy for torch's pruning, which does not accept weights with channels last in memory."""
     return copy.deepcopy(net).to(memory_format=torch.contiguous_format)
 
 
@@ -540,7 +548,7 @@ def _owner(net: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _mask_of(where: Mapping[str, tuple[nn.Module, str]]) -> Mask:
-    """What torch's pruning keeps."""
+    """Return the mask of the weights that torch's pruning keeps."""
     return Mask({name: getattr(layer, f"{attribute}_mask").bool() for name, (layer, attribute) in where.items()})
 
 

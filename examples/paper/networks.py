@@ -1,4 +1,4 @@
-"""The networks of the tasks: how they are built, trained and scored."""
+"""The networks of the tasks: building, training and scoring."""
 
 import math
 import os
@@ -17,7 +17,7 @@ from on_tensors import NETWORKS, Residual, augmented, small_resnet
 
 @dataclass(frozen=True)
 class Recipe:
-    """Adam with weight decay (L2) under a cosine: passes over the data, rows of a step, and its size."""
+    """Settings of Adam with weight decay (L2) under a cosine: epochs, batch size, learning rate and decay."""
 
     epochs: int
     batch: int
@@ -25,7 +25,7 @@ class Recipe:
     decay: float = 5e-4
 
 
-# chosen by validation rows
+# chosen on validation rows
 RECIPES = {
     "mnist": Recipe(12, 100, 1e-3),
     "mnist-lenet-5": Recipe(8, 100, 1e-3),
@@ -40,7 +40,7 @@ RECIPES = {
 
 
 def resnet_20() -> nn.Module:
-    """He et al. 2016, for CIFAR."""
+    """Return ResNet-20 for CIFAR (He et al. 2016)."""
     stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     shapes = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)] + [(64, 64, 1)] * 2
     blocks = [Residual(*shape) for shape in shapes]
@@ -48,7 +48,7 @@ def resnet_20() -> nn.Module:
 
 
 def photo_cnn() -> nn.Module:
-    """Three convolutions over 32 x 32 pixels; one score."""
+    """Return a network of three convolutions for 32 x 32 pixels, with one output."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 32), (32, 64), (64, 64)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
@@ -56,12 +56,15 @@ def photo_cnn() -> nn.Module:
 
 
 def mlp(inputs: int) -> nn.Module:
-    """Two hidden layers; one score."""
+    """Return a perceptron with two hidden layers and one output."""
     return nn.Sequential(nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 1))
 
 
 def build(task: Task) -> nn.Module:
-    """The task's network, untrained: puts out `(n, 10)` for classes, `(n, 1)` standardised scores for opinion."""
+    """Return the untrained network of a task.
+
+    Its outputs have shape `(n, 10)` for classes, and `(n, 1)` for opinion: standardised scores.
+    """
     if task.network == "mlp":
         return mlp(task.shape[0])
     others = {"resnet-8": small_resnet, "resnet-20": resnet_20, "photo-cnn": photo_cnn}
@@ -70,13 +73,13 @@ def build(task: Task) -> nn.Module:
 
 
 def trained(task: Task, seed: int, folder: Path | None, quick: bool = False) -> nn.Module:
-    """The network of a seed, in evaluation mode on the CPU; equal seeds give equal networks.
+    """Return the trained network of a seed, in evaluation mode on the CPU. Equal seeds give equal networks.
 
     Args:
-        task: What it learns; validation and judging rows are not looked at.
-        seed: Of the initial weights and of the order of the rows. No global seed is read or set.
-        folder: Where networks are kept and found again.
-        quick: Three passes over the data.
+        task: The task. Only its training rows are used.
+        seed: Seed of the initial weights and of the order of the rows. No global seed is read or set.
+        folder: Folder in which trained networks are stored. None: do not store them.
+        quick: Train for three epochs only.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -95,7 +98,7 @@ def trained(task: Task, seed: int, folder: Path | None, quick: bool = False) -> 
 
 
 def _train(net: nn.Module, task: Task, recipe: Recipe, epochs: int, seed: int) -> None:
-    """Residual networks on a GPU where there is one; colour images are shifted and mirrored."""
+    """Train in place. Residual networks use a GPU if there is one. Colour images are shifted and mirrored."""
     device = "cuda" if "resnet" in task.network and torch.cuda.is_available() else "cpu"
     net.to(device).train()
     chance, train = torch.Generator().manual_seed(seed), task.train
@@ -113,24 +116,31 @@ def _train(net: nn.Module, task: Task, recipe: Recipe, epochs: int, seed: int) -
 
 @torch.no_grad()
 def predict(net: nn.Module, x: Tensor) -> Tensor:
-    """Outputs of the network, as it is, in blocks of 1,000 rows; `net` and `x` on one device."""
+    """Return the outputs of the network, computed in blocks of 1,000 rows. `net` and `x` are on one device."""
     return torch.cat([net(block) for block in x.split(1000)])
 
 
 def losses(outputs: Tensor, task: Task, y: Tensor) -> Tensor:
-    """Cross entropy of each row, or the squared error of its score in standard deviations of the training scores."""
+    """Return the loss of each row.
+
+    It is the cross entropy, or the squared error of the score in units of the standard deviation of the training
+    scores.
+    """
     if not task.opinion:
         return cross_entropy(outputs, y, reduction="none")
     return (outputs.reshape(-1) - task.standardised(y)).square()
 
 
 def score(outputs: Tensor, y: Tensor, opinion: bool) -> float:
-    """Share of rows whose class has the highest output, or Spearman's correlation; higher is better."""
+    """Return the accuracy, or Spearman's correlation. Higher is better."""
     return spearman(outputs, y) if opinion else float((outputs.argmax(1) == y).double().mean())
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Correlation of the ranks, ties averaged; zero if all of one are equal, NaN if one holds NaN."""
+    """Return the correlation of the ranks, with averaged ties.
+
+    It is zero if all values of one tensor are equal, and NaN if a tensor contains NaN.
+    """
     if bool(a.isnan().any() | b.isnan().any()):
         return math.nan
     first, second = (_ranks(values.reshape(-1)) for values in (a, b))
@@ -139,19 +149,22 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Ranks about their mean; equal values share the mean of theirs."""
+    """Return ranks minus their mean. Equal values get the mean of their ranks."""
     _, group, counts = values.unique(return_inverse=True, return_counts=True)
     ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[group]
     return ranks - ranks.mean()
 
 
 def rmse(outputs: Tensor, task: Task, y: Tensor) -> float:
-    """Root of the mean squared error, in the units of the scores."""
+    """Return the root mean squared error, in the units of the scores."""
     return task.scale * math.sqrt(float(losses(outputs, task, y).double().mean()))
 
 
 def within_spread(outputs: Tensor, task: Task, part: Part) -> float | None:
-    """Share of predictions within one standard deviation of the raters about the mean score; None where not known."""
+    """Return the share of predictions within one standard deviation of the raters from the mean score.
+
+    It is None if the standard deviation is unknown.
+    """
     if part.spread is None:
         return None
     error = (outputs.reshape(-1) * task.scale + task.centre - part.y).abs()

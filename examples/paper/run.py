@@ -1,8 +1,11 @@
-"""The paper's evaluation: every method on every task, from the same trained networks, by the same rules.
+"""The paper's evaluation: every method on every task, from the same trained networks, under the same rules.
 
-Finished runs are lines of JSON in the file of results and are not done again, whatever has changed since; a run that
-was killed starts anew. One process writes to a file. Ends with the tables and the figure, beside the results.
-`--held-out` judges by training data that neither trained nor chose, as defaults are to be settled without test data.
+- Finished runs are lines of JSON in the file of results. They are not repeated, even if the code has changed since. A
+  run that was killed starts again.
+- Only one process may write to a file.
+- At the end the tables and the figure are written next to the results.
+- `--held-out` judges on training data that was used neither for training nor for choices. Defaults are chosen in this
+  way, without test data.
 """
 
 import argparse
@@ -23,11 +26,11 @@ from finished_runs import Row, Runs
 
 SEEDS = {"cifar10": range(3)}
 SEEDS_ELSE = range(5)
-FALLEN = 0.5  # curves end where the score has fallen by this
+FALLEN = 0.5  # a curve ends where the score has fallen by this amount
 
 
 def measured(case: Case, method: str) -> Row:
-    """What a method leaves of a network, what that costs, and its curve."""
+    """Run a method. Return what it leaves of the network, its cost, and its curve."""
     dense, began = case.dense, time.monotonic()
     slim = applied(case, method)
     seconds = time.monotonic() - began
@@ -48,7 +51,10 @@ def measured(case: Case, method: str) -> Row:
 
 
 def curve(case: Case, slim: Found, least: float) -> list[tuple[float, float]]:
-    """Judged scores over shares of weights left, from all weights down to the slimmest and the first below `least`."""
+    """Return judged scores by share of weights left.
+
+    The curve goes from all weights down to the slimmest network, and on to the first score below `least`.
+    """
     found: list[tuple[float, float]] = []
     for left, values in slim.path:
         found.append((left, case.score(values, case.judge)))
@@ -68,7 +74,7 @@ def run(
     quick: bool = False,
     device: str = "cpu",
 ) -> None:
-    """Do what is not yet among the results."""
+    """Do the runs that are not yet among the results."""
     asked = [(name, seed) for name in tasks for seed in (SEEDS.get(name, SEEDS_ELSE) if seeds is None else seeds)]
     missing: dict[str, dict[int, list[Row]]] = {}
     for name, seed in asked:
@@ -91,24 +97,26 @@ def run(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of NAME.npz in the layout of Keras' mnist.npz")
     parser.add_argument("--tasks", nargs="+", choices=SOURCES, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 4, of cifar10 0 to 2")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 4, for cifar10 0 to 2")
     parser.add_argument("--results", type=Path, default=Path("runs/paper/results.jsonl"))
     parser.add_argument("--networks", type=Path, default=Path("runs/paper/networks"))
-    parser.add_argument("--held-out", action="store_true", help="judge by held-out training data, not by test data")
-    parser.add_argument("--quick", action="store_true", help="everything in miniature")
-    parser.add_argument("--device", default="cpu", help="where the pruning is done")
+    parser.add_argument("--held-out", action="store_true", help="judge on held-out training data, not on test data")
+    parser.add_argument("--quick", action="store_true", help="run everything in miniature")
+    parser.add_argument("--device", default="cpu", help="device for the pruning")
     options = parser.parse_args(arguments)
     if options.results.suffix in (".md", ".csv", ".png"):
-        parser.error(f"--results is {options.results}, which the tables would be written to. Name a .jsonl file.")
+        parser.error(
+            f"--results is {options.results}, but the tables are written to this file. Pass the name of a .jsonl file."
+        )
     for name in options.tasks:
         try:
             check_there(name, options.data)
         except FileNotFoundError as error:
-            parser.error(f"{error} Or leave {name} out of --tasks.")
+            parser.error(f"{error} Or remove {name} from --tasks.")
     torch.set_num_threads(1)
     results = Runs(options.results)
     run(

@@ -1,7 +1,7 @@
-"""The tables, the CSV and the figure of the paper's evaluation, from the lines of JSON that `run.py` keeps.
+"""The tables, the CSV and the figure of the paper's evaluation, from the lines of JSON that `run.py` stores.
 
-One table sets ours against the best peer of each task, and one for each task has all methods. Accuracies are in percent
-and their changes in points; correlations are as they are.
+The first table compares ours with the best peer of each task. Then one table for each task shows all methods.
+Accuracies are in percent, and their changes in points. Correlations are not scaled.
 """
 
 import argparse
@@ -23,18 +23,20 @@ from finished_runs import Row, read
 OURS, REFIT_ALONE = "ours", "one-shot l1, our refit"
 NUMBERS = ("left", "judge_change", "val_change", "judge", "dense_judge", "rmse", "dense_rmse", "within", "dense_within")
 TICKS = (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001)
-SHOWN = 0.1  # what a panel shows below the dense network's score
+SHOWN = 0.1  # range of a panel below the dense network's score
 COSTS = ("validations", "seconds")
 
 
 def chosen(rows: Iterable[Row], held_out: bool = False, quick: bool = False) -> list[Row]:
-    """The runs that one table is about, task by task."""
+    """Return the runs of one kind, ordered by task."""
     found = [row for row in rows if row["held_out"] == held_out and row["quick"] == quick]
     return sorted(found, key=lambda row: list(SOURCES).index(row["task"]))
 
 
 def summary(rows: Iterable[Row]) -> list[Row]:
-    """For each task and method the mean, least and largest of each number over the seeds, the slimmest method first.
+    """Return the mean, minimum and maximum of each number over the seeds, for each task and method.
+
+    The slimmest method of a task is first.
 
     Raises:
         ValueError: If a run is there twice.
@@ -64,7 +66,7 @@ def _summed(group: Sequence[Row]) -> Row:
 
 
 def write_csv(found: Sequence[Row], path: Path) -> None:
-    """The summary with all digits that matter."""
+    """Write the summary with six significant digits."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
         writer.writeheader()
@@ -75,18 +77,19 @@ def write_csv(found: Sequence[Row], path: Path) -> None:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Ours against the best peers, and a table of all methods for each task."""
+    """Return the comparison with the best peers, and a table of all methods for each task."""
     found = summary(rows)
     tasks = [[one for one in found if one["task"] == task] for task in dict.fromkeys(one["task"] for one in found)]
     return "\n\n".join([brief(rows), *(_table(of_task) for of_task in tasks)])
 
 
 def brief(rows: Sequence[Row]) -> str:
-    """Ours against the best peer of each task: of the methods that take nothing of ours the one that keeps least.
+    """Return the table that compares ours with the best peer of each task.
 
-    Methods that were not run with all seeds of ours are not looked at. "At equal loss" is the share of weights left of
-    ours over that of the peer, each where its test scores, from level to level or along the grid, first fall by more
-    than the peer's mean change: read off the curves. It is a bound where a search ended before that.
+    The best peer is the method that keeps the fewest weights, among the methods that use nothing of ours. Methods that
+    were not run with all seeds of ours are ignored. "At equal loss" is the share of weights left by ours divided by
+    that of the peer. Each share is read off its curve, where the test scores first fall by more than the peer's mean
+    change. It is a bound if a search ended before that point.
     """
     heads = ["", "weights", "seeds", "dense", "ours keeps, % (range)", "change (range)", "best peer", "keeps, %"]
     heads += ["change", "ours / peer", "at equal loss", "refit alone keeps, %"]
@@ -120,12 +123,12 @@ def _at_equal_loss(ours: Sequence[Row], peers: Sequence[Row], change: float) -> 
 
 
 def takes_ours(method: str) -> bool:
-    """Whether a method is ours, or has something of ours in it."""
+    """Return whether a method is ours or uses a part of ours."""
     return "our" in method
 
 
 def left_at(row: Row, least: float) -> tuple[float, bool]:
-    """The share of weights to which the curve of a run goes down before it first falls below a score; if it does."""
+    """Return the share of weights left before a curve first falls below a score, and whether it does."""
     points = sorted(row["curve"])[::-1]
     held = [left for left, score in itertools.takewhile(lambda point: point[1] >= least, points)]
     return (held[-1] if held else 1.0), len(held) < len(points)
@@ -169,19 +172,19 @@ def _table(found: Sequence[Row]) -> str:
 
 
 def curve(rows: Sequence[Row], points: int = 80) -> tuple[np.ndarray, np.ndarray]:
-    """Judged scores over the share of weights left, a mean over seeds wherever all of them have been."""
+    """Return judged scores by share of weights left: means over seeds, where the curves of all seeds are known."""
     curves = [np.array(sorted(row["curve"])).T for row in rows]
     left = np.geomspace(max(one[0, 0] for one in curves), 1, points)
     return left, np.mean([np.interp(np.log(left), np.log(one[0]), one[1]) for one in curves], axis=0)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """One panel for each task: a curve and, where the search ended, a mark for each method."""
+    """Draw one panel for each task. Each method has a curve, and a mark where its search ended."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     methods = sorted({row["method"] for row in rows}, key=lambda one: (one != OURS, not takes_ours(one), one))
     colours = dict(zip(methods, plt.get_cmap("tab20").colors * (1 + len(methods) // 20), strict=False))
     columns = min(len(tasks), 4)
-    lines, words = -(-len(tasks) // columns), max(1, 7 * columns // 4)  # of panels, and of the legend in a line
+    lines, words = -(-len(tasks) // columns), max(1, 7 * columns // 4)  # rows of panels, and legend entries in a row
     size = (3.6 * columns, 2.8 * lines + 0.2 * -(-len(methods) // words) + 0.2)
     figure, panels = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     for axes in panels.flat[len(tasks) :]:
@@ -218,19 +221,19 @@ def _line(axes: plt.Axes, rows: Sequence[Row], colour: object) -> None:
 
 
 def text(rows: Sequence[Row]) -> str:
-    """All tables, and how they are to be read; the runs are of one kind."""
-    judged = "training data that was held out for it" if rows[0]["held_out"] else "test data"
-    notes = [f"Judged by {judged}, which chose nothing; means over seeds of training and search."]
-    notes.append("Validations count neither gradients nor refits; seconds are of one thread of a shared machine.")
+    """Return all tables of runs of one kind, with notes."""
+    judged = "held-out training data" if rows[0]["held_out"] else "test data"
+    notes = [f"Judged on {judged}, which was not used for any choice. Means over seeds of training and search."]
+    notes.append("Validations do not include gradients or refits. Seconds are for one thread of a shared machine.")
     if rows[0]["quick"]:
-        notes = ["In miniature: the numbers mean nothing.", *notes]
+        notes = ["This is a run in miniature: the numbers mean nothing.", *notes]
     return "\n".join(notes) + "\n\n" + markdown(rows)
 
 
 def publish(rows: Sequence[Row], to: Path) -> None:
-    """Print the tables of runs of one kind, and write them, the summary and the figure to NAME.md, .csv and .png.
+    """Print the tables of runs of one kind. Write the tables to NAME.md, the summary to .csv and the figure to .png.
 
-    The name of what is no final result ends in `-held-out` or `-quick`.
+    The names of files that are no final results end in `-held-out` or `-quick`.
     """
     tables = text(rows)
     print(tables)
@@ -243,9 +246,9 @@ def publish(rows: Sequence[Row], to: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="+", help="files of JSON lines")
-    parser.add_argument("--to", type=Path, help="name of the files written; default: that of the first file")
-    parser.add_argument("--held-out", action="store_true", help="the runs judged by held-out training data")
-    parser.add_argument("--quick", action="store_true", help="the runs in miniature")
+    parser.add_argument("--to", type=Path, help="name of the files to write; default: the name of the first file")
+    parser.add_argument("--held-out", action="store_true", help="use the runs judged on held-out training data")
+    parser.add_argument("--quick", action="store_true", help="use the runs in miniature")
     options = parser.parse_args(arguments)
     if missing := [str(path) for path in options.results if not path.exists()]:
         parser.error(f"there is no {', '.join(missing)}.")

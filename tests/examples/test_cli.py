@@ -1,10 +1,12 @@
-"""examples/cli.py and examples/pruned.yaml: every argument from the file and from the command line."""
+"""examples/cli.py and examples/pruned.yaml: every argument of the callback, from a file and from the command line."""
 
 from __future__ import annotations
 
 import inspect
 import sys
 from dataclasses import fields
+from functools import reduce
+from operator import attrgetter, getitem
 from pathlib import Path
 
 import pytest
@@ -18,11 +20,11 @@ GROUPS = {"wheel": Wheel, "tree": Tree, "validation": Validation}
 
 
 def cubes(weights):
-    """An importance of one's own."""
+    """A user's importance."""
     return {name: weight.abs() ** 3 for name, weight in weights.items()}
 
 
-# argument: as it is written, and what it becomes; none of them the default, nor what pruned.yaml has
+# argument: its text and its value; no value is the default or the one in pruned.yaml
 ARGUMENTS = {
     "branches": ("7", 7),
     "tolerance": ("0.25", 0.25),
@@ -57,7 +59,7 @@ def cli(monkeypatch, tmp_path):
     """The module examples/cli.py, in an empty folder."""
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cli.py"])  # LightningCLI warns where a process has arguments of its own
+    monkeypatch.setattr(sys, "argv", ["cli.py"])  # LightningCLI warns about other arguments of the process
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     import cli as module
 
@@ -65,55 +67,44 @@ def cli(monkeypatch, tmp_path):
 
 
 def built(cli, config: Path, *arguments: str) -> RouletteWheelPruning:
-    """The callback that a file and a command line stand for."""
+    """The callback that a file and arguments of the command line configure."""
     args = ["--config", str(config), "--seed_everything=false", *arguments]
     made = cli.PruningCLI(cli.Classifier, cli.Digits, args=args, run=False, save_config_callback=None)
     (pruning,) = [one for one in made.trainer.callbacks if isinstance(one, RouletteWheelPruning)]
     return pruning
 
 
-def value(pruning: RouletteWheelPruning, name: str):
-    for part in name.split("."):
-        pruning = getattr(pruning, part)
-    return pruning
+def values(pruning: RouletteWheelPruning) -> dict:
+    return {name: attrgetter(name)(pruning) for name in ARGUMENTS}
 
 
-def expected() -> dict:
-    return {name: wanted for name, (_, wanted) in ARGUMENTS.items()}
-
-
-def of_pruned_yaml() -> dict:
+def in_pruned_yaml() -> dict:
+    """The configuration of the file."""
     return yaml.safe_load(CONFIG.read_text())
 
 
-def test_the_table_above_has_every_argument():
+def test_the_table_of_arguments_is_complete():
     outer = set(inspect.signature(RouletteWheelPruning).parameters) - set(GROUPS)
     inner = {f"{name}.{one.name}" for name, group in GROUPS.items() for one in fields(group)}
     assert set(ARGUMENTS) == outer | inner
 
 
-def test_every_argument_from_the_command_line(cli):
-    given = [f"--trainer.callbacks.{name}={written}" for name, (written, _) in ARGUMENTS.items()]
-    pruning = built(cli, CONFIG, *given)
-    assert {name: value(pruning, name) for name in ARGUMENTS} == expected()
-
-
-def test_every_argument_from_a_file(cli, tmp_path):
-    config = of_pruned_yaml()
-    (callback,) = config["trainer"]["callbacks"]
-    for name, (written, _) in ARGUMENTS.items():
-        *group, last = name.split(".")
-        place = callback["init_args"]
-        for part in group:
-            place = place[part]
-        place[last] = yaml.safe_load(written)
-    (tmp_path / "changed.yaml").write_text(yaml.safe_dump(config))
-    pruning = built(cli, tmp_path / "changed.yaml")
-    assert {name: value(pruning, name) for name in ARGUMENTS} == expected()
+@pytest.mark.parametrize("source", ["file", "command line"])
+def test_every_argument_is_read(cli, tmp_path, source):
+    if source == "file":
+        config, path, given = in_pruned_yaml(), tmp_path / "changed.yaml", []
+        (callback,) = config["trainer"]["callbacks"]
+        for name, (text, _) in ARGUMENTS.items():
+            *group, last = name.split(".")
+            reduce(getitem, group, callback["init_args"])[last] = yaml.safe_load(text)
+        path.write_text(yaml.safe_dump(config))
+    else:
+        path, given = CONFIG, [f"--trainer.callbacks.{name}={text}" for name, (text, _) in ARGUMENTS.items()]
+    assert values(built(cli, path, *given)) == {name: value for name, (_, value) in ARGUMENTS.items()}
 
 
 @pytest.mark.parametrize(
-    ("argument", "name", "wanted"),
+    ("argument", "name", "value"),
     [
         ("refit=null", "refit", None),
         ("refit=batch_norm", "refit", "batch_norm"),
@@ -126,18 +117,18 @@ def test_every_argument_from_a_file(cli, tmp_path):
         ("exclude+=net.4.*", "exclude", ["net.4.*"]),
     ],
 )
-def test_other_ways_to_write_an_argument(cli, argument, name, wanted):
-    assert value(built(cli, CONFIG, f"--trainer.callbacks.{argument}"), name) == wanted
+def test_arguments_may_be_written_in_other_ways(cli, argument, name, value):
+    assert getattr(built(cli, CONFIG, f"--trainer.callbacks.{argument}"), name) == value
 
 
-def test_infinity_has_a_dot(cli, capsys):
+def test_infinity_without_a_dot_is_refused(cli, capsys):
     with pytest.raises(SystemExit):
         built(cli, CONFIG, "--trainer.callbacks.wheel.sharpness=inf")
     assert "wheel.sharpness" in capsys.readouterr().err
 
 
-def test_pruned_yaml_names_every_argument_at_its_default():
-    (callback,) = of_pruned_yaml()["trainer"]["callbacks"]
+def test_pruned_yaml_has_every_argument_and_changes_three_defaults():
+    (callback,) = in_pruned_yaml()["trainer"]["callbacks"]
     given = callback["init_args"]
     defaults = {name: one.default for name, one in inspect.signature(RouletteWheelPruning).parameters.items()}
     assert given.keys() == defaults.keys()
@@ -145,7 +136,7 @@ def test_pruned_yaml_names_every_argument_at_its_default():
         assert given[name].keys() == {one.name for one in fields(group)}
         given[name] = group(**given[name])
     changed = {name for name, default in defaults.items() if given[name] != default}
-    assert changed == {"tolerance", "monitor", "mode"}  # as its comments say
+    assert changed == {"tolerance", "monitor", "mode"}  # as the comments of the file say
 
 
 def test_the_example_trains_and_prunes(cli, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The example that prunes in turn with training, in miniature."""
+"""The example that prunes in turn with training, on a few random images."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 def images(shape: tuple[int, ...]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    chance = torch.Generator().manual_seed(0)
-    sizes = {"train": 300, "val": 100, "test": 100}
+    chance, sizes = torch.Generator().manual_seed(0), {"train": 300, "val": 100, "test": 100}
     return {
         part: (torch.randn(size, *shape, generator=chance), torch.randint(10, (size,), generator=chance))
         for part, size in sizes.items()
@@ -24,7 +23,7 @@ def images(shape: tuple[int, ...]) -> dict[str, tuple[torch.Tensor, torch.Tensor
 
 
 @pytest.mark.parametrize(("name", "shape"), [("lenet-300-100", (1, 28, 28)), ("resnet", (3, 32, 32))])
-def test_a_network_is_pruned_and_put_into_the_table(tmp_path, monkeypatch, capsys, name, shape):
+def test_a_network_is_pruned_and_printed_in_the_table(tmp_path, monkeypatch, capsys, name, shape):
     monkeypatch.chdir(tmp_path)
     recipe = example.Recipe(4, range(1, 4), 1e-3, 5e-4, 1e-4, None, pruning_rate=0.3)
     row = example.run(name, 3, images(shape), recipe, tolerance=1.0, dense=True)
@@ -36,7 +35,7 @@ def test_a_network_is_pruned_and_put_into_the_table(tmp_path, monkeypatch, capsy
     assert f"{1 / row['left']:.0f}x" in capsys.readouterr().out
 
 
-def test_the_learning_rate_falls_to_zero_twice(tmp_path, monkeypatch):
+def test_the_learning_rate_falls_to_zero_before_the_first_cut_and_at_the_end(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = example.Recipe(4, range(2, 4), 1e-3, 5e-4, 0.0, 0.9)
     module = example.Annealed(example.NETS["lenet-300-100"](), recipe)

@@ -1,3 +1,5 @@
+"""The code, the YAML and the links of the README and the other pages."""
+
 import re
 from pathlib import Path
 
@@ -13,12 +15,13 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def blocks(language):
+    """The fenced blocks of a language."""
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_code_of_the_readme_runs(monkeypatch, tmp_path, capsys):
+def test_the_code_of_the_readme_runs_and_prunes(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     first, in_turn, fine_tune, choices, plain = blocks("python")
     x, y = val_loader().dataset.tensors
@@ -52,21 +55,21 @@ def test_the_yaml_of_the_readme_builds_the_callback():
     assert (callback.refit.batches, callback.validation.rank_by) == (200, "val_loss")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/measurements.md", "docs/published.md"])
-def test_every_link_into_the_project_leads_somewhere(page):
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/measurements.md", "docs/published.md"])
+def test_every_link_into_the_project_has_a_target(page):
     path = Path(__file__).parents[2] / page
     links = re.findall(r"\]\(([^):]*)\)", path.read_text())
     assert links
     for link in links:
         there, _, heading = link.partition("#")
-        aim = path.parent / there if there else path
-        assert aim.exists(), link
+        target = path.parent / there if there else path
+        assert target.exists(), link
         if heading:
-            headings = re.findall(r"(?m)^#+ (.*)$", aim.read_text())
+            headings = re.findall(r"(?m)^#+ (.*)$", target.read_text())
             assert heading in [one.lower().replace(" ", "-") for one in headings], link
 
 
-def test_torch_is_seeded_by_nobody():
+def test_the_callback_leaves_the_global_generator_alone():
     state = torch.get_rng_state()
     RouletteWheelPruning(seed=5)
     assert torch.equal(state, torch.get_rng_state())
