@@ -36,19 +36,10 @@ from lightning_roulette.judge.race import rungs
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.report.report import Method
 from lightning_roulette.trainer.isolation import IsolatedValidation
+from tests.support.callbacks import within
+from tests.support.isolated import BY_DEFAULT, ON_ALL, a_mask, evaluator_of, judged_by, one_level
 from tests.support.modules import Blobs, blobs, train_loader, val_loader
-from tests.trainer.test_isolation import (
-    BY_DEFAULT,
-    ON_ALL,
-    a_mask,
-    changed,
-    evaluator_of,
-    judged_by,
-    one_level,
-    shuffled_loader,
-    state_of,
-    within,
-)
+from tests.support.state import changed, state_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled.*"),
@@ -149,6 +140,11 @@ class Together(Blobs):
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(blobs(200, 2))
+
+
+def shuffled_loader(**options):
+    """A loader with chance of its own."""
+    return DataLoader(blobs(200, 2), 64, shuffle=True, generator=torch.Generator().manual_seed(3), **options)
 
 
 def two_loaders():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import math
 import random
@@ -19,7 +18,6 @@ from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
-    LambdaCallback,
     LearningRateMonitor,
     ModelCheckpoint,
     TQDMProgressBar,
@@ -28,78 +26,29 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, RandomSampler
-from torchmetrics import CatMetric, MeanMetric, Metric, MetricCollection, MetricTracker
+from torchmetrics import CatMetric, MeanMetric, MetricCollection, MetricTracker
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
 
-from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, apply_mask, prunable_parameters, search
+from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, apply_mask, prunable_parameters
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.trainer import isolation as evaluation
 from lightning_roulette.trainer.evaluator import (
     OwnLoop,
-    RecordingEvaluator,
     TrainerEvaluator,
-    folded,
     mean_over_processes,
 )
 from lightning_roulette.trainer.isolation import IsolatedValidation, Logged
-from lightning_roulette.trainer.metric import Metric as Judging
+from tests.support.callbacks import HOOKS, counting_class, counting_lambdas, within
+from tests.support.isolated import ON_ALL, a_mask, evaluator_of, judged_by, one_level, values_of
 from tests.support.modules import Blobs, blobs, train_loader, val_loader
+from tests.support.state import changed, content, state_of
 
-HOOKS = (
-    "on_train_start",
-    "on_train_epoch_start",
-    "on_train_batch_end",
-    "on_validation_end",
-    "on_train_epoch_end",
-    "on_train_end",
-)
 VAL_BATCHES = 4
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*module.* in eval mode at the start of training.*"),
     pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled.*"),
 ]
-
-
-def within(hook, action, times=3):
-    """A callback that does `action(trainer, module)` in one hook of `fit`, at its first calls."""
-    calls = itertools.count()
-
-    def call(self, trainer, module, *_):
-        if not trainer.sanity_checking and next(calls) < times:
-            action(trainer, module)
-
-    return type("Within", (Callback,), {hook: call})()
-
-
-BY_DEFAULT = Validation()
-ON_ALL = Validation(confirm=0, race=False)  # all candidates on all data
-
-
-def judged_by(monitor, mode="max", loss=None, rank_by=None, rank_mode=None):
-    return Judging(monitor, mode, "", loss, rank_by or monitor, rank_mode or mode)
-
-
-def evaluator_of(trainer, module, validation, metric, weights=None, cache_bytes=2**31):
-    data, _ = folded(validation, 0, cache_bytes)
-    weights = prunable_parameters(module) if weights is None else weights
-    return RecordingEvaluator(trainer, module, validation, data, weights, metric)
-
-
-def one_level(trainer, module, branches=2, monitor="val_acc", how=BY_DEFAULT):
-    """A search of one level, whose winner is not applied."""
-    weights, tree = prunable_parameters(module), Tree(pruning_rate=0.9, max_levels=1)
-    with IsolatedValidation(trainer, module, how.keep_callbacks) as validation:
-        evaluate = evaluator_of(trainer, module, validation, judged_by(monitor), cache_bytes=how.cache_bytes)
-        return search(weights, evaluate, branches=branches, tolerance=math.inf, tree=tree, validation=how)
-
-
-def values_of(trainer, module, mask, monitor, times=1, cache_bytes=2**31):
-    """What several validations of one candidate, in one session, make of one metric."""
-    weights = prunable_parameters(module)
-    with IsolatedValidation(trainer, module) as validation:
-        evaluate = evaluator_of(trainer, module, validation, judged_by(monitor), cache_bytes=cache_bytes)
-        return [evaluate(PrunedWeights(mask, weights), range(evaluate.folds)).rank for _ in range(times)]
 
 
 def by_the_trainers_loop(validation):
@@ -112,13 +61,6 @@ def by_our_loop(validation):
 
 
 both_ways = pytest.mark.parametrize("way", [by_the_trainers_loop, by_our_loop])
-
-
-def a_mask(module, share):
-    """A mask that keeps about `share` of the weights."""
-    chance = torch.Generator().manual_seed(5)
-    weights = prunable_parameters(module)
-    return Mask({name: torch.rand(weight.shape, generator=chance) < share for name, weight in weights.items()})
 
 
 def fail_at(module, forward, error):
@@ -166,71 +108,6 @@ class Restless(Blobs):
         self.rebound = self.rebound + torch.rand(1) + np.random.rand() + random.random()  # noqa: NPY002
         self.losses.update(cross_entropy(scores, y))
         self.pair.update(scores, y)
-
-
-class Same:
-    """Equal to nothing but the very same object."""
-
-    def __init__(self, one):
-        self.one = one
-
-    def __eq__(self, other):
-        return self.one is other.one
-
-
-def content(value):
-    """What to compare later: bytes of tensors, items of containers, attributes of metrics, other objects as such."""
-    if isinstance(value, torch.Tensor):
-        known = value.detach().float() if value.dtype is torch.bfloat16 else value.detach()  # NumPy has no bfloat16
-        return value.dtype, value.shape, known.numpy().tobytes()
-    if isinstance(value, torch.Generator):
-        return content(value.get_state())
-    if isinstance(value, dict):
-        return {key: content(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [content(one) for one in value]
-    if isinstance(value, Metric) or (dataclasses.is_dataclass(value) and hasattr(value, "__dict__")):
-        return content(vars(value))
-    return value
-
-
-# Each validation makes an iterator; the names of metrics are looked up once.
-UNSTABLE = {"combined_loader._iterator", "module._metric_attributes"}
-
-
-def state_of(trainer, module):
-    """Every attribute of the Trainer, its loops, callbacks and loggers, of the loaders and modules, and all chance."""
-    logs, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop.val_loop
-    owners = {
-        "trainer": trainer,
-        "trainer.state": trainer.state,
-        "profiler": trainer.profiler,
-        "fit_loop": trainer.fit_loop,
-        "epoch_loop": trainer.fit_loop.epoch_loop,
-        "val_loop": loop,
-        "logger_connector": logs,
-        "strategy": trainer.strategy,
-        "combined_loader": SimpleNamespace() if loop._combined_loader is None else loop._combined_loader,
-    }
-    loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
-    several = {"loader": loaders, "sampler": [one.sampler for one in loaders]}
-    several |= {"callback": trainer.callbacks, "logger": trainer.loggers}
-    owners |= {f"{kind}[{i}]": one for kind, listed in several.items() for i, one in enumerate(listed)}
-    owners |= {f"module.{name}".rstrip("."): part for name, part in module.named_modules()}
-    state = {f"{owner}.{name}": content(value) for owner, one in owners.items() for name, value in vars(one).items()}
-    held = [trainer.callbacks, trainer.loggers, logs._callback_metrics, logs._logged_metrics]
-    held += [logs._progress_bar_metrics, *module.parameters(), *module.buffers()]
-    numpy_state = np.random.get_state()  # noqa: NPY002
-    return {name: value for name, value in state.items() if name not in UNSTABLE} | {
-        "identities": [Same(one) for one in held],
-        "chance": (torch.get_rng_state().numpy().tobytes(), random.getstate()),
-        "numpy's chance": (numpy_state[1].tobytes(), *numpy_state[2:]),
-        "grad": torch.is_grad_enabled(),
-    }
-
-
-def changed(before, after):
-    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
 
 
 def shuffled_loader(**options):
@@ -988,18 +865,6 @@ def test_gradients_and_optimizer_states_are_left_alone(make_trainer):
 
 
 # ---- nobody is told
-
-
-ALL_HOOKS = [name for name in dir(Callback) if name.startswith("on_")]
-
-
-def counting_class(count):
-    return type("Counting", (Callback,), {name: lambda self, *_, name=name, **__: count(name) for name in ALL_HOOKS})()
-
-
-def counting_lambdas(count):
-    hooks = [name for name in ALL_HOOKS if name in LambdaCallback.__init__.__annotations__]
-    return LambdaCallback(**{name: lambda *_, name=name: count(name) for name in hooks})
 
 
 @pytest.mark.parametrize("kind", [counting_class, counting_lambdas])

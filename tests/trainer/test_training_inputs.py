@@ -44,8 +44,9 @@ from lightning_roulette import (
 )
 from lightning_roulette.settings import Refit
 from lightning_roulette.trainer import callback as callback_module
+from tests.support.callbacks import counting_class
 from tests.support.modules import Blobs, blobs, train_loader, val_loader
-from tests.trainer.test_isolation import changed, content, counting_class
+from tests.support.state import changed, content, copied, equal, load
 from tests.trainer.test_transparency import CASES, Case, trained
 
 pytestmark = [
@@ -91,19 +92,6 @@ def fitted(make_trainer, *callbacks, module=None, train=None, val=None, ckpt_pat
     train = train_loader() if train is None else train
     trainer.fit(module, train, val or val_loader(), ckpt_path=ckpt_path)
     return module
-
-
-def load(path) -> dict:
-    return torch.load(path, weights_only=True)
-
-
-def equal(one, other) -> bool:
-    """Bit for bit."""
-    return one.keys() == other.keys() and all(content(one[name]) == content(other[name]) for name in one)
-
-
-def copied(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
 def found_by(pruning) -> list[dict[str, torch.Tensor]]:

@@ -28,8 +28,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_roulette import RouletteWheelPruning, Tree, Wheel
+from tests.support.callbacks import HOOKS, counting_class, within
+from tests.support.isolated import one_level
 from tests.support.modules import Blobs, blobs, train_loader, val_loader
-from tests.trainer.test_isolation import HOOKS, changed, content, counting_class, one_level, within
+from tests.support.state import changed, content
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled.*"),
