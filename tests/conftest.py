@@ -46,3 +46,9 @@ def fit(make_trainer):
 def at_hook(fit):
     """A function that does something in a hook of a fit: `tests.support.fits.at_hook`."""
     return partial(fits.at_hook, fit)
+
+
+@pytest.fixture
+def at_end(at_hook):
+    """A function that does something at the end of a fit of one epoch: `tests.support.fits.at_end`."""
+    return partial(fits.at_end, at_hook)

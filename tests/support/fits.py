@@ -70,6 +70,12 @@ def at_hook(fit, hook: str, action, *callbacks: Callback, times: int = 3, **opti
     return found
 
 
+def at_end(at_hook, action, *callbacks: Callback, **options: Any) -> Any:
+    """Fit for one epoch, call `action(trainer, module)` at the end of training, and return what it returned."""
+    (found,) = at_hook("on_train_end", action, *callbacks, **{"max_epochs": 1} | options)
+    return found
+
+
 def pruner(**options: Any) -> RouletteWheelPruning:
     """A search of one level with two branches and without a refit; options override."""
     usual = {"branches": 2, "tolerance": 0.2, "refit": None, "tree": Tree(0.2, max_levels=1)}

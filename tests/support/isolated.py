@@ -6,6 +6,7 @@ The names of the package that these need are imported here and nowhere else in t
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
@@ -52,3 +53,23 @@ def a_mask(module, share):
     chance = torch.Generator().manual_seed(5)
     weights = prunable_parameters(module)
     return Mask({name: torch.rand(weight.shape, generator=chance) < share for name, weight in weights.items()})
+
+
+WAYS = {
+    "Trainer's loop": lambda validation: validation.run,
+    "own loop": lambda validation: partial(validation.run_on, list(validation.read())),
+    "own loop, read each time": lambda validation: lambda: validation.run_on(validation.read()),
+}
+
+
+def each_way(action, keep=()):
+    """A hook action that returns, for each way to validate, `action(validate, trainer, module)` in its own session."""
+
+    def act(trainer, module):
+        found = {}
+        for name, way in WAYS.items():
+            with IsolatedValidation(trainer, module, keep) as validation:
+                found[name] = action(way(validation), trainer, module)
+        return found
+
+    return act

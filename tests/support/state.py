@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 
@@ -59,7 +60,8 @@ def state_of(trainer, module):
         "strategy": trainer.strategy,
         "combined_loader": SimpleNamespace() if loop._combined_loader is None else loop._combined_loader,
     }
-    loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
+    unused = [one for one in [loop._data_source.instance] if isinstance(one, DataLoader)]
+    loaders = unused if loop._combined_loader is None else loop._combined_loader.flattened
     several = {"loader": loaders, "sampler": [one.sampler for one in loaders]}
     several |= {"callback": trainer.callbacks, "logger": trainer.loggers}
     owners |= {f"{kind}[{i}]": one for kind, listed in several.items() for i, one in enumerate(listed)}
@@ -67,12 +69,16 @@ def state_of(trainer, module):
     state = {f"{owner}.{name}": content(value) for owner, one in owners.items() for name, value in vars(one).items()}
     held = [trainer.callbacks, trainer.loggers, logs._callback_metrics, logs._logged_metrics]
     held += [logs._progress_bar_metrics, *module.parameters(), *module.buffers()]
+    held += [group["lr"] for one in trainer.optimizers for group in one.param_groups]
     numpy_state = np.random.get_state()  # noqa: NPY002
     return {name: value for name, value in state.items() if name not in UNSTABLE} | {
         "identities": [Same(one) for one in held],
         "chance": (torch.get_rng_state().numpy().tobytes(), random.getstate()),
         "numpy's chance": (numpy_state[1].tobytes(), *numpy_state[2:]),
         "grad": torch.is_grad_enabled(),
+        "gradients": content([parameter.grad for parameter in module.parameters()]),
+        "optimizers": content([one.state_dict() for one in trainer.optimizers]),
+        "schedulers": content([one.scheduler.state_dict() for one in trainer.lr_scheduler_configs]),
     }
 
 

@@ -44,10 +44,8 @@ from lightning_roulette import (
 )
 from lightning_roulette.settings import Refit
 from lightning_roulette.trainer import callback as callback_module
-from tests.support.callbacks import counting_class
 from tests.support.modules import Blobs, blobs, train_loader, val_loader
-from tests.support.state import changed, content, copied, equal, load
-from tests.trainer.test_transparency import CASES, Case, trained
+from tests.support.state import content, copied, equal, load
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -1248,63 +1246,6 @@ def test_a_search_that_ended_early_without_a_refit_saves_no_weights(make_trainer
 # ------------------------------------------------------------------------------------------------ unseen
 
 
-TRANSPARENT = ["default", "two loaders at once", "no sanity check", "bf16-mixed", "accumulated gradients"]
-TRANSPARENT += [
-    "weight averaging",
-    "manual optimization",
-    "overfitted batches",
-    "reloaded loaders",
-    "limited validation",
-]
-TO_SEE = {"default"}
-
-
-@pytest.mark.filterwarnings("ignore:.*requested to overfit but enabled.*")
-@pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`.*")
-@pytest.mark.parametrize("at_epoch", [None, 1])
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in TO_SEE)) for name in TRANSPARENT]
-)
-def test_a_search_that_accepts_no_refit_leaves_no_trace(make_trainer, tmp_path, name, at_epoch):
-    case = CASES[name]
-    if name == "two loaders at once":
-        kind = type("Both", (case.module,), {"calibration_step": lambda self, batch: self(batch[0])})
-        case = Case(case.options, case.loaders, kind, case.folds, case.callbacks)
-    how = LeastSquares(batches=4)
-    pruning = RouletteWheelPruning(3, monitor=case.module.monitor, at_epoch=at_epoch, tree=HOPELESS, refit=how)
-    plain = trained(make_trainer, tmp_path / "plain", case)
-    assert not changed(plain, trained(make_trainer, tmp_path / "searched", case, [pruning]))
-    assert pruning.report.winner is None
-    assert any(one.refitted for level in pruning.report.levels for one in level.candidates)
-
-
-def test_a_refit_at_the_end_changes_the_network_and_nothing_else(make_trainer, tmp_path):
-    pruning = RouletteWheelPruning(3, monitor="val_acc", tolerance=1.0, target_sparsity=0.5, refit=QUICK)
-    plain = trained(make_trainer, tmp_path / "plain", Case())
-    searched = trained(make_trainer, tmp_path / "searched", Case(), [pruning])
-    assert changed(plain, searched) == {"weights", "files", "hooks"}
-    assert searched["hooks"] == [*plain["hooks"][:-1], "on_save_checkpoint", plain["hooks"][-1]]
-    changed_names = changed(plain["weights"], searched["weights"])
-    assert changed_names == {name for name, one in pruning.weights_at(0).items() if name in searched["weights"]}
-
-
-def test_no_callback_hears_of_a_calibration(make_trainer):
-    called, during = [], []
-
-    class Listens(Normed):
-        def calibration_step(self, batch):
-            during.append(len(called))
-            self(batch[0])
-            self.trainer.lightning_module
-            during.append(len(called))
-
-    fitted(make_trainer, pruner(), counting_class(called.append), module=Listens())
-    assert len(during) >= 8
-    # the first two are of the try before training
-    assert len(set(during[2:])) == 1
-    assert called.count("on_validation_start") == 2  # sanity check, and the end of the epoch
-
-
 class Listing(Normed):
     """Gathers what its steps find and empties the list when an epoch ends, as is usual."""
 
@@ -1376,28 +1317,6 @@ def test_what_a_module_remembers_of_validation_is_put_back(make_trainer):
     assert pruning.report.winner is not None
     assert rows(module.last["x"]) <= rows(blobs(200, 2).tensors[0])
     assert module.history[0] is module.last["x"]
-
-
-def test_metrics_are_untouched(make_trainer):
-    class Watches(Callback):
-        """What the metric and the Trainer know at the start of training, after it, and at the end of the fit."""
-
-        def __init__(self) -> None:
-            self.seen = []
-
-        def _see(self, trainer, pl_module):
-            known = {name: one for name, one in vars(pl_module.val_acc).items() if name not in ("update", "compute")}
-            self.seen.append((content(known), content(trainer.callback_metrics), content(trainer.logged_metrics)))
-
-        on_train_epoch_start = on_train_end = on_fit_end = _see
-
-    found = []
-    for searching in ([], [pruner(at_epoch=1, tree=HOPELESS, tolerance=0.0)]):
-        watches = Watches()
-        fitted(make_trainer, *searching, watches, enable_checkpointing=False, max_epochs=2)
-        found.append(watches.seen)
-    assert len(found[0]) == 4
-    assert found[0] == found[1]
 
 
 class Counts(Normed):
