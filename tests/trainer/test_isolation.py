@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from lightning_roulette import Mask, Validation, apply_mask, prunable_parameters
+from lightning_roulette import Mask, apply_mask, prunable_parameters
 from lightning_roulette.trainer.evaluator import OwnLoop, TrainerEvaluator, mean_over_processes
 from lightning_roulette.trainer.isolation import Logged
 from tests.support.callbacks import HOOKS, within
@@ -120,7 +120,7 @@ def test_larger_scores_are_better_and_a_loss_ranks_or_breaks_ties(at_end):
             with IsolatedValidation(trainer, module) as validation:
                 evaluate = evaluator_of(trainer, module, validation, metric)
                 scores = evaluate(PrunedWeights(mask, prunable_parameters(module)), range(evaluate.folds))
-                found.append((scores.rank, scores.floor, scores.tiebreak))
+                found.append((scores.rank, scores.score, scores.tiebreak))
         return found, *(values_of(trainer, module, mask, name)[0] for name in ("val_acc", "val_loss"))
 
     found, accuracy, loss = at_end(score)
@@ -371,17 +371,6 @@ def test_a_kept_callback_is_the_users_own_object_and_sees_the_candidate(at_end):
     assert at_end(look, kept) == 0.0
 
 
-def test_a_search_by_a_metric_of_a_callback_needs_the_callback_kept(fit):
-    pruning = [
-        pruner(monitor="margin", mode="max", tolerance=1e6, validation=Validation(keep_callbacks=keep))
-        for keep in ((), ("LogsMargin",))
-    ]
-    with pytest.raises(RuntimeError, match=r"watches 'margin'.*keep_callbacks=\['LogsMargin'\]"):
-        fit(LogsMargin(), pruning[0])
-    fit(LogsMargin(), pruning[1])
-    assert pruning[1].report.monitor == "margin"
-
-
 def test_muted_callbacks_and_loggers_still_tell_what_they_are(at_hook, tmp_path):
     def known(trainer):
         bar = trainer.progress_bar_callback
@@ -440,7 +429,7 @@ def test_processes_agree_on_the_mean_and_one_warning_says_if_they_logged_differe
     trainer = SimpleNamespace(world_size=2, strategy=strategy, is_global_zero=True)
     validation = SimpleNamespace(run=lambda: Logged({"val_acc": torch.tensor(values[0])}, {}))
     evaluate = TrainerEvaluator(trainer, None, validation, OwnLoop(), weights, judged_by("val_acc"))
-    assert [evaluate(PrunedWeights(Mask.full(weights), weights), [0]).floor for _ in range(3)] == [float(mean)] * 3
+    assert [evaluate(PrunedWeights(Mask.full(weights), weights), [0]).score for _ in range(3)] == [float(mean)] * 3
     assert ["sync_dist=True" in str(one.message) for one in recwarn] == [True] * (len(set(values)) > 1)
 
 
