@@ -29,7 +29,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler
 from torchmetrics import CatMetric, Metric, MetricCollection, MetricTracker
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
 
@@ -37,7 +37,7 @@ from lightning_roulette import LeastSquares, RouletteWheelPruning, Tree, Wheel, 
 from tests.support.callbacks import HOOKS, counting_class, counting_lambdas, within
 from tests.support.failing import failing_forward
 from tests.support.isolated import ON_ALL, IsolatedValidation, PrunedWeights, a_mask, evaluator_of, judged_by, one_level
-from tests.support.modules import Blobs, blobs, train_loader, val_loader
+from tests.support.modules import Blobs, Stream, blobs, train_loader, val_loader
 from tests.support.state import changed, content, copied, equal, load, state_of
 
 pytestmark = [
@@ -493,13 +493,6 @@ class Manual(Unscheduled):
         self.optimizers().step()
 
 
-class Stream(IterableDataset):
-    """Data without a length."""
-
-    def __iter__(self):
-        return iter(blobs(200, 2))
-
-
 @dataclass(frozen=True)
 class Case:
     """A way to train."""
@@ -524,7 +517,7 @@ CASES = {
     "two loaders at once": Case(
         {}, lambda: CombinedLoader({"a": val_loader(), "b": val_loader(50)}), TwoAtOnce, (1, 0)
     ),
-    "loader without length": Case({}, lambda: DataLoader(Stream(), batch_size=64)),
+    "loader without length": Case({}, lambda: DataLoader(Stream(200, 2), batch_size=64)),
     "dataloader_iter": Case(module=Iterating, folds=(1, 0)),
     "reloaded loaders": Case({"reload_dataloaders_every_n_epochs": 1}, partial(val_loader, shuffle=True)),
     "accumulated gradients": Case({"accumulate_grad_batches": 3}),

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import CombinedLoader
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
@@ -27,7 +27,6 @@ from lightning_roulette import (
     RouletteWheelPruning,
     Tree,
     Validation,
-    Wheel,
     apply_mask,
     prunable_parameters,
     sparsity,
@@ -38,7 +37,6 @@ from lightning_roulette.report.report import Method
 from tests.support import fits
 from tests.support.callbacks import within
 from tests.support.isolated import (
-    BY_DEFAULT,
     ON_ALL,
     IsolatedValidation,
     PrunedWeights,
@@ -47,7 +45,7 @@ from tests.support.isolated import (
     judged_by,
     one_level,
 )
-from tests.support.modules import Blobs, blobs, train_loader, val_loader
+from tests.support.modules import Blobs, Stream, blobs, train_loader, val_loader
 from tests.support.state import changed, state_of
 
 pytestmark = [
@@ -166,16 +164,6 @@ class Transfers(Blobs):
         return self.note("after", batch, dataloader_idx)
 
 
-class Stream(IterableDataset):
-    """Data without a length."""
-
-    def __init__(self, count=200):
-        self.count = count
-
-    def __iter__(self):
-        return iter(blobs(self.count, 2))
-
-
 def two_loaders():
     return [val_loader(), DataLoader(blobs(90, 3), 20)]
 
@@ -185,7 +173,7 @@ def combined(mode):
 
 
 def stream():
-    return DataLoader(Stream(), 64)
+    return DataLoader(Stream(200, 2), 64)
 
 
 def with_generator():
@@ -302,12 +290,14 @@ class Counted(TensorDataset):
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("validation", [BY_DEFAULT, ON_ALL], ids=["halves", "all"])
-@pytest.mark.parametrize("batch_size", [5, 64])
-def test_a_search_takes_each_sample_once(searched, batch_size, validation):
+@pytest.mark.parametrize(
+    ("batch_size", "options"),
+    [(5, {}), (64, {}), (64, {"refit": "least_squares"}), (5, {"validation": ON_ALL}), (64, {"validation": ON_ALL})],
+)
+def test_a_search_takes_each_sample_once(searched, batch_size, options):
     data, before = Counted(200), []
     mark = within("on_train_end", lambda *_: before.append(data.taken))
-    pruning = searched(DataLoader(data, batch_size), None, mark, validation=validation)
+    pruning = searched(DataLoader(data, batch_size), None, mark, **options)
     assert len(pruning.report.levels) == 2
     assert data.taken - before[0] == 200
 
@@ -636,13 +626,6 @@ def test_a_confidence_gives_a_report_with_a_method_and_p_values(certified):
     assert pruning.mask == pruning.mask_at(report.winner.level) == Mask.of_nonzeros(prunable_parameters(module))
 
 
-@pytest.mark.parametrize(("tolerance", "held"), [(0.9, [True, True, True]), (0.012, [False, None, None])])
-def test_a_level_that_keeps_the_floor_is_certified_only_where_the_samples_suffice(certified, tolerance, held):
-    """With so much tolerance all levels hold. With so little the first does not, and no other is asked."""
-    pruning, _ = certified(tolerance=tolerance, wheel=Wheel(sharpness=4.0))
-    assert [level.held for level in pruning.report.accepted] == held
-
-
 @pytest.mark.parametrize(("monitor", "method"), [("val_loss", Method.STUDENT), ("judged", Method.BOOTSTRAP)])
 def test_other_metrics_have_other_methods(certified, monitor, method):
     class Both(Judged):
@@ -688,7 +671,7 @@ def test_as_many_samples_as_are_needed_are_let_train(certified):
 
 def test_samples_that_cannot_be_counted_before_are_counted_by_the_search(certified):
     with pytest.raises(ValueError, match=r"30 confirmation samples can certify of no network.*at least 149"):
-        certified(val=DataLoader(Stream(60), 10), tolerance=0.02, confidence=0.95)
+        certified(val=DataLoader(Stream(60, 2), 10), tolerance=0.02, confidence=0.95)
 
 
 class Uneven(Judged):

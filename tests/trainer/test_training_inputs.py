@@ -43,7 +43,7 @@ from lightning_roulette import (
 from lightning_roulette.settings import Refit
 from tests.support import fits
 from tests.support.isolated import ON_ALL
-from tests.support.modules import Blobs, blobs, train_loader, val_loader
+from tests.support.modules import Blobs, Stream, blobs, train_loader, val_loader
 from tests.support.state import content, copied, equal, load
 from tests.support.together import two_processes
 
@@ -56,7 +56,6 @@ WEIGHTS = {"net.0.weight", "net.3.weight"}
 BIASES = {"net.0.bias", "net.3.bias"}
 STATISTICS = {"net.1.running_mean", "net.1.running_var"}
 EVERYTHING = WEIGHTS | BIASES | STATISTICS
-QUICK = LeastSquares(batches=4, finalists=1)
 HOPELESS = Tree(pruning_rate=0.99, patience=1)
 TRAINED_ON = blobs(400, 1).tensors[0]
 
@@ -214,14 +213,6 @@ def test_every_level_can_be_loaded_and_gives_the_score_of_its_level(searched, ma
     assert len(scores) == 4
 
 
-def test_a_refit_prunes_further_than_none(searched):
-    options = {"tolerance": 0.02, "tree": Tree(smallest_rate=0.1), "branches": 3, "validation": ON_ALL}
-    plain, refitted = (
-        searched(refit=how, max_epochs=2, enable_checkpointing=False, **options) for how in (None, "least_squares")
-    )
-    assert refitted.report.sparsity > plain.report.sparsity
-
-
 def test_weights_can_be_had_only_after_a_search_and_of_its_levels(fit):
     pruning = pruner()
     with pytest.raises(RuntimeError, match="no search has ended"):
@@ -346,23 +337,6 @@ def test_networks_are_validated_with_their_own_statistics(searched, how):
     assert kinds["drawn"] > 0 or how == "batch_norm"
 
 
-def test_children_of_a_refitted_parent_are_validated_pruned(searched):
-    module = Sees()
-    pruning = searched(module, refit=QUICK, branches=3, validation=ON_ALL)
-    survivors = [sum(int(seen[name].count_nonzero()) for name in WEIGHTS) for seen in module.seen]
-    first, second = (level.survivors for level in pruning.report.levels)
-    # Three as they were drawn, one refitted, and that once more as the best; the winner of all when it was loaded.
-    assert (survivors.count(first), survivors.count(second)) == (5, 6)
-    parent = pruning.weights_at(1)
-    drawn = [
-        seen
-        for seen, count in zip(module.seen, survivors, strict=True)
-        if count == second and all(torch.equal(seen[name], parent[name] * (seen[name] != 0)) for name in WEIGHTS)
-    ]
-    assert len(drawn) == 3
-    assert all(among(seen, parts(parent, BIASES | STATISTICS)) for seen in drawn)
-
-
 class Dropped(Normed):
     """With dropout, which calibration must not see."""
 
@@ -399,11 +373,6 @@ class Reads(Dataset):
     def __getitem__(self, index):
         self.read += 1
         return self.of(self.data, index)
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(blobs(400, 1))
 
 
 class Iterates:
@@ -482,7 +451,7 @@ LOADERS = {
     "buckets": loader(batch_sampler=Buckets()),
     "whole batches": lambda: DataLoader(Reads(of=by_tensor), batch_size=None, sampler=fifties()),
     "data set of batches": lambda: DataLoader([blobs(400, 1)[i : i + 50] for i in range(0, 400, 50)], batch_size=None),
-    "stream": lambda: DataLoader(Stream(), 50),
+    "stream": lambda: DataLoader(Stream(400, 1), 50),
     "two loaders": pairs,
     "CombinedLoader": lambda: CombinedLoader(pairs(), "min_size"),
     "iterable": Iterates,
@@ -547,15 +516,6 @@ def test_the_seed_of_the_search_chooses_the_batches_and_neither_chance_nor_the_e
     assert len(drawn[0]) < 200
     longest = [max(seen(loader(50, sampler=ByEpoch(epoch))).calibrated, key=len) for epoch in (0, 1)]
     assert torch.equal(*longest)
-
-
-def test_validation_data_is_read_no_more_often_for_a_refit(searched):
-    reads = []
-    for refit in (None, "least_squares"):
-        data = Reads(blobs(200, 2))
-        searched(refit=refit, val=DataLoader(data, 64))
-        reads.append(data.read)
-    assert reads[0] == reads[1]
 
 
 def augmented(data, index):
@@ -868,10 +828,7 @@ def test_nothing_is_joined_where_no_layer_is_asked_what_it_is_given(searched):
 
 @pytest.mark.parametrize(
     ("train", "sizes"),
-    [
-        (lambda: train_loader(batch_size=40), {40}),
-        (lambda: DataLoader(blobs(700, 1), batch_size=700), {256, 188}),
-    ],
+    [(lambda: train_loader(batch_size=40), {40}), (lambda: DataLoader(blobs(700, 1), batch_size=700), {256, 188})],
 )
 def test_derivatives_take_a_few_samples_at_a_time_and_no_more_than_training_takes(searched, train, sizes):
     class Derived(Normed):
