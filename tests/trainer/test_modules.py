@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -152,14 +153,11 @@ NETWORKS = {
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature", "ignore:The total number of parameters detected")
-@pytest.mark.parametrize("at_epoch", [None, 1, 0])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "at_epoch"), [*product(NETWORKS, (None, 1)), ("lazy layers, no sanity check", 0)])
 def test_networks_of_many_kinds(fit, tmp_path, name, at_epoch):
     make, names = NETWORKS[name]
-    pruning, sanity = pruner(at_epoch=at_epoch, dirpath=tmp_path, wheel=Wheel(scope="layer")), {}
-    if "sanity" in name:
-        sanity = {"num_sanity_val_steps": 0}
-    module = fit(pruning, module=make(), **sanity)
+    pruning = pruner(at_epoch=at_epoch, dirpath=tmp_path, wheel=Wheel(scope="layer"))
+    module = fit(pruning, module=make(), num_sanity_val_steps=0 if "sanity" in name else None)
     assert_pruned(pruning, module, dataloaders=val_loader())
     assert set(pruning.mask) == {f"net.{one}" for one in names}
     assert pruning.mask.densities == pytest.approx(dict.fromkeys(pruning.mask, 0.64), abs=0.02)
