@@ -687,7 +687,7 @@ def test_data_that_cannot_be_divided_certifies_nothing_and_the_reason_is_told(ce
 
     loader = DataLoader(blobs(400, 2), 100, collate_fn=with_a_number)
     module = Uneven(MulticlassAccuracy(10, average="micro"))
-    with pytest.raises(ValueError, match=r"loader 0 gives 4 batches, fewer than 16.*or leave confidence out"):
+    with pytest.raises(ValueError, match=r"loader 0 gives 4 batches, fewer than 16.*or pass confidence=None"):
         certified(val=loader, module=module)
     pruning, _ = certified(val=loader, module=module, confidence=None)
     assert pruning.report.folds == (1, 0)

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from lightning_roulette import Mask, apply_mask, prunable_parameters
+from lightning_roulette import Mask, Validation, apply_mask, prunable_parameters
 from lightning_roulette.trainer.evaluator import OwnLoop, TrainerEvaluator, mean_over_processes
 from lightning_roulette.trainer.isolation import Logged
 from tests.support.callbacks import HOOKS, within
@@ -323,7 +323,7 @@ def test_a_module_that_validates_other_weights_than_its_own_is_refused(start, fi
 
     setattr(Averaging, start, begin)
     with pytest.raises(RuntimeError, match="weights"):
-        fit(pruner(monitor="val_acc"), module=Averaging())
+        fit(pruner(monitor="val_acc", refit="least_squares"), module=Averaging())
 
 
 def test_a_module_that_validates_another_network_than_it_trains_is_refused(fit):
@@ -338,7 +338,7 @@ def test_a_module_that_validates_another_network_than_it_trains_is_refused(fit):
             return (self.net if self.training else self.teacher)(x)
 
     with pytest.raises(RuntimeError, match="weights"):
-        fit(pruner(monitor="val_acc"), module=Teaching())
+        fit(pruner(monitor="val_acc", refit="least_squares"), module=Teaching())
 
 
 # ---- callbacks that stay, and those that are muted
@@ -369,6 +369,16 @@ def test_a_kept_callback_is_the_users_own_object_and_sees_the_candidate(at_end):
 
     kept = LogsMargin()
     assert at_end(look, kept) == 0.0
+
+
+def test_a_search_by_a_metric_of_a_callback_needs_the_callback_kept(fit):
+    def search(*keep):
+        fit(LogsMargin(), pruning := pruner(monitor="margin", mode="max", validation=Validation(keep_callbacks=keep)))
+        return pruning
+
+    with pytest.raises(RuntimeError, match=r"watches 'margin'.*keep_callbacks=\['LogsMargin'\]"):
+        search()
+    assert search("LogsMargin").report.monitor == "margin"
 
 
 def test_muted_callbacks_and_loggers_still_tell_what_they_are(at_hook, tmp_path):

@@ -160,7 +160,7 @@ def test_networks_of_many_kinds(fit, tmp_path, name, at_epoch):
     module = fit(pruning, module=make(), num_sanity_val_steps=0 if "sanity" in name else None)
     assert_pruned(pruning, module, dataloaders=val_loader())
     assert set(pruning.mask) == {f"net.{one}" for one in names}
-    assert pruning.mask.densities == pytest.approx(dict.fromkeys(pruning.mask, 0.64), abs=0.02)
+    assert pruning.mask.densities == pytest.approx(dict.fromkeys(pruning.mask, 0.64), abs=0.05)
     if name == "tied weights":
         stored = load(pruning.best_model_path)["state_dict"]
         assert pruning.report.size == 16 * 16 + 16 * 10
@@ -243,6 +243,11 @@ def test_any_of_several_validation_loaders_may_judge(fit, apart, monitor):
     pruning = pruner(monitor=monitor)
     module = fit(pruning, module=TwoLoaders(apart=apart), val=two_loaders())
     assert_pruned(pruning, module, dataloaders=two_loaders())
+
+
+def test_several_validation_loaders_without_a_monitor_are_refused_with_their_names(fit):
+    with pytest.raises(RuntimeError, match=r"'val_acc/dataloader_idx_0', 'val_acc/dataloader_idx_1'. Pass monitor="):
+        fit(pruner(), module=TwoLoaders(), val=two_loaders())
 
 
 class BlobsData(LightningDataModule):
