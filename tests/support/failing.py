@@ -1,8 +1,12 @@
-"""A module whose search fails at a candidate, as from a power cut."""
+"""Modules and networks that fail at a given moment, as from a power cut."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
 
 from lightning_roulette.trainer.scores.trainer_evaluator import TrainerEvaluator
 from tests.support.modules import Blobs
@@ -30,3 +34,19 @@ def counting(tell: Callable[[TrainerEvaluator], None] = lambda evaluator: None) 
         return lend(evaluator, candidate)
 
     return counted
+
+
+@contextmanager
+def failing_forward(module: nn.Module, nth: int, error: BaseException) -> Iterator[None]:
+    """Have `module.net` raise at its nth forward pass within the block."""
+    calls = itertools.count(1)
+
+    def count(*_):
+        if next(calls) == nth:
+            raise error
+
+    handle = module.net.register_forward_pre_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 
@@ -18,6 +18,16 @@ def blobs(count: int, seed: int) -> TensorDataset:
     centres = torch.randn(10, 16, generator=torch.Generator().manual_seed(99))
     classes = torch.randint(10, (count,), generator=chance)
     return TensorDataset(centres[classes] + 0.6 * torch.randn(count, 16, generator=chance), classes)
+
+
+class Stream(IterableDataset):
+    """The same points without a length."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.points = blobs(count, seed)
+
+    def __iter__(self):
+        return iter(self.points)
 
 
 def train_loader(batch_size: int = 50, **options) -> DataLoader:

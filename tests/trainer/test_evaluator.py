@@ -1,17 +1,18 @@
-"""Validation on data that is read once: it tells what the Trainer's loop tells, on folds, in a race, with outcomes."""
+"""Validation on data that is read once: it logs what the Trainer's loop logs, on folds, in a race, with outcomes."""
 
 from __future__ import annotations
 
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import CombinedLoader
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
@@ -26,51 +27,52 @@ from lightning_roulette import (
     RouletteWheelPruning,
     Tree,
     Validation,
-    Wheel,
     apply_mask,
     prunable_parameters,
     sparsity,
 )
 from lightning_roulette.judge.certificate import Batches, Resamples, Singles, samples_needed
 from lightning_roulette.judge.race import rungs
-from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.report.report import Method
-from lightning_roulette.trainer.validation.isolation import IsolatedValidation
-from tests.support.modules import Blobs, blobs, train_loader, val_loader
-from tests.trainer.test_isolation import (
-    BY_DEFAULT,
+from tests.support import fits
+from tests.support.callbacks import within
+from tests.support.isolated import (
     ON_ALL,
+    IsolatedValidation,
+    PrunedWeights,
     a_mask,
-    changed,
     evaluator_of,
     judged_by,
     one_level,
-    shuffled_loader,
-    state_of,
-    within,
 )
+from tests.support.modules import Blobs, Stream, blobs, train_loader, val_loader
+from tests.support.state import changed, state_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled.*"),
     pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`.*"),
     pytest.mark.filterwarnings("ignore:No positive samples in targets"),
 ]
+ONE_LEVEL, TWO_LEVELS = Tree(0.2, max_levels=1), Tree(0.2, max_levels=2)
 
 
-def fit(make_trainer, action, module=None, loaders=None, callbacks=(), **options):
-    """Train, and do `action(trainer, module)` at the end of it."""
-    module = module or Blobs()
-    torch.manual_seed(0)
-    trainer = make_trainer(callbacks=[*callbacks, within("on_train_end", action)], **{"max_epochs": 1} | options)
-    trainer.fit(module, train_loader(), val_loader() if loaders is None else loaders)
-    return module
+@pytest.fixture
+def searched(fit):
+    """A function that fits a module for one epoch with a search, and returns the search."""
+
+    def search(val=None, module=None, *callbacks, train=None, **options):
+        pruning = fits.pruner(**{"branches": 4, "tolerance": 0.1, "tree": TWO_LEVELS} | options)
+        fit(*callbacks, pruning, module=module, train=train, val=val, max_epochs=1)
+        return pruning
+
+    return search
 
 
 # ---- what is logged
 
 
 class Collected(Blobs):
-    """A collection with shared states, of which one is logged alone."""
+    """A collection with shared states. One metric of it is logged alone."""
 
     def __init__(self):
         super().__init__()
@@ -146,110 +148,99 @@ class Together(Blobs):
         self.log("other", cross_entropy(self(batch["b"][0]), batch["b"][1]), batch_size=len(batch["b"][0]))
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(blobs(200, 2))
+class Transfers(Blobs):
+    """Scales its batches on their way to the device, and notes when."""
+
+    transfers = ()
+
+    def note(self, hook, batch, loader):
+        self.transfers += ((hook, self.training, self.trainer.state.stage.value, loader),)
+        return [batch[0] * 2, batch[1]] if hook == "after" else batch
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return self.note("before", batch, dataloader_idx)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return self.note("after", batch, dataloader_idx)
 
 
 def two_loaders():
     return [val_loader(), DataLoader(blobs(90, 3), 20)]
 
 
+def combined(mode):
+    return lambda: CombinedLoader(dict(zip("ab", two_loaders(), strict=True)), mode)
+
+
+def stream():
+    return DataLoader(Stream(200, 2), 64)
+
+
+def with_generator():
+    return val_loader(shuffle=True, generator=torch.Generator().manual_seed(3))
+
+
+TWO_BATCHES = {"limit_val_batches": 2}
 CASES = {
     "one loader": (Blobs, val_loader, {}),
     "two loaders": (Blobs, two_loaders, {}),
     "two loaders with hooks": (Hooked, two_loaders, {}),
-    "two named loaders": (Blobs, lambda: CombinedLoader(dict(zip("ab", two_loaders(), strict=True)), "sequential"), {}),
-    "one batch": (Blobs, lambda: val_loader(200), {}),
+    "two named loaders": (Blobs, combined("sequential"), {}),
+    "max_size_cycle": (Together, combined("max_size_cycle"), {}),
+    "min_size": (Together, combined("min_size"), {}),
+    "one batch": (Blobs, partial(val_loader, 200), {}),
     "collection": (Collected, val_loader, {}),
     "on step and on epoch": (Forked, val_loader, {}),
     "at the end": (AtTheEnd, val_loader, {}),
     "no batch_idx": (Short, val_loader, {}),
     "hooks": (Hooked, val_loader, {}),
+    "transfer hooks": (Transfers, val_loader, {}),
     "bf16-mixed": (Blobs, val_loader, {"precision": "bf16-mixed"}),
     "bf16-true": (Blobs, val_loader, {"precision": "bf16-true"}),
     "64-true": (Forked, val_loader, {"precision": "64-true"}),
-    "limit_val_batches": (Forked, two_loaders, {"limit_val_batches": 2}),
-    "no length": (Forked, lambda: DataLoader(Stream(), 64), {}),
-    "no length, limited": (Forked, lambda: DataLoader(Stream(), 64), {"limit_val_batches": 2}),
-    "shuffled": (Forked, lambda: val_loader(shuffle=True), {}),
-    "shuffled and limited": (Forked, shuffled_loader, {"limit_val_batches": 2}),
-    "two workers": (Blobs, lambda: val_loader(num_workers=2), {}),
-    "max_size_cycle": (
-        Together,
-        lambda: CombinedLoader(dict(zip("ab", two_loaders(), strict=True)), "max_size_cycle"),
-        {},
-    ),
-    "min_size": (Together, lambda: CombinedLoader(dict(zip("ab", two_loaders(), strict=True)), "min_size"), {}),
+    "limit_val_batches": (Forked, two_loaders, TWO_BATCHES),
+    "no length": (Forked, stream, {}),
+    "no length, limited": (Forked, stream, TWO_BATCHES),
+    "shuffled": (Forked, partial(val_loader, shuffle=True), {}),
+    "shuffled and limited": (Forked, with_generator, TWO_BATCHES),
+    "two workers": (Blobs, partial(val_loader, num_workers=2), {}),
 }
 
 
-@pytest.mark.parametrize(("kind", "loaders", "options"), CASES.values(), ids=CASES)
-def test_our_loop_logs_what_the_trainers_loop_logs(make_trainer, kind, loaders, options):
-    found, noted, unequal = [], [], []
+@pytest.mark.parametrize("name", CASES)
+def test_our_loop_logs_what_the_trainers_loop_logs_and_leaves_no_trace(at_end, name):
+    kind, loaders, options = CASES[name]
 
     def compare(trainer, module):
-        before = state_of(trainer, module) if kind is not Hooked else {}
+        found, before = [], state_of(trainer, module)
         with IsolatedValidation(trainer, module) as validation:
             read = list(validation.read())
             ways = [validation.run, lambda: validation.run_on(read), lambda: validation.run_on(read)]
             for way in [*ways, lambda: validation.run_on(validation.read()), validation.run]:
                 module.noted = ()
-                found.append(way())
-                noted.append(module.noted)
-        if before:
-            del module.noted
-            unequal.append(changed(before, state_of(trainer, module)))
+                found.append((way(), module.noted))
+        return found, changed(before, state_of(trainer, module)) - {"module.noted", "module.transfers"}
 
-    fit(make_trainer, compare, kind(), loaders(), **options)
-    expected, *others = found
+    ((expected, noted), *others), unequal = at_end(compare, module=kind(), val=loaders(), **options)
     assert expected.values
-    for logged in others:
+    for logged, hooks in others:
         assert logged.values.keys() == expected.values.keys()
-        for name, value in expected.values.items():
-            assert value.dtype == logged.values[name].dtype
-            assert torch.equal(value, logged.values[name]), name
+        for metric, value in expected.values.items():
+            assert value.dtype == logged.values[metric].dtype
+            assert torch.equal(value, logged.values[metric]), metric
         assert logged.higher_is_better == expected.higher_is_better
         assert logged.metrics.keys() == expected.metrics.keys()
-        assert all(logged.metrics[name] is metric for name, metric in expected.metrics.items())
-    assert noted == [noted[0]] * 5
-    assert bool(noted[0]) == (kind is Hooked)
-    assert not set().union(*unequal)
+        assert all(logged.metrics[metric] is one for metric, one in expected.metrics.items())
+        assert hooks == noted
+    assert bool(noted) == (kind is Hooked)
+    assert not unequal
+    if name == "two loaders":
+        names = {f"{metric}/dataloader_idx_{i}" for metric in ("val_acc", "val_loss") for i in (0, 1)}
+        assert expected.values.keys() == names
+        assert len({float(value) for value in expected.values.values()}) == 4
 
 
-def test_values_of_two_loaders_are_told_apart_by_name(make_trainer):
-    found = []
-
-    def look(trainer, module):
-        with IsolatedValidation(trainer, module) as validation:
-            found.append(validation.run_on(validation.read()).values)
-
-    fit(make_trainer, look, loaders=two_loaders())
-    assert found[0].keys() == {f"{name}/dataloader_idx_{i}" for name in ("val_acc", "val_loss") for i in (0, 1)}
-    assert len({float(value) for value in found[0].values()}) == 4
-
-
-def test_every_validation_on_the_same_data_draws_the_same_chance(make_trainer):
-    class Noisy(Blobs):
-        def validation_step(self, batch, batch_idx):
-            self.log("noise", torch.rand(()))
-            super().validation_step(batch, batch_idx)
-
-    found = []
-
-    def look(trainer, module):
-        with IsolatedValidation(trainer, module) as validation:
-            read = list(validation.read())
-            for draws in range(3):
-                torch.rand(draws)
-                found.append(float(validation.run_on(read).values["noise"]))
-
-    fit(make_trainer, look, Noisy())
-    assert len(found) == 3
-    assert len(set(found)) == 1
-
-
-def test_a_kept_callback_sees_every_batch_and_logs(make_trainer):
+def test_a_kept_callback_sees_every_batch_and_logs(at_end):
     class Keeps(Callback):
         noted = ()
 
@@ -260,64 +251,31 @@ def test_a_kept_callback_sees_every_batch_and_logs(make_trainer):
             self.noted += (("end", batch[1].tolist(), batch_idx),)
             self.log("kept", batch[1].float().mean())
 
-    found, kept = [], Keeps()
-
     def look(trainer, module):
+        found = []
         with IsolatedValidation(trainer, module, ["Keeps"]) as validation:
             for way in (validation.run, lambda: validation.run_on(validation.read())):
                 kept.noted = ()
                 found.append((float(way().values["kept"]), kept.noted))
+        return found
 
-    fit(make_trainer, look, callbacks=[kept])
-    assert found[0] == found[1]
-    assert [(kind, index) for kind, _, index in found[0][1]] == [(x, i) for i in range(4) for x in ("start", "end")]
-
-
-# ---- batches on their way to the device
-
-
-class Transfers(Blobs):
-    """Augments batches of training on their way, and those of validation by a factor."""
-
-    noted = ()
-
-    def note(self, hook, batch, loader):
-        self.noted += ((hook, self.training, self.trainer.state.stage.value, loader),)
-        return [batch[0] * 2, batch[1]] if hook == "after" else batch
-
-    def on_before_batch_transfer(self, batch, dataloader_idx):
-        return self.note("before", batch, dataloader_idx)
-
-    def on_after_batch_transfer(self, batch, dataloader_idx):
-        return self.note("after", batch, dataloader_idx)
-
-
-def test_each_batch_is_transferred_once_in_a_search_and_in_eval_mode(make_trainer):
-    module, found = Transfers(), []
-
-    def search(trainer, module):
-        module.noted = ()
-        one_level(trainer, module, monitor="val_acc/dataloader_idx_1")
-        found.append(module.noted)
-
-    fit(make_trainer, search, module, two_loaders())
-    expected = [(hook, False, "validate", loader) for loader in [0] * 4 + [1] * 5 for hook in ("before", "after")]
-    assert found == [tuple(expected)]
-
-
-def test_transferred_batches_are_what_validation_gets(make_trainer):
-    found = []
-
-    def compare(trainer, module):
-        with IsolatedValidation(trainer, module) as validation:
-            once = validation.run_on(list(validation.read())).values
-            found.extend((once, validation.run().values))
-
-    fit(make_trainer, compare, Transfers())
-    assert torch.equal(found[0]["val_loss"], found[1]["val_loss"])
+    kept = Keeps()
+    first, second = at_end(look, kept)
+    assert first == second
+    assert [(kind, index) for kind, _, index in first[1]] == [(x, i) for i in range(4) for x in ("start", "end")]
 
 
 # ---- data is read once
+
+
+def test_each_batch_is_transferred_once_in_a_search_and_in_eval_mode(at_end):
+    def search(trainer, module):
+        module.transfers = ()
+        one_level(trainer, module, monitor="val_acc/dataloader_idx_1")
+        return module.transfers
+
+    expected = [(hook, False, "validate", loader) for loader in [0] * 4 + [1] * 5 for hook in ("before", "after")]
+    assert at_end(search, module=Transfers(), val=two_loaders()) == tuple(expected)
 
 
 class Counted(TensorDataset):
@@ -332,103 +290,81 @@ class Counted(TensorDataset):
         return super().__getitem__(index)
 
 
-def searched(make_trainer, loader, module=None, callbacks=(), **options):
-    pruning = RouletteWheelPruning(
-        **{"branches": 4, "tolerance": 0.1, "refit": None, "tree": Tree(0.2, max_levels=2)} | options
-    )
-    module = module or Blobs()
-    torch.manual_seed(0)
-    make_trainer(callbacks=[*callbacks, pruning], max_epochs=1).fit(module, train_loader(), loader)
-    return pruning
-
-
-@pytest.mark.parametrize("validation", [BY_DEFAULT, ON_ALL], ids=["halves", "all"])
-@pytest.mark.parametrize("batch_size", [5, 64])
-def test_a_search_takes_each_sample_once(make_trainer, batch_size, validation):
+@pytest.mark.parametrize(
+    ("batch_size", "options"),
+    [(5, {}), (64, {}), (64, {"refit": "least_squares"}), (5, {"validation": ON_ALL}), (64, {"validation": ON_ALL})],
+)
+def test_a_search_takes_each_sample_once(searched, batch_size, options):
     data, before = Counted(200), []
     mark = within("on_train_end", lambda *_: before.append(data.taken))
-    pruning = searched(make_trainer, DataLoader(data, batch_size), callbacks=[mark], validation=validation)
+    pruning = searched(DataLoader(data, batch_size), None, mark, **options)
     assert len(pruning.report.levels) == 2
     assert data.taken - before[0] == 200
 
 
-def test_the_rehearsal_takes_a_few_batches(make_trainer):
-    data = Counted(200)
+def test_the_rehearsal_takes_a_few_batches(fit, searched):
+    data, taken = Counted(200), []
     plain, ours = [within("on_train_batch_start", lambda *_: taken.append(data.taken), times=1) for _ in range(2)]
-    taken = []
-    make_trainer(callbacks=[plain], max_epochs=1).fit(Blobs(), train_loader(), DataLoader(data, 10))
-    sanity, data.taken = taken[0], 0
-    searched(make_trainer, DataLoader(data, 10), callbacks=[ours])
-    assert sanity < taken[1] <= 2 * sanity
+    fit(plain, val=DataLoader(data, 10), max_epochs=1)
+    data.taken = 0
+    searched(DataLoader(data, 10), None, ours)
+    assert taken[0] < taken[1] <= 2 * taken[0]
+
+
+SIZE = 192 * (16 * 4 + 8)  # Bytes of 192 samples.
+
+
+def leaves(value, key=None):
+    """Every number and string of a nested report, apart from times."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return [leaf for key, one in items for leaf in leaves(one, key)]
+    return [] if key == "seconds" else [value]
 
 
 @pytest.mark.parametrize("race", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.2])
-def test_without_room_to_keep_them_batches_are_read_again_to_the_same_end(make_trainer, share, race):
-    size = 192 * (16 * 4 + 8)
+def test_without_room_to_keep_them_batches_are_read_again_to_the_same_end(searched, share, race):
     kept, again = (
-        searched(
-            make_trainer,
-            DataLoader(TensorDataset(*blobs(192, 2).tensors), 6),
-            validation=Validation(race=race, cache_bytes=cache_bytes),
-        )
-        for cache_bytes in (size, int(share * size))
+        searched(DataLoader(blobs(192, 2), 6), validation=Validation(race=race, cache_bytes=int(room * SIZE)))
+        for room in (1, share)
     )
     assert len(kept.report.levels) == 2
     assert [kept.mask_at(i) for i in range(3)] == [again.mask_at(i) for i in range(3)]
     assert again.mask == kept.mask
-    ours, theirs = (one.report for one in (again, kept))
-    for name in ("folds", "validations", "samples", "undivided_because", "monitor", "rank_by", "stop_reason"):
-        assert getattr(ours, name) == getattr(theirs, name), name
-    numbers = [
-        [
-            x.dense_score,
-            x.held_out_dense,
-            x.score,
-            *(y for one in x.levels for y in (one.score, one.error, one.held_out_score)),
-        ]
-        for x in (ours, theirs)
-    ]
-    assert numbers[0] == pytest.approx(numbers[1], abs=1e-6)
-    assert [[one.folds for one in level.candidates] for level in ours.levels] == [
-        [one.folds for one in level.candidates] for level in theirs.levels
-    ]
+    assert leaves(again.report.to_dict()) == pytest.approx(leaves(kept.report.to_dict()), abs=1e-6)
 
 
-def test_with_little_room_the_loader_is_read_once_for_each_part_of_a_race(make_trainer):
+def test_with_little_room_the_loader_is_read_once_for_each_part_of_a_race(searched):
     data, before = Counted(192), []
-    size = 192 * (16 * 4 + 8)
     mark = within("on_train_end", lambda *_: before.append(data.taken))
-    three_folds = Validation(cache_bytes=3 * size // 16, confirm=0.25)
-    options = {"branches": 12, "tree": Tree(0.2, max_levels=1), "callbacks": [mark], "validation": three_folds}
-    pruning = searched(make_trainer, DataLoader(data, 6), **options)
+    three_folds = Validation(cache_bytes=3 * SIZE // 16, confirm=0.25)
+    pruning = searched(DataLoader(data, 6), None, mark, branches=12, tree=ONE_LEVEL, validation=three_folds)
     stages = rungs(12, 12, at_once=3)
     parts = sum(len(rung.parts) for rung in stages)
     judged = sum(rung.entrants * len(rung.parts) for rung in stages)
     assert pruning.report.folds == (12, 4)
-    # to deal, and to see what judges; the dense network on the data that ranks, and that confirms; twice each part; the
-    # winner on both data, and on all
+    # To deal, and to see what judges; the dense network on the data that ranks, and that confirms; twice each part;
+    # the winner on both data, and on all.
     most = 2 + 2 + 2 * parts + 2 + 1
     assert (data.taken - before[0]) / 192 <= most < judged
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_workers_are_started_once_for_a_search(make_trainer, tmp_path, persistent):
+def test_workers_are_started_once_for_a_search(at_end, tmp_path, persistent):
     def start(worker):
         (tmp_path / f"{worker} {os.getpid()}").touch()
 
     def search(trainer, module):
         before = len(list(tmp_path.iterdir()))
         one_level(trainer, module, branches=3)
-        started.append(len(list(tmp_path.iterdir())) - before)
+        return len(list(tmp_path.iterdir())) - before
 
-    started = []
-    options = {"num_workers": 2, "worker_init_fn": start, "persistent_workers": persistent}
-    fit(make_trainer, search, loaders=val_loader(**options), default_root_dir=None)
-    assert started == [0 if persistent else 2]
+    loader = val_loader(num_workers=2, worker_init_fn=start, persistent_workers=persistent)
+    assert at_end(search, val=loader, default_root_dir=None) == (0 if persistent else 2)
 
 
-# ---- validation steps that take from their batch
+# ---- what a step does to its batch is not there for the next
 
 
 class Pops(Blobs):
@@ -459,54 +395,84 @@ class WritesNot(Writes):
 
 
 def as_dict(samples):
-    x, y = torch.utils.data.default_collate(samples)
-    return {"x": x, "y": y}
-
-
-def as_list(samples):
-    return torch.utils.data.default_collate(samples)
-
-
-@pytest.mark.parametrize("collate", [as_dict, as_list])
-@pytest.mark.parametrize(("batch_size", "cache_bytes"), [(5, 2**31), (64, 2**31), (5, 4000)])
-def test_what_a_validation_step_takes_out_of_a_batch_is_there_for_the_next(
-    make_trainer, batch_size, cache_bytes, collate
-):
-    validation = Validation(cache_bytes=cache_bytes)
-    plain = searched(make_trainer, val_loader(batch_size), validation=validation)
-
-    popping = searched(make_trainer, val_loader(batch_size, collate_fn=collate), Pops(), validation=validation)
-    assert popping.mask == plain.mask
-    assert popping.report.levels == plain.report.levels
+    return dict(zip("xy", default_collate(samples), strict=True))
 
 
 @pytest.mark.parametrize(("batch_size", "cache_bytes"), [(5, 2**31), (64, 2**31), (5, 4000), (5, 0)])
-def test_what_a_validation_step_writes_into_a_batch_is_not_there_for_the_next(make_trainer, batch_size, cache_bytes):
-    validation = Validation(cache_bytes=cache_bytes)
-    plain, writing = (
-        searched(make_trainer, val_loader(batch_size), module, validation=validation)
-        for module in (WritesNot(), Writes())
+@pytest.mark.parametrize(
+    ("plain", "changing", "collate"),
+    [(Blobs, Pops, as_dict), (Blobs, Pops, default_collate), (WritesNot, Writes, default_collate)],
+)
+def test_what_a_step_takes_out_of_a_batch_or_writes_into_it(
+    searched, batch_size, cache_bytes, plain, changing, collate
+):
+    first, second = (
+        searched(val_loader(batch_size, collate_fn=how), module(), validation=Validation(cache_bytes=cache_bytes))
+        for module, how in ((plain, None), (changing, collate))
     )
-    assert writing.mask == plain.mask
-    assert writing.report.levels == plain.report.levels
-    assert writing.report.score == plain.report.score
+    assert first.mask == second.mask
+    assert first.report.levels == second.report.levels
+    assert first.report.score == second.report.score
+
+
+@dataclass
+class Held:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@dataclass(slots=True)
+class Slotted(Held):
+    pass
+
+
+@dataclass(frozen=True)
+class Frozen:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+def reads(batch):
+    return batch.x
+
+
+def writes(batch):
+    return batch.x.mul_(0.5)
+
+
+def binds(batch):
+    batch.x = batch.x * 0.5
+    return batch.x
+
+
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [*((kind, step) for kind in (Held, Slotted, Frozen) for step in (reads, writes)), (Held, binds), (Slotted, binds)],
+)
+def test_batches_may_be_data_classes_of_any_kind_that_a_step_changes(searched, kind, step):
+    class Takes(Blobs):
+        def transfer_batch_to_device(self, batch, device, dataloader_idx):
+            return batch
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch.x, batch.y), batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step((step(batch), batch.y), batch_idx)
+
+    def collate(samples):
+        return kind(*default_collate(samples))
+
+    module, (x, y) = Takes(), val_loader().dataset.tensors
+    loaders = {"val": val_loader(10, collate_fn=collate), "train": train_loader(collate_fn=collate)}
+    pruning = searched(**loaders, module=module, branches=2, tolerance=1.0, refit="least_squares", monitor="val_acc")
+    with torch.no_grad():
+        right = (module(x if step is reads else 0.5 * x).argmax(1) == y).float().mean()
+    assert pruning.report.folds == (8, 8)
+    assert pruning.report.score == pytest.approx(float(right), abs=1e-6)
 
 
 # ---- outcomes
-
-
-def recorded(make_trainer, module, monitor, loaders=None, folds=range(16), share=0.6):
-    """The scores and outcomes of one candidate."""
-    found = []
-
-    def look(trainer, module):
-        candidate = PrunedWeights(a_mask(module, share), prunable_parameters(module))
-        with IsolatedValidation(trainer, module) as validation:
-            evaluate = evaluator_of(trainer, module, validation, judged_by(monitor))
-            found.append((evaluate(candidate, folds), *evaluate.recorded(candidate, folds)))
-
-    fit(make_trainer, look, module, loaders)
-    return found[0]
 
 
 class Judged(Blobs):
@@ -521,34 +487,15 @@ class Judged(Blobs):
         self.log("judged", self.metric)
 
 
-@pytest.mark.parametrize(("folds", "samples"), [(range(16), 200), (range(8), 100), ([3], 13)])
-@pytest.mark.parametrize("batch_size", [5, 64])
-def test_an_accuracy_is_known_sample_by_sample(make_trainer, folds, samples, batch_size):
-    plain, scores, outcomes = recorded(make_trainer, Blobs(), "val_acc", val_loader(batch_size), folds)
-    assert isinstance(outcomes, Singles)
-    assert set(outcomes.values.tolist()) <= {0.0, 1.0}
-    assert float(outcomes.values.mean()) == pytest.approx(scores.score, abs=1e-6)
-    assert scores.score == pytest.approx(plain.score, abs=1e-6)
-    assert abs(len(outcomes.values) - samples) <= 3 * (batch_size == 5) * len(folds)
-    assert 0 < scores.score <= 1
+class Micro(Collected):
+    def __init__(self):
+        super().__init__()
+        kinds = {"a": MulticlassPrecision(10, average="micro"), "b": MulticlassAccuracy(10, average="micro")}
+        self.several = MetricCollection(kinds, prefix="all_")
 
-
-def test_an_accuracy_in_a_collection_is_known_sample_by_sample(make_trainer):
-    class Micro(Collected):
-        def __init__(self):
-            super().__init__()
-            kinds = {"a": MulticlassPrecision(10, average="micro"), "b": MulticlassAccuracy(10, average="micro")}
-            self.several = MetricCollection(kinds, prefix="all_")
-
-        def validation_step(self, batch, batch_idx):
-            self.several.update(self(batch[0]), batch[1])
-            self.log_dict(self.several)
-
-    for name in ("all_a", "all_b"):
-        _, scores, outcomes = recorded(make_trainer, Micro(), name)
-        assert isinstance(outcomes, Singles)
-        assert len(outcomes.values) == 200
-        assert float(outcomes.values.mean()) == pytest.approx(scores.score, abs=1e-6)
+    def validation_step(self, batch, batch_idx):
+        self.several.update(self(batch[0]), batch[1])
+        self.log_dict(self.several)
 
 
 class Apart(Blobs):
@@ -564,116 +511,110 @@ class Apart(Blobs):
         self.log("loss", cross_entropy(self(batch[0]), batch[1]))
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_the_samples_are_those_of_the_loader_that_judges(make_trainer, index):
-    _, scores, outcomes = recorded(make_trainer, Apart(), f"acc/dataloader_idx_{index}", two_loaders())
-    assert len(outcomes.values) == (200, 90)[index]
-    assert float(outcomes.values.mean()) == pytest.approx(scores.score, abs=1e-6)
-    _, scores, outcomes = recorded(make_trainer, Apart(), f"loss/dataloader_idx_{index}", two_loaders())
-    assert int(outcomes.weights.sum()) == (200, 90)[index]
-    mean = float((outcomes.values * outcomes.weights).sum() / outcomes.weights.sum())
-    assert mean == pytest.approx(scores.score, rel=1e-6)
+class Means(Blobs):
+    """Keeps a mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = MeanMetric()
+
+    def validation_step(self, batch, batch_idx):
+        self.mean.update(cross_entropy(self(batch[0]), batch[1]), len(batch[1]))
+        self.log("mean", self.mean)
 
 
-def test_of_a_metric_that_goes_on_from_loader_to_loader_only_the_first_is_known(make_trainer):
-    _, scores, outcomes = recorded(make_trainer, Blobs(), "val_acc/dataloader_idx_0", two_loaders())
-    assert len(outcomes.values) == 200
-    assert float(outcomes.values.mean()) == pytest.approx(scores.score, abs=1e-6)
-    _, scores, outcomes = recorded(make_trainer, Blobs(), "val_acc/dataloader_idx_1", two_loaders())
-    assert math.isfinite(scores.score)
-    assert outcomes is None
+def macro(kind):
+    return partial(Judged, kind(10, average="macro"))
 
 
-@pytest.mark.parametrize(
-    "metric",
-    [MulticlassAccuracy(10, average="macro"), MulticlassF1Score(10, average="macro"), MulticlassAUROC(10)],
-    ids=["accuracy", "f1", "auroc"],
-)
-def test_a_metric_that_is_no_mean_is_known_on_resamples(make_trainer, metric):
-    _, scores, outcomes = recorded(make_trainer, Judged(metric), "judged")
-    assert isinstance(outcomes, Resamples)
-    assert outcomes.size == 200
-    assert outcomes.score(torch.arange(200)) == pytest.approx(scores.score, abs=1e-6)
+@dataclass(frozen=True)
+class Row:
+    """What is known of one candidate's score by one metric."""
+
+    module: type
+    monitor: str
+    kind: type
+    samples: int = 200
+    loaders: object = val_loader
+    folds: object = range(16)
+    batches: int | None = None
+    inexact: int = 0  # So many samples a fold, as a batch is of one fold.
 
 
-@pytest.mark.parametrize("batch_size", [5, 64])
-def test_a_number_that_is_logged_is_known_batch_by_batch_and_each_batch_is_of_one_fold(make_trainer, batch_size):
-    plain, scores, outcomes = recorded(make_trainer, Blobs(), "val_loss", val_loader(batch_size))
-    assert isinstance(outcomes, Batches)
-    assert len(outcomes.values) == (40 if batch_size == 5 else 16)
-    assert int(outcomes.weights.sum()) == 200
-    assert outcomes.weights.max() <= 13
-    mean = float((outcomes.values * outcomes.weights).sum() / 200)
-    assert mean == pytest.approx(scores.score, rel=1e-6) == pytest.approx(plain.score, rel=1e-6)
+SMALL = partial(val_loader, 5)
+OUTCOMES = {
+    "accuracy": Row(Blobs, "val_acc", Singles),
+    "accuracy of a half": Row(Blobs, "val_acc", Singles, 100, folds=range(8)),
+    "accuracy of a fold": Row(Blobs, "val_acc", Singles, 13, folds=[3]),
+    "accuracy, small batches": Row(Blobs, "val_acc", Singles, 200, SMALL, inexact=3),
+    "accuracy, small batches of a half": Row(Blobs, "val_acc", Singles, 100, SMALL, range(8), inexact=3),
+    "accuracy, small batches of a fold": Row(Blobs, "val_acc", Singles, 13, SMALL, [3], inexact=3),
+    "one of a collection": Row(Micro, "all_a", Singles),
+    "another of a collection": Row(Micro, "all_b", Singles),
+    "accuracy on loader 0": Row(Apart, "acc/dataloader_idx_0", Singles, 200, two_loaders),
+    "accuracy on loader 1": Row(Apart, "acc/dataloader_idx_1", Singles, 90, two_loaders),
+    "loss on loader 0": Row(Apart, "loss/dataloader_idx_0", Batches, 200, two_loaders),
+    "loss on loader 1": Row(Apart, "loss/dataloader_idx_1", Batches, 90, two_loaders),
+    "metric that goes on, loader 0": Row(Blobs, "val_acc/dataloader_idx_0", Singles, 200, two_loaders),
+    "metric that goes on, loader 1": Row(Blobs, "val_acc/dataloader_idx_1", type(None), 0, two_loaders),
+    "macro accuracy": Row(macro(MulticlassAccuracy), "judged", Resamples),
+    "macro F1": Row(macro(MulticlassF1Score), "judged", Resamples),
+    "AUROC": Row(macro(MulticlassAUROC), "judged", Resamples),
+    "number": Row(Blobs, "val_loss", Batches, batches=16),
+    "number, small batches": Row(Blobs, "val_loss", Batches, 200, SMALL, batches=40),
+    "mean": Row(Means, "mean", Batches, 200, partial(val_loader, 10), batches=20),
+    "largest number": Row(Forked, "most", type(None)),
+    "sum": Row(Forked, "sum", type(None)),
+}
 
 
-def test_a_mean_that_the_module_keeps_is_known_batch_by_batch(make_trainer):
-    class Means(Blobs):
-        def __init__(self):
-            super().__init__()
-            self.mean = MeanMetric()
-
-        def validation_step(self, batch, batch_idx):
-            self.mean.update(cross_entropy(self(batch[0]), batch[1]), len(batch[1]))
-            self.log("mean", self.mean)
-
-    _, scores, outcomes = recorded(make_trainer, Means(), "mean", val_loader(10))
-    assert isinstance(outcomes, Batches)
-    assert outcomes.weights.tolist() == [10.0] * 20
-    assert float(outcomes.values.mean()) == pytest.approx(scores.score, rel=1e-6)
-
-
-@pytest.mark.parametrize(("kind", "monitor"), [(Forked, "most"), (Forked, "sum")])
-def test_of_a_number_that_is_no_mean_over_batches_nothing_more_is_known(make_trainer, kind, monitor):
-    _, scores, outcomes = recorded(make_trainer, kind(), monitor)
-    assert math.isfinite(scores.score)
-    assert outcomes is None
-
-
-def test_nothing_listens_to_a_metric_after_a_candidate_that_failed(make_trainer):
-    class Fails(Blobs):
-        armed = False
-
-        def validation_step(self, batch, batch_idx):
-            super().validation_step(batch, batch_idx)
-            if self.armed and batch_idx == 2:
-                raise RuntimeError("in a candidate")
-
-    found = []
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_what_is_known_of_a_score_beside_the_score(at_end, name):
+    row = OUTCOMES[name]
 
     def look(trainer, module):
-        candidate = PrunedWeights(a_mask(module, 0.5), prunable_parameters(module))
-        before, state = dict(vars(module.val_acc)), state_of(trainer, module)
-        with pytest.raises(RuntimeError), IsolatedValidation(trainer, module) as validation:  # noqa: PT012
-            evaluate = evaluator_of(trainer, module, validation, judged_by("val_acc"))
-            evaluate.recorded(candidate, [0])
-            module.armed = True
-            evaluate.recorded(candidate, range(16))
-        module.armed = False
-        found.append([name for name in before if vars(module.val_acc)[name] is not before[name]])
-        found.append(changed(state, state_of(trainer, module)) - {"module.armed"})
-        assert "forward" not in vars(module.val_acc)
+        candidate = PrunedWeights(a_mask(module, 0.6), prunable_parameters(module))
+        with IsolatedValidation(trainer, module) as validation:
+            evaluate = evaluator_of(trainer, module, validation, judged_by(row.monitor))
+            return evaluate(candidate, row.folds), *evaluate.recorded(candidate, row.folds)
 
-    fit(make_trainer, look, Fails())
-    assert "update" not in found[0]
-    assert found[1] == set()
+    plain, scores, outcomes = at_end(look, module=row.module(), val=row.loaders())
+    assert isinstance(outcomes, row.kind)
+    assert math.isfinite(scores.score)
+    assert outcomes is None or scores.score == pytest.approx(plain.score, rel=1e-5)
+    if row.kind is Singles:
+        assert set(outcomes.values.tolist()) <= {0.0, 1.0}
+        assert abs(len(outcomes.values) - row.samples) <= row.inexact * len(row.folds)
+        assert 0 < float(outcomes.values.mean()) == pytest.approx(scores.score, abs=1e-6)
+    elif row.kind is Batches:
+        assert int(outcomes.weights.sum()) == row.samples
+        assert outcomes.weights.max() <= 20
+        assert row.batches in (None, len(outcomes.values))
+        mean = float((outcomes.values * outcomes.weights).sum() / row.samples)
+        assert mean == pytest.approx(scores.score, rel=1e-6)
+    elif row.kind is Resamples:
+        assert outcomes.size == row.samples
+        assert outcomes.score(torch.arange(200)) == pytest.approx(scores.score, abs=1e-6)
 
 
 # ---- a certificate
 
 
-def certified(make_trainer, samples=400, callbacks=(), module=None, loader=None, **options):
-    settings = {"branches": 3, "tolerance": 0.2, "confidence": 0.9, "refit": None, "tree": Tree(0.2, max_levels=3)}
-    pruning = RouletteWheelPruning(**settings | options)
-    module = module or Blobs()
-    torch.manual_seed(0)
-    trainer = make_trainer(callbacks=[*callbacks, pruning])
-    trainer.fit(module, train_loader(), DataLoader(blobs(samples, 2), 64) if loader is None else loader)
-    return pruning, module
+@pytest.fixture
+def certified(fit):
+    """A function that fits a module for two epochs with a search that certifies, and returns both."""
+
+    def search(samples=400, *callbacks, module=None, val=None, **options):
+        usual = {"branches": 3, "confidence": 0.9, "tree": Tree(0.2, max_levels=3)}
+        pruning = fits.pruner(**usual | options)
+        val = DataLoader(blobs(samples, 2), 64) if val is None else val
+        return pruning, fit(*callbacks, pruning, module=module, val=val)
+
+    return search
 
 
-def test_a_confidence_gives_a_report_with_a_method_and_p_values(make_trainer):
-    pruning, module = certified(make_trainer)
+def test_a_confidence_gives_a_report_with_a_method_and_p_values(certified):
+    pruning, module = certified()
     report = pruning.report
     assert (report.confidence, report.method, report.samples) == (0.9, Method.BETTING, 200)
     judged = [level for level in report.accepted if level.held is not None]
@@ -685,42 +626,19 @@ def test_a_confidence_gives_a_report_with_a_method_and_p_values(make_trainer):
     assert pruning.mask == pruning.mask_at(report.winner.level) == Mask.of_nonzeros(prunable_parameters(module))
 
 
-def test_a_level_that_keeps_the_floor_is_certified_only_where_the_samples_suffice(make_trainer):
-    """With so much tolerance all levels hold; with so little the first does not, and no other is asked."""
-    held = {
-        tolerance: [
-            level.held
-            for level in certified(make_trainer, tolerance=tolerance, wheel=Wheel(sharpness=4.0))[0].report.accepted
-        ]
-        for tolerance in (0.9, 0.012)
-    }
-    assert held[0.9] == [True, True, True]
-    assert held[0.012] == [False, None, None]
-
-
 @pytest.mark.parametrize(("monitor", "method"), [("val_loss", Method.STUDENT), ("judged", Method.BOOTSTRAP)])
-def test_other_metrics_have_other_methods(make_trainer, monitor, method):
+def test_other_metrics_have_other_methods(certified, monitor, method):
     class Both(Judged):
         def validation_step(self, batch, batch_idx):
             Blobs.validation_step(self, batch, batch_idx)
             super().validation_step(batch, batch_idx)
 
     module = Both(MulticlassF1Score(10, average="macro"))
-    pruning, _ = certified(make_trainer, module=module, monitor=monitor, tolerance=1.0, tree=Tree(0.2, max_levels=1))
+    pruning, _ = certified(module=module, monitor=monitor, tolerance=1.0, tree=ONE_LEVEL)
     assert pruning.report.method is method
     assert pruning.report.samples == (200 if method is Method.BOOTSTRAP else 8)
     assert pruning.report.levels[0].p_value is not None
     assert method.value.partition(":")[0] in str(pruning.report)
-
-
-def test_a_confidence_without_tolerance_is_refused_where_it_is_written():
-    with pytest.raises(ValueError, match=r"tolerance is 0.*confidence 0\.9.*no finite sample can certify"):
-        RouletteWheelPruning(confidence=0.9)
-    with pytest.raises(ValueError, match=r"confirm is 0 and confidence 0\.9"):
-        RouletteWheelPruning(confidence=0.9, tolerance=0.1, validation=Validation(confirm=0))
-    for confidence in (0.0, 1.0, math.nan):
-        with pytest.raises(ValueError, match="confidence is"):
-            RouletteWheelPruning(confidence=confidence, tolerance=0.1)
 
 
 class CountsSteps(Callback):
@@ -730,43 +648,30 @@ class CountsSteps(Callback):
         self.steps += 1
 
 
-@pytest.mark.parametrize(("confirm", "samples"), [(0.5, 200), (0.25, 400), (0.25, 100)])
-def test_too_few_samples_are_refused_before_training_with_the_number_needed(make_trainer, confirm, samples):
-    steps, needed = CountsSteps(), samples_needed(0.95, 0.02)
+@pytest.mark.parametrize(
+    ("confirm", "samples", "tolerance"),
+    [(0.5, 200, 0.02), (0.25, 400, 0.02), (0.25, 100, 0.02), (0.5, 2 * samples_needed(0.95, 0.1) - 2, 0.1)],
+)
+def test_too_few_samples_are_refused_before_training_with_the_number_needed(certified, confirm, samples, tolerance):
+    steps, needed = CountsSteps(), samples_needed(0.95, tolerance)
     kept, needed_in_all = int(samples * confirm), math.ceil(needed / confirm)
-    message = (
-        rf"which {kept} confirmation samples can certify.*at least {needed}\b.*\b{needed_in_all} validation samples"
-    )
+    message = rf"which {kept} confirmation samples can certify.*at least {needed}\b.*\b{needed_in_all} validation"
+    options = {"tolerance": tolerance, "confidence": 0.95, "validation": Validation(confirm=confirm)}
     with pytest.raises(RuntimeError, match=message):
-        certified(
-            make_trainer,
-            samples,
-            callbacks=[steps],
-            tolerance=0.02,
-            confidence=0.95,
-            validation=Validation(confirm=confirm),
-        )
+        certified(samples, steps, **options)
     assert steps.steps == 0
 
 
-def test_as_many_samples_as_are_needed_are_let_train(make_trainer):
+def test_as_many_samples_as_are_needed_are_let_train(certified):
     steps, needed = CountsSteps(), samples_needed(0.95, 0.1)
-    options = {"callbacks": [steps], "tolerance": 0.1, "confidence": 0.95, "tree": Tree(0.2, max_levels=1)}
-    pruning, _ = certified(make_trainer, 2 * needed, **options)
+    pruning, _ = certified(2 * needed, steps, tolerance=0.1, confidence=0.95, tree=ONE_LEVEL)
     assert steps.steps == 16
     assert pruning.report.samples == needed
-    with pytest.raises(RuntimeError, match=rf"which {needed - 1} confirmation.*at least {needed}\b"):
-        certified(make_trainer, 2 * needed - 2, **options)
-    assert steps.steps == 16
 
 
-def test_samples_that_cannot_be_counted_before_are_counted_by_the_search(make_trainer):
-    class Stream60(IterableDataset):
-        def __iter__(self):
-            return iter(blobs(60, 2))
-
+def test_samples_that_cannot_be_counted_before_are_counted_by_the_search(certified):
     with pytest.raises(ValueError, match=r"30 confirmation samples can certify of no network.*at least 149"):
-        certified(make_trainer, loader=DataLoader(Stream60(), 10), tolerance=0.02, confidence=0.95)
+        certified(val=DataLoader(Stream(60, 2), 10), tolerance=0.02, confidence=0.95)
 
 
 class Uneven(Judged):
@@ -776,15 +681,15 @@ class Uneven(Judged):
         super().validation_step(batch[:2], batch_idx)
 
 
-def test_data_that_cannot_be_divided_certifies_nothing_and_the_reason_is_told(make_trainer):
+def test_data_that_cannot_be_divided_certifies_nothing_and_the_reason_is_told(certified):
     def with_a_number(samples):
-        return [*torch.utils.data.default_collate(samples), torch.tensor(0.5)]
+        return [*default_collate(samples), torch.tensor(0.5)]
 
     loader = DataLoader(blobs(400, 2), 100, collate_fn=with_a_number)
     module = Uneven(MulticlassAccuracy(10, average="micro"))
-    with pytest.raises(ValueError, match=r"loader 0 gives 4 batches, fewer than 16.*or leave confidence out"):
-        certified(make_trainer, loader=loader, module=module)
-    pruning, _ = certified(make_trainer, loader=loader, module=module, confidence=None)
+    with pytest.raises(ValueError, match=r"loader 0 gives 4 batches, fewer than 16.*or pass confidence=None"):
+        certified(val=loader, module=module)
+    pruning, _ = certified(val=loader, module=module, confidence=None)
     assert pruning.report.folds == (1, 0)
     assert "loader 0 gives 4 batches" in str(pruning.report)
     assert pruning.report.sparsity > 0
@@ -793,17 +698,12 @@ def test_data_that_cannot_be_divided_certifies_nothing_and_the_reason_is_told(ma
 # ---- the winner and the levels beyond it
 
 
-def test_a_file_restores_the_winner_and_the_levels_beyond_it(make_trainer, tmp_path):
-    """A tolerance of two in a hundred: some level keeps it on the data that ranks, and not on the other."""
-    pruning = beyond = None
+def test_a_file_restores_the_winner_and_the_levels_beyond_it(fit, tmp_path):
+    """A tolerance of one in a hundred: some level keeps it on the data that ranks, and not on the other."""
+    tree, beyond = Tree(pruning_rate=0.3, max_levels=6), None
     for seed in range(8):
-        pruning = RouletteWheelPruning(
-            3, tolerance=0.01, tree=Tree(pruning_rate=0.3, max_levels=6), seed=seed, dirpath=tmp_path / str(seed)
-        )
-        module = Blobs()
-        torch.manual_seed(0)
-        make_trainer(callbacks=[pruning]).fit(module, train_loader(), val_loader())
-        report = pruning.report
+        pruning = RouletteWheelPruning(3, tolerance=0.01, tree=tree, seed=seed, dirpath=tmp_path / str(seed))
+        module, report = fit(pruning), pruning.report
         if report.winner and report.winner.level < len(report.accepted):
             beyond = report.accepted[-1].level
             break
@@ -812,12 +712,10 @@ def test_a_file_restores_the_winner_and_the_levels_beyond_it(make_trainer, tmp_p
     assert sparsity(prunable_parameters(module)) == report.sparsity < report.accepted[-1].sparsity
 
     again = RouletteWheelPruning(3, tolerance=0.01)
-    trainer = make_trainer(callbacks=[again], max_epochs=3)
-    trainer.fit(Blobs(), train_loader(), val_loader(), ckpt_path=pruning.best_model_path)
+    fit(again, max_epochs=3, ckpt_path=pruning.best_model_path)
     assert again.report.levels == report.levels
     assert again.mask == pruning.mask
-    for level in range(beyond + 1):
-        assert again.mask_at(level) == pruning.mask_at(level)
+    assert [again.mask_at(level) for level in range(beyond + 1)] == [pruning.mask_at(i) for i in range(beyond + 1)]
     assert again.mask_at(beyond).survivors == report.accepted[-1].survivors < again.mask.survivors
     with pytest.raises(ValueError, match=f"level is {beyond + 1}"):
         again.mask_at(beyond + 1)
@@ -826,37 +724,22 @@ def test_a_file_restores_the_winner_and_the_levels_beyond_it(make_trainer, tmp_p
     assert Mask.of_nonzeros(prunable_parameters(other)) == pruning.mask
 
 
+# ---- which data is divided into folds
+
+
 class TimeFirst(Blobs):
     """Its batches have time before samples: rows of theirs mean nothing."""
 
     def validation_step(self, batch, batch_idx):
         x, y = batch
         trend = torch.linspace(0, 1, len(x)).view(-1, 1, 1)
-        scores = self((trend * x).sum(0))
-        self.log("val_loss", cross_entropy(scores, y[0]))
-        self.val_acc(scores, y[0])
-        self.log("val_acc", self.val_acc)
+        super().validation_step(((trend * x).sum(0), y[0]), batch_idx)
 
 
-def test_batches_that_tell_something_else_when_cut_are_not_cut(make_trainer):
+def time_first():
     x, y = val_loader().dataset.tensors
     batches = [(x[part].expand(20, -1, -1), y[part].expand(20, -1)) for part in torch.arange(200).split(25)]
-    pruning = RouletteWheelPruning(2, monitor="val_acc", tolerance=1.0, refit=None, tree=Tree(0.2, max_levels=1))
-    trainer = make_trainer(callbacks=[pruning], max_epochs=1)
-    module = TimeFirst()
-    trainer.fit(module, train_loader(), DataLoader(batches, batch_size=None))
-    assert pruning.report.folds == (1, 0)
-    assert pruning.report.undivided_because == "the module logs other values on regrouped samples"
-    said = trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)[0]["val_acc"]
-    assert pruning.report.score == pytest.approx(said, abs=1e-6)
-
-
-def test_loaders_that_are_read_side_by_side_are_dealt_as_one(make_trainer):
-    pruning = RouletteWheelPruning(2, monitor="val_loss", tolerance=9.0, refit=None, tree=Tree(0.2, max_levels=1))
-    trainer = make_trainer(callbacks=[pruning], max_epochs=1)
-    loaders = CombinedLoader({"a": val_loader(10), "b": DataLoader(blobs(90, 3), 5)}, "max_size_cycle")
-    trainer.fit(Together(), train_loader(), loaders)
-    assert pruning.report.folds == (8, 8)
+    return DataLoader(batches, batch_size=None)
 
 
 class Last(Blobs):
@@ -873,36 +756,11 @@ class Last(Blobs):
             self.right.clear()
 
 
-@pytest.mark.parametrize(("size", "cache_bytes"), [(64, 2**31), (10, 2**31), (10, 5000), (10, 0)])
-def test_a_step_is_told_which_batch_is_the_last(make_trainer, size, cache_bytes):
-    validation = Validation(cache_bytes=cache_bytes)
-    pruning = RouletteWheelPruning(2, tolerance=1.0, refit=None, tree=Tree(0.2, max_levels=1), validation=validation)
-    trainer, module = make_trainer(callbacks=[pruning], max_epochs=1), Last()
-    trainer.fit(module, train_loader(), val_loader(size))
-    assert pruning.report.folds == (8, 8)
-    assert pruning.report.score == pytest.approx(
-        trainer.validate(module, val_loader(size), verbose=False)[0]["val_acc"]
-    )
-    assert not module.right
-
-
 class Fixed(Blobs):
     """Takes batches of 25 only."""
 
     def forward(self, x):
         return super().forward(x + torch.zeros(25, 16))
-
-
-def test_a_module_that_needs_its_batch_size_is_judged_on_its_batches(make_trainer):
-    pruning = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=2))
-    trainer = make_trainer(callbacks=[pruning], max_epochs=1)
-    trainer.fit(Fixed(), train_loader(batch_size=25), val_loader(batch_size=25))
-    assert pruning.report.folds == (1, 0)
-    assert pruning.report.undivided_because.startswith(
-        "validation fails on regrouped samples (RuntimeError: The size of"
-    )
-    assert pruning.report.winner.undone == {}
-    assert pruning.report.left_alone == {}
 
 
 class Squeezes(Blobs):
@@ -914,86 +772,60 @@ class Squeezes(Blobs):
         return scores
 
 
-@pytest.mark.parametrize("count", [130, 131])
-def test_no_fold_leaves_a_batch_of_one_sample(make_trainer, count):
-    pruning = RouletteWheelPruning(2, tolerance=1.0, refit=None, tree=Tree(0.2, max_levels=1))
-    loader = DataLoader(blobs(count, 2), 32)
-    make_trainer(callbacks=[pruning], max_epochs=1).fit(Squeezes(), train_loader(), loader)
-    assert pruning.report.folds == (8, 8)
+def side_by_side():
+    return CombinedLoader({"a": val_loader(10), "b": DataLoader(blobs(90, 3), 5)}, "max_size_cycle")
 
 
-@dataclass
-class Held:
-    x: torch.Tensor
-    y: torch.Tensor
+WHOLE, HALVES = (1, 0), (8, 8)
+MEANINGLESS = "the module logs something else on batches that are cut anew"
+FAILS = "validation fails on batches that are cut anew (RuntimeError: The size of"
+FOLDS = {
+    "batches that tell something else when cut": (TimeFirst, time_first, {}, WHOLE, MEANINGLESS),
+    "a module that needs its batch size": (
+        Fixed,
+        partial(val_loader, 25),
+        {"refit": "least_squares", "train": train_loader(25)},
+        WHOLE,
+        FAILS,
+    ),
+    "loaders side by side": (Together, side_by_side, {"monitor": "val_loss", "tolerance": 9.0}, HALVES, ""),
+    "130 samples, never one alone": (Squeezes, lambda: DataLoader(blobs(130, 2), 32), {}, HALVES, ""),
+    "131 samples, never one alone": (Squeezes, lambda: DataLoader(blobs(131, 2), 32), {}, HALVES, ""),
+    **{
+        f"a step that asks for the last batch of {size}, cache {room}": (
+            Last,
+            partial(val_loader, size),
+            {"validation": Validation(cache_bytes=room)},
+            HALVES,
+            "",
+        )
+        for size, room in ((64, 2**31), (10, 2**31), (10, 5000), (10, 0))
+    },
+}
 
 
-@dataclass(slots=True)
-class Slotted:
-    x: torch.Tensor
-    y: torch.Tensor
+@pytest.mark.parametrize("name", FOLDS)
+def test_data_is_divided_into_folds_where_the_module_takes_it_so(searched, name):
+    kind, loader, options, folds, shared = FOLDS[name]
+    module = kind()
+    usual = {"monitor": "val_acc", "branches": 2, "tolerance": 1.0, "tree": ONE_LEVEL}
+    pruning = searched(loader(), module, **usual | options)
+    report = pruning.report
+    assert report.folds == folds
+    assert (report.undivided_because or "").startswith(shared)
+    said = module.trainer.validate(module, loader(), verbose=False)[0][report.monitor]
+    assert report.score == pytest.approx(said, abs=1e-6)
+    assert report.winner.undone == report.left_alone == {}
+    assert not getattr(module, "right", [])
 
 
-@dataclass(frozen=True)
-class Frozen:
-    x: torch.Tensor
-    y: torch.Tensor
-
-
-@pytest.mark.parametrize("writes", [False, True])
-@pytest.mark.parametrize("kind", [Held, Slotted, Frozen])
-def test_batches_may_be_data_classes_of_any_kind(make_trainer, kind, writes):
-    class Takes(Blobs):
-        def transfer_batch_to_device(self, batch, device, dataloader_idx):
-            return batch
-
-        def training_step(self, batch, batch_idx):
-            return super().training_step((batch.x, batch.y), batch_idx)
-
-        def validation_step(self, batch, batch_idx):
-            super().validation_step((batch.x, batch.y), batch_idx)
-            if writes:
-                batch.x.zero_()
-
-    def held(rows):
-        return kind(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
-
-    pruning = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=1))
-    trainer, module = make_trainer(callbacks=[pruning], max_epochs=1), Takes()
-    trainer.fit(module, train_loader(collate_fn=held), val_loader(10, collate_fn=held))
-    assert pruning.report.folds == (8, 8)
-    said = trainer.validate(module, val_loader(10, collate_fn=held), verbose=False)[0]["val_acc"]
-    assert pruning.report.score == pytest.approx(said, abs=1e-6)
-
-
-def test_what_a_validation_step_binds_in_a_batch_object_is_forgotten(make_trainer):
-    class Binding(Blobs):
-        def transfer_batch_to_device(self, batch, device, dataloader_idx):
-            return batch
-
-        def validation_step(self, batch, batch_idx):
-            batch.x = batch.x * 0.5
-            super().validation_step((batch.x, batch.y), batch_idx)
-
-    def held(rows):
-        return Held(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
-
-    x, y = val_loader().dataset.tensors
-    pruning = RouletteWheelPruning(3, monitor="val_acc", tolerance=1.0, refit=None, tree=Tree(0.2, max_levels=2))
-    trainer, module = make_trainer(callbacks=[pruning], max_epochs=1), Binding()
-    trainer.fit(module, train_loader(), val_loader(10, collate_fn=held))
-    with torch.no_grad():
-        right = (module(0.5 * x).argmax(1) == y).float().mean()
-    assert pruning.report.score == pytest.approx(float(right), abs=1e-6)
-
-
-def test_a_network_that_cannot_be_compared_with_the_dense_one_is_not_an_error(make_trainer):
+def test_a_network_that_cannot_be_compared_with_the_dense_one_is_not_an_error(fit):
     class Macro(Blobs):
         def __init__(self):
             super().__init__()
             self.val_acc = MulticlassAccuracy(10)
 
     pruning = RouletteWheelPruning(3, monitor="val_acc", tolerance=1.0, tree=Tree(0.5, max_levels=3))
-    make_trainer(callbacks=[pruning], max_epochs=3).fit(Macro(), train_loader(), val_loader())
+    fit(pruning, module=Macro(), max_epochs=3)
     assert len(pruning.report.accepted) == 3
     assert all(level.error >= 0 for level in pruning.report.accepted)

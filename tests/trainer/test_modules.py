@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -24,28 +26,24 @@ from lightning_roulette import (
     prunable_parameters,
     sparsity,
 )
+from tests.support import fits
+from tests.support.isolated import ON_ALL
 from tests.support.modules import Blobs, blobs, tiny_net, train_loader, val_loader
+from tests.support.state import equal, load
+
+pruner = partial(fits.pruner, tolerance=1.0, tree=Tree(0.2, max_levels=2))
 
 
-def pruner(**options) -> RouletteWheelPruning:
-    return RouletteWheelPruning(
-        **{"branches": 2, "tolerance": 1.0, "refit": None, "tree": Tree(0.2, max_levels=2)} | options
-    )
-
-
-def fitted(make_trainer, callback, module, *, val=None, callbacks=(), **options):
-    torch.manual_seed(0)
-    trainer = make_trainer(callbacks=[*callbacks, callback], **options)
-    trainer.fit(module, train_loader(), val_loader() if val is None else val)
-    return module
-
-
-def assert_pruned(pruning, module) -> None:
-    """The module's zeros are the mask's, and the report's score is what validation gives."""
-    assert pruning.mask.sparsity == pytest.approx(pruning.report.sparsity)
-    assert pruning.report.sparsity > 0.3
+def assert_pruned(pruning, module, **validation) -> None:
+    """The module's zeros are the mask's, and validation gives the score that the report tells last."""
+    report, monitor = pruning.report, pruning.report.monitor
+    assert pruning.mask.sparsity == pytest.approx(report.sparsity)
+    assert report.sparsity > 0.3
     weights = dict(module.named_parameters(remove_duplicate=False))
     assert all(torch.equal(weights[name] != 0, kept) for name, kept in pruning.mask.items())
+    logged = module.trainer.validate(module, verbose=False, **validation)
+    final = report.score if report.trained_score is None else report.trained_score
+    assert {**logged[0], **logged[-1]}[monitor] == pytest.approx(final, abs=1e-7)
 
 
 class With(Blobs):
@@ -59,19 +57,16 @@ class With(Blobs):
 # ---- kinds of networks
 
 
-def test_batchnorm_statistics_and_affine_weights_are_left_alone(make_trainer):
+def test_batchnorm_statistics_and_affine_weights_are_left_alone(fit):
     def module():
         torch.manual_seed(1)
         return With(nn.Sequential(nn.Linear(16, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 10)))
 
-    pruning, plain = pruner(), module()
-    pruned = fitted(make_trainer, pruning, module())
-    torch.manual_seed(0)
-    make_trainer().fit(plain, train_loader(), val_loader())
-    assert_pruned(pruning, pruned)
+    pruning = pruner()
+    plain, pruned = fit(module=module()), fit(pruning, module=module())
+    assert_pruned(pruning, pruned, dataloaders=val_loader())
     assert set(pruning.mask) == {"net.0.weight", "net.3.weight"}
-    for name, value in plain.net[1].state_dict().items():
-        assert torch.equal(value, pruned.net[1].state_dict()[name]), name
+    assert equal(plain.net[1].state_dict(), pruned.net[1].state_dict())
 
 
 class Recurrent(nn.Module):
@@ -83,19 +78,6 @@ class Recurrent(nn.Module):
 
     def forward(self, x):
         return self.head(self.rnn(x.view(-1, 4, 4))[0][:, -1])
-
-
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-@pytest.mark.parametrize("at_epoch", [None, 1])
-def test_recurrent_layers(make_trainer, kind, at_epoch):
-    pruning = pruner(at_epoch=at_epoch)
-    module = fitted(make_trainer, pruning, With(Recurrent(kind)))
-    assert_pruned(pruning, module)
-    weights = {f"net.rnn.weight_{which}_l{layer}" for which in ("ih", "hh") for layer in (0, 1)}
-    assert set(pruning.mask) == weights | {"net.head.weight"}
-    (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
-    final = pruning.report.score if at_epoch is None else pruning.report.trained_score
-    assert logged["val_acc"] == pytest.approx(final, abs=1e-7)
 
 
 class Tied(nn.Module):
@@ -110,19 +92,6 @@ class Tied(nn.Module):
         return self.head(self.again(self.first(x).relu()).relu())
 
 
-@pytest.mark.parametrize("at_epoch", [None, 1])
-def test_tied_weights_count_once_and_stay_tied(make_trainer, tmp_path, at_epoch):
-    pruning = pruner(dirpath=tmp_path, at_epoch=at_epoch)
-    module = fitted(make_trainer, pruning, With(Tied()))
-    assert_pruned(pruning, module)
-    assert set(pruning.mask) == {"net.first.weight", "net.head.weight"}
-    assert pruning.report.size == 16 * 16 + 16 * 10
-    assert module.net.again.weight is module.net.first.weight
-    stored = torch.load(pruning.best_model_path, weights_only=True)["state_dict"]
-    assert torch.equal(stored["net.again.weight"], stored["net.first.weight"])
-    assert torch.equal(stored["net.first.weight"] != 0, pruning.mask["net.first.weight"])
-
-
 class Attends(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -133,40 +102,14 @@ class Attends(nn.Module):
         return self.head(self.attention(steps, steps, steps, need_weights=False)[0].flatten(1))
 
 
-def test_attention_projections(make_trainer):
-    pruning = pruner(at_epoch=1)
-    module = fitted(make_trainer, pruning, With(Attends()))
-    assert_pruned(pruning, module)
-    names = ("attention.in_proj_weight", "attention.out_proj.weight", "head.weight")
-    assert set(pruning.mask) == {f"net.{name}" for name in names}
+def convolutions():
+    square = nn.Unflatten(1, (1, 4, 4))
+    return nn.Sequential(square, nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(96, 10))
 
 
-def test_convolutions(make_trainer):
-    net = nn.Sequential(
-        nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(96, 10)
-    )
-    pruning = pruner(wheel=Wheel(scope="layer"))
-    module = fitted(make_trainer, pruning, With(net))
-    assert_pruned(pruning, module)
-    assert pruning.mask.densities == pytest.approx({"net.1.weight": 0.64, "net.4.weight": 0.64}, abs=0.02)
-
-
-class Lazy(Blobs):
-    """Its layers get their shapes from the first batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.LazyLinear(24), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(10))
-
-
-@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature", "ignore:The total number of parameters detected")
-@pytest.mark.parametrize("options", [{}, {"num_sanity_val_steps": 0}], ids=str)
-@pytest.mark.parametrize("at_epoch", [None, 1])
-def test_lazy_layers_are_pruned_once_they_have_a_shape(make_trainer, options, at_epoch):
-    pruning = pruner(at_epoch=at_epoch)
-    module = fitted(make_trainer, pruning, Lazy(), **options)
-    assert_pruned(pruning, module)
-    assert set(pruning.mask) == {"net.0.weight", "net.3.weight"}
+def lazy():
+    """Layers that get their shapes from the first batch."""
+    return nn.Sequential(nn.LazyLinear(24), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(10))
 
 
 class Configured(Blobs):
@@ -180,24 +123,9 @@ class Configured(Blobs):
         self.net = self.net or tiny_net()
 
 
-def test_a_network_made_in_configure_model(make_trainer):
-    pruning = pruner()
-    assert_pruned(pruning, fitted(make_trainer, pruning, Configured()))
-
-
-def test_a_callback_that_the_module_itself_configures(make_trainer):
-    pruning = pruner()
-
-    class Configures(Blobs):
-        def configure_callbacks(self):
-            return [pruning]
-
-    module = Configures()
-    make_trainer().fit(module, train_loader(), val_loader())
-    assert_pruned(pruning, module)
-
-
 class ByHand(Blobs):
+    """Takes the steps of its optimizer itself."""
+
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -209,15 +137,42 @@ class ByHand(Blobs):
         optimizer.step()
 
 
-@pytest.mark.parametrize("at_epoch", [None, 1])
-def test_manual_optimization(make_trainer, at_epoch):
-    pruning = pruner(at_epoch=at_epoch)
-    assert_pruned(pruning, fitted(make_trainer, pruning, ByHand()))
+RECURRENT = {"head.weight", *(f"rnn.weight_{which}_l{layer}" for which in ("ih", "hh") for layer in (0, 1))}
+ATTENTION = {"attention.in_proj_weight", "attention.out_proj.weight", "head.weight"}
+LINEAR = {"0.weight", "2.weight"}
+NETWORKS = {
+    **{kind.__name__: (lambda kind=kind: With(Recurrent(kind)), RECURRENT) for kind in (nn.LSTM, nn.GRU, nn.RNN)},
+    "tied weights": (lambda: With(Tied()), {"first.weight", "head.weight"}),
+    "attention": (lambda: With(Attends()), ATTENTION),
+    "convolutions": (lambda: With(convolutions()), {"1.weight", "4.weight"}),
+    "lazy layers": (lambda: With(lazy()), {"0.weight", "3.weight"}),
+    "lazy layers, no sanity check": (lambda: With(lazy()), {"0.weight", "3.weight"}),
+    "configure_model": (Configured, LINEAR),
+    "manual optimization": (ByHand, LINEAR),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature", "ignore:The total number of parameters detected")
+@pytest.mark.parametrize(("name", "at_epoch"), [*product(NETWORKS, (None, 1)), ("lazy layers, no sanity check", 0)])
+def test_networks_of_many_kinds(fit, tmp_path, name, at_epoch):
+    make, names = NETWORKS[name]
+    pruning = pruner(at_epoch=at_epoch, dirpath=tmp_path, wheel=Wheel(scope="layer"))
+    module = fit(pruning, module=make(), num_sanity_val_steps=0 if "sanity" in name else None)
+    assert_pruned(pruning, module, dataloaders=val_loader())
+    assert set(pruning.mask) == {f"net.{one}" for one in names}
+    assert pruning.mask.densities == pytest.approx(dict.fromkeys(pruning.mask, 0.64), abs=0.05)
+    if name == "tied weights":
+        stored = load(pruning.best_model_path)["state_dict"]
+        assert pruning.report.size == 16 * 16 + 16 * 10
+        assert module.net.again.weight is module.net.first.weight
+        assert torch.equal(stored["net.again.weight"], stored["net.first.weight"])
+        assert torch.equal(stored["net.first.weight"] != 0, pruning.mask["net.first.weight"])
 
 
 # ---- kinds of Trainers and data
 
 
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
 @pytest.mark.parametrize("at_epoch", [None, 1])
 @pytest.mark.parametrize(
     "options",
@@ -240,28 +195,17 @@ def test_manual_optimization(make_trainer, at_epoch):
         {"profiler": "simple"},
         {"detect_anomaly": True},
         {"max_time": "00:01:00:00"},
+        {"overfit_batches": 2},
     ],
     ids=str,
 )
-def test_trainers_of_many_kinds(make_trainer, options, at_epoch):
+def test_trainers_of_many_kinds(fit, options, at_epoch):
     pruning = pruner(at_epoch=at_epoch)
-    module = fitted(make_trainer, pruning, Blobs(), **options)
-    assert_pruned(pruning, module)
-    precision = {"precision": options["precision"]} if "precision" in options else {}
-    limit = {"limit_val_batches": options.get("limit_val_batches", 1.0)}
-    (logged,) = make_trainer(**precision, **limit).validate(module, val_loader(), verbose=False)
-    final = pruning.report.score if at_epoch is None else pruning.report.trained_score
-    assert logged["val_acc"] == pytest.approx(final, abs=1e-7)
+    module = fit(pruning, **options)
+    assert_pruned(pruning, module, dataloaders=val_loader())
 
 
-@pytest.mark.filterwarnings("ignore:You requested to overfit")
-def test_overfit_batches(make_trainer):
-    pruning, module = pruner(), Blobs()
-    fitted(make_trainer, pruning, module, overfit_batches=2)
-    assert_pruned(pruning, module)
-
-
-def test_the_search_uses_all_validation_batches_whatever_the_sanity_check_took(make_trainer):
+def test_the_search_uses_all_validation_batches_whatever_the_sanity_check_took(fit):
     class Counts(Blobs):
         samples = 0
 
@@ -269,11 +213,10 @@ def test_the_search_uses_all_validation_batches_whatever_the_sanity_check_took(m
             super().validation_step(batch, batch_idx)
             self.samples += len(batch[0]) * (self.trainer.current_epoch == 2)
 
-    pruning, module = pruner(validation=Validation(confirm=0, race=False)), Counts()
-    fitted(make_trainer, pruning, module, num_sanity_val_steps=1)
-    # all twice to find the metric and see that cut batches tell the same, one fold of 12 samples four times to see
-    # that it is taken, that it minds and what it is; then all, for the dense network, two branches of two, the winner
-    # of each again, and the last once it is loaded
+    module = fit(pruner(validation=ON_ALL), module=Counts(), num_sanity_val_steps=1)
+    # All twice to find the metric and see that cut batches tell the same, one fold of 12 samples four times to see
+    # that it is taken, that it minds and what it is. Then all, for the dense network, two branches of two, the winner
+    # of each again, and the last once it is loaded.
     assert module.samples == 2 * 200 + 4 * 12 + 200 * (1 + 2 * (2 + 1) + 1)
 
 
@@ -289,24 +232,22 @@ class TwoLoaders(Blobs):
         self.log(name, accuracy, add_dataloader_idx=self.apart)
 
 
+def two_loaders():
+    return [val_loader(), DataLoader(blobs(100, 3), batch_size=50)]
+
+
 @pytest.mark.parametrize(
     ("apart", "monitor"), [(True, "val_acc/dataloader_idx_1"), (False, "acc_1"), (True, "val_acc/dataloader_idx_0")]
 )
-def test_any_of_several_validation_loaders_may_judge(make_trainer, apart, monitor):
-    loaders = [val_loader(), DataLoader(blobs(100, 3), batch_size=50)]
-    pruning, module = pruner(monitor=monitor), TwoLoaders(apart=apart)
-    fitted(make_trainer, pruning, module, val=loaders)
-    assert_pruned(pruning, module)
-    logged = make_trainer().validate(module, loaders, verbose=False)
-    values = {name: value for each in logged for name, value in each.items()}
-    assert len(values) == 2
-    assert pruning.report.score == pytest.approx(values[monitor], abs=1e-7)
+def test_any_of_several_validation_loaders_may_judge(fit, apart, monitor):
+    pruning = pruner(monitor=monitor)
+    module = fit(pruning, module=TwoLoaders(apart=apart), val=two_loaders())
+    assert_pruned(pruning, module, dataloaders=two_loaders())
 
 
-def test_several_validation_loaders_without_a_monitor_are_refused_with_their_names(make_trainer):
-    loaders = [val_loader(), DataLoader(blobs(100, 3), batch_size=50)]
+def test_several_validation_loaders_without_a_monitor_are_refused_with_their_names(fit):
     with pytest.raises(RuntimeError, match=r"'val_acc/dataloader_idx_0', 'val_acc/dataloader_idx_1'. Pass monitor="):
-        fitted(make_trainer, pruner(), TwoLoaders(), val=loaders)
+        fit(pruner(), module=TwoLoaders(), val=two_loaders())
 
 
 class BlobsData(LightningDataModule):
@@ -322,15 +263,18 @@ class BlobsData(LightningDataModule):
         return val_loader()
 
 
-def test_a_datamodule_gives_the_data_and_is_asked_for_it_once(make_trainer):
-    pruning, module, data = pruner(), Blobs(), BlobsData()
-    make_trainer(callbacks=[pruning]).fit(module, datamodule=data)
-    assert_pruned(pruning, module)
+def test_a_datamodule_gives_the_data_and_is_asked_for_it_once(fit):
+    pruning, data = pruner(), BlobsData()
+    module = fit(pruning, datamodule=data)
     assert data.asked == 1
+    assert_pruned(pruning, module, datamodule=data)
 
 
-def test_data_that_the_module_brings_itself(make_trainer):
+def test_a_module_may_bring_the_data_and_the_callback_itself(make_trainer):
     class Brings(Blobs):
+        def configure_callbacks(self):
+            return [pruning]
+
         def train_dataloader(self):
             return train_loader()
 
@@ -338,15 +282,15 @@ def test_data_that_the_module_brings_itself(make_trainer):
             return val_loader()
 
     pruning, module = pruner(), Brings()
-    make_trainer(callbacks=[pruning]).fit(module)
+    make_trainer().fit(module)
     assert_pruned(pruning, module)
 
 
-def test_loader_workers_give_the_same_mask(make_trainer):
+def test_loader_workers_give_the_same_mask(fit):
     masks = []
     for options in ({}, {"num_workers": 1, "persistent_workers": True}):
-        pruning = pruner(branches=2, tree=Tree(0.2, max_levels=1))
-        fitted(make_trainer, pruning, Blobs(lr=0.0), val=val_loader(**options))
+        pruning = pruner(tree=Tree(0.2, max_levels=1))
+        fit(pruning, module=Blobs(lr=0.0), val=val_loader(**options))
         masks.append(pruning.mask)
     assert masks[0] == masks[1]
     assert masks[0].sparsity > 0
@@ -356,16 +300,16 @@ def test_loader_workers_give_the_same_mask(make_trainer):
     "finder", [lambda: LearningRateFinder(num_training_steps=4), lambda: BatchSizeFinder("power", 1, max_trials=1)]
 )
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
-def test_a_finder_that_fits_before_the_fit_does_not_search(make_trainer, finder):
+def test_a_finder_that_fits_before_the_fit_does_not_search(fit, finder):
     class Starts(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             sparsities.append(sparsity(prunable_parameters(pl_module)))
 
-    sparsities, pruning, module, data = [], pruner(), Blobs(), BlobsData()
+    sparsities, pruning, module = [], pruner(), Blobs()
     module.batch_size = 50
-    make_trainer(callbacks=[finder(), pruning, Starts()]).fit(module, datamodule=data)
+    fit(finder(), pruning, Starts(), module=module, datamodule=BlobsData())
     assert set(sparsities) == {0.0}
-    assert_pruned(pruning, module)
+    assert_pruned(pruning, module, dataloaders=val_loader())
     assert len(pruning.report.levels) == 2
 
 
@@ -466,12 +410,3 @@ def test_a_callback_given_on_the_command_line(tmp_path):
     written = cli.parser.dump(cli.config)  # what Lightning saves beside a run
     assert "sharpness: 2.0" in written
     assert "pruning_rate: 0.1" in written
-
-
-@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
-def test_lazy_layers_that_no_sanity_check_has_shaped_are_pruned(make_trainer):
-    module = Blobs()
-    module.net = nn.Sequential(nn.LazyLinear(24), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(10))
-    pruning = RouletteWheelPruning(2, tolerance=1.0, at_epoch=0, tree=Tree(0.2, max_levels=1))
-    make_trainer(callbacks=[pruning], num_sanity_val_steps=0, max_epochs=1).fit(module, train_loader(), val_loader())
-    assert pruning.report.sparsity > 0

@@ -19,8 +19,9 @@ from lightning_roulette.trainer.show.bar import Line, line_of
 from lightning_roulette.trainer.show.curves import Curves
 from lightning_roulette.trainer.show.watcher import Watcher, log, speak_up
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
+from tests.support.callbacks import within
+from tests.support.isolated import BY_DEFAULT, ON_ALL, judged_by, one_level
 from tests.support.modules import Blobs, train_loader, val_loader
-from tests.trainer.test_isolation import BY_DEFAULT, ON_ALL, judged_by, one_level, within
 
 LEVELS = Tree(0.2, max_levels=2)
 # How often a candidate of five is judged: once on all data, or in a race on half of the folds

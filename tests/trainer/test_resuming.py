@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from lightning_roulette import Mask, StopReason, Tree, Validation, prunable_parameters, sparsity
 from lightning_roulette.trainer.scores.trainer_evaluator import TrainerEvaluator
 from tests.support.failing import Fails, counting
+from tests.support.fits import pruner
 from tests.support.modules import Blobs, blobs, train_loader, val_loader
-from tests.trainer.test_checkpoints import equal, load, pruner
+from tests.support.state import equal, load
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
