@@ -777,8 +777,8 @@ def side_by_side():
 
 
 WHOLE, HALVES = (1, 0), (8, 8)
-MEANINGLESS = "the module logs something else on batches that are cut anew"
-FAILS = "validation fails on batches that are cut anew (RuntimeError: The size of"
+MEANINGLESS = "the module logs other values on regrouped samples"
+FAILS = "validation fails on regrouped samples (RuntimeError: The size of"
 FOLDS = {
     "batches that tell something else when cut": (TimeFirst, time_first, {}, WHOLE, MEANINGLESS),
     "a module that needs its batch size": (

@@ -87,7 +87,7 @@ def test_an_all_zero_candidate_scores_what_an_all_zero_network_scores_in_any_hoo
 
 
 def test_a_candidate_scores_what_validate_says_of_a_masked_copy(at_end, make_trainer):
-    loader = val_loader(batch_size=11)  # So many batches are not cut anew: every sum is in the same order.
+    loader = val_loader(batch_size=11)  # So many batches are not regrouped: every sum is in the same order.
 
     def score(trainer, module):
         ours, expected = {}, {}
