@@ -11,7 +11,8 @@ from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.network.parameters import prunable_parameters, skipped_parameters
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.refitted import Refitted
-from lightning_roulette.report.report import Candidate, Level, Method, Scores, SearchReport, StopReason
+from lightning_roulette.report.records import Candidate, Level, Method, Scores, StopReason
+from lightning_roulette.report.report import SearchReport
 from lightning_roulette.search.observer import Observer
 from lightning_roulette.search.search import search
 from lightning_roulette.search.winner import Winner

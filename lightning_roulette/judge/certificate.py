@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_roulette.report.report import Method
+from lightning_roulette.report.records import Method
 from lightning_roulette.wheel.chance import random_bits, stream
 
 _LEAST = 2.0**-1022  # no p-value is smaller: the smallest normal float64

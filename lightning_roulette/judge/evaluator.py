@@ -12,7 +12,7 @@ import torch
 from lightning_roulette.judge.certificate import Batches, Outcomes
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.mask.pruned import PrunedWeights
-from lightning_roulette.report.report import Scores
+from lightning_roulette.report.records import Scores
 
 
 class Evaluator(Protocol):

@@ -32,7 +32,7 @@ from lightning_roulette.judge.certificate import Batches, Outcomes, Resamples, S
 from lightning_roulette.judge.evaluator import Evaluator
 from lightning_roulette.large.shards import local
 from lightning_roulette.mask.pruned import PrunedWeights
-from lightning_roulette.report.report import Scores
+from lightning_roulette.report.records import Scores
 
 _Answer = tuple[Scores, Outcomes | None]
 

@@ -11,7 +11,7 @@ from lightning_roulette.judge.selection import best_of
 from lightning_roulette.large.limits import limits
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.mask.pruned import PrunedWeights
-from lightning_roulette.report.report import Candidate, Scores
+from lightning_roulette.report.records import Candidate, Scores
 
 
 @dataclass(frozen=True)

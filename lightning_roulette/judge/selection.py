@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from lightning_roulette.report.report import Candidate
+from lightning_roulette.report.records import Candidate
 
 # A score logged in float32 that ties with the floor may fall below it by rounding: four units in the last place.
 _ROUNDING = 2.0**-21

@@ -13,7 +13,8 @@ from lightning_roulette.judge.race import Reference, Rung, no_race, rungs
 from lightning_roulette.mask.history import History
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.refit.refitted import Refitted
-from lightning_roulette.report.report import Scores, SearchReport, StopReason
+from lightning_roulette.report.records import Scores, StopReason
+from lightning_roulette.report.report import SearchReport
 from lightning_roulette.search.drawing import Drawing
 from lightning_roulette.search.observer import Observer
 from lightning_roulette.search.refitter import Refitter

@@ -20,7 +20,7 @@ from lightning_roulette.judge.certificate import (
     samples_needed,
     t_tail,
 )
-from lightning_roulette.report.report import Method
+from lightning_roulette.report.records import Method
 
 
 def chance(seed: int) -> torch.Generator:

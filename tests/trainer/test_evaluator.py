@@ -34,7 +34,7 @@ from lightning_roulette import (
 from lightning_roulette.judge.certificate import Batches, Resamples, Singles, samples_needed
 from lightning_roulette.judge.race import rungs
 from lightning_roulette.mask.pruned import PrunedWeights
-from lightning_roulette.report.report import Method
+from lightning_roulette.report.records import Method
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from tests.support.modules import Blobs, blobs, train_loader, val_loader
 from tests.trainer.test_isolation import (

@@ -259,7 +259,7 @@ def test_a_refit_is_drawn_by_sensitivity(make_trainer):
     for one in (default, named, plain):
         fitted(make_trainer, one, enable_checkpointing=False)
     assert default.report.importance == named.report.importance == "sensitivity"
-    assert "Drawn by sensitivity. Refitted" in str(default.report)
+    assert "Importance: sensitivity. Refit: " in str(default.report)
     assert same(default, named)
     assert plain.mask != default.mask
 

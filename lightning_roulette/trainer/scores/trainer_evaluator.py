@@ -16,7 +16,7 @@ from lightning_roulette.judge.certificate import Outcomes
 from lightning_roulette.mask.mask import fill_pruned
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.network.lending import applied, copy_into, lent, named_tensors
-from lightning_roulette.report.report import Scores
+from lightning_roulette.report.records import Scores
 from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.processes import mean_over_processes
 from lightning_roulette.trainer.scores.metric_calls import Call, batches_of, calls_of, outcomes_of
