@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_roulette.judge.certificate import Batches, Resamples, Singles
 from lightning_roulette.judge.evaluator import Evaluator
+from lightning_roulette.judge.outcomes import Batches, Resamples, Singles
 from lightning_roulette.mask.mask import Mask, apply_mask, sparsity
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.network.parameters import prunable_parameters, skipped_parameters

@@ -31,7 +31,8 @@ from lightning_roulette import (
     prunable_parameters,
     sparsity,
 )
-from lightning_roulette.judge.certificate import Batches, Resamples, Singles, samples_needed
+from lightning_roulette.judge.certificate import samples_needed
+from lightning_roulette.judge.outcomes import Batches, Resamples, Singles
 from lightning_roulette.judge.race import rungs
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.report.records import Method

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_roulette.judge.certificate import Outcomes
+from lightning_roulette.judge.outcomes import Outcomes
 from lightning_roulette.mask.mask import fill_pruned
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.network.lending import applied, copy_into, lent, named_tensors
