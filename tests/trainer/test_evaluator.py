@@ -682,7 +682,7 @@ def test_a_confidence_gives_a_report_with_a_method_and_p_values(make_trainer):
     assert all(0 < level.p_value <= 1 for level in judged)
     assert all(level.held == (level.p_value <= 1 - report.confidence) for level in judged)
     assert report.winner is judged[-1] if judged[-1].held else len(judged) > 1
-    assert "With confidence 0.9 the winner's true decline is at most 0.2. Exact" in str(report)
+    assert "With confidence 0.9 the pruned network's true decline is at most 0.2. Exact" in str(report)
     assert pruning.mask == pruning.mask_at(report.winner.level) == Mask.of_nonzeros(prunable_parameters(module))
 
 
@@ -736,7 +736,7 @@ def test_too_few_samples_are_refused_before_training_with_the_number_needed(make
     steps, needed = CountsSteps(), samples_needed(0.95, 0.02)
     kept, needed_in_all = int(samples * confirm), math.ceil(needed / confirm)
     message = (
-        rf"which {kept} confirmation samples can certify.*at least {needed}\b.*\b{needed_in_all} validation samples"
+        rf"but {kept} held-out samples can certify.*At least {needed}\b.*\b{needed_in_all} validation samples"
     )
     with pytest.raises(RuntimeError, match=message):
         certified(
@@ -766,7 +766,7 @@ def test_samples_that_cannot_be_counted_before_are_counted_by_the_search(make_tr
         def __iter__(self):
             return iter(blobs(60, 2))
 
-    with pytest.raises(ValueError, match=r"30 confirmation samples can certify of no network.*at least 149"):
+    with pytest.raises(ValueError, match=r"30 held-out samples can certify no network.*At least 149"):
         certified(make_trainer, loader=DataLoader(Stream60(), 10), tolerance=0.02, confidence=0.95)
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_roulette.judge.evaluator import Evaluator
 from lightning_roulette.judge.outcomes import Outcomes
 from lightning_roulette.mask.mask import fill_pruned
 from lightning_roulette.mask.pruned import PrunedWeights
@@ -25,7 +26,7 @@ from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from lightning_roulette.trainer.validation.logged import Logged
 
 
-class TrainerEvaluator:
+class TrainerEvaluator(Evaluator):
     """Scores pruned networks by isolated validation. Larger scores are better.
 
     Args:
