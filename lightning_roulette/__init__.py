@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_roulette.judge.certificate import Batches, Resamples, Singles
 from lightning_roulette.judge.evaluator import Evaluator
+from lightning_roulette.judge.outcomes import Batches, Resamples, Singles
 from lightning_roulette.mask.mask import Mask, apply_mask, sparsity
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.network.parameters import prunable_parameters, skipped_parameters
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.refitted import Refitted
-from lightning_roulette.report.report import Candidate, Level, Method, Scores, SearchReport, StopReason
+from lightning_roulette.report.records import Candidate, Level, Method, Scores, StopReason
+from lightning_roulette.report.report import SearchReport
 from lightning_roulette.search.observer import Observer
 from lightning_roulette.search.search import search
 from lightning_roulette.search.winner import Winner

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lightning_roulette.judge.certificate import log_wealth
+from lightning_roulette.judge.betting import log_wealth
 
 TOLERANCE, CONFIDENCE, LEVELS = 0.005, 0.95, 20
 AT_ONCE = 4_000_000  # samples in memory at a time

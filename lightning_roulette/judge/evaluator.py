@@ -1,41 +1,119 @@
-"""What judges pruned networks: scores on folds of validation data, and what a search asks of them."""
+"""Evaluators of pruned networks, and the judge through which a search asks one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, cast
 
 import torch
 
-from lightning_roulette.judge.certificate import Batches, Outcomes
+from lightning_roulette.judge.outcomes import Batches, Outcomes
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.mask.pruned import PrunedWeights
-from lightning_roulette.report.report import Scores
+from lightning_roulette.report.records import Scores
 
 
-class Evaluator(Protocol):
-    """Judges pruned networks on folds of validation data. It puts them into the network; the search does not.
+class Evaluator:
+    """Scores pruned networks on folds of validation data. A subclass sets `folds` and defines `__call__`.
 
-    The folds are parts of one sample, dealt at random: a search ranks on some and confirms on the others. One that can
-    tell more than a score of a validation has a method `recorded(candidate, folds)` besides, which returns the scores
-    and the `Outcomes` behind the floor score (None if it cannot tell them). It may have numbers `at_once`, the folds
-    that it would rather see at a time at most, and `at_least`, those that take it no longer than a single one.
+    The folds are parts of one random sample: a search ranks candidates on some folds and confirms its result on the
+    others. The evaluator puts the weights of a candidate into the network, and takes them out again.
+
+    A class that is not derived from this one may be used as well, if it has `folds` and is callable with the same
+    arguments. The other attributes are read from it if it has them.
+
+    Attributes:
+        folds: Number of folds.
+        at_once: Largest number of folds that the evaluator prefers to see in one call; None if there is no limit.
+        at_least: Number of folds that take no longer than one fold.
+        undivided_because: Why the data could not be divided into folds; empty if it was divided.
+
+    Example:
+        >>> class CountsWeights(Evaluator):
+        ...     folds = 1
+        ...
+        ...     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
+        ...         kept = candidate.mask.survivors
+        ...         return Scores(rank=kept, score=kept)
     """
 
-    @property
-    def folds(self) -> int:
-        """How many folds there are."""
-        ...
+    folds: int = 1
+    at_once: int | None = None
+    at_least: int = 1
+    undivided_because: str = ""
 
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
-        """The candidate's scores on the union of these of the folds 0 to `folds - 1`; all else is left as it was."""
-        ...
+        """Return the candidate's scores on the union of these folds, and leave everything else unchanged.
+
+        Args:
+            candidate: Mask and weights of the network.
+            folds: Some of the numbers from 0 to `folds - 1`.
+        """
+        raise NotImplementedError
+
+    def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, Outcomes | None]:
+        """Return the scores and the `Outcomes` behind `Scores.score`; None in their place if they are unknown.
+
+        Override it in an evaluator that knows the scores of single samples or batches. If it is not overridden, a
+        search takes the score of each fold as an outcome, and validates the folds one by one for it.
+        """
+        return self(candidate, folds), None
+
+    @property
+    def records(self) -> bool:
+        """Whether `recorded` is overridden."""
+        return type(self).recorded is not Evaluator.recorded
+
+
+def as_evaluator(evaluate: Evaluator | Callable[[Mask], float]) -> Evaluator:
+    """Return an `Evaluator` for anything that can score networks.
+
+    - An `Evaluator` is returned as it is.
+    - An object with an attribute `folds` is used like an `Evaluator`.
+    - A function from a mask to a score, larger is better, becomes an evaluator with one fold.
+    """
+    if isinstance(evaluate, Evaluator):
+        return evaluate
+    return _Foreign(evaluate) if hasattr(evaluate, "folds") else _OneFold(evaluate)
+
+
+class _OneFold(Evaluator):
+    """A function of a mask as an evaluator with one fold."""
+
+    def __init__(self, score: Callable[[Mask], float]) -> None:
+        self._score = score
+
+    def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
+        value = float(self._score(candidate.mask))
+        return Scores(rank=value, score=value)
+
+
+class _Foreign(Evaluator):
+    """An object with the methods of an `Evaluator` that is not derived from it."""
+
+    def __init__(self, evaluate: Any) -> None:
+        self._evaluate = evaluate
+        self.folds = evaluate.folds
+        self.at_once = getattr(evaluate, "at_once", None)
+        self.at_least = getattr(evaluate, "at_least", 1)
+        self.undivided_because = getattr(evaluate, "undivided_because", "")
+
+    def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
+        return cast(Scores, self._evaluate(candidate, folds))
+
+    def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, Outcomes | None]:
+        return cast("tuple[Scores, Outcomes | None]", self._evaluate.recorded(candidate, folds))
+
+    @property
+    def records(self) -> bool:
+        return hasattr(self._evaluate, "recorded")
 
 
 def divided(folds: int, confirm: float) -> tuple[range, range]:
-    """The folds that rank, and a share `confirm` that confirms: at least one of each; a single fold only ranks.
+    """Return the search folds and the held-out folds, the latter a share `confirm` of all.
+
+    With `confirm > 0` there is at least one of each. A single fold is a search fold.
 
     Example:
         >>> divided(16, 0.25)
@@ -46,72 +124,70 @@ def divided(folds: int, confirm: float) -> tuple[range, range]:
 
 
 class Judge:
-    """An evaluator as a search sees it: its folds divided, its work counted, what is not finite turned into NaN.
+    """An evaluator with its folds divided and its work counted. Scores that are not finite become NaN.
 
     Args:
-        evaluate: An `Evaluator`, or a function from a mask to a score, larger is better: an evaluator of one fold.
-        confirm: Share of the folds that is kept for confirmation.
+        evaluate: An `Evaluator`, or anything else that `as_evaluator` accepts.
+        confirm: Share of the folds that is held out.
+
+    Attributes:
+        evaluate: The evaluator.
+        search_folds: Folds that rank candidates.
+        held_out_folds: Folds that confirm the result of the search.
     """
 
     def __init__(self, evaluate: Evaluator | Callable[[Mask], float], confirm: float) -> None:
-        self._evaluate = cast(Evaluator, evaluate) if hasattr(evaluate, "folds") else _OneFold(evaluate)
-        self.folds = self._evaluate.folds
-        self.search_folds, self.held_out_folds = divided(self.folds, confirm)
+        self.evaluate = as_evaluator(evaluate)
+        self.search_folds, self.held_out_folds = divided(self.evaluate.folds, confirm)
         self._seen = 0
 
     @property
+    def folds(self) -> int:
+        """Number of all folds."""
+        return self.evaluate.folds
+
+    @property
     def validations(self) -> float:
-        """The work so far, in validations of one network on all folds."""
+        """Work so far, in validations of one network on all folds."""
         return self._seen / self.folds
 
     @property
     def records(self) -> bool:
-        """Whether the evaluator itself tells outcomes."""
-        return hasattr(self._evaluate, "recorded")
+        """Whether the evaluator itself returns outcomes."""
+        return self.evaluate.records
 
     @property
     def at_once(self) -> int:
-        """How many folds the evaluator would rather see at a time."""
-        return min(self.folds, getattr(self._evaluate, "at_once", self.folds))
+        """Largest number of folds that the evaluator prefers to see in one call."""
+        most = self.evaluate.at_once
+        return self.folds if most is None else min(self.folds, most)
 
     @property
     def at_least(self) -> int:
-        """How many folds take the evaluator no longer than one."""
-        return getattr(self._evaluate, "at_least", 1)
+        """Number of folds that take the evaluator no longer than one fold."""
+        return self.evaluate.at_least
 
     @property
     def undivided_because(self) -> str:
-        """Why the evaluator could not deal its data to folds, if it says so; else empty."""
-        return getattr(self._evaluate, "undivided_because", "")
+        """Why the evaluator could not divide its data into folds; empty if it did."""
+        return self.evaluate.undivided_because
 
     def scores(self, network: PrunedWeights, folds: Sequence[int]) -> Scores:
-        """The scores of a network on the union of some folds."""
+        """Return the scores of a network on the union of these folds."""
         self._seen += len(folds)
-        return _finite(self._evaluate(network, folds))
+        return _finite(self.evaluate(network, folds))
 
     def recorded(self, network: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, Outcomes | None]:
-        """The same with the outcomes behind the floor score: those the evaluator tells, else the score of each fold."""
+        """Return the scores and the outcomes behind them: those of the evaluator, or else the score of each fold."""
         if self.records:
             self._seen += len(folds)
-            scores, outcomes = self._evaluate.recorded(network, folds)  # type: ignore[attr-defined]
+            scores, outcomes = self.evaluate.recorded(network, folds)
             return _finite(scores), outcomes
         scores = self.scores(network, folds)
         if len(folds) < 2:
             return scores, None
         values = [self.scores(network, [fold]).score for fold in folds]
         return scores, Batches(torch.tensor(values, dtype=torch.float64), torch.ones(len(values), dtype=torch.float64))
-
-
-@dataclass(frozen=True)
-class _OneFold:
-    """A plain function of a mask as an evaluator of one fold."""
-
-    score: Callable[[Mask], float]
-    folds: int = 1
-
-    def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
-        value = float(self.score(candidate.mask))
-        return Scores(rank=value, score=value)
 
 
 def _finite(scores: Scores) -> Scores:

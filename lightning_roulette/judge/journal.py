@@ -1,13 +1,14 @@
-"""The journal of a search: what its evaluator answered, noted in a file, so that a killed search repeats no validation.
+"""The journal of a search: a file with the evaluator's answers, so that a killed search repeats no validation.
 
-Chance is counter-based and a refit a function of what it is given: on the same answers a search takes the same way. A
-search that is begun again is given the noted answers as long as it asks the same questions; networks are spun and
-refitted again, not validated. What is asked about first, and the dense network, is validated in any case: if that gives
-other numbers, bit for bit, than were noted, the data or the network are not what they were, and nothing of the journal
-is used.
+Random draws are counter-based, and a refit depends on its arguments only. With the same answers a search therefore
+takes the same steps. A search that is started again gets the answers from the journal as long as it asks the same
+questions. Networks are drawn and refitted again, but not validated again.
 
-The file has one JSON object a line: first the search that it belongs to, then a question and its answer each. A line
-that was cut off, and all after it, counts for nothing.
+The first question and all questions about the dense network are validated in any case. If the numbers differ in any bit
+from the journal, the data or the network have changed, and the journal is not used.
+
+Each line of the file is a JSON object. The first line identifies the search, and each other line holds a question and
+its answer. A line that is cut off is ignored, with all lines after it.
 """
 
 from __future__ import annotations
@@ -21,28 +22,28 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_roulette.judge.certificate import Batches, Outcomes, Resamples, Singles
-from lightning_roulette.judge.evaluator import Evaluator
+from lightning_roulette.judge.evaluator import Evaluator, as_evaluator
+from lightning_roulette.judge.outcomes import Batches, Outcomes, Resamples, Singles
 from lightning_roulette.large.shards import local
+from lightning_roulette.mask.mask import Mask
 from lightning_roulette.mask.pruned import PrunedWeights
-from lightning_roulette.report.report import Scores
+from lightning_roulette.report.records import Scores
 
 _Answer = tuple[Scores, Outcomes | None]
 
 
 def fingerprint(tensors: Mapping[str, Tensor], *facts: object) -> str:
-    """What tells one search from another: 32 hexadecimal digits of the network's values and of some facts.
+    """Return 32 hexadecimal digits that identify a search by the values of its network and by its settings.
 
     Args:
-        tensors: All that a validation sees of the dense network, by name.
-        facts: Settings and numbers, each by its `repr`, in which addresses in memory do not count.
+        tensors: All tensors of the dense network that a validation uses, by name.
+        facts: Settings and numbers. Their `repr` is used, without addresses in memory.
     """
     digest = blake2b(digest_size=16)
     _take_in(digest, tensors)
@@ -51,14 +52,14 @@ def fingerprint(tensors: Mapping[str, Tensor], *facts: object) -> str:
 
 
 def lines_in(path: str, search: str) -> list[str]:
-    """The whole lines of a journal, less the first; none if there is no such file, or it is of another search.
+    """Return the complete lines of a journal after the first; none if the file is missing or of another search.
 
     Args:
-        path: Of the file.
-        search: The fingerprint.
+        path: Path of the file.
+        search: Fingerprint of the search.
     """
     with suppress(OSError, ValueError), open(path, "rb") as file:
-        head, *lines = file.read().split(b"\n")[:-1]  # what follows the last line break was cut off
+        head, *lines = file.read().split(b"\n")[:-1]  # text after the last line break was cut off
         if head.decode() == _head(search):
             return [line.decode() for line in lines[: _sound(lines)]]
     return []
@@ -69,7 +70,7 @@ def _head(search: str) -> str:
 
 
 def _sound(lines: Sequence[bytes]) -> int:
-    """How many lines there are before the first that is none."""
+    """The number of lines before the first that is damaged."""
     for number, line in enumerate(lines):
         try:
             found = json.loads(line)
@@ -81,13 +82,13 @@ def _sound(lines: Sequence[bytes]) -> int:
 
 
 class Journal:
-    """Questions and their answers, in the order in which they were asked.
+    """Questions and answers, in the order asked.
 
     Args:
-        path: Of the file; None: nothing is written.
-        search: The fingerprint of the search that it belongs to.
-        lines: What `lines_in` found there.
-        agreed: Whether what is true here is true in all processes, which must go the same way.
+        path: Path of the file; None: nothing is written.
+        search: Fingerprint of the search.
+        lines: Lines that `lines_in` returned for the file.
+        agreed: Returns whether a condition is true in all processes. They must take the same steps.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Journal:
         self._writing = False
 
     def recall(self, question: Mapping[str, Any]) -> Any:
-        """The answer to a question, if it is the next that was noted; None if it is not, or there is no more."""
+        """Return the noted answer if this question is the next in the journal; else None."""
         if not self._waiting:
             return None
         noted = json.loads(self._waiting[0])
@@ -113,7 +114,7 @@ class Journal:
         return None
 
     def note(self, question: Mapping[str, Any], answer: Any) -> None:
-        """Go on to the next question: past one that was noted just so, else write it in place of all that follows."""
+        """Step to the next question. If the journal does not hold this line, it replaces all lines that follow."""
         line = json.dumps({"question": question, "answer": answer}, sort_keys=True)
         if self._waiting and self._agreed(self._waiting[0] == line):
             self._waiting.popleft()
@@ -127,7 +128,7 @@ class Journal:
         except OSError as error:
             self._path = None
             warnings.warn(
-                f"the progress of the search cannot be noted ({error}). It goes on; if it is killed, it begins anew.",
+                f"the progress of the search cannot be saved ({error}). If it is killed, it cannot be resumed.",
                 stacklevel=2,
             )
 
@@ -139,7 +140,7 @@ class Journal:
             file.write(line)
 
     def _begin(self, path: str) -> None:
-        """Keep of the file what was gone past."""
+        """Keep the part of the file that was used, and drop the rest."""
         if self._size:
             os.truncate(path, self._size)
             return
@@ -148,37 +149,39 @@ class Journal:
             file.write(self._head)
 
     def remove(self) -> None:
-        """Take the file away: the search has ended."""
+        """Delete the file. Call this when the search has ended."""
         if self._path is not None:
             with suppress(OSError):
                 os.remove(self._path)
 
 
-class Noted:
-    """An evaluator whose answers go into a journal, or come from it.
+class Noted(Evaluator):
+    """An evaluator whose answers are written to a journal, or read from it.
 
     Args:
-        evaluate: The evaluator. All that it has, this has.
-        journal: Of a search with it.
+        evaluate: The evaluator, or anything else that `as_evaluator` accepts.
+        journal: Journal of a search with this evaluator.
     """
 
-    def __init__(self, evaluate: Evaluator, journal: Journal) -> None:
-        self._evaluate, self._journal = evaluate, journal
+    def __init__(self, evaluate: Evaluator | Callable[[Mask], float], journal: Journal) -> None:
+        self._evaluate, self._journal = as_evaluator(evaluate), journal
+        self.folds, self.undivided_because = self._evaluate.folds, self._evaluate.undivided_because
+        self.at_once, self.at_least = self._evaluate.at_once, self._evaluate.at_least
         self._asked = False
-        self._refitted: tuple[Mapping[str, Tensor], str] = ({}, "")  # what was hashed last: a branch shares it
-
-    @property
-    def folds(self) -> int:
-        """See `Evaluator`."""
-        return self._evaluate.folds
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._evaluate, name)
-        return partial(self._answer, found, "recorded") if name == "recorded" else found
+        self._refitted: tuple[Mapping[str, Tensor], str] = ({}, "")  # the last values hashed: a branch shares them
 
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
         """See `Evaluator`."""
         return self._answer(lambda *asked: (self._evaluate(*asked), None), "scores", candidate, folds)[0]
+
+    def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> _Answer:
+        """See `Evaluator`."""
+        return self._answer(self._evaluate.recorded, "recorded", candidate, folds)
+
+    @property
+    def records(self) -> bool:
+        """Whether the evaluator itself returns outcomes."""
+        return self._evaluate.records
 
     def _answer(
         self,
@@ -200,7 +203,7 @@ class Noted:
         return Scores(*noted["scores"]), _outcomes(noted["outcomes"], score)
 
     def _digest(self, candidate: PrunedWeights) -> str:
-        """Equal for equal networks over the same dense one; for different ones with a chance of 2**-128."""
+        """Digits that identify a network pruned from the dense one; two share them with probability 2**-128."""
         if candidate.refitted and candidate.refitted is not self._refitted[0]:
             self._refitted = (candidate.refitted, fingerprint(candidate.refitted))
         return candidate.mask.digest.hex() + (self._refitted[1] if candidate.refitted else "")
@@ -208,13 +211,13 @@ class Noted:
 
 @dataclass
 class _Score:
-    """The score of resamples, noted as well; where none was, the network is validated for it.
+    """The score of resamples, through the journal. The network is validated if the journal does not hold the score.
 
     Attributes:
-        journal: Of the search.
-        network: The digest of the network.
-        found: Its outcomes, if it was validated.
-        validate: Gives them.
+        journal: Journal of the search.
+        network: Digest of the network.
+        found: Outcomes of the network, if it was validated.
+        validate: Validates the network and returns its outcomes.
     """
 
     journal: Journal
@@ -252,7 +255,7 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def _plain(outcomes: Outcomes | None) -> dict[str, Any] | None:
-    """Outcomes for JSON."""
+    """Outcomes as plain values for JSON."""
     match outcomes:
         case None:
             return None
@@ -265,7 +268,7 @@ def _plain(outcomes: Outcomes | None) -> dict[str, Any] | None:
 
 
 def _outcomes(plain: Mapping[str, Any] | None, score: Callable[[Tensor], float]) -> Outcomes | None:
-    """The outcomes that `_plain` was given; of resamples the score is asked for."""
+    """The outcomes that `_plain` wrote. Those of resamples use the given score."""
     match plain and plain["kind"]:
         case "singles":
             return Singles(_read(plain["values"]), plain["low"], plain["high"])  # type: ignore[index]

@@ -1,17 +1,18 @@
-"""The race of a branch: candidates that fall behind on the first folds drop out."""
+"""The race of a branch by successive halving: candidates that fall behind on the first folds drop out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 
 from lightning_roulette.judge.evaluator import Judge
-from lightning_roulette.judge.selection import best_of
+from lightning_roulette.judge.selection import best_few, best_of
 from lightning_roulette.large.limits import limits
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.mask.pruned import PrunedWeights
-from lightning_roulette.report.report import Candidate, Scores
+from lightning_roulette.report.records import Candidate, Scores
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class Rung:
     """One stage of a race.
 
     Attributes:
-        entrants: How many candidates enter it: the best so far.
-        parts: The folds that it adds to what they have seen, each part judged on its union.
+        entrants: Number of candidates that enter it: the best so far.
+        parts: Folds that the stage adds. Each part is judged on the union of its folds.
     """
 
     entrants: int
@@ -28,18 +29,19 @@ class Rung:
 
 
 def rungs(branches: int, folds: int, at_once: int, at_least: int = 1, finalists: int = 2) -> list[Rung]:
-    """Successive halving: half the candidates, at least the finalists, go on when the folds they saw have doubled.
+    """Return the stages of successive halving: each time the number of folds doubles, half of the candidates go on.
 
-    On branches of 20 and 8 folds (two LeNets on MNIST, a perceptron on digits) its winner's loss was within one paired
-    standard error of the best candidate's in 96 to 98 % of branches, at 52 of 160 single folds. A slower taper at the
-    same work, and dropping candidates by paired tests, agree as often within the noise.
+    On branches of 20 candidates and 8 folds (two LeNets on MNIST, a perceptron on digits), the loss of the winner was
+    within one paired standard error of the best candidate's loss in 96 to 98 % of branches, with 52 of 160 single
+    folds. Two alternatives agreed as often, within the noise: a slower taper at the same work, and dropping candidates
+    by paired tests.
 
     Args:
-        branches: How many candidates start.
-        folds: How many folds there are to see.
-        at_once: How many of them a part has at most.
-        at_least: How many all candidates see.
-        finalists: How many candidates see all folds at least.
+        branches: Number of candidates at the start.
+        folds: Number of folds.
+        at_once: Largest number of folds of a part.
+        at_least: Number of folds that all candidates see.
+        finalists: Smallest number of candidates that see all folds.
 
     Example:
         >>> [(rung.entrants, rung.parts) for rung in rungs(20, 8, at_once=8)]
@@ -56,26 +58,26 @@ def rungs(branches: int, folds: int, at_once: int, at_least: int = 1, finalists:
 
 
 def no_race(branches: int, folds: range) -> list[Rung]:
-    """One rung in which all candidates are judged on all folds at once."""
+    """Return one stage in which all candidates are judged on all folds at once."""
     return [Rung(branches, (folds,))]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The dense network's scores, to which those of candidates on a few folds are compared.
+    """Scores of the dense network. They show how difficult the folds are that a candidate has seen.
 
     Attributes:
-        parts: On each part of the rungs.
-        whole: On all ranking folds.
+        parts: Scores on each part of the stages.
+        whole: Scores on all search folds.
     """
 
     parts: Mapping[range, Scores]
     whole: Scores
 
     def corrected(self, scores: Mapping[range, Scores]) -> Scores:
-        """The mean of a network's scores on some parts, plus what the dense network has more on all folds than there.
+        """Return the mean of a network's scores on some parts, plus the dense score on all folds minus that on them.
 
-        Where the two networks find the same parts easy, this is closer to the network's score on all folds.
+        This is closer to the network's score on all folds than the mean, if the same parts are easy for both networks.
         """
         ours, dense = mean_of(scores), mean_of({part: self.parts[part] for part in scores})
         return Scores(
@@ -85,17 +87,88 @@ class Reference:
         )
 
 
-class Race:
-    """A branch while it is judged.
+def furthest(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Return the candidates that saw the most folds. Only they can win."""
+    everyone = list(candidates)
+    most = max((one.folds for one in everyone), default=0)
+    return [one for one in everyone if one.folds == most]
+
+
+def mean_of(scores: Mapping[range, Scores]) -> Scores:
+    """Return the mean of scores on parts, weighted by their numbers of folds."""
+    if len(scores) == 1:
+        return next(iter(scores.values()))
+    folds = sum(len(part) for part in scores)
+    return Scores(
+        rank=sum(len(part) * one.rank for part, one in scores.items()) / folds,
+        score=sum(len(part) * one.score for part, one in scores.items()) / folds,
+        tiebreak=sum(len(part) * one.tiebreak for part, one in scores.items()) / folds,
+    )
+
+
+class Masks:
+    """Masks of candidates. A mask is drawn when it is first needed, and kept within the memory limit of a branch.
 
     Args:
-        candidates: Without scores.
-        spin: The mask of a candidate, by its index.
-        network: What a mask makes of the parent.
+        spin: Returns the mask of a candidate, by its index. It may be called again for the same index.
+    """
+
+    def __init__(self, spin: Callable[[int], Mask]) -> None:
+        self._spin = spin
+        self._kept: dict[int, Mask] = {}
+        self._last: tuple[int, Mask] | None = None  # the last mask that was drawn, kept even beyond the limit
+
+    def __call__(self, index: int) -> Mask:
+        """Return the mask of a candidate."""
+        if self._last is not None and self._last[0] == index:
+            return self._last[1]
+        if index not in self._kept:
+            self._last = None  # frees the memory of the earlier mask before the next is drawn
+            mask = self._spin(index)
+            self._last = index, mask
+            if (len(self._kept) + 1) * mask.nbytes > limits().branch_mask_bytes:
+                return mask
+            self._kept[index] = mask
+        return self._kept[index]
+
+    def keep_only(self, indices: Iterable[int]) -> None:
+        """Forget the masks of all other candidates."""
+        self._kept = {index: self._kept[index] for index in indices if index in self._kept}
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A candidate in a race.
+
+    Attributes:
+        candidate: The candidate with its scores so far.
+        seen: Its scores on each part that it saw.
+    """
+
+    candidate: Candidate
+    seen: Mapping[range, Scores] = field(default_factory=dict)
+
+    def scored(self, part: range, scores: Scores, dense: Reference | None) -> Runner:
+        """Return the runner with its scores on one more part."""
+        seen = {**self.seen, part: scores}
+        mean = mean_of(seen) if dense is None else dense.corrected(seen)
+        return Runner(self.candidate.scored(mean, sum(len(part) for part in seen)), seen)
+
+
+class Race:
+    """The candidates of one level and what is needed to judge them.
+
+    Args:
+        candidates: Candidates without scores.
+        spin: Returns the mask of a candidate, by its index.
+        network: Returns the network of a mask.
         judge: Scores networks.
-        dense: The dense network's scores on each part, and on all ranking folds: a candidate's scores on a part are
-            corrected by how much easier than all the part was for the dense network. None: not corrected.
-        tell: Is told each time a candidate was judged: how often that was, and the best so far.
+        dense: Scores of the dense network. With them the scores of candidates are corrected for the difficulty of the
+            parts that they saw. None: they are not corrected.
+        tell: Called after each judgement with the number of judgements so far and the best candidate so far.
+
+    Attributes:
+        mask: Returns the mask of a candidate, by its index.
     """
 
     def __init__(
@@ -107,87 +180,45 @@ class Race:
         dense: Reference | None,
         tell: Callable[[int, Candidate | None], None],
     ) -> None:
-        self._known = {one.index: one for one in candidates}
-        self._seen: dict[int, dict[range, Scores]] = {one.index: {} for one in candidates}
-        self._spin, self._network = spin, network
+        self.mask = Masks(spin)
+        self._candidates, self._network = candidates, network
         self._judge, self._dense, self._tell = judge, dense, tell
-        self._originals: dict[bytes, int] = {}
-        self._masks: dict[int, Mask] = {}
-        self._last: tuple[int, Mask] | None = None
-        self._done = 0
 
     def run(self, stages: Sequence[Rung]) -> list[Candidate]:
-        """The candidates with the mean of their scores on the parts they saw, in the order given.
+        """Return the candidates in the order given, with the mean of their scores on the parts that they saw.
 
-        Those that saw fewer folds dropped out. A mask equal to an earlier one shares its scores and does not run.
+        Candidates that saw fewer folds dropped out. A mask that equals an earlier one gets its scores, unjudged.
         """
+        runners = {one.index: Runner(one) for one in self._candidates}
+        owners: dict[bytes, int] = {}  # the first candidate with a mask, by the mask's digest
+        done = 0
         for rung in stages:
-            runners = [one.index for one in self._furthest(rung.entrants)]
-            self._masks = {index: mask for index, mask in self._masks.items() if index in runners}
-            for part in rung.parts:
-                for index in runners:
-                    self._run(index, part)
-        return [self._shared(one) for one in self._known.values()]
+            entrants = [one.index for one in best_few(_in_the_lead(runners), rung.entrants)]
+            self.mask.keep_only(entrants)
+            for part, index in product(rung.parts, entrants):
+                runners[index] = self._judged(runners[index], part, owners)
+                done += 1
+                self._tell(done, best_of(_in_the_lead(runners)))
+        return [_with_scores(runner.candidate, runners) for runner in runners.values()]
 
-    def mask(self, index: int) -> Mask:
-        """The mask of a candidate: one that is kept, or drawn again."""
-        if self._last is not None and self._last[0] == index:
-            return self._last[1]
-        if index not in self._masks:
-            self._last = None  # one that is drawn takes the place of one that is not kept
-            mask = self._spin(index)
-            self._last = index, mask
-            if (len(self._masks) + 1) * mask.nbytes > limits().branch_mask_bytes:
-                return mask
-            self._masks[index] = mask
-        return self._masks[index]
-
-    def _run(self, index: int, part: range) -> None:
-        if self._known[index].same_as is None:
-            mask = self.mask(index)
-            original = self._originals.setdefault(mask.digest, index) if not self._seen[index] else index
-            if original == index:
-                self._score(index, mask, part)
-            else:
-                self._known[index] = replace(self._known[index], same_as=original)
-        self._done += 1
-        self._tell(self._done, best_of(self._furthest(None)))
-
-    def _score(self, index: int, mask: Mask, part: range) -> None:
-        seen = self._seen[index]
-        seen[part] = self._judge.scores(self._network(mask), part)
-        mean = mean_of(seen) if self._dense is None else self._dense.corrected(seen)
-        self._known[index] = self._known[index].scored(mean, sum(len(part) for part in seen))
-
-    def _furthest(self, count: int | None) -> list[Candidate]:
-        """Of the candidates that saw the most folds the best few, in the order given; all if `count` does not bind."""
-        runners = furthest([one for one in self._known.values() if one.same_as is None])
-        if count is None or count >= len(runners):
-            return runners
-        best: list[int] = []
-        while len(best) < count and (one := best_of([one for one in runners if one.index not in best])) is not None:
-            best.append(one.index)
-        return [one for one in runners if one.index in best]
-
-    def _shared(self, one: Candidate) -> Candidate:
-        if one.same_as is None:
-            return one
-        return self._known[one.same_as].twin(one.index)
+    def _judged(self, runner: Runner, part: range, owners: dict[bytes, int]) -> Runner:
+        """Return the runner with its scores on a part. One whose mask another runner has is not judged."""
+        candidate = runner.candidate
+        if candidate.same_as is not None:
+            return runner
+        mask = self.mask(candidate.index)
+        if not runner.seen and (owner := owners.setdefault(mask.digest, candidate.index)) != candidate.index:
+            return Runner(replace(candidate, same_as=owner))
+        return runner.scored(part, self._judge.scores(self._network(mask), part), self._dense)
 
 
-def furthest(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that saw the most folds: only they may win."""
-    most = max((one.folds for one in candidates), default=0)
-    return [one for one in candidates if one.folds == most]
+def _in_the_lead(runners: Mapping[int, Runner]) -> list[Candidate]:
+    """The candidates that saw the most folds, without copies of others."""
+    return furthest(one.candidate for one in runners.values() if one.candidate.same_as is None)
 
 
-def mean_of(scores: Mapping[range, Scores]) -> Scores:
-    """The mean of scores on parts, each as often as the part has folds."""
-    if len(scores) == 1:
-        return next(iter(scores.values()))
-    folds = sum(len(part) for part in scores)
-    return Scores(
-        rank=sum(len(part) * one.rank for part, one in scores.items()) / folds,
-        score=sum(len(part) * one.score for part, one in scores.items()) / folds,
-        tiebreak=sum(len(part) * one.tiebreak for part, one in scores.items()) / folds,
-    )
+def _with_scores(candidate: Candidate, runners: Mapping[int, Runner]) -> Candidate:
+    """The candidate; a copy of another with the scores of that one."""
+    if candidate.same_as is None:
+        return candidate
+    return runners[candidate.same_as].candidate.twin(candidate.index)

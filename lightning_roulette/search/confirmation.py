@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import cast
 
-from lightning_roulette.judge.certificate import alike, p_value
+from lightning_roulette.judge.certificate import p_value
+from lightning_roulette.judge.outcomes import alike
 from lightning_roulette.judge.selection import best_of, keeps_floor
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.refit.refitted import Refitted
-from lightning_roulette.report.report import Level
+from lightning_roulette.report.records import Level
 from lightning_roulette.search.level import error_of
 from lightning_roulette.search.run import Run
 from lightning_roulette.search.state import State, kept

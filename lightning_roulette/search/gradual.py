@@ -20,7 +20,8 @@ from lightning_roulette.mask.history import History
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.refit.inputs import Calibration
-from lightning_roulette.report.report import SearchReport, StopReason
+from lightning_roulette.report.records import StopReason
+from lightning_roulette.report.report import SearchReport
 from lightning_roulette.search.drawing import Drawing
 from lightning_roulette.search.level import try_level
 from lightning_roulette.search.observer import Observer

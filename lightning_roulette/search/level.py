@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from lightning_roulette.judge.certificate import Outcomes, alike, paired_error
+from lightning_roulette.judge.certificate import paired_error
+from lightning_roulette.judge.outcomes import Outcomes, alike
 from lightning_roulette.judge.race import Race, furthest
 from lightning_roulette.judge.selection import best_of, keeps_floor
 from lightning_roulette.refit.refitted import Refitted
-from lightning_roulette.report.report import Candidate, Level
+from lightning_roulette.report.records import Candidate, Level
 from lightning_roulette.search.policies import Step
 from lightning_roulette.search.run import Run
 from lightning_roulette.search.state import State

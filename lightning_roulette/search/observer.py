@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_roulette.report.report import Candidate, Level
+from lightning_roulette.report.records import Candidate, Level
 from lightning_roulette.search.winner import Winner
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lightning_roulette.mask.history import History
 from lightning_roulette.mask.mask import Mask
-from lightning_roulette.report.report import StopReason
+from lightning_roulette.report.records import StopReason
 from lightning_roulette.search.state import State
 from lightning_roulette.settings import Tree
 

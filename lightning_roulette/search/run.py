@@ -7,13 +7,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lightning_roulette.judge.certificate import Outcomes, Singles, method_of, size_of, too_few
+from lightning_roulette.judge.certificate import method_of, too_few
 from lightning_roulette.judge.evaluator import Judge
+from lightning_roulette.judge.outcomes import Outcomes, Singles, size_of
 from lightning_roulette.judge.race import Reference, Rung, no_race, rungs
 from lightning_roulette.mask.history import History
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.refit.refitted import Refitted
-from lightning_roulette.report.report import Scores, SearchReport, StopReason
+from lightning_roulette.report.records import Scores, StopReason
+from lightning_roulette.report.report import SearchReport
 from lightning_roulette.search.drawing import Drawing
 from lightning_roulette.search.observer import Observer
 from lightning_roulette.search.refitter import Refitter

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from lightning_roulette.mask.history import History
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.refit.refitted import Refitted, Survivors
-from lightning_roulette.report.report import Level, SearchReport
+from lightning_roulette.report.records import Level
+from lightning_roulette.report.report import SearchReport
 
 
 @dataclass(frozen=True, eq=False)

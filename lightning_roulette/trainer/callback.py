@@ -24,7 +24,8 @@ from lightning_roulette.mask.mask import Mask, breaks, fits
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.network.lending import copy_into, named_tensors
 from lightning_roulette.refit.inputs import Calibration
-from lightning_roulette.report.report import SearchReport, StopReason
+from lightning_roulette.report.records import StopReason
+from lightning_roulette.report.report import SearchReport
 from lightning_roulette.search.arguments import check_search
 from lightning_roulette.search.gradual import Cuts
 from lightning_roulette.search.search import search

@@ -9,18 +9,11 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from lightning_roulette.judge.certificate import (
-    Batches,
-    Resamples,
-    Singles,
-    log_wealth,
-    method_of,
-    p_value,
-    paired_error,
-    samples_needed,
-    t_tail,
-)
-from lightning_roulette.report.report import Method
+from lightning_roulette.judge.betting import log_wealth
+from lightning_roulette.judge.certificate import method_of, p_value, paired_error, samples_needed
+from lightning_roulette.judge.outcomes import Batches, Resamples, Singles
+from lightning_roulette.judge.student import t_tail
+from lightning_roulette.report.records import Method
 
 
 def chance(seed: int) -> torch.Generator:

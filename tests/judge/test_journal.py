@@ -246,7 +246,7 @@ def test_a_removed_journal_is_gone(tmp_path):
 def test_a_journal_that_cannot_be_written_is_said_once_and_stops_no_search(tmp_path):
     (tmp_path / "file").write_text("")
     noted = Noted(Logged(slope, 8), Journal(str(tmp_path / "file" / "journal"), SEARCH))
-    with pytest.warns(UserWarning, match="the progress of the search cannot be noted") as caught:
+    with pytest.warns(UserWarning, match="the progress of the search cannot be saved") as caught:
         winner = run(noted)
     assert len(caught) == 1
     assert found(winner) == found(run(Logged(slope, 8)))
@@ -273,11 +273,12 @@ def test_all_processes_go_the_same_way(tmp_path, here):
 
 
 def test_a_noted_evaluator_has_what_the_evaluator_has():
-    noted = Noted(Logged(slope, 8, at_once=2), Journal(None, SEARCH))
-    assert (noted.folds, noted.at_once) == (8, 2)
-    for name in ("at_least", "whole", "recorded"):
-        assert not hasattr(noted, name)
-    assert hasattr(Noted(Sampled(few_wrong, 8, 30), Journal(None, SEARCH)), "recorded")
+    logged = Logged(slope, 8, at_once=2)
+    logged.undivided_because = "loader 0 gives 3 samples, fewer than 16"
+    noted = Noted(logged, Journal(None, SEARCH))
+    assert (noted.folds, noted.at_once, noted.at_least, noted.records) == (8, 2, 1, False)
+    assert noted.undivided_because == logged.undivided_because
+    assert Noted(Sampled(few_wrong, 8, 30), Journal(None, SEARCH)).records
 
 
 def test_a_fingerprint_tells_networks_and_settings_apart_and_nothing_else():

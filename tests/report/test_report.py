@@ -221,15 +221,16 @@ def test_every_method_survives_json_and_is_a_sentence(method):
     report = replace(CONFIRMED, method=method)
     assert report.to_dict()["method"] == method.name
     assert through_json(report).method is method
-    assert f"With confidence 0.95 the winner's true decline is at most 0.005. {method.value}" in str(report)
+    assert f"With confidence 0.95 the pruned network's true decline is at most 0.005. {method.value}" in str(report)
 
 
 @pytest.mark.parametrize("reason", StopReason)
 def test_every_stop_reason_survives_json_and_is_a_sentence(reason):
-    assert through_json(replace(REPORT, stop_reason=reason)).stop_reason is reason
-    assert reason.value[0].isupper()
+    report = replace(REPORT, stop_reason=reason, levels=(*LEVELS, LEVELS[3]))
+    assert through_json(report).stop_reason is reason
+    assert reason.value.startswith("Stopped: ")
     assert reason.value.endswith(".")
-    assert reason.value in str(replace(REPORT, stop_reason=reason))
+    assert reason.value.replace("`patience`", "2") in str(report)
 
 
 def test_a_dict_holds_only_what_json_knows():
@@ -255,10 +256,10 @@ def test_a_dict_holds_only_what_json_knows():
 
 
 TABLE = """\
-7,200 of 10,000 prunable weights kept (72.00%): sparsity 28.00%, level 2 of 2 accepted ones.
-val_acc: dense 0.965, floor 0.96, winner 0.962 (the score that chose it).
-No data was kept for confirmation: the winner was chosen and judged on the same.
-As many levels in a row fell below the floor as patience allows. 13 validations' worth of work in 4.2 s.
+7,200 of 10,000 prunable weights kept (72.00%): sparsity 28.00%, level 2 of 2 accepted levels.
+val_acc: dense 0.965, floor 0.96, pruned 0.962 (all validation data).
+No validation data was held out: the same data chose and judged the pruned network.
+Stopped: a level missed the floor. Work: as much as 13 full validations, 4.2 s.
 
 level  pruning rate  sparsity  weights left  score  s.e.  branch min  median    max  accepted  held-out  s.e.  held
     1           0.2    20.00%         8,000   0.97     -        0.93    0.95   0.97       yes         -     -     -
@@ -274,16 +275,16 @@ def test_the_report_reads_as_a_table():
 def test_a_confirmed_report_reads_as_a_table():
     lines = str(CONFIRMED).splitlines()
     assert lines[:4] == [
-        "8,000 of 10,000 prunable weights kept (80.00%): sparsity 20.00%, level 1 of 2 accepted ones.",
-        "val_acc: dense 0.965, floor 0.96, winner 0.97 (the score that chose it).",
-        "On the confirmation data, which ranked nothing: dense 0.9523, winner 0.9511 (s.e. 0.0021); estimated decline "
+        "8,000 of 10,000 prunable weights kept (80.00%): sparsity 20.00%, level 1 of 2 accepted levels.",
+        "val_acc: dense 0.965, floor 0.96, pruned 0.97 (search half).",
+        "On the held-out half of the validation data: dense 0.9523, pruned 0.9511 (s.e. 0.0021); estimated decline "
         "0.005.",
-        f"With confidence 0.95 the winner's true decline is at most 0.005. {Method.BETTING.value}",
+        f"With confidence 0.95 the pruned network's true decline is at most 0.005. {Method.BETTING.value}",
     ]
-    assert "7.125 validations' worth of work" in lines[4]
+    assert "as much as 7.125 full validations" in lines[4]
     table = [line.split() for line in lines[6:]]
-    assert table[0][-4:] == ["accepted", "held-out", "s.e.", "held"]
-    assert [row[-4:] for row in table[1:]] == [
+    assert [row[-4:] for row in table] == [
+        ["accepted", "held-out", "s.e.", "held"],
         ["yes", "0.9511", "0.0021", "yes"],
         ["no", "-", "-", "-"],
         ["yes", "0.94", "-", "no"],
@@ -292,32 +293,74 @@ def test_a_confirmed_report_reads_as_a_table():
     assert [row[5] for row in table[1:]] == ["0.002", "-", "0.003", "-"]
 
 
-def test_a_report_without_a_certified_level_says_so():
-    text = str(replace(CONFIRMED, levels=(replace(HELD, held=False),)))
-    assert "No level could be certified with confidence 0.95: the network stays dense." in text
-    assert "With confidence" not in text
-    assert "level 0 of 1 accepted ones." in text
+GRADUAL = replace(
+    CONFIRMED,
+    gradual=True,
+    levels=(replace(HELD, epoch=3), replace(MISSED, epoch=4)),
+    stop_reason=StopReason.TRAINING_ENDED,
+)
 
 
-def test_a_report_without_a_confidence_promises_none():
-    text = str(replace(CONFIRMED, confidence=None, method=None))
-    assert "which ranked nothing: dense 0.9523, winner 0.9511" in text
-    assert "confidence" not in text
+@pytest.mark.parametrize("branches", [1, 3])
+def test_a_report_of_cuts_between_epochs_reads_as_a_table(branches):
+    sizes, scores, ended, _, *table = str(replace(GRADUAL, branches=branches, score=0.955)).splitlines()
+    assert sizes.endswith("level 1 of 2 pruned levels.")
+    assert scores == (
+        "val_acc on the held-out half of the validation data, after further training: dense 0.9523, floor 0.9473, "
+        "pruned 0.9511, 0.955 after loading (all validation data)."
+    )
+    assert ended.startswith("Stopped: training ended.")
+    branch = ["s.e.", "0.002", "0.003"], ["branch", "min", "0.93", "0.3"]
+    assert [row.split()[:2] for row in table] == [["level", "epoch"], ["1", "3"], ["2", "4"]]
+    assert [row.split()[-2:] for row in table] == [["judged", "held"], ["0.9511", "yes"], ["0.94", "no"]]
+    assert ("s.e." in table[0], "branch min" in table[0]) == (branches > 1,) * 2
+    assert all((value in row) == (branches > 1) for value, row in zip(branch[0][1:], table[1:], strict=True))
 
 
-def test_why_no_data_was_kept_for_confirmation_is_said():
-    text = str(replace(REPORT, undivided_because="loader 0 gives 3 samples, fewer than 16"))
-    assert "No data was kept for confirmation (loader 0 gives 3 samples, fewer than 16): the winner was" in text
+NOTHING_HELD = replace(CONFIRMED, levels=(replace(HELD, held=False),))
+REFITTED = replace(REPORT, importance="sensitivity", refit="survivors by least squares")
+UNDONE = replace(
+    LEVELS[2], undone={"b": "it did not improve held-out inputs", "c": "it did not improve held-out inputs"}
+)
 
 
-def test_what_was_measured_afterwards_is_said_apart():
-    text = str(replace(REPORT, score=0.9613, trained_score=0.9702))
-    assert "winner 0.962 (the score that chose it), 0.9613 once loaded, on all the data." in text
-    assert "val_acc after the training that followed: 0.9702." in text
-
-
-def test_a_search_that_goes_on_says_so():
-    assert "The search goes on. 13 validations'" in str(replace(REPORT, stop_reason=None))
+@pytest.mark.parametrize(
+    ("report", "said", "unsaid"),
+    [
+        (NOTHING_HELD, "No level could be certified with confidence 0.95: the network stays dense.", "With confidence"),
+        (NOTHING_HELD, "level 0 of 1 accepted levels.", "level 1"),
+        (replace(CONFIRMED, confidence=None, method=None), "pruned 0.9511 (s.e. 0.0021)", "confidence"),
+        (
+            replace(REPORT, undivided_because="loader 0 gives 3 samples, fewer than 16"),
+            "No validation data was held out (loader 0 gives 3 samples, fewer than 16): the same data chose",
+            "half",
+        ),
+        (replace(REPORT, score=0.9613), "pruned 0.962 (all validation data), 0.9613 after loading (all", "followed"),
+        (replace(REPORT, trained_score=0.9702), "val_acc after the training that followed: 0.9702.", "loading"),
+        (
+            replace(CONFIRMED, trained_score=0.97),
+            "the pruned network's true decline before the training that followed is at most 0.005.",
+            "loading",
+        ),
+        (replace(REPORT, stop_reason=None), "The search is running. Work: as much as 13 full", "Stopped"),
+        (replace(REPORT, importance="magnitude"), "7,200 of", "Importance"),
+        (REFITTED, "Importance: sensitivity. Refit: survivors by least squares.", "not"),
+        (
+            replace(REFITTED, left_alone={"a": "refit not supported for LSTM"}),
+            "least squares. Not refitted: a (refit not supported for LSTM).",
+            "not kept",
+        ),
+        (
+            replace(REFITTED, levels=(UNDONE,)),
+            "least squares. Refit not kept for b, c: it did not improve held-out inputs.",
+            "Not refitted",
+        ),
+    ],
+)
+def test_what_a_report_says_and_does_not_say(report, said, unsaid):
+    words = " ".join(report.summary())
+    assert said in words
+    assert unsaid not in words
 
 
 def test_the_markdown_holds_the_summary_and_one_row_a_level():

@@ -482,8 +482,8 @@ def test_too_few_samples_are_refused_with_the_number_needed(low, high):
     quarter = Validation(confirm=0.25)
     assert_refused(
         Wide(lambda mask, fold: 0, 8, few),
-        f"which {2 * few} confirmation samples can certify of no network.*"
-        f"They must be at least {needed}, which is {4 * needed} validation samples in all",
+        f"but {2 * few} held-out samples can certify no network.*"
+        f"At least {needed} are needed, which is {4 * needed} validation samples in all",
         validation=quarter,
     )
     winner = grown(Wide(lambda mask, fold: 0, 8, enough), tolerance=0.02, confidence=0.95, validation=quarter)

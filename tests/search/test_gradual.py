@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_roulette import StopReason, Tree, Validation
-from lightning_roulette.report.report import Scores
+from lightning_roulette.report.records import Scores
 from lightning_roulette.search.gradual import Cuts, Gradual
 from lightning_roulette.search.policies import cubic
 

@@ -538,7 +538,7 @@ def test_the_report_says_what_was_refitted_and_survives_json(refit, words):
     report = ranked(network(), refit).report
     assert report.refit.startswith(words)
     for text in (str(report), report.markdown()):
-        assert (f"Refitted: {report.refit}." in text) == (refit is not None)
+        assert (f"Refit: {report.refit}." in text) == (refit is not None)
         assert "Not refitted" not in text
     assert report.left_alone == {}
     read = read_back(report)
@@ -610,7 +610,7 @@ def test_the_report_names_the_weights_whose_refit_was_not_kept(each_level):
     (level,) = winner.report.levels
     assert winner.weights["weight"].tolist() == [[0.5, 0.0]]
     assert level.undone == read_back(winner.report).levels[0].undone == {"weight": NOT_FINITE}
-    assert f"weight ({NOT_FINITE})." in str(winner.report)
+    assert f"Refit not kept for weight: {NOT_FINITE}." in str(winner.report)
     assert str(read_back(winner.report)) == str(winner.report)
 
 

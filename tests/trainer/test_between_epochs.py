@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, Wheel, prunable_parameters, sparsity
-from lightning_roulette.report.report import StopReason
+from lightning_roulette.report.records import StopReason
 from tests.support.modules import Blobs, blobs, val_loader
 
 pytestmark = [

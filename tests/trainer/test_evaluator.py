@@ -31,9 +31,10 @@ from lightning_roulette import (
     prunable_parameters,
     sparsity,
 )
-from lightning_roulette.judge.certificate import Batches, Resamples, Singles, samples_needed
+from lightning_roulette.judge.certificate import samples_needed
+from lightning_roulette.judge.outcomes import Batches, Resamples, Singles
 from lightning_roulette.judge.race import rungs
-from lightning_roulette.report.report import Method
+from lightning_roulette.report.records import Method
 from tests.support import fits
 from tests.support.callbacks import within
 from tests.support.isolated import (
@@ -622,7 +623,7 @@ def test_a_confidence_gives_a_report_with_a_method_and_p_values(certified):
     assert all(0 < level.p_value <= 1 for level in judged)
     assert all(level.held == (level.p_value <= 1 - report.confidence) for level in judged)
     assert report.winner is judged[-1] if judged[-1].held else len(judged) > 1
-    assert "With confidence 0.9 the winner's true decline is at most 0.2. Exact" in str(report)
+    assert "With confidence 0.9 the pruned network's true decline is at most 0.2. Exact" in str(report)
     assert pruning.mask == pruning.mask_at(report.winner.level) == Mask.of_nonzeros(prunable_parameters(module))
 
 
@@ -655,7 +656,7 @@ class CountsSteps(Callback):
 def test_too_few_samples_are_refused_before_training_with_the_number_needed(certified, confirm, samples, tolerance):
     steps, needed = CountsSteps(), samples_needed(0.95, tolerance)
     kept, needed_in_all = int(samples * confirm), math.ceil(needed / confirm)
-    message = rf"which {kept} confirmation samples can certify.*at least {needed}\b.*\b{needed_in_all} validation"
+    message = rf"but {kept} held-out samples can certify.*At least {needed}\b.*\b{needed_in_all} validation"
     options = {"tolerance": tolerance, "confidence": 0.95, "validation": Validation(confirm=confirm)}
     with pytest.raises(RuntimeError, match=message):
         certified(samples, steps, **options)
@@ -670,7 +671,7 @@ def test_as_many_samples_as_are_needed_are_let_train(certified):
 
 
 def test_samples_that_cannot_be_counted_before_are_counted_by_the_search(certified):
-    with pytest.raises(ValueError, match=r"30 confirmation samples can certify of no network.*at least 149"):
+    with pytest.raises(ValueError, match=r"30 held-out samples can certify no network.*At least 149"):
         certified(val=DataLoader(Stream(60, 2), 10), tolerance=0.02, confidence=0.95)
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, prunable_parameters, sparsity
-from lightning_roulette.report.report import StopReason
+from lightning_roulette.report.records import StopReason
 from lightning_roulette.trainer.scores.trainer_evaluator import TrainerEvaluator
 from lightning_roulette.trainer.spawned import Handover
 from tests.support.failing import Fails, counting

@@ -21,7 +21,7 @@ from torchmetrics.classification import (
     MultilabelAccuracy,
 )
 
-from lightning_roulette.judge.certificate import Batches, Outcomes, Resamples, Singles
+from lightning_roulette.judge.outcomes import Batches, Outcomes, Resamples, Singles
 from lightning_roulette.large.limits import limits
 from lightning_roulette.network.samples import bytes_of, joined, rows_of, taken
 

@@ -12,11 +12,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_roulette.judge.certificate import Outcomes
+from lightning_roulette.judge.evaluator import Evaluator
+from lightning_roulette.judge.outcomes import Outcomes
 from lightning_roulette.mask.mask import fill_pruned
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.network.lending import applied, copy_into, lent, named_tensors
-from lightning_roulette.report.report import Scores
+from lightning_roulette.report.records import Scores
 from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.processes import mean_over_processes
 from lightning_roulette.trainer.scores.metric_calls import Call, batches_of, calls_of, outcomes_of
@@ -25,7 +26,7 @@ from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from lightning_roulette.trainer.validation.logged import Logged
 
 
-class TrainerEvaluator:
+class TrainerEvaluator(Evaluator):
     """Scores pruned networks by isolated validation. Larger scores are better.
 
     Args:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from lightning_roulette.report.report import Level, SearchReport
+from lightning_roulette.report.records import Level
+from lightning_roulette.report.report import SearchReport
 
 # "Margin" draws the first tag as a line and the other two as the edges of a band.
 _LAYOUT = {

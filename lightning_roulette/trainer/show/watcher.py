@@ -8,7 +8,8 @@ from typing import TypeVar
 from lightning.pytorch import Trainer
 
 from lightning_roulette.mask.mask import Mask
-from lightning_roulette.report.report import Candidate, Level, SearchReport
+from lightning_roulette.report.records import Candidate, Level
+from lightning_roulette.report.report import SearchReport
 from lightning_roulette.search.observer import Observer
 from lightning_roulette.search.winner import Winner
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric

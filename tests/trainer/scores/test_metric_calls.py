@@ -17,7 +17,7 @@ from torchmetrics.classification import (
     MultilabelAccuracy,
 )
 
-from lightning_roulette.judge.certificate import Batches, Resamples, Singles
+from lightning_roulette.judge.outcomes import Batches, Resamples, Singles
 from lightning_roulette.trainer.scores.metric_calls import batches_of, calls_of, outcomes_of
 
 SIZES = (32, 32, 7)
