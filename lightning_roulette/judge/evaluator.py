@@ -28,6 +28,7 @@ class Evaluator:
         at_once: Largest number of folds that the evaluator prefers to see in one call; None if there is no limit.
         at_least: Number of folds that take no longer than one fold.
         undivided_because: Why the data could not be divided into folds; empty if it was divided.
+        sees_weights: Whether scores depend on the candidate's weights; False if they depend on its mask alone.
 
     Example:
         >>> class CountsWeights(Evaluator):
@@ -42,6 +43,7 @@ class Evaluator:
     at_once: int | None = None
     at_least: int = 1
     undivided_because: str = ""
+    sees_weights: bool = True
 
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
         """Return the candidate's scores on the union of these folds, and leave everything else unchanged.
@@ -80,6 +82,8 @@ def as_evaluator(evaluate: Evaluator | Callable[[Mask], float]) -> Evaluator:
 
 class _OneFold(Evaluator):
     """A function of a mask as an evaluator with one fold."""
+
+    sees_weights = False
 
     def __init__(self, score: Callable[[Mask], float]) -> None:
         self._score = score

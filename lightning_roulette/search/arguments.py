@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from lightning_roulette.checks import check_count, check_group, check_number, check_seed
-from lightning_roulette.judge.evaluator import Evaluator
+from lightning_roulette.judge.evaluator import Evaluator, as_evaluator
 from lightning_roulette.large.shards import Shards
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.refit.inputs import Calibration
@@ -74,7 +74,7 @@ def check_network(
     if calibration is None and (how is not None or wheel.importance in CALIBRATED):
         asked = f"refit is {refit!r}" if how is not None else f"importance is {wheel.importance!r}"
         raise ValueError(f"{asked}, but calibration is None. Pass calibration=Calibration(network, batches).")
-    if how is not None and not hasattr(evaluate, "folds"):
+    if how is not None and not as_evaluator(evaluate).sees_weights:
         raise ValueError(
             f"refit is {refit!r}, but evaluate is a function of a mask, which does not see refitted values. Pass an "
             "Evaluator, which is given the weights too, or refit=None."
