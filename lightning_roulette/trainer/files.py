@@ -91,8 +91,8 @@ def refuse_dirpath(dirpath: str | os.PathLike[str] | None) -> None:
         nearest = os.path.dirname(nearest)
     if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK):
         raise ValueError(
-            f"dirpath is {os.fspath(dirpath)!r}, but must be a folder that can be written to or created, and {nearest!r} "
-            "is not one. Pass another path."
+            f"dirpath is {os.fspath(dirpath)!r}, but must be a folder that can be written to or created, and "
+            f"{nearest!r} is not one. Pass another path."
         )
 
 

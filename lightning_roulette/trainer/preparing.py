@@ -60,8 +60,8 @@ def remember(fit: FitState, metric: Metric) -> Metric:
     """Keep the metric for this run, and log which it is."""
     if metric != fit.metric and fit.trainer.is_global_zero:
         log.info(
-            f"RouletteWheelPruning: judges by {metric.monitor} ({metric.mode}, {metric.why}), ranks by "
-            f"{metric.rank_by}."
+            f"RouletteWheelPruning: judges candidates by {metric.monitor} ({metric.mode}, {metric.why}), and "
+            f"ranks them by {metric.rank_by}."
         )
     fit.metric = metric
     return metric

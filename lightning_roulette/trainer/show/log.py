@@ -58,12 +58,12 @@ class LogLines(Display):
         """Say the score of the trained network, and whether its level held."""
         if not report.levels:
             score, floor = report.gated_dense, report.gated_floor
-            self._say(f"dense network after {epoch} epochs: {report.monitor} {score:.6g}, floor {floor:.6g}")
+            self._say(f"dense network after {_epochs(epoch)}: {report.monitor} {score:.6g}, floor {floor:.6g}")
             return
         level = report.levels[-1]
         verdict = "held" if level.held else f"below the floor {report.gated_floor:.6g}"
         self._say(
-            f"level {level.level} after {epoch} epochs: sparsity {level.sparsity:.2%}, {report.monitor} "
+            f"level {level.level} after {_epochs(epoch)}: sparsity {level.sparsity:.2%}, {report.monitor} "
             f"{level.gated:.6g}, {verdict}"
         )
 
@@ -80,3 +80,7 @@ class LogLines(Display):
     def _say(self, text: str) -> None:
         if self._speaks:
             log.info(f"RouletteWheelPruning: {text}")
+
+
+def _epochs(number: int) -> str:
+    return "1 epoch" if number == 1 else f"{number} epochs"
