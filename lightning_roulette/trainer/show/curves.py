@@ -15,7 +15,7 @@ from lightning_roulette.trainer.show.display import Display
 # The first tag of "Margin" is drawn as a line, the other two as the edges of a band.
 _LAYOUT = {
     "roulette": {
-        "score and floor": ["Multiline", ["roulette/score$", "roulette/floor$", "roulette/gated$"]],
+        "score and floor": ["Multiline", ["roulette/score$", "roulette/floor$", "roulette/held_out$"]],
         "branch": ["Margin", ["roulette/branch/median", "roulette/branch/min", "roulette/branch/max"]],
     }
 }
@@ -31,8 +31,8 @@ class Curves(Display):
     | `roulette/sparsity` | share of prunable weights removed |
     | `roulette/score` | score of the level's winner on the search half |
     | `roulette/floor` | the worst score that is accepted |
-    | `roulette/gated` | score of the same network on the held-out half, if it was judged there |
-    | `roulette/score_error`, `roulette/gated_error` | paired standard errors against the dense score, if known |
+    | `roulette/held_out` | score of the same network on the held-out half, if it was judged there |
+    | `roulette/score_error`, `roulette/held_out_error` | paired standard errors against the dense score, if known |
     | `roulette/branch/min`, `/median`, `/max` | spread of the scores of the candidates |
     | `roulette/density/<parameter>` | share of the weights of a parameter that is kept |
 
@@ -81,8 +81,8 @@ class Curves(Display):
             writer.experiment.add_custom_scalars(_LAYOUT)
         spread = (report.dense_score,) * 3
         self._draw(0, report.dense_score, report.floor, 0.0, spread, dict.fromkeys(mask, 1.0))
-        if report.gated_dense is not None:
-            self._log(0, {"roulette/gated": report.gated_dense})
+        if report.held_out_dense is not None:
+            self._log(0, {"roulette/held_out": report.held_out_dense})
 
     def _draw_level(self, report: SearchReport, mask: Mask) -> None:
         level = report.levels[-1]
@@ -91,7 +91,7 @@ class Curves(Display):
             self._log(level.level, {"roulette/score_error": level.error})
 
     def _draw_held_out(self, level: Level) -> None:
-        points = {"roulette/gated": level.gated, "roulette/gated_error": level.gated_error}
+        points = {"roulette/held_out": level.held_out_score, "roulette/held_out_error": level.held_out_error}
         known = {tag: value for tag, value in points.items() if value is not None and not math.isnan(value)}
         self._log(level.level, known)
 

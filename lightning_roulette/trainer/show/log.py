@@ -52,19 +52,21 @@ class LogLines(Display):
         """Say the score of a level that did not hold, or of the last one."""
         if not level.held or level is report.accepted[-1]:
             verdict = "held" if level.held else "did not hold"
-            self._say(f"level {level.level} on the held-out half: {report.monitor} {level.gated:.6g}, {verdict}")
+            self._say(
+                f"level {level.level} on the held-out half: {report.monitor} {level.held_out_score:.6g}, {verdict}"
+            )
 
     def on_judged(self, report: SearchReport, mask: Mask, epoch: int) -> None:
         """Say the score of the trained network, and whether its level held."""
         if not report.levels:
-            score, floor = report.gated_dense, report.gated_floor
+            score, floor = report.held_out_dense, report.held_out_floor
             self._say(f"dense network after {_epochs(epoch)}: {report.monitor} {score:.6g}, floor {floor:.6g}")
             return
         level = report.levels[-1]
-        verdict = "held" if level.held else f"below the floor {report.gated_floor:.6g}"
+        verdict = "held" if level.held else f"below the floor {report.held_out_floor:.6g}"
         self._say(
             f"level {level.level} after {_epochs(epoch)}: sparsity {level.sparsity:.2%}, {report.monitor} "
-            f"{level.gated:.6g}, {verdict}"
+            f"{level.held_out_score:.6g}, {verdict}"
         )
 
     def on_cut(self, report: SearchReport, mask: Mask) -> None:
