@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 
-from lightning_roulette.mask.mask import Mask
-from lightning_roulette.report.report import SearchReport, StopReason
+from lightning_roulette.report.report import StopReason
 from lightning_roulette.settings import LeastSquares, Tree, Validation, Wheel
 from lightning_roulette.trainer.choices import Choices
 from lightning_roulette.trainer.cutting import end_cuts, judge_and_cut
 from lightning_roulette.trainer.files import let_epoch_begin
 from lightning_roulette.trainer.fit_state import FitState, Phase
-from lightning_roulette.trainer.hold_zeros import ZeroHolder, place_before_checkpoints
-from lightning_roulette.trainer.persistence import Progress, Result
+from lightning_roulette.trainer.hold_zeros import place_before_checkpoints
+from lightning_roulette.trainer.persistence import Progress
 from lightning_roulette.trainer.preflight import (
     find_prunable,
     nothing_to_do,
@@ -41,10 +38,10 @@ from lightning_roulette.trainer.resuming import (
 )
 from lightning_roulette.trainer.searching import measure_and_save, search_network
 from lightning_roulette.trainer.show.log import log, speak_up
-from lightning_roulette.trainer.spawned import Handover
+from lightning_roulette.trainer.with_result import WithResult
 
 
-class RouletteWheelPruning(ZeroHolder):
+class RouletteWheelPruning(WithResult):
     """Prunes the weights of a network in `Trainer.fit`, as far as its validation score allows.
 
     When training ends, the network is searched:
@@ -163,7 +160,6 @@ class RouletteWheelPruning(ZeroHolder):
         seed: int = 0,
         dirpath: str | os.PathLike[str] | None = None,
     ) -> None:
-        super().__init__()
         choices = Choices.checked(
             branches=branches,
             tolerance=tolerance,
@@ -187,49 +183,8 @@ class RouletteWheelPruning(ZeroHolder):
         self.at_epoch, self.refit = choices.at_epoch, choices.refit
         self.include, self.exclude = choices.include, choices.exclude
         self.wheel, self.tree, self.dirpath = choices.wheel, choices.tree, choices.dirpath
-        self._found = Result(choices.between_epochs())
-        self._handover = Handover()
+        super().__init__(choices)
         self._fit: FitState | None = None
-
-    @property
-    def report(self) -> SearchReport | None:
-        """What was done; None before a search."""
-        return self._result.report
-
-    @property
-    def best_model_path(self) -> str:
-        """Path of the checkpoint of the winner; empty if none was written."""
-        return self._result.best_model_path
-
-    @property
-    def mask(self) -> Mask | None:
-        """Which weights the winner keeps, True = kept; None before a search has ended."""
-        return self._result.mask
-
-    def mask_at(self, level: int) -> Mask:
-        """Return the mask of an accepted level; level 0 is the dense network.
-
-        Raises:
-            ValueError: If there is no such level.
-            RuntimeError: If no search has ended.
-        """
-        return self._result.masks().mask_at(level)
-
-    def weights_at(self, level: int) -> dict[str, Tensor]:
-        """Return the prunable weights of an accepted level, and all values that a refit changed; level 0 is dense.
-
-        The tensors are on the CPU. Sharded weights are DTensors on their own devices.
-        `module.load_state_dict(pruning.weights_at(level), strict=False)` turns the network into that level.
-
-        Raises:
-            ValueError: If there is no such level.
-            RuntimeError: If no search has ended in this process. A checkpoint holds only the weights of the winner.
-        """
-        return self._result.weights_at(level)
-
-    def held(self) -> Mask | None:
-        """Return the mask whose zeros are held: the winner's, or the deepest level's between epochs."""
-        return self._result.held
 
     # ---- hooks: see the table in fit_state.py
 
@@ -261,9 +216,8 @@ class RouletteWheelPruning(ZeroHolder):
             fit.hold_zeros(afresh=not resumed)
             if not resumed:
                 say_what_is_held(fit)
-        if fit.searches and (
-            trainer.num_sanity_val_steps > 0 or not validates_before(trainer, fit.choices.first_epoch)
-        ):
+        validates = trainer.num_sanity_val_steps == 0 and validates_before(trainer, fit.choices.first_epoch)
+        if fit.searches and not validates:
             rehearse(fit, max(1, trainer.num_sanity_val_steps))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -328,13 +282,13 @@ class RouletteWheelPruning(ZeroHolder):
         if result.progress is Progress.CUTTING and result.report is not None:
             result.report = replace(result.report, stop_reason=StopReason.BROKEN_OFF)
         super().on_exception(trainer, pl_module, exception)
-        self._handover.send_if_due(trainer, self._found.handed_over)
+        self._hand_over(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """End the run. A worker process hands over what was found."""
         super().teardown(trainer, pl_module, stage)
         if stage == "fit":
-            self._handover.send_if_due(trainer, self._found.handed_over)
+            self._hand_over(trainer)
         self._fit = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -365,7 +319,7 @@ class RouletteWheelPruning(ZeroHolder):
             let_epoch_begin(checkpoint)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_found": self._result, "_fit": None}  # a run belongs to one process
+        return {**super().__getstate__(), "_fit": None}  # a run belongs to one process
 
     # ---- parts
 
@@ -373,16 +327,6 @@ class RouletteWheelPruning(ZeroHolder):
     def _run(self) -> FitState:
         assert self._fit is not None
         return self._fit
-
-    @property
-    def _result(self) -> Result:
-        """What was found; a worker process may have found it since this was last asked."""
-        if (found := self._handover.received()) is not None:
-            self._found.take_over(found, Choices.of(self).between_epochs())
-        return self._found
-
-    def _handing_over(self, trainer: Trainer) -> contextlib.AbstractContextManager[None]:
-        return self._handover.if_it_fails(trainer, self._found.handed_over)
 
     def _conclude(self, fit: FitState) -> None:
         """Search; or if that was done, end the cuts, or measure what training has made of the winner."""
