@@ -1,14 +1,17 @@
-"""Fixtures: a Trainer that leaves nothing behind and prints nothing."""
+"""Fixtures: a Trainer that leaves nothing behind and prints nothing, and one way to fit with it."""
 
 from __future__ import annotations
 
 import os
+from functools import partial
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+
+from tests.support import fits
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
 
@@ -31,3 +34,21 @@ def make_trainer(tmp_path):
         return Trainer(**quiet | options)
 
     return make
+
+
+@pytest.fixture
+def fit(make_trainer):
+    """A function that trains a module and returns it: `tests.support.fits.fit`."""
+    return partial(fits.fit, make_trainer)
+
+
+@pytest.fixture
+def at_hook(fit):
+    """A function that does something in a hook of a fit: `tests.support.fits.at_hook`."""
+    return partial(fits.at_hook, fit)
+
+
+@pytest.fixture
+def at_end(at_hook):
+    """A function that does something at the end of a fit of one epoch: `tests.support.fits.at_end`."""
+    return partial(fits.at_end, at_hook)

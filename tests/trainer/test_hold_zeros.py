@@ -175,10 +175,10 @@ WAYS_TO_TRAIN = {
 
 @pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
 @pytest.mark.parametrize(("module", "options"), WAYS_TO_TRAIN.values(), ids=WAYS_TO_TRAIN)
-def test_no_forward_sees_a_pruned_weight(make_trainer, kind, module, options):
+def test_no_forward_sees_a_pruned_weight(fit, kind, module, options):
     (callback, epoch), module = holding(kind), module()
     leaks = Leaks(callback, epoch)
-    make_trainer(callbacks=[callback, leaks], max_epochs=3, **options).fit(module, train_loader(), val_loader())
+    fit(callback, leaks, module=module, max_epochs=3, **options)
     assert leaks.forwards > 20
     assert leaks.moved
     assert leaks.largest == 0.0
@@ -327,9 +327,9 @@ def test_averaged_weights_have_the_zeros_in_validation_in_the_files_and_in_the_e
     assert all(bool((one[name][~kept] == 0).all()) for one in after for name, kept in callback.mask.items())
 
 
-def test_the_average_left_in_the_model_is_the_one_of_the_pruned_network(make_trainer):
+def test_the_average_left_in_the_model_is_the_one_of_the_pruned_network(fit, make_trainer):
     callback, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=2)), Blobs()
-    make_trainer(callbacks=[callback, EMAWeightAveraging(decay=0.5)]).fit(module, train_loader(), val_loader())
+    fit(callback, EMAWeightAveraging(decay=0.5), module=module)
     (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
     assert leak(module, callback.mask) == 0.0
     assert logged["val_acc"] == pytest.approx(callback.report.score, abs=1e-7)
@@ -354,13 +354,13 @@ def test_a_held_network_trains_as_one_that_never_had_the_weights(make_trainer):
         torch.testing.assert_close(value, masked.state_dict()[name], rtol=0, atol=1e-6)
 
 
-def test_optimizers_forget_what_they_remember_of_pruned_weights(make_trainer):
+def test_optimizers_forget_what_they_remember_of_pruned_weights(fit):
     class Remembers(Callback):
         def on_train_end(self, trainer, pl_module):
             self.state = dict(trainer.optimizers[0].state)
 
     callback, remembers, module = holding("at_epoch")[0], Remembers(), Trained(torch.optim.Adam, lr=0.01)
-    make_trainer(callbacks=[callback, remembers]).fit(module, train_loader(), val_loader())
+    fit(callback, remembers, module=module)
     weights = dict(module.named_parameters())
     for name, kept in callback.mask.items():
         for memory in ("exp_avg", "exp_avg_sq"):
@@ -369,22 +369,22 @@ def test_optimizers_forget_what_they_remember_of_pruned_weights(make_trainer):
             assert values[kept].any()
 
 
-def test_hold_zeros_without_a_mask_holds_the_zeros_it_finds(make_trainer):
+def test_hold_zeros_without_a_mask_holds_the_zeros_it_finds(fit):
     module, callback = Blobs(), HoldZeros()
     mask = half_mask(module)
     apply_mask(module, mask)
-    make_trainer(callbacks=[callback]).fit(module, train_loader(), val_loader())
+    fit(callback, module=module)
     assert Mask.of_nonzeros(prunable_parameters(module)) == mask
 
 
-def test_hold_zeros_that_finds_no_zeros_says_so(make_trainer):
+def test_hold_zeros_that_finds_no_zeros_says_so(fit):
     with pytest.warns(UserWarning, match="HoldZeros found no zeros to hold"):
-        make_trainer(callbacks=[HoldZeros()]).fit(Blobs(), train_loader(), val_loader())
+        fit(HoldZeros())
 
 
-def test_hold_zeros_holds_those_of_a_checkpoint_that_is_resumed(make_trainer, tmp_path):
+def test_hold_zeros_holds_those_of_a_checkpoint_that_is_resumed(fit, make_trainer, tmp_path):
     pruning, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=2), dirpath=tmp_path), Blobs()
-    make_trainer(callbacks=[pruning]).fit(Blobs(), train_loader(), val_loader())
+    fit(pruning)
     trainer = make_trainer(callbacks=[HoldZeros()], max_epochs=4)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
@@ -405,19 +405,19 @@ def test_a_resumed_average_has_the_zeros(make_trainer, tmp_path):
         assert leak(module, callback.mask) == 0.0
 
 
-def test_hold_zeros_reads_the_mask_of_a_file(make_trainer, tmp_path):
+def test_hold_zeros_reads_the_mask_of_a_file(fit, tmp_path):
     pruning, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=2), dirpath=tmp_path), Blobs()
-    make_trainer(callbacks=[pruning]).fit(module, train_loader(), val_loader())
+    fit(pruning, module=module)
     dense = Blobs()
-    make_trainer(callbacks=[HoldZeros(pruning.best_model_path)]).fit(dense, train_loader(), val_loader())
+    fit(HoldZeros(pruning.best_model_path), module=dense)
     assert Mask.of_nonzeros(prunable_parameters(dense)) == pruning.mask
 
 
-def test_after_fit_the_weights_are_free_again(make_trainer):
+def test_after_fit_the_weights_are_free_again(fit):
     module, callback = Blobs(), HoldZeros(half_mask(Blobs()))
-    make_trainer(callbacks=[callback]).fit(module, train_loader(), val_loader())
+    fit(callback, module=module)
     assert leak(module, callback.mask) == 0.0
-    make_trainer().fit(module, train_loader(), val_loader())
+    fit(module=module)
     assert leak(module, callback.mask) > 0.0
 
 
@@ -491,9 +491,9 @@ torch.save(model.state_dict(), f"{folder}/tuned.pt")
 
 
 @pytest.mark.slow
-def test_pruned_ckpt_can_be_fine_tuned_in_a_new_process(make_trainer, tmp_path):
+def test_pruned_ckpt_can_be_fine_tuned_in_a_new_process(fit, tmp_path):
     pruning, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=3), dirpath=tmp_path), Blobs()
-    make_trainer(callbacks=[pruning]).fit(module, train_loader(), val_loader())
+    fit(pruning, module=module)
     command = [sys.executable, "-c", FINE_TUNE, pruning.best_model_path, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
