@@ -6,6 +6,7 @@ import copy
 import logging
 import pickle
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, Wheel, prunable_parameters, sparsity
 from lightning_roulette.report.report import StopReason
 from tests.support.modules import Blobs, blobs, val_loader
+from tests.support.states import PowerCut, SavesAtEnd, Sparsities, copied, equal, told
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -31,66 +33,62 @@ def pruner(**choices) -> RouletteWheelPruning:
     return RouletteWheelPruning(**usual | choices)
 
 
-def in_order() -> DataLoader:
-    """The same batches in every epoch, so that a resumed run sees what the whole one saw."""
-    return DataLoader(blobs(400, 1), batch_size=50)
+@pytest.fixture
+def fit(fit):
+    """Fits on the same batches in every epoch, so that a resumed run sees what the whole run saw."""
+    data = DataLoader(blobs(400, 1), batch_size=50)
+    return partial(fit, train=data, enable_checkpointing=True, max_epochs=8)
 
 
-class Notes(Callback):
-    """The network as each epoch finds it, before anything is cut, and how sparse it is in each step."""
+class Notes(Sparsities):
+    """Also the network as each epoch begins, before it is cut, and as training ends."""
 
     def __init__(self) -> None:
-        self.trained, self.sparsity = [], []
+        super().__init__()
+        self.trained = []
 
     def on_train_epoch_start(self, trainer, pl_module):
-        self.trained.append(copy.deepcopy(pl_module.state_dict()))
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        self.sparsity.append(round(sparsity(prunable_parameters(pl_module)), 9))
+        self.trained.append(copied(pl_module))
 
     def on_train_end(self, trainer, pl_module):
-        self.trained.append(copy.deepcopy(pl_module.state_dict()))
-
-
-def equal(one, other) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def without_time(pruning) -> dict:
-    return pruning.report.to_dict() | {"seconds": 0}
+        self.trained.append(copied(pl_module))
 
 
 def test_levels_are_cut_between_epochs_and_zeros_held_in_between(fit):
     pruning, notes = pruner(tolerance=1.0), Notes()
-    module = fit(notes, pruning)
+    module = fit(pruning, notes)
     levels = pruning.report.levels
     assert [level.epoch for level in levels] == list(EPOCHS)
-    expected = [0.0] * 16 + [round(level.sparsity, 9) for level in levels for _ in range(8)]
-    assert notes.sparsity == expected + [round(levels[-1].sparsity, 9)] * 16
+    expected = [0.0] * 16 + [level.sparsity for level in levels for _ in range(8)] + [levels[-1].sparsity] * 16
+    assert notes.found == expected
     assert Mask.of_nonzeros(prunable_parameters(module)) == pruning.mask == pruning.mask_at(4)
     assert all(pruning.mask_at(level + 1) <= pruning.mask_at(level) for level in range(4))
+    assert equal(pruning.weights_at(4), dict(module.state_dict()))
+    with pytest.raises(RuntimeError, match="weights of level 2 were not kept"):
+        pruning.weights_at(2)
 
 
-def test_the_slimmest_level_that_held_is_loaded_as_it_was_then(fit):
+@pytest.mark.parametrize("keep_files", [True, False])
+def test_the_slimmest_level_that_held_is_loaded_as_it_was_then(fit, keep_files):
     pruning, notes = pruner(target_sparsity=0.99, tolerance=0.2, at_epoch=[2, 4, 6]), Notes()
-    module = fit(notes, pruning)
-    held = [level.held for level in pruning.report.levels]
-    assert held == [True, False]
+    module = fit(notes, pruning, enable_checkpointing=keep_files)
+    assert [level.held for level in pruning.report.levels] == [True, False]
     assert equal(module.state_dict(), notes.trained[4])
     assert pruning.report.sparsity == pruning.mask.sparsity == sparsity(prunable_parameters(module))
-    loaded = Blobs.load_from_checkpoint(pruning.best_model_path)
-    assert equal(loaded.state_dict(), module.state_dict())
-    assert Mask.load(pruning.best_model_path) == pruning.mask
+    assert bool(pruning.best_model_path) == keep_files
+    if keep_files:
+        assert equal(Blobs.load_from_checkpoint(pruning.best_model_path).state_dict(), module.state_dict())
+        assert Mask.load(pruning.best_model_path) == pruning.mask
 
 
 def test_a_level_that_misses_is_not_cut_further_and_may_recover(fit):
     few = {"at_epoch": range(2, 12), "tolerance": 0.02, "tree": Tree(0.5)}
     pruning, notes = pruner(branches=1, wheel=Wheel(importance="magnitude"), **few), Notes()
-    fit(notes, pruning, max_epochs=12)
+    fit(pruning, notes, max_epochs=12)
     levels = pruning.report.levels
     assert [level.epoch for level in levels] == [2, 3, 6]  # what was cut before epoch 3 missed before 4 and 5
     assert all(level.held for level in levels)
-    assert sorted(set(notes.sparsity)) == [0.0, *(round(level.sparsity, 9) for level in levels)]
+    assert sorted(set(notes.found)) == [0.0, *(level.sparsity for level in levels)]
 
 
 def test_where_no_level_holds_the_dense_network_comes_back(fit):
@@ -122,14 +120,6 @@ def test_the_score_of_a_level_is_what_the_trainer_finds_in_its_checkpoint(fit, m
     assert sign * (pruning.report.held_out_floor - pruning.report.held_out_dense) == pytest.approx(-0.5)
 
 
-@pytest.mark.parametrize("keep_files", [True, False])
-def test_without_files_the_slimmest_that_held_is_kept_too(fit, keep_files):
-    pruning, notes = pruner(target_sparsity=0.99, tolerance=0.2, at_epoch=[2, 4, 6]), Notes()
-    module = fit(notes, pruning, enable_checkpointing=keep_files)
-    assert equal(module.state_dict(), notes.trained[4])
-    assert bool(pruning.best_model_path) == keep_files
-
-
 @pytest.mark.parametrize(("epoch", "refit"), [(1, None), (3, None), (4, "least_squares"), (6, None)])
 def test_a_run_resumed_from_any_epoch_ends_as_the_whole_one(fit, tmp_path, epoch, refit):
     choices = {"tree": Tree(pruning_rate=0.7), "tolerance": 0.1, "refit": refit}
@@ -139,24 +129,19 @@ def test_a_run_resumed_from_any_epoch_ends_as_the_whole_one(fit, tmp_path, epoch
     again = fit(resumed, ckpt_path=tmp_path / "checkpoints" / f"epoch={epoch}-step={8 * (epoch + 1)}.ckpt")
     assert len(whole.report.levels) > 1
     assert equal(again.state_dict(), module.state_dict())
-    assert without_time(resumed) == without_time(whole)
+    assert told(resumed) == told(whole)
     assert resumed.mask == whole.mask
 
 
 def test_a_run_resumed_from_a_level_that_held_ends_as_the_whole_one(fit):
-    class Stops(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.current_epoch == 4 and batch_idx == 3:
-                raise RuntimeError("power cut")
-
     whole, stopped, resumed = (pruner(tolerance=1.0) for _ in range(3))
     module = fit(whole)
     with pytest.raises(RuntimeError, match="power cut"):
-        fit(stopped, Stops())
+        fit(stopped, PowerCut(4, 3))
     again = fit(resumed, ckpt_path=stopped.best_model_path)
     assert equal(again.state_dict(), module.state_dict())
     # the level is judged once more
-    assert without_time(resumed) | {"validations": 0} == without_time(whole) | {"validations": 0}
+    assert told(resumed) | {"validations": 0} == told(whole) | {"validations": 0}
 
 
 def test_a_checkpoint_keeps_what_its_name_says(fit, make_trainer, tmp_path):
@@ -177,31 +162,25 @@ def test_a_run_that_stops_before_the_first_cut_searches_at_its_end(fit):
     assert pruning.report.sparsity == pytest.approx(0.4, abs=0.01)
 
 
-def test_a_run_that_stops_between_cuts_judges_the_last_level(make_trainer):
+def test_a_run_that_stops_between_cuts_judges_the_last_level(fit):
     pruning = pruner(tolerance=1.0)
-    trainer = make_trainer(callbacks=[pruning], max_epochs=8, max_steps=26)
-    trainer.fit(Blobs(), in_order(), val_loader())
+    fit(pruning, max_steps=26)
     assert [level.held for level in pruning.report.levels] == [True, True]
 
 
-def test_a_second_fit_holds_the_winner_and_cuts_no_more(fit):
-    pruning, notes = pruner(), Notes()
-    module = fit(pruning)
+@pytest.mark.parametrize("limits", [{}, {"max_steps": 10}], ids=["cuts", "a search of a run that stopped early"])
+def test_a_second_fit_holds_the_winner_cuts_no_more_and_says_so(fit, caplog, limits):
+    pruning, notes = pruner(tree=Tree(0.4, max_levels=1) if limits else Tree(0.4)), Sparsities()
+    module = fit(pruning, **limits)
     mask, levels = pruning.mask, pruning.report.levels
-    fit(notes, pruning, module=module)
-    assert set(notes.sparsity) == {round(mask.sparsity, 9)}
+    with caplog.at_level(logging.INFO, "lightning_roulette"):
+        fit(notes, pruning, module=module)
+    assert set(notes.found) == {mask.sparsity}
     assert pruning.mask == mask
     assert pruning.report.levels == levels
     assert pruning.report.trained_score is not None
-
-
-def test_a_second_fit_says_that_it_cuts_no_more(fit, caplog):
-    pruning = pruner()
-    module = fit(pruning)
-    with caplog.at_level(logging.INFO, "lightning_roulette"):
-        fit(pruning, module=module)
     (line,) = [one for one in caplog.messages if "pruned before" in one]
-    assert f"{pruning.mask.sparsity:.2%}" in line
+    assert f"{mask.sparsity:.2%}" in line
 
 
 def test_a_resume_after_a_search_says_nothing_of_the_kind(fit, caplog, tmp_path):
@@ -251,18 +230,11 @@ def test_a_training_that_is_taken_up_again_is_not_broken_off(fit, tmp_path):
 
 
 def test_a_resume_with_another_tolerance_keeps_the_floor_and_says_so(fit, tmp_path):
-    path = str(tmp_path / "begun.ckpt")
-
-    class Saves(Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            if trainer.current_epoch == 3:
-                trainer.save_checkpoint(path)
-
     first, second = pruner(tolerance=1.0), pruner(tolerance=0.0)
-    fit(Saves(), first)
-    with pytest.warns(UserWarning, match=r"tolerance is 0\.0, but .* begun with 1\.0, and keeps its floor"):
-        fit(second, ckpt_path=path)
-    assert without_time(second) == without_time(first)
+    fit(SavesAtEnd(tmp_path / "begun.ckpt", 3), first)
+    with pytest.warns(UserWarning, match=r"tolerance is 0\.0, but .* keeps the floor of its own tolerance 1\.0"):
+        fit(second, ckpt_path=tmp_path / "begun.ckpt")
+    assert told(second) == told(first)
 
 
 def test_one_candidate_a_cut_takes_two_validations_of_data_that_is_read_once(fit):
@@ -316,15 +288,15 @@ def test_a_killed_cut_leaves_a_journal_that_its_resume_takes_away(fit, tmp_path)
     fit(resumed, ModelCheckpoint(tmp_path, save_top_k=-1), ckpt_path=last)
     assert not list(tmp_path.glob("search-*.jsonl"))
     fit(whole)
-    assert without_time(resumed) == without_time(whole)
+    assert told(resumed) == told(whole)
 
 
-def test_a_fit_of_another_module_begins_anew(fit):
+def test_a_fit_of_another_module_starts_again(fit):
     pruning = pruner()
     fit(pruning)
-    first = without_time(pruning)
+    first = told(pruning)
     fit(pruning)
-    assert without_time(pruning) == first
+    assert told(pruning) == first
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
@@ -351,7 +323,7 @@ def test_with_averaged_weights_the_file_holds_what_was_measured(fit, make_traine
 
 
 def test_with_averaged_weights_the_file_of_a_search_holds_the_refitted_winner(fit):
-    pruning = RouletteWheelPruning(branches=2, tolerance=0.05, tree=Tree(0.5, max_levels=3))
+    pruning = pruner(at_epoch=None, monitor=None, tree=Tree(0.5, max_levels=3))
     module = fit(WeightAveraging(), pruning)
     assert pruning.report.winner is not None
     assert equal(Blobs.load_from_checkpoint(pruning.best_model_path).state_dict(), module.state_dict())
@@ -399,41 +371,19 @@ def test_buffers_that_were_replaced_come_back_with_the_winner(fit, now):
     assert torch.equal(module.seen, torch.arange(3.0))
 
 
-def test_a_search_of_a_run_that_stopped_early_is_not_followed_by_cuts(fit):
-    pruning, notes = pruner(tree=Tree(0.4, max_levels=1), tolerance=1.0), Notes()
-    module = fit(pruning, max_steps=10)
-    levels = pruning.report.levels
-    fit(notes, pruning, module=module)
-    assert set(notes.sparsity) == {round(pruning.mask.sparsity, 9)}
-    assert pruning.report.levels == levels
-
-
-def test_weights_of_the_slimmest_level_that_held_are_kept_and_no_others(fit):
-    pruning = pruner(tolerance=1.0)
-    module = fit(pruning)
-    assert equal({**pruning.weights_at(4)}, dict(module.state_dict()))
-    with pytest.raises(RuntimeError, match="weights of level 2 are not kept"):
-        pruning.weights_at(2)
-
-
-def test_a_run_that_has_not_ended_is_only_resumed_with_its_epochs(fit, make_trainer):
-    fit(pruner(tolerance=1.0), ModelCheckpoint(filename="{epoch}", save_top_k=-1))
-    path = make_trainer().default_root_dir + "/checkpoints/epoch=3.ckpt"
-    with pytest.raises(ValueError, match="Pass the at_epoch that it was begun with"):
+def test_a_run_that_has_not_ended_is_only_resumed_with_its_epochs(fit, make_trainer, tmp_path):
+    path = tmp_path / "begun.ckpt"
+    fit(pruner(tolerance=1.0), SavesAtEnd(path, 3))
+    with pytest.raises(ValueError, match="Pass the same at_epoch as in that training"):
         fit(pruner(at_epoch=None), ckpt_path=path)
     make_trainer(callbacks=[pruner(at_epoch=None)]).validate(Blobs(), val_loader(), ckpt_path=path, verbose=False)
 
 
-def test_the_same_module_made_dense_again_is_pruned_anew(fit):
-    class Stops(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.current_epoch == 2:
-                raise RuntimeError("power cut")
-
+def test_the_same_module_made_dense_again_is_pruned_again(fit):
     pruning, module = pruner(tolerance=1.0), Blobs()
-    dense = copy.deepcopy(module.state_dict())
+    dense = copied(module)
     with pytest.raises(RuntimeError, match="power cut"):
-        fit(pruning, Stops(), module=module)
+        fit(pruning, PowerCut(2, 0), module=module)
     module.load_state_dict(dense)
     fit(pruning, module=module)
     assert [(level.level, level.epoch) for level in pruning.report.levels] == [(1, 2), (2, 3), (3, 4), (4, 5)]
@@ -445,8 +395,8 @@ def test_lbfgs_resumes_bit_for_bit(fit, tmp_path):
             return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=2)
 
     whole, resumed = (pruner(tolerance=1.0, at_epoch=[2]) for _ in range(2))
-    module = fit(ModelCheckpoint(filename="{epoch}", save_top_k=-1), whole, module=Quasi(), max_epochs=5)
-    path = tmp_path / "checkpoints" / "epoch=3.ckpt"
+    path = tmp_path / "begun.ckpt"
+    module = fit(SavesAtEnd(path, 3), whole, module=Quasi(), max_epochs=5)
     again = fit(resumed, module=Quasi(), max_epochs=5, ckpt_path=path)
     assert equal(again.state_dict(), module.state_dict())
 
@@ -522,5 +472,5 @@ def test_several_epochs_cannot_be_certified():
 
 
 def test_a_last_epoch_after_which_nothing_trains_is_refused(fit):
-    with pytest.raises(ValueError, match="Let the last epoch of at_epoch be 4 at most"):
+    with pytest.raises(ValueError, match="The last epoch of at_epoch may be 4 at most"):
         fit(pruner(), max_epochs=5)
