@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 
 import pytest
 import torch
@@ -23,8 +22,9 @@ from lightning_roulette import (
     prunable_parameters,
     sparsity,
 )
-from lightning_roulette.trainer.data.folded_data import dealt
-from tests.support.modules import Blobs, train_loader, val_loader
+from lightning_roulette.trainer.data import dealt
+from tests.support.modules import Blobs, val_loader
+from tests.support.states import Sparsities, copied
 
 ON_ALL = Validation(confirm=0, race=False)  # all candidates on all data
 
@@ -33,26 +33,6 @@ def pruner(**options) -> RouletteWheelPruning:
     return RouletteWheelPruning(
         **{"branches": 3, "tolerance": 0.1, "refit": None, "tree": Tree(0.2, max_levels=2)} | options
     )
-
-
-def own_state(module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-class Notes(Callback):
-    """Notes the sparsity of the network at each of its hooks, and how often it was validated."""
-
-    def __init__(self) -> None:
-        self.before_epoch, self.before_batch, self.at_end, self.validations = [], [], None, 0
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        self.before_epoch.append(sparsity(prunable_parameters(pl_module)))
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.before_batch.append(sparsity(prunable_parameters(pl_module)))
-
-    def on_train_end(self, trainer, pl_module):
-        self.at_end = sparsity(prunable_parameters(pl_module))
 
 
 # ---- the main path
@@ -75,7 +55,7 @@ def test_after_fit_the_network_is_slim_and_keeps_the_floor(fit):
 
 def test_only_pruned_entries_differ_from_what_training_left(fit):
     pruning = pruner()
-    dense, pruned = own_state(fit()), own_state(fit(pruning))
+    dense, pruned = copied(fit()), copied(fit(pruning))
     assert dense.keys() == pruned.keys()
     for name, values in dense.items():
         kept = pruning.mask.get(name, torch.ones_like(values, dtype=torch.bool))
@@ -84,11 +64,9 @@ def test_only_pruned_entries_differ_from_what_training_left(fit):
 
 def test_parameters_keep_their_identity_and_their_names(fit):
     module = Blobs()
-    before = dict(module.named_parameters())
+    before = {name: id(one) for name, one in module.named_parameters()}
     fit(pruner(), module=module)
-    after = dict(module.named_parameters())
-    assert after.keys() == before.keys()
-    assert all(after[name] is before[name] for name in before)
+    assert {name: id(one) for name, one in module.named_parameters()} == before
 
 
 @pytest.mark.parametrize("validation", [Validation(), ON_ALL], ids=["halves", "all"])
@@ -140,8 +118,8 @@ def test_the_report_says_what_was_done_level_by_level(fit):
     assert "level" in str(report)
 
 
-def test_masks_of_all_levels_can_be_drawn_again_and_nest(fit):
-    pruning = pruner(branches=1)
+def test_masks_of_all_levels_nest_and_have_the_scores_of_the_report(fit, make_trainer):
+    dense, pruning = fit(), pruner(validation=ON_ALL)
     fit(pruning)
     masks = [pruning.mask_at(level) for level in (0, 1, 2)]
     assert [mask.survivors for mask in masks] == [624, 499, 399]
@@ -150,16 +128,10 @@ def test_masks_of_all_levels_can_be_drawn_again_and_nest(fit):
     assert not masks[1] <= masks[2]
     with pytest.raises(ValueError, match="level is 3, but must lie between 0"):
         pruning.mask_at(3)
-
-
-def test_the_mask_of_an_earlier_level_has_the_score_that_the_report_gives_it(fit, make_trainer):
-    dense = fit()
-    pruning = pruner(validation=ON_ALL)
-    fit(pruning)
     for level in pruning.report.accepted:
         module = Blobs()
         module.load_state_dict(dense.state_dict())
-        apply_mask(module, pruning.mask_at(level.level))
+        apply_mask(module, masks[level.level])
         (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
         assert level.score == pytest.approx(logged["val_acc"], abs=1e-7)
 
@@ -207,7 +179,7 @@ def test_before_a_search_there_is_no_mask():
 def test_the_network_stays_dense_where_no_level_keeps_the_floor(fit, tmp_path):
     tree = Tree(pruning_rate=0.95, patience=1)
     pruning = pruner(tolerance=0.0, wheel=Wheel(sharpness=0.0), tree=tree, dirpath=tmp_path, validation=ON_ALL)
-    dense, kept = own_state(fit()), own_state(fit(pruning))
+    dense, kept = copied(fit()), copied(fit(pruning))
     assert all(torch.equal(dense[name], kept[name]) for name in dense)
     assert pruning.report.stop_reason is StopReason.DECLINED
     assert pruning.report.winner is None
@@ -227,30 +199,6 @@ def test_a_level_below_the_floor_is_tried_again_at_half_the_rate(fit):
     lowest = pruning.report.floor - 1e-6  # scores are rounded
     assert last.score >= lowest
     assert all(one.score < lowest for one in failed)
-
-
-def test_a_callback_can_be_pickled_after_the_search(fit):
-    pruning = pruner(at_epoch=1)
-    fit(pruning)
-    copy = pickle.loads(pickle.dumps(pruning))
-    assert copy.mask == pruning.mask
-    assert copy.report == pruning.report
-
-
-def test_the_console_gets_one_line_per_level(fit, caplog):
-    with caplog.at_level(logging.INFO, "lightning_roulette"):
-        pruning = pruner()
-        fit(pruning)
-    lines = [record.getMessage() for record in caplog.records if record.name == "lightning_roulette"]
-    (metric,) = [line for line in lines if "judged by" in line]
-    assert "val_acc (max, the one logged metric that rises)" in metric
-    (dense,) = [line for line in lines if "A level of 3 candidates will take about" in line]
-    assert f"floor {pruning.report.floor:.6g}" in dense
-    for level in pruning.report.levels:
-        (line,) = [line for line in lines if f" level {level.level}: " in line]
-        assert f"{level.sparsity:.2%}" in line
-        assert f"{level.score:.6g}" in line
-    assert any(pruning.report.stop_reason.value in line for line in lines)
 
 
 # ---- what the arguments mean
@@ -349,40 +297,33 @@ class LogsOnly(Blobs):
             self.log(name, torch.nn.functional.cross_entropy(self(x), y))
 
 
+class Plateau(LogsOnly):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="min")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "b"}}
+
+
 @pytest.mark.parametrize(
-    ("names", "callback", "expected"),
+    ("module", "callbacks", "expected"),
     [
-        (("val_loss", "top1_accuracy"), None, ("top1_accuracy", "max", "the one logged name like an accuracy")),
-        (("a", "b"), ModelCheckpoint(monitor="b", mode="max"), ("b", "max", "what ModelCheckpoint watches")),
-        (("a", "b"), EarlyStopping(monitor="a", mode="min"), ("a", "min", "what EarlyStopping watches")),
-        (("val_loss",), None, ("val_loss", "min", "the only metric logged")),
+        (LogsOnly("val_loss", "top1_accuracy"), [], ("top1_accuracy", "max", "the one logged name like an accuracy")),
+        (LogsOnly("a", "b"), [ModelCheckpoint(monitor="b", mode="max")], ("b", "max", "what ModelCheckpoint watches")),
+        (LogsOnly("a", "b"), [EarlyStopping(monitor="a", mode="min")], ("a", "min", "what EarlyStopping watches")),
+        (LogsOnly("val_loss"), [], ("val_loss", "min", "the only metric logged")),
+        (Plateau("a", "b"), [], ("b", "min", "what a learning rate scheduler watches")),
     ],
+    ids=["name", "checkpoint", "stopping", "only one", "scheduler"],
 )
-def test_without_a_monitor_the_module_and_its_callbacks_tell(fit, caplog, names, callback, expected):
+def test_without_a_monitor_the_module_and_its_callbacks_tell(fit, caplog, module, callbacks, expected):
     pruning = pruner(tolerance=0.0, tree=Tree(0.2, max_levels=1, patience=1))
+    writes = any(isinstance(one, ModelCheckpoint) for one in callbacks)
     with caplog.at_level(logging.INFO, "lightning_roulette"):
-        fit(
-            pruning,
-            *[one for one in [callback] if one],
-            module=LogsOnly(*names),
-            enable_checkpointing=isinstance(callback, ModelCheckpoint),
-        )
+        fit(pruning, *callbacks, module=module, enable_checkpointing=writes)
     monitor, mode, why = expected
     assert (pruning.report.monitor, pruning.report.mode) == (monitor, mode)
-    (line,) = [one.getMessage() for one in caplog.records if "judged by" in one.getMessage()]
+    (line,) = [one for one in caplog.messages if "judges candidates by" in one]
     assert f"{monitor} ({mode}, {why})" in line
-
-
-def test_without_a_monitor_a_plateau_scheduler_may_tell(fit):
-    class Plateau(LogsOnly):
-        def configure_optimizers(self):
-            optimizer = super().configure_optimizers()
-            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="min")
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "b"}}
-
-    pruning = pruner(tolerance=0.0, tree=Tree(0.2, max_levels=1, patience=1))
-    fit(pruning, module=Plateau("a", "b"))
-    assert (pruning.report.monitor, pruning.report.mode) == ("b", "min")
 
 
 def test_equal_seeds_give_equal_masks_whatever_the_global_seed(fit):
@@ -404,11 +345,11 @@ def test_equal_seeds_give_equal_masks_whatever_the_global_seed(fit):
 def test_at_epoch_searches_before_the_next_epoch_begins_and_training_goes_on_without_the_weights(
     fit, make_trainer, epoch
 ):
-    notes, pruning = Notes(), pruner(at_epoch=epoch, tolerance=1.0)
+    notes, pruning = Sparsities(), pruner(at_epoch=epoch, tolerance=1.0)
     module = fit(notes, pruning, max_epochs=3)
     slim = pruning.report.sparsity
     assert slim == pytest.approx(0.36, abs=0.01)
-    assert notes.before_batch == [0.0] * 8 * epoch + [slim] * 8 * (3 - epoch)
+    assert notes.found == [0.0] * 8 * epoch + [slim] * 8 * (3 - epoch)
     assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
     (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
     assert pruning.report.trained_score == pytest.approx(logged["val_acc"], abs=1e-7)
@@ -417,7 +358,7 @@ def test_at_epoch_searches_before_the_next_epoch_begins_and_training_goes_on_wit
 def test_training_before_the_search_at_an_epoch_is_as_without_it(fit):
     class Keep(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
-            self.state = own_state(pl_module) if trainer.current_epoch == 0 else self.state
+            self.state = copied(pl_module) if trainer.current_epoch == 0 else self.state
 
     plain, searched = Keep(), Keep()
     fit(plain)
@@ -425,68 +366,46 @@ def test_training_before_the_search_at_an_epoch_is_as_without_it(fit):
     assert all(torch.equal(plain.state[name], searched.state[name]) for name in plain.state)
 
 
-def test_at_the_last_epoch_is_at_the_end(fit):
-    notes, pruning = Notes(), pruner(at_epoch=2)
-    fit(notes, pruning)
-    assert set(notes.before_batch) == {0.0}
+class Stop(Callback):
+    """Stops after the first epoch."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize(
+    ("at_epoch", "callbacks", "limits", "batches"),
+    [
+        (2, [], {}, 16),
+        (3, [Stop()], {"max_epochs": 4}, 8),
+        (None, [], {"max_epochs": -1, "max_steps": 12}, 12),
+        (None, [], {"max_epochs": 2, "max_steps": 12}, 12),
+        (5, [], {"fast_dev_run": True}, 1),
+    ],
+    ids=["the last epoch", "stopped", "steps", "steps and epochs", "fast_dev_run"],
+)
+def test_a_run_that_ends_before_the_epoch_is_searched_at_its_end(fit, at_epoch, callbacks, limits, batches):
+    notes, pruning = Sparsities(), pruner(at_epoch=at_epoch)
+    module = fit(*callbacks, notes, pruning, **limits)
+    assert notes.found == [0.0] * batches
+    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
     assert pruning.report.sparsity > 0
     assert pruning.report.trained_score is None
-
-
-def test_a_run_that_stops_before_the_epoch_searches_at_its_end(fit):
-    class Stop(Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            trainer.should_stop = True
-
-    notes, pruning = Notes(), pruner(at_epoch=3)
-    module = fit(Stop(), notes, pruning, max_epochs=4)
-    assert len(notes.before_batch) == 8
-    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
-    assert pruning.report.sparsity > 0
-
-
-@pytest.mark.parametrize("limits", [{"max_epochs": -1, "max_steps": 12}, {"max_epochs": 2, "max_steps": 12}])
-def test_a_run_limited_by_steps_searches_at_its_end(fit, limits):
-    pruning = pruner()
-    module = fit(pruning, **limits)
-    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
-    assert pruning.report.sparsity > 0
 
 
 # ---- fitting again
 
 
-def test_a_second_fit_holds_the_zeros_and_does_not_search_again(fit):
-    pruning = pruner()
-    module = fit(pruning)
-    first, before, notes = pruning.report, own_state(module), Notes()
-    fit(notes, pruning, module=module)
-    assert set(notes.before_batch) == {first.sparsity}
-    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
-    assert pruning.report.levels == first.levels
-    assert pruning.report.trained_score is not None
-    assert any(not torch.equal(before[name], value) for name, value in module.state_dict().items())
+# ---- fitting again
 
 
-def test_a_fit_of_another_network_searches_anew(fit):
-    pruning, kept = pruner(), []
-    for _ in range(2):
-        module = fit(pruning)
-        assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
-        kept.append(pruning.report)
-    assert kept[0] is not kept[1]
-    assert kept[0].levels == kept[1].levels
-    assert kept[1].trained_score is None
-
-
-def test_a_network_made_dense_again_is_searched_anew(fit):
-    dense, pruning = own_state(fit()), pruner()
+def test_a_network_made_dense_again_is_searched_again(fit):
+    dense, pruning, notes = copied(fit()), pruner(), Sparsities()
     module = fit(pruning)
     first = pruning.report
     module.load_state_dict(dense)
-    notes = Notes()
     fit(notes, pruning, module=module)
-    assert set(notes.before_batch) == {0.0}
+    assert set(notes.found) == {0.0}
     assert pruning.report is not first
     assert pruning.report.sparsity > 0
 
@@ -503,10 +422,3 @@ def test_fast_dev_run_sees_every_part_work_once(fit, tmp_path):
     assert level.score < pruning.report.dense_score  # the floor is ignored
     assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
     assert list(tmp_path.rglob("*.*")) == []
-
-
-def test_fast_dev_run_of_a_search_at_an_epoch_searches_at_its_end(fit):
-    pruning = pruner(at_epoch=5)
-    module = fit(pruning, fast_dev_run=True)
-    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
-    assert pruning.report.sparsity > 0
