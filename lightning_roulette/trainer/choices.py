@@ -10,8 +10,8 @@ from numbers import Real
 from typing import Any
 
 from lightning_roulette.checks import check_choice, check_epochs, check_words
+from lightning_roulette.search.arguments import check_search
 from lightning_roulette.search.gradual import Cuts
-from lightning_roulette.search.search import check_search
 from lightning_roulette.settings import CALIBRATED, LeastSquares, Tree, Validation, Wheel, refit_of
 from lightning_roulette.trainer.between_epochs import BetweenEpochs
 from lightning_roulette.trainer.files import refuse_dirpath

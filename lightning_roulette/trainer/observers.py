@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_roulette.report.report import Candidate, Level
-from lightning_roulette.search.growing import Observer
+from lightning_roulette.search.observer import Observer
 from lightning_roulette.search.winner import Winner
 
 

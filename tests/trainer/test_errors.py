@@ -156,7 +156,8 @@ def setup_under(make_trainer, strategy, pruning):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "why"), [(FSDPStrategy, "into flat buffers"), (DeepSpeedStrategy, "into partitions of its own")]
+    ("strategy", "why"),
+    [(FSDPStrategy, "into flat buffers"), (DeepSpeedStrategy, "into partitions that only it can write to")],
 )
 def test_strategies_that_shard_weights_out_of_reach_are_refused_by_name(make_trainer, strategy, why):
     with pytest.raises(RuntimeError, match=f"{strategy.__name__}, which shards weights {why}.*ModelParallelStrategy"):
@@ -175,7 +176,7 @@ WHAT_NEEDS_WHOLE_LAYERS = {
         for kind in ("lamp", "sensitivity", "activation", "obs")
     },
     "a function": ({"refit": None, "wheel": Wheel(importance=_zero)}, "importance by a function needs whole layers"),
-    "several epochs": ({"at_epoch": [1]}, r"at_epoch is \[1\].*Name one epoch"),
+    "several epochs": ({"at_epoch": [1]}, r"at_epoch is \[1\].*Pass one epoch"),
 }
 
 
@@ -256,7 +257,7 @@ AT_THE_START = {
         RouletteWheelPruning(),
         NothingPrunable,
         {},
-        "no parameter of NothingPrunable is prunable.*net.0.weight: frozen.*Name some with include",
+        "no parameter of NothingPrunable is prunable.*net.0.weight: frozen.*Pass include=",
     ),
     "all excluded": (RouletteWheelPruning(exclude=["*"]), Blobs, {}, "no parameter of Blobs is prunable.*excluded"),
     "limit": (RouletteWheelPruning(), Blobs, {"limit_val_batches": 0}, "limit_val_batches is 0.*Allow some validation"),

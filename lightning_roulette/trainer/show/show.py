@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.report.report import Candidate, Level, SearchReport
-from lightning_roulette.search.growing import Observer
+from lightning_roulette.search.observer import Observer
 from lightning_roulette.search.winner import Winner
 from lightning_roulette.trainer.metric import Metric
 from lightning_roulette.trainer.show.bar import ProgressLine
