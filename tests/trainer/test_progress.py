@@ -344,29 +344,29 @@ def test_only_the_first_process_speaks_and_draws(first, fit, said, tmp_path, mon
 
 
 def test_a_new_display_sees_every_step_in_units_of_the_metric(fit, monkeypatch):
-    class Notes(Display):
-        steps = []
+    steps = []
 
+    class Notes(Display):
         def on_dense(self, report, mask, work):
-            self.steps.append(("dense", report.dense_score, mask.sparsity))
+            steps.append(("dense", report.dense_score, mask.sparsity))
 
         def on_level(self, report, mask):
-            self.steps.append(("level", report.levels[-1].score, mask.sparsity))
+            steps.append(("level", report.levels[-1].score, mask.sparsity))
 
         def on_confirmed(self, report, level):
-            self.steps.append(("confirmed", level.held_out_score, level.sparsity))
+            steps.append(("confirmed", level.held_out_score, level.sparsity))
 
         def on_end(self, report):
-            self.steps.append(("end", report.score, report.sparsity))
+            steps.append(("end", report.score, report.sparsity))
 
         def close(self):
-            self.steps.append("closed")
+            steps.append("closed")
 
     monkeypatch.setattr("lightning_roulette.trainer.show.show.DISPLAYS", (Notes,))
     ours = pruning(monitor="val_loss")
     fit(ours, enable_progress_bar=False)
     report = ours.report
-    assert Notes.steps == [
+    assert steps == [
         ("dense", report.dense_score, 0),
         *(("level", one.score, one.sparsity) for one in report.levels),
         *(("confirmed", one.held_out_score, one.sparsity) for one in report.levels),
