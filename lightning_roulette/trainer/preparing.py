@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_roulette.refit.calibration import Calibration
+from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.settings import Refit, refit_of
 from lightning_roulette.trainer.data import FoldedData
 from lightning_roulette.trainer.evaluator import refuse_too_few_samples
