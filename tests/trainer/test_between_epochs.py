@@ -183,47 +183,33 @@ def test_a_second_fit_holds_the_winner_cuts_no_more_and_says_so(fit, caplog, lim
     assert f"{mask.sparsity:.2%}" in line
 
 
-def test_a_resume_after_a_search_says_nothing_of_the_kind(fit, caplog, tmp_path):
-    saved = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
-    fit(pruner(at_epoch=2), saved, max_epochs=4)
-    again = ModelCheckpoint(tmp_path)
-    with caplog.at_level(logging.INFO, "lightning_roulette"):
-        fit(pruner(at_epoch=2), again, ckpt_path=tmp_path / "epoch=2.ckpt", max_epochs=4)
-    assert not any("pruned before" in one for one in caplog.messages)
+class Breaks(Callback):
+    """Raises an error at the end of the fourth epoch, and saves a checkpoint then."""
+
+    def __init__(self, error, first, path) -> None:
+        self.error, self.first, self.path = error, first, path
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 3:
+            raise self.error
+
+    def on_exception(self, trainer, pl_module, exception):
+        self.first.on_exception(trainer, pl_module, exception)
+        trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_the_report_of_a_training_that_broke_off_says_so(fit, error):
-    class Breaks(Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            if trainer.current_epoch == 3:
-                raise error
-
-    pruning = pruner(tolerance=1.0)
-    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
-        fit(Breaks(), pruning)
-    assert pruning.report.stop_reason is StopReason.BROKEN_OFF
-    assert len(pruning.report.levels) == 2
-
-
-def test_a_training_that_is_taken_up_again_is_not_broken_off(fit, tmp_path):
-    class Breaks(Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            if trainer.current_epoch == 3:
-                raise RuntimeError("power cut")
-
-        def on_exception(self, trainer, pl_module, exception):
-            first.on_exception(trainer, pl_module, exception)
-            trainer.save_checkpoint(tmp_path / "broken off.ckpt")
-
+def test_a_training_that_broke_off_says_so_until_it_is_resumed(fit, tmp_path, error):
     class Reads(Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             reasons.append(resumed.report.stop_reason)
 
-    reasons, first, resumed = [], pruner(tolerance=1.0), pruner(tolerance=1.0)
-    with pytest.raises(RuntimeError, match="power cut"):
-        fit(Breaks(), first)
-    fit(Reads(), resumed, ckpt_path=tmp_path / "broken off.ckpt")
+    reasons, first, resumed, path = [], pruner(tolerance=1.0), pruner(tolerance=1.0), tmp_path / "broken off.ckpt"
+    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
+        fit(Breaks(error, first, path), first)
+    assert first.report.stop_reason is StopReason.BROKEN_OFF
+    assert len(first.report.levels) == 2
+    fit(Reads(), resumed, ckpt_path=path)
     assert reasons
     assert set(reasons) == {None}
     assert resumed.report.stop_reason is StopReason.TRAINING_ENDED

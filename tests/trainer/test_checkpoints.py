@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 import warnings
@@ -215,13 +216,17 @@ def test_a_checkpoint_keeps_what_its_name_says(fit, make_trainer, tmp_path, at_e
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize(("at_epoch", "which"), [(2, "pruned"), (2, "epoch=2-step=24"), (None, "pruned")])
-def test_a_resume_from_after_the_search_holds_the_zeros_and_does_not_search_again(fit, tmp_path, at_epoch, which):
+def test_a_resume_from_after_the_search_holds_the_zeros_and_does_not_search_again(
+    fit, tmp_path, caplog, at_epoch, which
+):
     first = pruner(at_epoch=at_epoch)
     fit(first, ModelCheckpoint(save_top_k=-1), max_epochs=3)
     path = tmp_path / "checkpoints" / f"{which}.ckpt"
     content = path.read_bytes()
     resumed, notes = pruner(at_epoch=at_epoch), Sparsities()
-    module = fit(resumed, notes, ModelCheckpoint(save_top_k=-1), max_epochs=5, ckpt_path=path)
+    with caplog.at_level(logging.INFO, "lightning_roulette"):
+        module = fit(resumed, notes, ModelCheckpoint(save_top_k=-1), max_epochs=5, ckpt_path=path)
+    assert not any("pruned before" in line for line in caplog.messages)
     assert notes.found == [first.report.sparsity] * 16
     assert resumed.mask == first.mask == Mask.of_nonzeros(prunable_parameters(module))
     assert resumed.report.levels == first.report.levels
