@@ -75,12 +75,6 @@ def test_a_wrong_argument_is_refused_where_it_is_written(arguments, error, messa
         RouletteWheelPruning(**arguments)
 
 
-@pytest.mark.parametrize(("kind", "arguments", "error", "message"), WRONG, ids=[f"{one[1]}" for one in WRONG])
-def test_a_wrong_argument_is_refused_where_it_is_written(kind, arguments, error, message):
-    with pytest.raises(error, match=message):
-        kind(**arguments)
-
-
 def test_an_unknown_argument_is_refused():
     with pytest.raises(TypeError, match="sharpness"):
         RouletteWheelPruning(sharpness=1.0)
