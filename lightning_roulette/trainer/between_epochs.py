@@ -8,7 +8,8 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_roulette.mask.mask import History, Mask, apply_mask
+from lightning_roulette.mask.history import History
+from lightning_roulette.mask.mask import Mask, apply_mask
 from lightning_roulette.network.lending import named_tensors, write
 from lightning_roulette.refit.refitted import Survivors
 from lightning_roulette.search.gradual import Cuts, Gradual

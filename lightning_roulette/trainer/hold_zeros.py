@@ -187,7 +187,7 @@ class HoldZeros(ZeroHolder):
 
 
 def _mask_of_zeros(module: LightningModule) -> Mask:
-    hold_shards_alone(module)
+    reshard(module)
     zeros = Mask.of_nonzeros(prunable_parameters(module))
     with_zeros = {name: kept for name, kept in zeros.items() if not bool(kept.all())}
     return Mask(with_zeros)

@@ -14,7 +14,8 @@ from typing import Any, TypedDict
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_roulette.mask.mask import History, Mask, breaks, fits
+from lightning_roulette.mask.history import History
+from lightning_roulette.mask.mask import Mask, breaks, fits
 from lightning_roulette.report.report import SearchReport
 from lightning_roulette.search.winner import Winner
 from lightning_roulette.trainer.between_epochs import BetweenEpochs
