@@ -9,8 +9,8 @@ from lightning_roulette.network.lending import copy_into, named_tensors
 from lightning_roulette.trainer.between_epochs import BetweenEpochs
 from lightning_roulette.trainer.fit_state import FitState
 from lightning_roulette.trainer.hold_zeros import load_into_average
-from lightning_roulette.trainer.metric import Metric
 from lightning_roulette.trainer.preparing import calibration_of, measured, ready_between_epochs
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from lightning_roulette.trainer.searching import noted, save_dense, save_winner
 from lightning_roulette.trainer.show.show import ShowBetweenEpochs
 
@@ -58,7 +58,9 @@ def end_cuts(fit: FitState, cuts: BetweenEpochs) -> None:
     shown.on_end(report)
 
 
-def _take_judgement(fit: FitState, cuts: BetweenEpochs, held: bool, metric: Metric, shown: ShowBetweenEpochs) -> None:
+def _take_judgement(
+    fit: FitState, cuts: BetweenEpochs, held: bool, metric: MonitoredMetric, shown: ShowBetweenEpochs
+) -> None:
     """Take over the report. Keep and save a network that held; the first is the dense one."""
     report, history = cuts.gradual.found
     report = metric.units_of(report)
@@ -74,7 +76,7 @@ def _take_judgement(fit: FitState, cuts: BetweenEpochs, held: bool, metric: Metr
 
 
 def _train_on(
-    fit: FitState, cuts: BetweenEpochs, network: PrunedWeights, metric: Metric, shown: ShowBetweenEpochs
+    fit: FitState, cuts: BetweenEpochs, network: PrunedWeights, metric: MonitoredMetric, shown: ShowBetweenEpochs
 ) -> None:
     """Load the network that was cut, so that training goes on with it."""
     copy_into(named_tensors(fit.module), network.weights)

@@ -34,8 +34,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_roulette.trainer.choices import Choices
 from lightning_roulette.trainer.files import RunFiles
 from lightning_roulette.trainer.hold_zeros import Zeros
-from lightning_roulette.trainer.metric import Metric
 from lightning_roulette.trainer.persistence import Progress, Result
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 
 
 class Phase(Enum):
@@ -76,7 +76,7 @@ class FitState:
     phase: Phase
     searches: bool
     epoch: int | None = None
-    metric: Metric | None = None
+    metric: MonitoredMetric | None = None
     files: RunFiles | None = None
     writes_winner: bool = False
 

@@ -6,19 +6,19 @@ from torch import nn
 
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.settings import Refit, refit_of
-from lightning_roulette.trainer.data import FoldedData
-from lightning_roulette.trainer.evaluator import refuse_too_few_samples
-from lightning_roulette.trainer.fit_state import FitState
-from lightning_roulette.trainer.isolation import IsolatedValidation
-from lightning_roulette.trainer.judging import Judging, Ready
-from lightning_roulette.trainer.metric import Metric
-from lightning_roulette.trainer.preflight import find_prunable
-from lightning_roulette.trainer.show.log import log
-from lightning_roulette.trainer.training_inputs import (
+from lightning_roulette.trainer.data.folded_data import FoldedData
+from lightning_roulette.trainer.data.training_inputs import (
     TrainerCalibration,
     calibration_batches,
     refuse_blind_to_training,
 )
+from lightning_roulette.trainer.fit_state import FitState
+from lightning_roulette.trainer.preflight import find_prunable
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
+from lightning_roulette.trainer.scores.refusals import refuse_too_few_samples
+from lightning_roulette.trainer.scores.setup import CandidateValidation, ValidationSetup
+from lightning_roulette.trainer.show.log import log
+from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 
 
 def rehearse(fit: FitState, batches: float) -> None:
@@ -34,7 +34,7 @@ def rehearse(fit: FitState, batches: float) -> None:
     """
     choices, judging = fit.choices, judging_of(fit)
     searched = fit.result.history is not None
-    with judging.validating() as validation:
+    with judging.isolated() as validation:
         logged, samples = validation.run(batches), validation.samples()
         if choices.needs_inputs and not searched:
             remedy = "refit=None" if choices.refit is not None else "wheel=Wheel(importance='magnitude')"
@@ -45,18 +45,18 @@ def rehearse(fit: FitState, batches: float) -> None:
         refuse_too_few_samples(samples, judged_by, choices.confidence, choices.tolerance, choices.validation.confirm)
 
 
-def judging_of(fit: FitState) -> Judging:
+def judging_of(fit: FitState) -> ValidationSetup:
     """Return what judges the network: after a search by the metric of that search, else by the metric asked for."""
     choices, report = fit.choices, fit.result.report
     monitor, mode = choices.monitor, choices.mode
     if fit.result.history is not None and report is not None:
         monitor, mode = report.monitor, report.mode
-    return Judging(
+    return ValidationSetup(
         fit.trainer, fit.module, choices.validation, monitor, mode, choices.tolerance, choices.seed, fit.callback
     )
 
 
-def remember(fit: FitState, metric: Metric) -> Metric:
+def remember(fit: FitState, metric: MonitoredMetric) -> MonitoredMetric:
     """Keep the metric for this run, and log which it is."""
     if metric != fit.metric and fit.trainer.is_global_zero:
         log.info(
@@ -67,7 +67,7 @@ def remember(fit: FitState, metric: Metric) -> Metric:
     return metric
 
 
-def ready(fit: FitState) -> Ready:
+def ready(fit: FitState) -> CandidateValidation:
     """Return what judges the candidates of a search, with the validation data dealt to folds."""
     by_rows, first = fit.choices.confidence is not None, fit.result.history is None
     found = judging_of(fit).dealt(lambda: prunable(fit), by_rows, first)
@@ -75,7 +75,7 @@ def ready(fit: FitState) -> Ready:
     return found
 
 
-def ready_between_epochs(fit: FitState) -> Ready:
+def ready_between_epochs(fit: FitState) -> CandidateValidation:
     """Return what judges the trained network and the candidates of a cut.
 
     With one candidate a cut nothing is ranked, and the validation data are not divided.
@@ -84,10 +84,10 @@ def ready_between_epochs(fit: FitState) -> Ready:
         return ready(fit)
     judging = judging_of(fit)
     if (metric := fit.metric) is None:
-        with judging.validating() as validation:
+        with judging.isolated() as validation:
             logged = validation.run(1)
         metric = remember(fit, judging.metric(logged))
-    return judging.whole(metric, prunable(fit), fit.result.history is None)
+    return judging.undivided(metric, prunable(fit), fit.result.history is None)
 
 
 def prunable(fit: FitState) -> dict[str, nn.Parameter]:

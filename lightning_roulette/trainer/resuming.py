@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
@@ -16,9 +17,9 @@ from lightning_roulette.judge.journal import Journal, fingerprint, lines_in
 from lightning_roulette.mask.mask import breaks, fits
 from lightning_roulette.trainer.files import RunFiles
 from lightning_roulette.trainer.fit_state import FitState, Phase
-from lightning_roulette.trainer.isolation import callbacks_of
 from lightning_roulette.trainer.persistence import Progress
 from lightning_roulette.trainer.show.log import log
+from lightning_roulette.trainer.validation.muting import callbacks_of
 
 
 def journal_of(
@@ -153,8 +154,3 @@ def warn_of_other_tolerance(fit: FitState) -> None:
             f"tolerance {report.tolerance}. To use another tolerance, start a new training.",
             stacklevel=3,
         )
-
-
-def size_of_data(validation: Any) -> tuple[object, ...]:
-    """Return the number of batches of each validation loader, and the number of samples if it is known."""
-    return tuple(validation.lengths()), validation.samples()

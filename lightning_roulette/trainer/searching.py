@@ -13,15 +13,15 @@ from lightning_roulette.judge.journal import Noted
 from lightning_roulette.report.report import SearchReport, StopReason
 from lightning_roulette.search.search import search
 from lightning_roulette.search.winner import Winner, load
-from lightning_roulette.trainer.data import FoldedData
+from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.files import checkpoint_with_these_weights, save_accepted_levels
 from lightning_roulette.trainer.fit_state import FitState, Phase
 from lightning_roulette.trainer.hold_zeros import load_into_average
-from lightning_roulette.trainer.judging import Ready
-from lightning_roulette.trainer.metric import Metric
 from lightning_roulette.trainer.observers import Latest, Several
 from lightning_roulette.trainer.preparing import calibration_of, measured, ready
-from lightning_roulette.trainer.resuming import journal_of, size_of_data
+from lightning_roulette.trainer.resuming import journal_of
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
+from lightning_roulette.trainer.scores.setup import CandidateValidation
 from lightning_roulette.trainer.show.show import Show
 
 
@@ -81,26 +81,24 @@ def save_dense(fit: FitState) -> None:
 
 
 @contextlib.contextmanager
-def noted(fit: FitState, judges: Ready) -> Iterator[Evaluator]:
+def noted(fit: FitState, judges: CandidateValidation) -> Iterator[Evaluator]:
     """Inside the block the scores are noted in a journal. It is removed if the block ends without an error."""
-    with judges.validation:
-        size = size_of_data(judges.validation)
     metric = replace(judges.metric, why="")  # a resumed fit may find the same metric in another way
-    facts = [fit.choices.of_search(fit.only_tries), *judges.weights, metric, judges.data.folds, size]
+    facts = [fit.choices.of_search(fit.only_tries), *judges.weights, metric, judges.data.folds, judges.size]
     journal = journal_of(fit.trainer, fit.module, fit.files, facts)
     yield judges.evaluate if journal is None else Noted(judges.evaluate, journal)
     if journal is not None:
         journal.remove()
 
 
-def _searched(fit: FitState, judges: Ready, evaluate: Evaluator, observer: Several) -> Winner:
+def _searched(fit: FitState, judges: CandidateValidation, evaluate: Evaluator, observer: Several) -> Winner:
     with judges.validation:
         calibration = calibration_of(fit, judges.validation)
         settings = fit.choices.of_search(fit.only_tries)
         return search(judges.weights, evaluate, calibration=calibration, observer=observer, **settings)
 
 
-def _load(fit: FitState, winner: Winner, metric: Metric, data: FoldedData) -> None:
+def _load(fit: FitState, winner: Winner, metric: MonitoredMetric, data: FoldedData) -> None:
     """Load the winner in place, measure it and save it. The dense network is saved before."""
     result, pruned = fit.result, winner.report.winner is not None
     if pruned and _must_save_dense(fit):
@@ -129,7 +127,7 @@ def _must_save_dense(fit: FitState) -> bool:
     return fit.phase is Phase.EPOCH_BEGINS or not checkpoint_with_these_weights(fit.trainer, fit.module)
 
 
-def _keep_accepted(fit: FitState, so_far: Winner | None, metric: Metric, reason: StopReason) -> None:
+def _keep_accepted(fit: FitState, so_far: Winner | None, metric: MonitoredMetric, reason: StopReason) -> None:
     """Keep the report of a search that did not end, and write its masks into a file."""
     if so_far is None:
         return

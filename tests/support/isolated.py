@@ -12,9 +12,10 @@ import torch
 
 from lightning_roulette import Mask, Tree, Validation, prunable_parameters, search
 from lightning_roulette.mask.pruned import PrunedWeights
-from lightning_roulette.trainer.evaluator import RecordingEvaluator, folded
-from lightning_roulette.trainer.isolation import IsolatedValidation
-from lightning_roulette.trainer.metric import Metric
+from lightning_roulette.trainer.data.reading import folded
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
+from lightning_roulette.trainer.scores.trainer_evaluator import RecordingEvaluator
+from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 
 BY_DEFAULT = Validation()
 ON_ALL = Validation(confirm=0, race=False)  # every candidate is judged on all data
@@ -22,7 +23,7 @@ ON_ALL = Validation(confirm=0, race=False)  # every candidate is judged on all d
 
 def judged_by(monitor, mode="max", loss=None, rank_by=None, rank_mode=None):
     """A metric that a search is judged by."""
-    return Metric(monitor, mode, "", loss, rank_by or monitor, rank_mode or mode)
+    return MonitoredMetric(monitor, mode, "", loss, rank_by or monitor, rank_mode or mode)
 
 
 def evaluator_of(trainer, module, validation, metric, weights=None, cache_bytes=2**31):

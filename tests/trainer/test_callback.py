@@ -22,7 +22,7 @@ from lightning_roulette import (
     prunable_parameters,
     sparsity,
 )
-from lightning_roulette.trainer.data import dealt
+from lightning_roulette.trainer.data.folded_data import dealt
 from tests.support.modules import Blobs, val_loader
 from tests.support.states import Sparsities, copied
 

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from lightning_roulette import RouletteWheelPruning, Tree, sparsity
 from lightning_roulette.judge.race import rungs
-from lightning_roulette.trainer.isolation import IsolatedValidation
 from lightning_roulette.trainer.show.bar import Line, ProgressLine, line_of
 from lightning_roulette.trainer.show.display import Display
 from lightning_roulette.trainer.show.log import log, speak_up
 from lightning_roulette.trainer.show.show import Show
+from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from tests.support.callbacks import within
 from tests.support.isolated import BY_DEFAULT, ON_ALL, judged_by, one_level
 from tests.support.modules import Blobs

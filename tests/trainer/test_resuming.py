@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_roulette import Mask, StopReason, Tree, Validation, prunable_parameters, sparsity
 from lightning_roulette.trainer import callback
-from lightning_roulette.trainer.evaluator import TrainerEvaluator
+from lightning_roulette.trainer.scores.trainer_evaluator import TrainerEvaluator
 from lightning_roulette.trainer.searching import search_network
 from tests.support.failing import Fails, counting
 from tests.support.fits import pruner

@@ -10,7 +10,7 @@ from lightning_roulette.mask.mask import Mask
 from lightning_roulette.report.report import Candidate, Level, SearchReport
 from lightning_roulette.search.observer import Observer
 from lightning_roulette.search.winner import Winner
-from lightning_roulette.trainer.metric import Metric
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from lightning_roulette.trainer.show.bar import ProgressLine
 from lightning_roulette.trainer.show.curves import Curves
 from lightning_roulette.trainer.show.display import Display
@@ -29,7 +29,7 @@ class Show(Observer):
         metric: What the scores mean.
     """
 
-    def __init__(self, trainer: Trainer, metric: Metric) -> None:
+    def __init__(self, trainer: Trainer, metric: MonitoredMetric) -> None:
         self._metric = metric
         self._displays = [kind(trainer) for kind in DISPLAYS]
 
