@@ -1,4 +1,4 @@
-"""Pruning in turn with training: which epochs cut, and the slimmest network that held, kept while training goes on."""
+"""The state of pruning between epochs: which epochs cut, and the slimmest network that held."""
 
 from __future__ import annotations
 
@@ -8,83 +8,97 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_roulette.mask.mask import apply_mask
+from lightning_roulette.mask.history import History
+from lightning_roulette.mask.mask import Mask, apply_mask
 from lightning_roulette.network.lending import named_tensors, write
 from lightning_roulette.refit.refitted import Survivors
 from lightning_roulette.search.gradual import Cuts, Gradual
 
 
-class BetweenEpochs(Gradual):
-    """A network that is pruned between epochs, and of which the slimmest state that held is kept.
+class BetweenEpochs:
+    """A network that is pruned between epochs, with a copy of the slimmest state that kept the floor.
 
     Args:
-        cuts: How it is cut.
-        epochs: Before which epochs.
+        cuts: How each level is cut.
+        epochs: The epochs that begin with a cut.
 
     Attributes:
-        over: Whether training has ended, and the winner was loaded.
+        gradual: Judges and cuts the network, and holds the report and the masks of all levels.
+        over: Whether training has ended and the winner was loaded.
     """
 
     def __init__(self, cuts: Cuts, epochs: Sequence[int]) -> None:
-        super().__init__(cuts)
-        self._places = {epoch: place for place, epoch in enumerate(epochs, start=1)}
-        self._kept: Survivors | None = None
+        self.gradual = Gradual(cuts)
         self.over = False
+        self._numbers = {epoch: number for number, epoch in enumerate(epochs, start=1)}
+        self._kept: Survivors | None = None
 
-    def place(self, epoch: int) -> int | None:
-        """The number of the cut before an epoch, from 1; None if there is none."""
-        return None if self.over else self._places.get(epoch)
+    @property
+    def mask(self) -> Mask | None:
+        """The mask of the deepest level, which the trained network has; None before the first judgement."""
+        return self.gradual.mask
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the network was judged for the first time, and training has not ended."""
+        return not self.over and self.mask is not None
+
+    def number_of_cut(self, epoch: int) -> int | None:
+        """Return the number of the cut before an epoch, from 1; None if the epoch begins without a cut."""
+        return None if self.over else self._numbers.get(epoch)
 
     def keep(self, module: LightningModule) -> None:
-        """Keep the network as it is, on the CPU: its level has held."""
+        """Copy the network to the CPU, as the slimmest that held."""
         mask = self.mask
         assert mask is not None
         tensors = named_tensors(module)
-        # survivors are picked into new tensors; the rest would be the network's own
+        # `Survivors` copies the pruned weights only
         self._kept = Survivors.of(mask, {name: one if name in mask else one.clone() for name, one in tensors.items()})
 
     def load_kept(self, module: LightningModule) -> None:
-        """Make the network the slimmest that held, in place."""
-        assert self.history is not None
+        """Write the slimmest network that held into the module, in place."""
         tensors = named_tensors(module)
-        for name, value in self._spread().items():
+        for name, value in self._all_values().items():
             there = tensors.get(name)
             if there is not None and there.shape == value.shape:
                 write(there, value)
-            else:  # a buffer that was replaced since
+            else:  # the module has replaced this buffer since
                 owner, _, attribute = name.rpartition(".")
                 module.get_submodule(owner)._buffers[attribute] = value.to(module.device)
-        apply_mask(module, self.history.mask)
+        apply_mask(module, self._history.mask)
 
     def weights_at(self, level: int) -> dict[str, Tensor]:
-        """All values of the slimmest network that held, on the CPU.
+        """Return all values of the slimmest network that held, on the CPU.
 
         Raises:
-            RuntimeError: If that is another level: training went on from it, and its weights are gone.
+            RuntimeError: If `level` is another one. Training went on from it, so that its weights are gone.
         """
-        assert self.history is not None
-        if level != self.history.level or self._kept is None:
+        slimmest = self._history.level
+        if level != slimmest or self._kept is None:
             raise RuntimeError(
-                f"the weights of level {level} are not kept, as training went on from them: only those of level "
-                f"{self.history.level} are, the slimmest that held. The masks of all levels are there: mask_at(level)."
+                f"the weights of level {level} were not kept, because training went on from them. Only the weights of "
+                f"level {slimmest}, the slimmest that held, were kept. The mask of every level is in mask_at(level)."
             )
-        return self._spread()
-
-    def _spread(self) -> dict[str, Tensor]:
-        assert self.history is not None
-        assert self._kept is not None
-        mask, kept = self.history.mask, self._kept.values
-        return self._kept.spread(mask, {name: kept[name].new_empty(at.shape) for name, at in mask.items()})
+        return self._all_values()
 
     def state(self) -> dict[str, Any]:
-        """What a resume goes on from, the kept network included."""
+        """Return plain tensors and numbers for a checkpoint; empty before the first judgement."""
         if self._kept is None:
             return {}
-        return {**super().state(), "kept": dict(self._kept.values), "over": self.over}
+        return {**self.gradual.state(), "kept": dict(self._kept.values), "over": self.over}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken; if it is empty, a search has already done what was to be done."""
-        super().restore(state)
+        """Take over what `state` returned. An empty one comes from a search that was made at once, and is over."""
+        self.gradual.restore(state)
         self.over = bool(state.get("over", True))
         if state:
             self._kept = Survivors(state["kept"])
+
+    @property
+    def _history(self) -> History:
+        return self.gradual.found[1]
+
+    def _all_values(self) -> dict[str, Tensor]:
+        assert self._kept is not None
+        mask, kept = self._history.mask, self._kept.values
+        return self._kept.spread(mask, {name: kept[name].new_empty(at.shape) for name, at in mask.items()})

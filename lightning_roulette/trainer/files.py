@@ -1,4 +1,4 @@
-"""Where a search writes, and what it never overwrites."""
+"""The files that a search writes. It never overwrites the files of another run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lightning_roulette.mask.history import History
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The files of one search, in one folder, under one version.
+    """The files of one search, in one folder and with one version number.
 
     Attributes:
-        pruned: Checkpoint of the winner.
-        dense: Checkpoint of the network before the winner was loaded.
-        interrupted: The accepted levels of a search that did not end.
+        pruned: Path of the checkpoint of the winner.
+        dense: Path of the checkpoint of the network before the winner was loaded.
+        interrupted: Path of the accepted levels of a search that did not end.
     """
 
     pruned: str
@@ -32,15 +32,16 @@ class RunFiles:
 
     @property
     def folder(self) -> str:
-        """Where they lie."""
+        """The folder of the files."""
         return self.pruned.rpartition("/")[0]
 
     @classmethod
     def next_to(cls, trainer: Trainer, dirpath: str | os.PathLike[str] | None) -> RunFiles | None:
-        """Files that do not exist yet, or None if nothing is to be written.
+        """Return paths at which no files exist yet; None if nothing is to be written. Rank 0 decides.
 
-        They lie in `dirpath`, else beside the Trainer's checkpoints; with checkpointing disabled and no `dirpath`, and
-        with `fast_dev_run`, nothing is written. Rank 0 decides.
+        - With `fast_dev_run` nothing is written.
+        - With a `dirpath` the files are there.
+        - Without one the files are beside the checkpoints of the Trainer. Nothing is written if it writes none.
         """
         folder = _folder(trainer, dirpath)
         if folder is None:
@@ -75,31 +76,31 @@ def _folder(trainer: Trainer, dirpath: str | os.PathLike[str] | None) -> str | N
 
 
 def refuse_dirpath(dirpath: str | os.PathLike[str] | None) -> None:
-    """Raise if nothing could be written there.
+    """Raise if nothing can be written to `dirpath`.
 
     Raises:
-        TypeError: If it is no path.
-        ValueError: If the path, or the nearest of its parents that exists, is not a folder that may be written to.
+        TypeError: If it is not a path.
+        ValueError: If the path, or its nearest existing parent, is not a folder with permission to write.
     """
     if not isinstance(dirpath, str | os.PathLike | None):
         raise TypeError(f"dirpath is {dirpath!r}, but must be the path of a folder.")
-    if dirpath is None or "://" in os.fspath(dirpath):  # a remote folder tells only when written to
+    if dirpath is None or "://" in os.fspath(dirpath):  # a remote folder cannot be tested
         return
     nearest = os.path.abspath(dirpath)
     while not os.path.exists(nearest):
         nearest = os.path.dirname(nearest)
     if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK):
         raise ValueError(
-            f"dirpath is {os.fspath(dirpath)!r}, but must be a folder that can be written to, or made: {nearest!r} is "
-            "not one. Name another."
+            f"dirpath is {os.fspath(dirpath)!r}, but must be a folder that can be written to or created, and "
+            f"{nearest!r} is not one. Pass another path."
         )
 
 
 def let_epoch_begin(checkpoint: dict[str, Any]) -> None:
-    """Make a checkpoint saved as an epoch starts one from which that epoch runs.
+    """Reset the batch counters of a checkpoint that is saved when an epoch begins, so that a resume trains that epoch.
 
-    Lightning keeps the batch counters of the epoch before until the next one runs its first batch; a resume would take
-    the epoch for done.
+    Lightning keeps the counters of the last epoch until the first batch of the next one. With them a resume would skip
+    the epoch.
     """
     loop = checkpoint["loops"]["fit_loop"]
     for progress in ("epoch_loop.batch_progress", "epoch_loop.scheduler_progress"):
@@ -108,9 +109,9 @@ def let_epoch_begin(checkpoint: dict[str, Any]) -> None:
 
 
 def checkpoint_with_these_weights(trainer: Trainer, module: LightningModule) -> str | None:
-    """A file of a ModelCheckpoint that holds, bit for bit, what `module` is now; None if there is none.
+    """Return a file of a ModelCheckpoint with exactly the weights of `module`; None if there is none.
 
-    Where weights lie in several processes no file is looked into.
+    With sharded weights no file is read, and the result is None.
     """
     found = None
     if trainer.is_global_zero and not any(is_sharded(weight) for weight in module.parameters()):
@@ -131,7 +132,7 @@ def _holds(path: str, module: LightningModule) -> bool:
             stored = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
         now = module.state_dict()
         return stored.keys() == now.keys() and all(_equal(stored[name], value) for name, value in now.items())
-    except Exception:  # gone, with contents that only a trusting load would read, or that cannot be compared
+    except Exception:  # the file is gone, or `weights_only` refuses it, or its contents cannot be compared
         return False
 
 
@@ -144,13 +145,13 @@ def _equal(stored: Any, value: Any) -> bool:
 def save_accepted_levels(
     path: str, history: History, report: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write a file that `Mask.load` and `apply_mask` read; it appears whole or not at all.
+    """Write a file that `Mask.load` and `apply_mask` read. It is never left half written.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         history: The masks.
-        report: Its plain form.
-        weights: Those of the last level, and what else a refit changed there; empty if there was no refit.
+        report: The report as plain values.
+        weights: The weights of the last level and all values that its refit changed; empty without a refit.
     """
     files = get_filesystem(path)
     files.makedirs(os.path.dirname(path), exist_ok=True)

@@ -1,4 +1,4 @@
-"""HoldZeros: pruned weights stay zero while a Trainer trains on."""
+"""HoldZeros: keeps pruned weights at zero in further training."""
 
 from __future__ import annotations
 
@@ -22,67 +22,97 @@ from lightning_roulette.trainer.validation.muting import callbacks_of
 _log = logging.getLogger("lightning_roulette")
 
 
-def hold_zeros(trainer: Trainer, module: LightningModule, mask: Mask, afresh: bool = True) -> ZeroHold:
-    """Prune `module` by `mask` and hold its zeros through every optimizer of the Trainer.
+class Zeros:
+    """The zeros that a callback holds at present, if any."""
 
-    Args:
-        trainer: In a fit.
-        module: What it trains.
-        mask: Which weights are kept.
-        afresh: Whether the optimizers may remember the network before it was pruned.
+    def __init__(self) -> None:
+        self._hold: ZeroHold | None = None
 
-    Raises:
-        ValueError: If the mask is not one of this module; then nothing was changed.
-    """
-    apply_mask(module, mask)
-    return ZeroHold(dict(module.named_parameters(remove_duplicate=False)), mask, trainer.optimizers, afresh)
+    def hold(self, trainer: Trainer, module: LightningModule, mask: Mask, afresh: bool = True) -> None:
+        """Prune `module` by `mask`, and hold its zeros through every optimizer of the Trainer.
+
+        Zeros that were held before are released.
+
+        Args:
+            trainer: A Trainer in `fit`.
+            module: The module that it trains.
+            mask: Which weights are kept.
+            afresh: Whether the optimizers may remember the network before it was pruned.
+
+        Raises:
+            ValueError: If the mask does not fit the module. The module is then unchanged.
+        """
+        self.release()
+        apply_mask(module, mask)
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        self._hold = ZeroHold(parameters, mask, trainer.optimizers, afresh)
+
+    def fill(self) -> None:
+        """Set the pruned weights to zero now."""
+        if self._hold is not None:
+            self._hold.fill()
+
+    def fill_after_step(self) -> None:
+        """Set the pruned weights to zero if there is an optimizer whose steps cannot be observed."""
+        if self._hold is not None and self._hold.misses_steps:
+            self._hold.fill()
+
+    def release(self) -> None:
+        """Hold nothing from now on; the weights stay as they are."""
+        if self._hold is not None:
+            self._hold.release()
+        self._hold = None
+
+    def __bool__(self) -> bool:
+        return self._hold is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_hold": None}  # hooks belong to one run, so that a copy holds nothing
 
 
-def average_becomes(trainer: Trainer, module: LightningModule) -> None:
-    """Let a WeightAveraging go on from the module as it is: it knows nothing of what was loaded."""
+def load_into_average(trainer: Trainer, module: LightningModule) -> None:
+    """Make a WeightAveraging continue from the module as it is now, because it did not see that weights were loaded."""
     for one in callbacks_of(trainer):
-        average = getattr(one, "_average_model", None)  # nothing public leads there
+        average = getattr(one, "_average_model", None)  # lightning has no public name for it
         if isinstance(one, WeightAveraging) and average is not None:
             now, averaged = named_tensors(module), named_tensors(average.module)
             copy_into(averaged, {name: now[name] for name in averaged})
 
 
 def place_before_checkpoints(trainer: Trainer, callback: Callback) -> None:
-    """Let `callback` run after everything that still changes weights and before everything that saves them."""
+    """Move `callback` behind all callbacks that change weights, and before those that save checkpoints."""
     rest = [one for one in callbacks_of(trainer) if one is not callback]
     first = next((i for i, one in enumerate(rest) if isinstance(one, Checkpoint)), len(rest))
-    # a new list: Lightning is going through the old one now
+    # in a new list, because Lightning iterates over the old one at this moment
     trainer.callbacks = [*rest[:first], callback, *rest[first:]]  # type: ignore[attr-defined]
 
 
 class ZeroHolder(Callback):
-    """A callback that may hold zeros: the hooks that this takes, whatever is held and since when."""
+    """Base class of callbacks that hold zeros in training."""
 
-    _hold: ZeroHold | None = None
+    def __init__(self) -> None:
+        self._zeros = Zeros()
 
     def held(self) -> Mask | None:
-        """Which weights are kept, None if nothing is held."""
+        """Return the mask whose zeros are held; None if none are."""
         raise NotImplementedError
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Fill after the step of an optimizer that is not torch's."""
-        if self._hold is not None and self._hold.misses_steps:
-            self._hold.fill()
+        """Set the pruned weights to zero after a step of an optimizer that is not torch's."""
+        self._zeros.fill_after_step()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fill, as weight averaging has put its own weights in."""
-        if self._hold is not None:
-            self._hold.fill()
+        """Set the pruned weights to zero, because weight averaging has loaded its own weights."""
+        self._zeros.fill()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fill, as weight averaging has put its own weights in."""
-        if self._hold is not None:
-            self._hold.fill()
+        """Set the pruned weights to zero, because weight averaging has loaded its own weights."""
+        self._zeros.fill()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save zeros, as weight averaging has put its own weights in; of a network that holds them."""
+        """Set the pruned weights of the checkpoint to zero, because weight averaging replaces its weights."""
         if (mask := self.held()) is None or not fits(mask, pl_module) or breaks(mask, pl_module):
             return
         weights, names = checkpoint["state_dict"], aliases(pl_module)
@@ -93,64 +123,70 @@ class ZeroHolder(Callback):
                     fill_pruned({name: weights[alias]}, {name: kept})
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hold nothing any more; the zeros are in the weights."""
-        if self._hold is not None:
-            self._hold.release()
-        self._hold = None
+        """Hold nothing from now on; the zeros stay in the weights."""
+        self._zeros.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Hold nothing any more: Lightning tears no callback down after an error."""
-        self.teardown(trainer, pl_module, "fit")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_hold": None}  # hooks belong to one run
+        """Hold nothing from now on: after an error Lightning does not call `teardown`."""
+        self._zeros.release()
 
 
 class HoldZeros(ZeroHolder):
-    """Holds pruned weights at zero, exactly, while a `Trainer` fits: to fine-tune a pruned network.
+    """Keeps pruned weights at exactly zero in further training.
 
-    Works through any optimizer (momentum, weight decay, LBFGS), gradient accumulation and clipping, manual
-    optimization, mixed precision and weight averaging, and on weights that `fully_shard` has sharded (FSDP2). Names in
-    checkpoints stay those of the module.
+    Use it to fine-tune a pruned network. `RouletteWheelPruning` holds the zeros of its own network itself.
+
+    It works with:
+
+    - any optimizer: momentum, weight decay, LBFGS, and optimizers that are not torch's;
+    - gradient accumulation, gradient clipping, manual optimization and mixed precision;
+    - weight averaging callbacks;
+    - weights that `fully_shard` has sharded (FSDP2).
+
+    Checkpoints keep the parameter names of the module.
 
     Args:
-        mask: Which weights are kept, by name in the LightningModule; or a file that `Mask.load` reads; or None: the
-            zeros that its prunable weights have when training starts.
+        mask: Which weights are kept.
+
+            - None: the zeros that the prunable weights have when training starts.
+            - A `Mask`, or a dictionary from parameter names to bool tensors, True = kept.
+            - The path of a file that `Mask.load` reads, such as `pruned.ckpt`.
 
     Example:
         model = MyModule.load_from_checkpoint("pruned.ckpt")
         Trainer(callbacks=[HoldZeros()], max_epochs=3).fit(model, data)
 
     Raises:
-        ValueError: When training starts, if the mask names no such parameter or has another shape.
+        ValueError: When training starts, if the module lacks a parameter of the mask, or has it in another shape.
     """
 
     def __init__(self, mask: Mapping[str, Tensor] | str | os.PathLike[str] | None = None) -> None:
+        super().__init__()
         self.mask: Mask | None = None
         if mask is not None:
             self.mask = Mask.load(mask) if isinstance(mask, str | os.PathLike) else Mask(mask)
         self._held: Mask | None = None
 
     def held(self) -> Mask | None:
-        """The mask that was given, or that of the zeros found when training started."""
+        """Return the mask that was passed, or the mask of the zeros found when training started."""
         return self._held
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the place between those who change weights and those who save them."""
+        """Take the place between callbacks that change weights and callbacks that save them."""
         if stage == "fit":
             place_before_checkpoints(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the zeros, if no mask was given, and hold them."""
-        self._held = self.mask if self.mask is not None else _found(pl_module)
-        self._hold = hold_zeros(trainer, pl_module, self._held)
+        """Find the zeros, if no mask was passed, and hold them."""
+        self._held = self.mask if self.mask is not None else _mask_of_zeros(pl_module)
+        self._zeros.hold(trainer, pl_module, self._held)
         if not self._held:
-            warnings.warn("HoldZeros found no zeros to hold: was a pruned checkpoint loaded?", stacklevel=2)
+            warnings.warn("HoldZeros found no zeros to hold. Was a pruned checkpoint loaded?", stacklevel=2)
         elif trainer.is_global_zero:
-            _log.info(f"HoldZeros: {self._held.sparsity:.2%} of {self._held.size:,} weights are held at zero.")
+            _log.info(f"HoldZeros: holds {self._held.sparsity:.2%} of {self._held.size:,} weights at zero.")
 
 
-def _found(module: LightningModule) -> Mask:
+def _mask_of_zeros(module: LightningModule) -> Mask:
     reshard(module)
     zeros = Mask.of_nonzeros(prunable_parameters(module))
     with_zeros = {name: kept for name, kept in zeros.items() if not bool(kept.all())}

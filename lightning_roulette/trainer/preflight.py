@@ -1,7 +1,8 @@
-"""What is refused before any work starts, each with what to do about it."""
+"""What is refused before training starts. Every message says what to do about it."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,14 +19,14 @@ from lightning_roulette.trainer.validation.muting import callbacks_of
 
 
 def refuse_foreign_trainer(trainer: Any) -> None:
-    """Raise for a Trainer of the `pytorch_lightning` package, whose classes are not those of `lightning`.
+    """Raise for a Trainer of the `pytorch_lightning` package, whose classes are not the classes of `lightning`.
 
     Raises:
         TypeError: If it is one.
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(
-            f"the Trainer is from {type(trainer).__module__.split('.')[0]!r}, but must be that of lightning.pytorch. "
+            f"the Trainer is from {type(trainer).__module__.split('.')[0]!r}, but must be from lightning.pytorch. "
             "Write `from lightning.pytorch import Trainer` (and LightningModule) instead of `pytorch_lightning`."
         )
 
@@ -33,7 +34,7 @@ def refuse_foreign_trainer(trainer: Any) -> None:
 def refuse_trainer(
     trainer: Trainer, callback: Callback, keep_callbacks: Sequence[str], at_epoch: int | Sequence[int] | None
 ) -> None:
-    """Raise where this Trainer cannot search as asked.
+    """Raise if the arguments of the callback do not fit the Trainer.
 
     Raises:
         ValueError: If an epoch of `at_epoch` lies beyond `max_epochs`, or `keep_callbacks` names no callback of the
@@ -43,15 +44,15 @@ def refuse_trainer(
     twins = [one for one in callbacks_of(trainer) if one.state_key == callback.state_key]
     if len(twins) > 1:
         raise RuntimeError(
-            f"the Trainer has {len(twins)} callbacks with the state key {callback.state_key!r}, but one checkpoint can "
-            "hold the state of only one. Keep one of them."
+            f"the Trainer has {len(twins)} callbacks with the state key {callback.state_key!r}, but a checkpoint can "
+            "hold the state of one only. Keep one of them."
         )
     kinds = [type(one).__name__ for one in callbacks_of(trainer) if one is not callback]
     for name in keep_callbacks:
         if name not in kinds:
             raise ValueError(
                 f"keep_callbacks names {name!r}, but the Trainer's other callbacks are {', '.join(kinds) or 'none'}. "
-                "Add it to the Trainer, or leave it out."
+                "Add it to the Trainer, or leave it out of keep_callbacks."
             )
     last = None if trainer.fast_dev_run else trainer.max_epochs  # type: ignore[attr-defined]
     if last is None or last == -1:
@@ -63,8 +64,8 @@ def refuse_trainer(
         )
     if isinstance(at_epoch, Sequence) and at_epoch[-1] >= last:
         raise ValueError(
-            f"at_epoch ends with {at_epoch[-1]}, but the Trainer stops after max_epochs={last}, and a level is judged "
-            f"after some training. Let the last epoch of at_epoch be {last - 1} at most."
+            f"at_epoch ends with {at_epoch[-1]}, but the Trainer stops after max_epochs={last}, and the last level "
+            f"must be trained before it is judged. The last epoch of at_epoch may be {last - 1} at most."
         )
 
 
@@ -74,37 +75,66 @@ def refuse_sharding(
     importance: Importance | str | None,
     at_epoch: int | Sequence[int] | None,
 ) -> None:
-    """Raise where the strategy shards weights in such a way, or something is asked for, that a shard cannot give.
+    """Raise if the strategy shards weights in a way that is not supported, or with arguments that need whole weights.
 
     Raises:
-        RuntimeError: If that is so.
+        RuntimeError: If it does.
     """
     strategy = trainer.strategy
     name = type(strategy).__name__
     if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
-        how = (
-            "flat buffers, in which entries have lost their places"
-            if isinstance(strategy, FSDPStrategy)
-            else ("partitions of its own, which it gives nobody else to write to")
-        )
+        how = "flat buffers without the shapes of the weights"
+        if isinstance(strategy, DeepSpeedStrategy):
+            how = "partitions that only it can write to"
         raise RuntimeError(
-            f"the strategy is {name}, which shards weights into {how}, but RouletteWheelPruning writes to weights by "
-            "their places. Use a single device or 'ddp', or for sharded weights ModelParallelStrategy (FSDP2)."
+            f"the strategy is {name}, which shards weights into {how}, but RouletteWheelPruning must write to single "
+            "weights. Use a single device or 'ddp', or for sharded weights ModelParallelStrategy (FSDP2)."
         )
     if not isinstance(strategy, ModelParallelStrategy):
         return
     why = beyond_shards(importance, refit_of(refit))
     if not why and isinstance(at_epoch, Sequence):
-        why = f"at_epoch is {at_epoch!r}, and levels are cut between epochs on whole weights alone. Name one epoch."
+        why = f"at_epoch is {at_epoch!r}, and pruning between epochs needs whole weights. Pass one epoch."
     if not why and strategy.device_mesh["tensor_parallel"].size() > 1:
-        how = f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1"
-        why = f"weights that tensor parallelism shards cannot be pruned. Pass {how}, and fully_shard the module."
+        sizes = f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1"
+        why = f"tensor parallelism is not supported. Pass {sizes}, and call fully_shard on the module."
     if why:
         raise RuntimeError(f"the strategy is {name}, which shards weights, but {why}")
 
 
+def refuse_several_processes(trainer: Trainer, confidence: float | None) -> None:
+    """Raise if a certificate is asked for in a fit of several processes.
+
+    Raises:
+        RuntimeError: If it is.
+    """
+    if confidence is not None and trainer.world_size > 1:
+        raise RuntimeError(
+            f"confidence is {confidence} and there are {trainer.world_size} processes, but a certificate needs all "
+            "samples in one process. Train on one device, or leave confidence out."
+        )
+
+
+def nothing_to_do(trainer: Trainer) -> bool:
+    """Return whether this fit cannot search at all, and warn if so."""
+    why = None
+    if trainer.barebones:
+        why = "barebones=True logs no metrics"
+    elif trainer.max_epochs == 0 or trainer.max_steps == 0:
+        why = "the Trainer trains for no epoch, and so calls no hook at the end of training"
+    if why is not None:
+        warnings.warn(f"RouletteWheelPruning does nothing in this fit: {why}.", stacklevel=3)
+    return why is not None
+
+
+def validates_before(trainer: Trainer, epochs: int | None) -> bool:
+    """Return whether the Trainer validates before so many epochs are trained; None: before training ends."""
+    every, last = trainer.check_val_every_n_epoch, trainer.max_epochs if epochs is None else epochs
+    return every is None or last is None or last == -1 or every <= last
+
+
 def refuse_without_validation(trainer: Trainer, module: LightningModule) -> None:
-    """Raise where candidates could not be validated.
+    """Raise if candidates cannot be validated.
 
     Raises:
         RuntimeError: If there is no `validation_step`, no validation data, or `limit_val_batches=0`.
@@ -112,28 +142,28 @@ def refuse_without_validation(trainer: Trainer, module: LightningModule) -> None
     if trainer.enable_validation:
         return
     if not is_overridden("validation_step", module):
-        why = f"{type(module).__name__} has no validation_step, by which candidates are judged. Define one."
+        why = f"{type(module).__name__} has no validation_step, which judges the candidates. Define one."
     elif trainer.limit_val_batches == 0:
         why = "limit_val_batches is 0, so that candidates cannot be judged. Allow some validation batches."
     else:
-        why = (
-            "there is no validation data, on which candidates are judged. Pass val_dataloaders to fit, or define them."
-        )
+        why = "there is no validation data to judge candidates on. Pass val_dataloaders to fit, or define them."
     raise RuntimeError(f"RouletteWheelPruning: {why}")
 
 
 def find_prunable(
     module: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> dict[str, nn.Parameter]:
-    """The prunable parameters; none at all is an error unless some get their shape only at the first forward.
+    """Return the prunable parameters. They may be empty only if lazy parameters have no shape before the first forward.
 
     Raises:
-        ValueError: If there is none, a pattern matches nothing, or weights are sharded in another way than by rows.
+        ValueError: If there is none, if a pattern matches nothing, or if weights are not sharded by rows.
     """
     found = prunable_parameters(module, include=include, exclude=exclude)
     if not found and not has_lazy_parameters(module):
         skipped = skipped_parameters(module, include=include, exclude=exclude)
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:8]) or "it has no parameters"
-        raise ValueError(f"no parameter of {type(module).__name__} is prunable ({reasons}). Name some with include.")
+        raise ValueError(
+            f"no parameter of {type(module).__name__} is prunable ({reasons}). Pass include=[...] to name some."
+        )
     Shards.of(found)
     return found

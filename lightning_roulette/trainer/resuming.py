@@ -1,38 +1,44 @@
-"""What a search that was killed, or that never began, has left; and how a resumed fit goes on from there."""
+"""How a fit goes on from a checkpoint: after a search, in the middle of one, or before one that was never made."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
 
 from lightning_roulette.judge.journal import Journal, fingerprint, lines_in
+from lightning_roulette.mask.mask import breaks, fits
 from lightning_roulette.trainer.files import RunFiles
-from lightning_roulette.trainer.show.watcher import log
+from lightning_roulette.trainer.fit_state import FitState, Phase
+from lightning_roulette.trainer.persistence import Progress
+from lightning_roulette.trainer.show.log import log
 from lightning_roulette.trainer.validation.muting import callbacks_of
 
 
 def journal_of(
     trainer: Trainer, module: LightningModule, files: RunFiles | None, facts: Sequence[object]
 ) -> Journal | None:
-    """The journal of a search: one that was left beside the checkpoint that was resumed from, or a new one.
+    """Return the journal of a search: the one that a killed search has left, or a new one.
 
-    It lies beside the files of the search, under a name that its fingerprint is part of, so that another search in the
-    same folder neither reads nor overwrites it. What rank 0 finds counts for all processes, and rank 0 writes.
+    The journal is beside the files of the search, or beside the checkpoint that was resumed from. Its name contains the
+    fingerprint of the search, so that another search in the same folder neither reads nor overwrites it. Rank 0 reads
+    and writes it for all processes.
 
     Args:
-        trainer: In a fit.
-        module: With its dense weights.
-        files: Of the search.
-        facts: What the answers of its evaluator depend on, beside the network.
+        trainer: A Trainer in `fit`.
+        module: The module with its dense weights.
+        files: The files of the search.
+        facts: What the scores depend on, other than the network.
 
     Returns:
-        None where no file is to be written, or only remote ones, to which nothing can be added.
+        None if no files are written, or if they are remote: nothing can be appended to remote files.
     """
     if files is None or "://" in files.folder:
         return None
@@ -46,22 +52,22 @@ def journal_of(
 
 
 def _found(trainer: Trainer, files: RunFiles, search: str) -> tuple[str, list[str]]:
-    """Where the journal is, or is to be, and what it holds."""
+    """Return the path of the journal, and its lines."""
     name = f"search-{search}.jsonl"
     own, beside = files.folder, os.path.dirname(os.fspath(trainer.ckpt_path or ""))
     for folder in dict.fromkeys((own, beside) if "://" not in beside else (own,)):
         path = os.path.join(folder, name)
         if lines := lines_in(path, search):
             log.info(
-                f"RouletteWheelPruning: a search that did not end has left {path!r}. What was validated then is not "
-                "validated again, as far as the search takes the same way."
+                f"RouletteWheelPruning: continues the search whose journal is {path!r}. Networks that were validated "
+                "then are not validated again, as long as the search makes the same steps."
             )
             return path, lines
     return os.path.join(own, name), []
 
 
 def ended_before(trainer: Trainer) -> bool:
-    """Whether this fit resumed a training that had ended, so that Lightning found nothing left to train."""
+    """Return whether this fit has resumed a training that had ended, so that nothing was left to train."""
     epochs, steps = trainer.max_epochs, trainer.max_steps
     trained = trainer.ckpt_path is not None and trainer.global_step > 0 and trainer.limit_train_batches != 0
     ended = epochs not in (None, -1) and trainer.current_epoch >= epochs
@@ -70,9 +76,9 @@ def ended_before(trainer: Trainer) -> bool:
 
 @contextmanager
 def as_training_ended(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Inside the block the module is as the hooks at the end of a training find it, which were not called.
+    """Inside the block the module is as it is in `on_train_end`, a hook that was not called in this fit.
 
-    It is on its device, from which Lightning has taken it, and has the averaged weights of a `WeightAveraging`.
+    The module is on its device, from which Lightning has moved it, and has the weights of a `WeightAveraging`.
     """
     for one in callbacks_of(trainer):
         if isinstance(one, WeightAveraging):
@@ -81,26 +87,70 @@ def as_training_ended(trainer: Trainer, module: LightningModule) -> Iterator[Non
     try:
         yield
     finally:
-        module.cpu()  # as the teardown of a strategy leaves it
+        module.cpu()  # as a strategy leaves it at its teardown
 
 
 def warn_of_no_search(trainer: Trainer) -> bool:
-    """Warn if nothing was trained that could be searched now, or if its weights are not to be had.
-
-    Returns:
-        Whether that is so.
-    """
+    """Return whether there is no trained network to search, and warn if so."""
     if not ended_before(trainer):
         why = (
-            "there was nothing left to train, as max_epochs or max_steps was reached before, or limit_train_batches is "
-            "0. Allow some training for the search, or resume from a checkpoint of the training that has ended."
+            "there was nothing left to train, because max_epochs or max_steps had been reached, or limit_train_batches "
+            "is 0. Allow some training before the search, or resume from a checkpoint of the training that has ended."
         )
     elif any(isinstance(one, StochasticWeightAveraging) for one in callbacks_of(trainer)):
         why = (
-            "its search comes after StochasticWeightAveraging, which does nothing when a training that has ended is "
-            "resumed. Allow one more epoch."
+            "the search needs the weights of StochasticWeightAveraging, which does nothing when a training that has "
+            "ended is resumed. Train for one more epoch."
         )
     else:
         return False
     warnings.warn(f"RouletteWheelPruning does nothing in this fit: {why}", stacklevel=3)
     return True
+
+
+def say_what_is_held(fit: FitState) -> None:
+    """Log that this fit only trains on a network that was pruned before."""
+    mask = fit.result.mask
+    if mask is None or not mask.sparsity or fit.result.progress is Progress.CUTTING or not fit.trainer.is_global_zero:
+        return
+    log.info(
+        f"RouletteWheelPruning: this network was pruned before, to a sparsity of {mask.sparsity:.2%}. Its zeros are "
+        "held, and it is not pruned further. To prune it further, pass a new RouletteWheelPruning."
+    )
+
+
+def warn_of_unpruned(fit: FitState) -> None:
+    """Warn if the checkpoint that was loaded to validate, test or predict holds unpruned weights."""
+    loaded = fit.phase is Phase.EVALUATING and fit.trainer.ckpt_path is not None
+    if not loaded or (mask := fit.result.mask) is None or not fits(mask, fit.module):
+        return
+    if breaks(mask, fit.module) and fit.trainer.is_global_zero:
+        path = fit.result.best_model_path
+        where = f"The pruned weights are in {path}." if path else "The pruned weights were not written to a file."
+        warnings.warn(
+            f"RouletteWheelPruning: the checkpoint that was loaded holds unpruned weights. {where}", stacklevel=3
+        )
+
+
+def refuse_other_schedule(state: Mapping[str, Any], at_epoch: int | Sequence[int] | None) -> None:
+    """Raise if a checkpoint was written while levels were cut between epochs, and `at_epoch` does not go on with that.
+
+    Raises:
+        ValueError: If that is so.
+    """
+    if not isinstance(at_epoch, Sequence) and not state.get("gradual", {}).get("over", True):
+        raise ValueError(
+            f"at_epoch is {at_epoch}, but the checkpoint is of a training that prunes between epochs and had not "
+            "ended. Pass the same at_epoch as in that training."
+        )
+
+
+def warn_of_other_tolerance(fit: FitState) -> None:
+    """Warn if a resumed training with cuts keeps the floor of another tolerance."""
+    report, tolerance = fit.result.report, fit.choices.tolerance
+    if fit.result.progress is Progress.CUTTING and report is not None and report.tolerance != tolerance:
+        rank_zero_warn(
+            f"RouletteWheelPruning: tolerance is {tolerance}, but the resumed training keeps the floor of its own "
+            f"tolerance {report.tolerance}. To use another tolerance, start a new training.",
+            stacklevel=3,
+        )

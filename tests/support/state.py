@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
@@ -85,18 +84,3 @@ def state_of(trainer, module):
 def changed(before, after):
     """Names of the entries that differ between two dictionaries."""
     return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-
-
-def equal(one, other) -> bool:
-    """Whether two dictionaries of tensors are equal bit for bit."""
-    return one.keys() == other.keys() and all(content(one[name]) == content(other[name]) for name in one)
-
-
-def copied(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the module's state dictionary."""
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def load(path) -> dict:
-    """What a file holds, without any class of ours."""
-    return torch.load(path, weights_only=True)

@@ -6,6 +6,7 @@ import copy
 import logging
 import pickle
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, Wheel, prunable_parameters, sparsity
 from lightning_roulette.report.records import StopReason
 from tests.support.modules import Blobs, blobs, val_loader
+from tests.support.results import PowerCut, SavesAtEnd, Sparsities, copied, equal, told
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -31,96 +33,85 @@ def pruner(**choices) -> RouletteWheelPruning:
     return RouletteWheelPruning(**usual | choices)
 
 
-def in_order() -> DataLoader:
-    """The same batches in every epoch, so that a resumed run sees what the whole one saw."""
-    return DataLoader(blobs(400, 1), batch_size=50)
+@pytest.fixture
+def fit(fit):
+    """Fits on the same batches in every epoch, so that a resumed run sees what the whole run saw."""
+    data = DataLoader(blobs(400, 1), batch_size=50)
+    return partial(fit, train=data, enable_checkpointing=True, max_epochs=8)
 
 
-def fitted(make_trainer, *callbacks, module=None, ckpt_path=None, val=None, **options):
-    module = module or Blobs()
-    trainer = make_trainer(**{"callbacks": list(callbacks), "enable_checkpointing": True, "max_epochs": 8} | options)
-    trainer.fit(module, in_order(), val or val_loader(), ckpt_path=ckpt_path)
-    return module
-
-
-class Notes(Callback):
-    """The network as each epoch finds it, before anything is cut, and how sparse it is in each step."""
+class Notes(Sparsities):
+    """Also the network as each epoch begins, before it is cut, and as training ends."""
 
     def __init__(self) -> None:
-        self.trained, self.sparsity = [], []
+        super().__init__()
+        self.trained = []
 
     def on_train_epoch_start(self, trainer, pl_module):
-        self.trained.append(copy.deepcopy(pl_module.state_dict()))
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        self.sparsity.append(round(sparsity(prunable_parameters(pl_module)), 9))
+        self.trained.append(copied(pl_module))
 
     def on_train_end(self, trainer, pl_module):
-        self.trained.append(copy.deepcopy(pl_module.state_dict()))
+        self.trained.append(copied(pl_module))
 
 
-def equal(one, other) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def without_time(pruning) -> dict:
-    return pruning.report.to_dict() | {"seconds": 0}
-
-
-def test_levels_are_cut_between_epochs_and_zeros_held_in_between(make_trainer):
+def test_levels_are_cut_between_epochs_and_zeros_held_in_between(fit):
     pruning, notes = pruner(tolerance=1.0), Notes()
-    module = fitted(make_trainer, notes, pruning)
+    module = fit(pruning, notes)
     levels = pruning.report.levels
     assert [level.epoch for level in levels] == list(EPOCHS)
-    expected = [0.0] * 16 + [round(level.sparsity, 9) for level in levels for _ in range(8)]
-    assert notes.sparsity == expected + [round(levels[-1].sparsity, 9)] * 16
+    expected = [0.0] * 16 + [level.sparsity for level in levels for _ in range(8)] + [levels[-1].sparsity] * 16
+    assert notes.found == expected
     assert Mask.of_nonzeros(prunable_parameters(module)) == pruning.mask == pruning.mask_at(4)
     assert all(pruning.mask_at(level + 1) <= pruning.mask_at(level) for level in range(4))
+    assert equal(pruning.weights_at(4), dict(module.state_dict()))
+    with pytest.raises(RuntimeError, match="weights of level 2 were not kept"):
+        pruning.weights_at(2)
 
 
-def test_the_slimmest_level_that_held_is_loaded_as_it_was_then(make_trainer):
+@pytest.mark.parametrize("keep_files", [True, False])
+def test_the_slimmest_level_that_held_is_loaded_as_it_was_then(fit, keep_files):
     pruning, notes = pruner(target_sparsity=0.99, tolerance=0.2, at_epoch=[2, 4, 6]), Notes()
-    module = fitted(make_trainer, notes, pruning)
-    held = [level.held for level in pruning.report.levels]
-    assert held == [True, False]
+    module = fit(notes, pruning, enable_checkpointing=keep_files)
+    assert [level.held for level in pruning.report.levels] == [True, False]
     assert equal(module.state_dict(), notes.trained[4])
     assert pruning.report.sparsity == pruning.mask.sparsity == sparsity(prunable_parameters(module))
-    loaded = Blobs.load_from_checkpoint(pruning.best_model_path)
-    assert equal(loaded.state_dict(), module.state_dict())
-    assert Mask.load(pruning.best_model_path) == pruning.mask
+    assert bool(pruning.best_model_path) == keep_files
+    if keep_files:
+        assert equal(Blobs.load_from_checkpoint(pruning.best_model_path).state_dict(), module.state_dict())
+        assert Mask.load(pruning.best_model_path) == pruning.mask
 
 
-def test_a_level_that_misses_is_not_cut_further_and_may_recover(make_trainer):
+def test_a_level_that_misses_is_not_cut_further_and_may_recover(fit):
     few = {"at_epoch": range(2, 12), "tolerance": 0.02, "tree": Tree(0.5)}
     pruning, notes = pruner(branches=1, wheel=Wheel(importance="magnitude"), **few), Notes()
-    fitted(make_trainer, notes, pruning, max_epochs=12)
+    fit(pruning, notes, max_epochs=12)
     levels = pruning.report.levels
     assert [level.epoch for level in levels] == [2, 3, 6]  # what was cut before epoch 3 missed before 4 and 5
     assert all(level.held for level in levels)
-    assert sorted(set(notes.sparsity)) == [0.0, *(round(level.sparsity, 9) for level in levels)]
+    assert sorted(set(notes.found)) == [0.0, *(level.sparsity for level in levels)]
 
 
-def test_where_no_level_holds_the_dense_network_comes_back(make_trainer):
+def test_where_no_level_holds_the_dense_network_comes_back(fit):
     pruning, notes = pruner(tree=Tree(pruning_rate=0.99), tolerance=0.0, at_epoch=[6]), Notes()
-    module = fitted(make_trainer, notes, pruning, max_epochs=7)
+    module = fit(notes, pruning, max_epochs=7)
     assert pruning.report.winner is None
     assert equal(module.state_dict(), notes.trained[6])
     assert pruning.best_model_path == ""
     assert pruning.mask.sparsity == 0
 
 
-def test_a_target_sparsity_is_reached_by_the_cubic_schedule(make_trainer):
+def test_a_target_sparsity_is_reached_by_the_cubic_schedule(fit):
     pruning = pruner(target_sparsity=0.9, tolerance=1.0)
-    fitted(make_trainer, pruning)
+    fit(pruning)
     goals = [0.9 * (1 - (1 - place / 4) ** 3) for place in (1, 2, 3, 4)]
     assert [level.sparsity for level in pruning.report.levels] == pytest.approx(goals, abs=1 / 624)
     assert pruning.report.stop_reason.name == "TARGET_REACHED"
 
 
 @pytest.mark.parametrize("monitor", ["val_acc", "val_loss"])
-def test_the_score_of_a_level_is_what_the_trainer_finds_in_its_checkpoint(make_trainer, monitor):
+def test_the_score_of_a_level_is_what_the_trainer_finds_in_its_checkpoint(fit, make_trainer, monitor):
     pruning = pruner(monitor=monitor, tolerance=0.5, branches=1, refit=None)
-    fitted(make_trainer, pruning)
+    fit(pruning)
     module = Blobs.load_from_checkpoint(pruning.best_model_path)
     (found,) = make_trainer().validate(module, val_loader(), verbose=False)
     assert pruning.report.winner.held_out_score == pytest.approx(found[monitor], rel=1e-5)
@@ -129,47 +120,32 @@ def test_the_score_of_a_level_is_what_the_trainer_finds_in_its_checkpoint(make_t
     assert sign * (pruning.report.held_out_floor - pruning.report.held_out_dense) == pytest.approx(-0.5)
 
 
-@pytest.mark.parametrize("keep_files", [True, False])
-def test_without_files_the_slimmest_that_held_is_kept_too(make_trainer, keep_files):
-    pruning, notes = pruner(target_sparsity=0.99, tolerance=0.2, at_epoch=[2, 4, 6]), Notes()
-    module = fitted(make_trainer, notes, pruning, enable_checkpointing=keep_files)
-    assert equal(module.state_dict(), notes.trained[4])
-    assert bool(pruning.best_model_path) == keep_files
-
-
 @pytest.mark.parametrize(("epoch", "refit"), [(1, None), (3, None), (4, "least_squares"), (6, None)])
-def test_a_run_resumed_from_any_epoch_ends_as_the_whole_one(make_trainer, tmp_path, epoch, refit):
+def test_a_run_resumed_from_any_epoch_ends_as_the_whole_one(fit, tmp_path, epoch, refit):
     choices = {"tree": Tree(pruning_rate=0.7), "tolerance": 0.1, "refit": refit}
     whole = pruner(**choices)
-    module = fitted(make_trainer, whole, ModelCheckpoint(save_top_k=-1))
+    module = fit(whole, ModelCheckpoint(save_top_k=-1))
     resumed = pruner(**choices)
-    again = fitted(
-        make_trainer, resumed, ckpt_path=tmp_path / "checkpoints" / f"epoch={epoch}-step={8 * (epoch + 1)}.ckpt"
-    )
+    again = fit(resumed, ckpt_path=tmp_path / "checkpoints" / f"epoch={epoch}-step={8 * (epoch + 1)}.ckpt")
     assert len(whole.report.levels) > 1
     assert equal(again.state_dict(), module.state_dict())
-    assert without_time(resumed) == without_time(whole)
+    assert told(resumed) == told(whole)
     assert resumed.mask == whole.mask
 
 
-def test_a_run_resumed_from_a_level_that_held_ends_as_the_whole_one(make_trainer):
-    class Stops(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.current_epoch == 4 and batch_idx == 3:
-                raise RuntimeError("power cut")
-
+def test_a_run_resumed_from_a_level_that_held_ends_as_the_whole_one(fit):
     whole, stopped, resumed = (pruner(tolerance=1.0) for _ in range(3))
-    module = fitted(make_trainer, whole)
+    module = fit(whole)
     with pytest.raises(RuntimeError, match="power cut"):
-        fitted(make_trainer, stopped, Stops())
-    again = fitted(make_trainer, resumed, ckpt_path=stopped.best_model_path)
+        fit(stopped, PowerCut(4, 3))
+    again = fit(resumed, ckpt_path=stopped.best_model_path)
     assert equal(again.state_dict(), module.state_dict())
     # the level is judged once more
-    assert without_time(resumed) | {"validations": 0} == without_time(whole) | {"validations": 0}
+    assert told(resumed) | {"validations": 0} == told(whole) | {"validations": 0}
 
 
-def test_a_checkpoint_keeps_what_its_name_says(make_trainer, tmp_path):
-    fitted(make_trainer, pruner(), ModelCheckpoint(filename="{val_acc:.4f}-{epoch}", save_top_k=-1))
+def test_a_checkpoint_keeps_what_its_name_says(fit, make_trainer, tmp_path):
+    fit(pruner(), ModelCheckpoint(filename="{val_acc:.4f}-{epoch}", save_top_k=-1))
     paths = list(tmp_path.glob("checkpoints/val_acc*.ckpt"))
     assert len(paths) == 8
     for path in paths:
@@ -177,104 +153,77 @@ def test_a_checkpoint_keeps_what_its_name_says(make_trainer, tmp_path):
         assert found["val_acc"] == pytest.approx(float(re.search(r"val_acc=([\d.]+)-", path.name)[1]), abs=1e-4)
 
 
-def test_a_run_that_stops_before_the_first_cut_searches_at_its_end(make_trainer):
+def test_a_run_that_stops_before_the_first_cut_searches_at_its_end(fit):
     stop = EarlyStopping("val_loss", patience=1, mode="min", min_delta=100.0)
     pruning = pruner(tree=Tree(pruning_rate=0.4, max_levels=1), tolerance=1.0)
-    module = fitted(make_trainer, stop, pruning)
+    module = fit(stop, pruning)
     assert not pruning.report.gradual
     assert Mask.of_nonzeros(prunable_parameters(module)) == pruning.mask
     assert pruning.report.sparsity == pytest.approx(0.4, abs=0.01)
 
 
-def test_a_run_that_stops_between_cuts_judges_the_last_level(make_trainer):
+def test_a_run_that_stops_between_cuts_judges_the_last_level(fit):
     pruning = pruner(tolerance=1.0)
-    trainer = make_trainer(callbacks=[pruning], max_epochs=8, max_steps=26)
-    trainer.fit(Blobs(), in_order(), val_loader())
+    fit(pruning, max_steps=26)
     assert [level.held for level in pruning.report.levels] == [True, True]
 
 
-def test_a_second_fit_holds_the_winner_and_cuts_no_more(make_trainer):
-    pruning, notes = pruner(), Notes()
-    module = fitted(make_trainer, pruning)
+@pytest.mark.parametrize("limits", [{}, {"max_steps": 10}], ids=["cuts", "a search of a run that stopped early"])
+def test_a_second_fit_holds_the_winner_cuts_no_more_and_says_so(fit, caplog, limits):
+    pruning, notes = pruner(tree=Tree(0.4, max_levels=1) if limits else Tree(0.4)), Sparsities()
+    module = fit(pruning, **limits)
     mask, levels = pruning.mask, pruning.report.levels
-    fitted(make_trainer, notes, pruning, module=module)
-    assert set(notes.sparsity) == {round(mask.sparsity, 9)}
+    with caplog.at_level(logging.INFO, "lightning_roulette"):
+        fit(notes, pruning, module=module)
+    assert set(notes.found) == {mask.sparsity}
     assert pruning.mask == mask
     assert pruning.report.levels == levels
     assert pruning.report.trained_score is not None
-
-
-def test_a_second_fit_says_that_it_cuts_no_more(make_trainer, caplog):
-    pruning = pruner()
-    module = fitted(make_trainer, pruning)
-    with caplog.at_level(logging.INFO, "lightning_roulette"):
-        fitted(make_trainer, pruning, module=module)
     (line,) = [one for one in caplog.messages if "pruned before" in one]
-    assert f"{pruning.mask.sparsity:.2%}" in line
+    assert f"{mask.sparsity:.2%}" in line
 
 
-def test_a_resume_after_a_search_says_nothing_of_the_kind(make_trainer, caplog, tmp_path):
-    saved = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
-    fitted(make_trainer, pruner(at_epoch=2), saved, max_epochs=4)
-    again = ModelCheckpoint(tmp_path)
-    with caplog.at_level(logging.INFO, "lightning_roulette"):
-        fitted(make_trainer, pruner(at_epoch=2), again, ckpt_path=tmp_path / "epoch=2.ckpt", max_epochs=4)
-    assert not any("pruned before" in one for one in caplog.messages)
+class Breaks(Callback):
+    """Raises an error at the end of the fourth epoch, and saves a checkpoint then."""
+
+    def __init__(self, error, first, path) -> None:
+        self.error, self.first, self.path = error, first, path
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 3:
+            raise self.error
+
+    def on_exception(self, trainer, pl_module, exception):
+        self.first.on_exception(trainer, pl_module, exception)
+        trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_the_report_of_a_training_that_broke_off_says_so(make_trainer, error):
-    class Breaks(Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            if trainer.current_epoch == 3:
-                raise error
-
-    pruning = pruner(tolerance=1.0)
-    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
-        fitted(make_trainer, Breaks(), pruning)
-    assert pruning.report.stop_reason is StopReason.BROKEN_OFF
-    assert len(pruning.report.levels) == 2
-
-
-def test_a_training_that_is_taken_up_again_is_not_broken_off(make_trainer, tmp_path):
-    class Breaks(Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            if trainer.current_epoch == 3:
-                raise RuntimeError("power cut")
-
-        def on_exception(self, trainer, pl_module, exception):
-            first.on_exception(trainer, pl_module, exception)
-            trainer.save_checkpoint(tmp_path / "broken off.ckpt")
-
+def test_a_training_that_broke_off_says_so_until_it_is_resumed(fit, tmp_path, error):
     class Reads(Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             reasons.append(resumed.report.stop_reason)
 
-    reasons, first, resumed = [], pruner(tolerance=1.0), pruner(tolerance=1.0)
-    with pytest.raises(RuntimeError, match="power cut"):
-        fitted(make_trainer, Breaks(), first)
-    fitted(make_trainer, Reads(), resumed, ckpt_path=tmp_path / "broken off.ckpt")
+    reasons, first, resumed, path = [], pruner(tolerance=1.0), pruner(tolerance=1.0), tmp_path / "broken off.ckpt"
+    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
+        fit(Breaks(error, first, path), first)
+    assert first.report.stop_reason is StopReason.BROKEN_OFF
+    assert len(first.report.levels) == 2
+    fit(Reads(), resumed, ckpt_path=path)
     assert reasons
     assert set(reasons) == {None}
     assert resumed.report.stop_reason is StopReason.TRAINING_ENDED
 
 
-def test_a_resume_with_another_tolerance_keeps_the_floor_and_says_so(make_trainer, tmp_path):
-    path = str(tmp_path / "begun.ckpt")
-
-    class Saves(Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            if trainer.current_epoch == 3:
-                trainer.save_checkpoint(path)
-
+def test_a_resume_with_another_tolerance_keeps_the_floor_and_says_so(fit, tmp_path):
     first, second = pruner(tolerance=1.0), pruner(tolerance=0.0)
-    fitted(make_trainer, Saves(), first)
-    with pytest.warns(UserWarning, match=r"tolerance is 0\.0, but .* begun with 1\.0, and keeps its floor"):
-        fitted(make_trainer, second, ckpt_path=path)
-    assert without_time(second) == without_time(first)
+    fit(SavesAtEnd(tmp_path / "begun.ckpt", 3), first)
+    with pytest.warns(UserWarning, match=r"tolerance is 0\.0, but .* keeps the floor of its own tolerance 1\.0"):
+        fit(second, ckpt_path=tmp_path / "begun.ckpt")
+    assert told(second) == told(first)
 
 
-def test_one_candidate_a_cut_takes_two_validations_of_data_that_is_read_once(make_trainer):
+def test_one_candidate_a_cut_takes_two_validations_of_data_that_is_read_once(fit):
     seen, read = [], []
 
     class Reads(TensorDataset):
@@ -302,14 +251,14 @@ def test_one_candidate_a_cut_takes_two_validations_of_data_that_is_read_once(mak
 
     counts, data = BetweenEpochs(), Reads(*blobs(200, 2).tensors)
     pruning = pruner(branches=1, tolerance=1.0, wheel=Wheel(importance="magnitude"))
-    fitted(make_trainer, counts, pruning, module=Counts(), val=DataLoader(data, batch_size=64))
+    fit(counts, pruning, module=Counts(), val=DataLoader(data, batch_size=64))
     once = len(val_loader())
     # before the first cut it is also seen that validation sees the weights
     assert counts.batches == [0, 0, 4 * once, 2 * once, 2 * once, 2 * once, 0, 0]
     assert counts.read == [0, 0, *[len(data)] * 4, 0, 0]
 
 
-def test_a_killed_cut_leaves_a_journal_that_its_resume_takes_away(make_trainer, tmp_path):
+def test_a_killed_cut_leaves_a_journal_that_its_resume_takes_away(fit, tmp_path):
     class Fails(Blobs):
         def validation_step(self, *arguments):
             if self.trainer.global_step == 32 and sparsity(prunable_parameters(self)) > 0.8:
@@ -318,39 +267,39 @@ def test_a_killed_cut_leaves_a_journal_that_its_resume_takes_away(make_trainer, 
 
     choices = {"monitor": None, "branches": 1, "tolerance": 1.0, "tree": Tree(0.5), "refit": None}
     with pytest.raises(RuntimeError, match="power cut"):
-        fitted(make_trainer, pruner(**choices), ModelCheckpoint(tmp_path, save_top_k=-1), module=Fails())
+        fit(pruner(**choices), ModelCheckpoint(tmp_path, save_top_k=-1), module=Fails())
     assert len(list(tmp_path.glob("search-*.jsonl"))) == 1
     last = max(tmp_path.glob("epoch*.ckpt"), key=lambda path: path.stat().st_mtime)
     resumed, whole = pruner(**choices), pruner(**choices)
-    fitted(make_trainer, resumed, ModelCheckpoint(tmp_path, save_top_k=-1), ckpt_path=last)
+    fit(resumed, ModelCheckpoint(tmp_path, save_top_k=-1), ckpt_path=last)
     assert not list(tmp_path.glob("search-*.jsonl"))
-    fitted(make_trainer, whole)
-    assert without_time(resumed) == without_time(whole)
+    fit(whole)
+    assert told(resumed) == told(whole)
 
 
-def test_a_fit_of_another_module_begins_anew(make_trainer):
+def test_a_fit_of_another_module_starts_again(fit):
     pruning = pruner()
-    fitted(make_trainer, pruning)
-    first = without_time(pruning)
-    fitted(make_trainer, pruning)
-    assert without_time(pruning) == first
+    fit(pruning)
+    first = told(pruning)
+    fit(pruning)
+    assert told(pruning) == first
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
-def test_a_copy_is_the_same(make_trainer, copied):
+def test_a_copy_is_the_same(fit, copied):
     pruning = pruner()
-    fitted(make_trainer, pruning)
+    fit(pruning)
     other = copied(pruning)
     assert other.report == pruning.report
     assert other.mask == pruning.mask
-    module = fitted(make_trainer, other)
+    module = fit(other)
     assert Mask.of_nonzeros(prunable_parameters(module)) == other.mask
 
 
 @pytest.mark.parametrize("choices", [{"target_sparsity": 0.99, "tolerance": 0.2, "at_epoch": [2, 4, 6]}, {}])
-def test_with_averaged_weights_the_file_holds_what_was_measured(make_trainer, choices):
+def test_with_averaged_weights_the_file_holds_what_was_measured(fit, make_trainer, choices):
     pruning = pruner(**choices)
-    module = fitted(make_trainer, WeightAveraging(), pruning)
+    module = fit(WeightAveraging(), pruning)
     assert pruning.report.winner is not None
     assert Mask.of_nonzeros(prunable_parameters(module)) <= pruning.mask
     loaded = Blobs.load_from_checkpoint(pruning.best_model_path)
@@ -359,24 +308,24 @@ def test_with_averaged_weights_the_file_holds_what_was_measured(make_trainer, ch
     assert found["val_acc"] == pytest.approx(pruning.report.score)
 
 
-def test_with_averaged_weights_the_file_of_a_search_holds_the_refitted_winner(make_trainer):
-    pruning = RouletteWheelPruning(branches=2, tolerance=0.05, tree=Tree(0.5, max_levels=3))
-    module = fitted(make_trainer, WeightAveraging(), pruning)
+def test_with_averaged_weights_the_file_of_a_search_holds_the_refitted_winner(fit):
+    pruning = pruner(at_epoch=None, monitor=None, tree=Tree(0.5, max_levels=3))
+    module = fit(WeightAveraging(), pruning)
     assert pruning.report.winner is not None
     assert equal(Blobs.load_from_checkpoint(pruning.best_model_path).state_dict(), module.state_dict())
 
 
-def test_a_file_written_in_the_last_step_of_an_epoch_leaves_no_cut_out(make_trainer, tmp_path):
+def test_a_file_written_in_the_last_step_of_an_epoch_leaves_no_cut_out(fit, tmp_path):
     whole, resumed = pruner(tolerance=1.0), pruner(tolerance=1.0)
     steps = ModelCheckpoint(filename="{step}", every_n_train_steps=8, save_top_k=-1)
-    module = fitted(make_trainer, steps, whole)
-    again = fitted(make_trainer, resumed, ckpt_path=tmp_path / "checkpoints" / "step=24.ckpt")
+    module = fit(steps, whole)
+    again = fit(resumed, ckpt_path=tmp_path / "checkpoints" / "step=24.ckpt")
     assert [level.epoch for level in resumed.report.levels] == list(EPOCHS)
     assert equal(again.state_dict(), module.state_dict())
 
 
 @pytest.mark.parametrize("thaws", [True, False])
-def test_layers_that_freeze_or_thaw_while_levels_are_cut(make_trainer, thaws):
+def test_layers_that_freeze_or_thaw_while_levels_are_cut(fit, thaws):
     class Turns(Callback):
         def on_fit_start(self, trainer, pl_module):
             pl_module.net[0].weight.requires_grad_(not thaws)
@@ -386,13 +335,13 @@ def test_layers_that_freeze_or_thaw_while_levels_are_cut(make_trainer, thaws):
                 pl_module.net[0].weight.requires_grad_(thaws)
 
     pruning = pruner(tolerance=1.0)
-    fitted(make_trainer, Turns(), pruning)
+    fit(Turns(), pruning)
     assert list(pruning.mask) == ["net.2.weight"] if thaws else ["net.0.weight", "net.2.weight"]
     assert len(pruning.report.levels) == 4
 
 
 @pytest.mark.parametrize("now", [lambda old: torch.cat([old, old]), lambda old: None])
-def test_buffers_that_were_replaced_come_back_with_the_winner(make_trainer, now):
+def test_buffers_that_were_replaced_come_back_with_the_winner(fit, now):
     class Buffered(Blobs):
         def __init__(self):
             super().__init__()
@@ -403,68 +352,44 @@ def test_buffers_that_were_replaced_come_back_with_the_winner(make_trainer, now)
                 self.seen = now(self.seen)
 
     pruning = pruner(target_sparsity=0.99, tolerance=0.2, at_epoch=[2, 4, 6])
-    module = fitted(make_trainer, pruning, module=Buffered())
+    module = fit(pruning, module=Buffered())
     assert [level.held for level in pruning.report.levels] == [True, False]
     assert torch.equal(module.seen, torch.arange(3.0))
 
 
-def test_a_search_of_a_run_that_stopped_early_is_not_followed_by_cuts(make_trainer):
-    pruning, notes = pruner(tree=Tree(0.4, max_levels=1), tolerance=1.0), Notes()
-    module = fitted(make_trainer, pruning, max_steps=10)
-    levels = pruning.report.levels
-    fitted(make_trainer, notes, pruning, module=module)
-    assert set(notes.sparsity) == {round(pruning.mask.sparsity, 9)}
-    assert pruning.report.levels == levels
-
-
-def test_weights_of_the_slimmest_level_that_held_are_kept_and_no_others(make_trainer):
-    pruning = pruner(tolerance=1.0)
-    module = fitted(make_trainer, pruning)
-    assert equal({**pruning.weights_at(4)}, dict(module.state_dict()))
-    with pytest.raises(RuntimeError, match="weights of level 2 are not kept"):
-        pruning.weights_at(2)
-
-
-def test_a_run_that_has_not_ended_is_only_resumed_with_its_epochs(make_trainer):
-    fitted(make_trainer, pruner(tolerance=1.0), ModelCheckpoint(filename="{epoch}", save_top_k=-1))
-    path = make_trainer().default_root_dir + "/checkpoints/epoch=3.ckpt"
-    with pytest.raises(ValueError, match="Pass the at_epoch that it was begun with"):
-        fitted(make_trainer, pruner(at_epoch=None), ckpt_path=path)
+def test_a_run_that_has_not_ended_is_only_resumed_with_its_epochs(fit, make_trainer, tmp_path):
+    path = tmp_path / "begun.ckpt"
+    fit(pruner(tolerance=1.0), SavesAtEnd(path, 3))
+    with pytest.raises(ValueError, match="Pass the same at_epoch as in that training"):
+        fit(pruner(at_epoch=None), ckpt_path=path)
     make_trainer(callbacks=[pruner(at_epoch=None)]).validate(Blobs(), val_loader(), ckpt_path=path, verbose=False)
 
 
-def test_the_same_module_made_dense_again_is_pruned_anew(make_trainer):
-    class Stops(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.current_epoch == 2:
-                raise RuntimeError("power cut")
-
+def test_the_same_module_made_dense_again_is_pruned_again(fit):
     pruning, module = pruner(tolerance=1.0), Blobs()
-    dense = copy.deepcopy(module.state_dict())
+    dense = copied(module)
     with pytest.raises(RuntimeError, match="power cut"):
-        fitted(make_trainer, pruning, Stops(), module=module)
+        fit(pruning, PowerCut(2, 0), module=module)
     module.load_state_dict(dense)
-    fitted(make_trainer, pruning, module=module)
+    fit(pruning, module=module)
     assert [(level.level, level.epoch) for level in pruning.report.levels] == [(1, 2), (2, 3), (3, 4), (4, 5)]
 
 
-def test_lbfgs_resumes_bit_for_bit(make_trainer, tmp_path):
+def test_lbfgs_resumes_bit_for_bit(fit, tmp_path):
     class Quasi(Blobs):
         def configure_optimizers(self):
             return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=2)
 
     whole, resumed = (pruner(tolerance=1.0, at_epoch=[2]) for _ in range(2))
-    module = fitted(
-        make_trainer, ModelCheckpoint(filename="{epoch}", save_top_k=-1), whole, module=Quasi(), max_epochs=5
-    )
-    path = tmp_path / "checkpoints" / "epoch=3.ckpt"
-    again = fitted(make_trainer, resumed, module=Quasi(), max_epochs=5, ckpt_path=path)
+    path = tmp_path / "begun.ckpt"
+    module = fit(SavesAtEnd(path, 3), whole, module=Quasi(), max_epochs=5)
+    again = fit(resumed, module=Quasi(), max_epochs=5, ckpt_path=path)
     assert equal(again.state_dict(), module.state_dict())
 
 
-def test_curves_and_table_are_in_the_event_files(make_trainer, tmp_path):
+def test_curves_and_table_are_in_the_event_files(fit, tmp_path):
     pruning = pruner(tolerance=1.0)
-    fitted(make_trainer, pruning, logger=TensorBoardLogger(tmp_path, "run"))
+    fit(pruning, logger=TensorBoardLogger(tmp_path, "run"))
     events = EventAccumulator(str(tmp_path / "run" / "version_0"))
     events.Reload()
     sparsities = [(one.step, one.value) for one in events.Scalars("roulette/sparsity")]
@@ -478,16 +403,16 @@ def test_curves_and_table_are_in_the_event_files(make_trainer, tmp_path):
     assert b"judged" in table.tensor_proto.string_val[0]
 
 
-def test_by_default_one_candidate_is_drawn_by_sensitivity_and_nothing_refitted(make_trainer):
+def test_by_default_one_candidate_is_drawn_by_sensitivity_and_nothing_refitted(fit):
     pruning = RouletteWheelPruning(at_epoch=EPOCHS, tolerance=1.0)
-    fitted(make_trainer, pruning)
+    fit(pruning)
     assert (pruning.branches, pruning.refit) == (1, None)
     assert (pruning.report.importance, pruning.report.refit) == ("sensitivity", "")
     assert RouletteWheelPruning().branches == RouletteWheelPruning(at_epoch=3).branches == 20
     assert RouletteWheelPruning().refit == RouletteWheelPruning(at_epoch=3).refit == "least_squares"
 
 
-def test_a_module_that_training_data_does_not_fit_is_told_what_to_do(make_trainer):
+def test_a_module_that_training_data_does_not_fit_is_told_what_to_do(fit):
     class Picky(Blobs):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
             if len(batch[0]) == 50:
@@ -495,15 +420,15 @@ def test_a_module_that_training_data_does_not_fit_is_told_what_to_do(make_traine
             super().validation_step(batch, batch_idx, dataloader_idx)
 
     with pytest.raises(RuntimeError, match=re.escape("or pass wheel=Wheel(importance='magnitude')")):
-        fitted(make_trainer, RouletteWheelPruning(at_epoch=EPOCHS), module=Picky())
+        fit(RouletteWheelPruning(at_epoch=EPOCHS), module=Picky())
     plain = RouletteWheelPruning(at_epoch=EPOCHS, tolerance=1.0, wheel=Wheel(importance="magnitude"))
-    fitted(make_trainer, plain, module=Picky())
+    fit(plain, module=Picky())
     assert plain.report.importance == "magnitude"
 
 
-def test_confirmation_folds_judge_what_others_rank(make_trainer):
+def test_confirmation_folds_judge_what_others_rank(fit):
     pruning = pruner(validation=Validation(confirm=0.25))
-    fitted(make_trainer, pruning)
+    fit(pruning)
     assert pruning.report.folds == (12, 4)
     assert "on the confirmation data" in str(pruning.report)
 
@@ -532,6 +457,6 @@ def test_several_epochs_cannot_be_certified():
         RouletteWheelPruning(at_epoch=[1, 2], confidence=0.95, tolerance=0.1)
 
 
-def test_a_last_epoch_after_which_nothing_trains_is_refused(make_trainer):
-    with pytest.raises(ValueError, match="Let the last epoch of at_epoch be 4 at most"):
-        fitted(make_trainer, pruner(), max_epochs=5)
+def test_a_last_epoch_after_which_nothing_trains_is_refused(fit):
+    with pytest.raises(ValueError, match="The last epoch of at_epoch may be 4 at most"):
+        fit(pruner(), max_epochs=5)

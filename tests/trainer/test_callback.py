@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 
 import pytest
 import torch
@@ -24,7 +23,8 @@ from lightning_roulette import (
     sparsity,
 )
 from lightning_roulette.trainer.data.folded_data import dealt
-from tests.support.modules import Blobs, train_loader, val_loader
+from tests.support.modules import Blobs, val_loader
+from tests.support.results import Sparsities, copied
 
 ON_ALL = Validation(confirm=0, race=False)  # all candidates on all data
 
@@ -35,39 +35,12 @@ def pruner(**options) -> RouletteWheelPruning:
     )
 
 
-def fitted(make_trainer, *callbacks, module=None, **options):
-    module = module or Blobs()
-    torch.manual_seed(0)
-    make_trainer(callbacks=list(callbacks), **options).fit(module, train_loader(), val_loader())
-    return module
-
-
-def own_state(module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-class Notes(Callback):
-    """Notes the sparsity of the network at each of its hooks, and how often it was validated."""
-
-    def __init__(self) -> None:
-        self.before_epoch, self.before_batch, self.at_end, self.validations = [], [], None, 0
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        self.before_epoch.append(sparsity(prunable_parameters(pl_module)))
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.before_batch.append(sparsity(prunable_parameters(pl_module)))
-
-    def on_train_end(self, trainer, pl_module):
-        self.at_end = sparsity(prunable_parameters(pl_module))
-
-
 # ---- the main path
 
 
-def test_after_fit_the_network_is_slim_and_keeps_the_floor(make_trainer):
+def test_after_fit_the_network_is_slim_and_keeps_the_floor(fit):
     pruning = pruner()
-    module = fitted(make_trainer, pruning)
+    module = fit(pruning)
     report = pruning.report
     assert report.sparsity == 1 - report.survivors / 624 == pytest.approx(0.36, abs=0.01)
     assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
@@ -80,28 +53,26 @@ def test_after_fit_the_network_is_slim_and_keeps_the_floor(make_trainer):
     assert report.stop_reason is StopReason.MAX_LEVELS
 
 
-def test_only_pruned_entries_differ_from_what_training_left(make_trainer):
+def test_only_pruned_entries_differ_from_what_training_left(fit):
     pruning = pruner()
-    dense, pruned = own_state(fitted(make_trainer)), own_state(fitted(make_trainer, pruning))
+    dense, pruned = copied(fit()), copied(fit(pruning))
     assert dense.keys() == pruned.keys()
     for name, values in dense.items():
         kept = pruning.mask.get(name, torch.ones_like(values, dtype=torch.bool))
         assert torch.equal(pruned[name], values.masked_fill(~kept, 0)), name
 
 
-def test_parameters_keep_their_identity_and_their_names(make_trainer):
+def test_parameters_keep_their_identity_and_their_names(fit):
     module = Blobs()
-    before = dict(module.named_parameters())
-    fitted(make_trainer, pruner(), module=module)
-    after = dict(module.named_parameters())
-    assert after.keys() == before.keys()
-    assert all(after[name] is before[name] for name in before)
+    before = {name: id(one) for name, one in module.named_parameters()}
+    fit(pruner(), module=module)
+    assert {name: id(one) for name, one in module.named_parameters()} == before
 
 
 @pytest.mark.parametrize("validation", [Validation(), ON_ALL], ids=["halves", "all"])
-def test_the_reported_score_is_what_validation_gives_afterwards(make_trainer, validation):
+def test_the_reported_score_is_what_validation_gives_afterwards(fit, make_trainer, validation):
     pruning = pruner(validation=validation)
-    module = fitted(make_trainer, pruning)
+    module = fit(pruning)
     (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
     report = pruning.report
     assert report.score == pytest.approx(logged["val_acc"], abs=1e-7)
@@ -111,10 +82,10 @@ def test_the_reported_score_is_what_validation_gives_afterwards(make_trainer, va
     assert report.score == pytest.approx(both_halves, abs=1e-6)
 
 
-def test_half_of_the_data_ranks_and_the_other_half_confirms(make_trainer):
+def test_half_of_the_data_ranks_and_the_other_half_confirms(fit, make_trainer):
     pruning = pruner()
-    dense = fitted(make_trainer)
-    fitted(make_trainer, pruning)
+    dense = fit()
+    fit(pruning)
     report = pruning.report
     (logged,) = make_trainer().validate(dense, val_loader(), verbose=False)
     assert report.folds == (8, 8)
@@ -124,10 +95,10 @@ def test_half_of_the_data_ranks_and_the_other_half_confirms(make_trainer):
     assert all(level.held_out_score >= report.held_out_floor - 1e-6 for level in report.levels)
 
 
-def test_the_report_says_what_was_done_level_by_level(make_trainer):
+def test_the_report_says_what_was_done_level_by_level(fit):
     tree = Tree(pruning_rate=0.5, max_levels=3)
     pruning = pruner(branches=4, tree=tree, tolerance=1.0, validation=ON_ALL)
-    fitted(make_trainer, pruning)
+    fit(pruning)
     report = pruning.report
     assert (report.monitor, report.mode, report.branches, report.size) == ("val_acc", "max", 4, 624)
     assert [(one.level, one.survivors, one.accepted) for one in report.levels] == [
@@ -147,9 +118,9 @@ def test_the_report_says_what_was_done_level_by_level(make_trainer):
     assert "level" in str(report)
 
 
-def test_masks_of_all_levels_can_be_drawn_again_and_nest(make_trainer):
-    pruning = pruner(branches=1)
-    fitted(make_trainer, pruning)
+def test_masks_of_all_levels_nest_and_have_the_scores_of_the_report(fit, make_trainer):
+    dense, pruning = fit(), pruner(validation=ON_ALL)
+    fit(pruning)
     masks = [pruning.mask_at(level) for level in (0, 1, 2)]
     assert [mask.survivors for mask in masks] == [624, 499, 399]
     assert masks[2] <= masks[1] <= masks[0]
@@ -157,16 +128,10 @@ def test_masks_of_all_levels_can_be_drawn_again_and_nest(make_trainer):
     assert not masks[1] <= masks[2]
     with pytest.raises(ValueError, match="level is 3, but must lie between 0"):
         pruning.mask_at(3)
-
-
-def test_the_mask_of_an_earlier_level_has_the_score_that_the_report_gives_it(make_trainer):
-    dense = fitted(make_trainer)
-    pruning = pruner(validation=ON_ALL)
-    fitted(make_trainer, pruning)
     for level in pruning.report.accepted:
         module = Blobs()
         module.load_state_dict(dense.state_dict())
-        apply_mask(module, pruning.mask_at(level.level))
+        apply_mask(module, masks[level.level])
         (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
         assert level.score == pytest.approx(logged["val_acc"], abs=1e-7)
 
@@ -177,7 +142,7 @@ def confirming_inputs():
     return torch.cat([batch[0][:, 0] for batch, _ in data.of(range(8, 16))])
 
 
-def test_levels_beyond_the_winner_keep_their_masks(make_trainer):
+def test_levels_beyond_the_winner_keep_their_masks(fit):
     """All levels keep the floor on the ranking data; that the second does not on the other data is arranged."""
 
     class SlimIsBadOnTheOtherHalf(Blobs):
@@ -191,7 +156,7 @@ def test_levels_beyond_the_winner_keep_their_masks(make_trainer):
             self.log("val_loss", torch.nn.functional.cross_entropy(scores, batch[1]))
 
     pruning, others = pruner(tree=Tree(0.2, max_levels=3)), confirming_inputs()
-    module = fitted(make_trainer, pruning, module=SlimIsBadOnTheOtherHalf())
+    module = fit(pruning, module=SlimIsBadOnTheOtherHalf())
     report = pruning.report
     assert [level.accepted for level in report.levels] == [True, True, True]
     assert [level.held for level in report.levels] == [True, False, None]
@@ -211,10 +176,10 @@ def test_before_a_search_there_is_no_mask():
         pruning.mask_at(0)
 
 
-def test_the_network_stays_dense_where_no_level_keeps_the_floor(make_trainer, tmp_path):
+def test_the_network_stays_dense_where_no_level_keeps_the_floor(fit, tmp_path):
     tree = Tree(pruning_rate=0.95, patience=1)
     pruning = pruner(tolerance=0.0, wheel=Wheel(sharpness=0.0), tree=tree, dirpath=tmp_path, validation=ON_ALL)
-    dense, kept = own_state(fitted(make_trainer)), own_state(fitted(make_trainer, pruning))
+    dense, kept = copied(fit()), copied(fit(pruning))
     assert all(torch.equal(dense[name], kept[name]) for name in dense)
     assert pruning.report.stop_reason is StopReason.DECLINED
     assert pruning.report.winner is None
@@ -224,9 +189,9 @@ def test_the_network_stays_dense_where_no_level_keeps_the_floor(make_trainer, tm
     assert list(tmp_path.glob("*.ckpt")) == []
 
 
-def test_a_level_below_the_floor_is_tried_again_at_half_the_rate(make_trainer):
+def test_a_level_below_the_floor_is_tried_again_at_half_the_rate(fit):
     pruning = pruner(tolerance=0.05, tree=Tree(pruning_rate=0.8, patience=4, max_levels=1))
-    fitted(make_trainer, pruning)
+    fit(pruning)
     *failed, last = pruning.report.levels
     assert failed
     assert last.accepted
@@ -236,39 +201,15 @@ def test_a_level_below_the_floor_is_tried_again_at_half_the_rate(make_trainer):
     assert all(one.score < lowest for one in failed)
 
 
-def test_a_callback_can_be_pickled_after_the_search(make_trainer):
-    pruning = pruner(at_epoch=1)
-    fitted(make_trainer, pruning)
-    copy = pickle.loads(pickle.dumps(pruning))
-    assert copy.mask == pruning.mask
-    assert copy.report == pruning.report
-
-
-def test_the_console_gets_one_line_per_level(make_trainer, caplog):
-    with caplog.at_level(logging.INFO, "lightning_roulette"):
-        pruning = pruner()
-        fitted(make_trainer, pruning)
-    lines = [record.getMessage() for record in caplog.records if record.name == "lightning_roulette"]
-    (metric,) = [line for line in lines if "judged by" in line]
-    assert "val_acc (max, the one logged metric that rises)" in metric
-    (dense,) = [line for line in lines if "A level of 3 candidates will take about" in line]
-    assert f"floor {pruning.report.floor:.6g}" in dense
-    for level in pruning.report.levels:
-        (line,) = [line for line in lines if f" level {level.level}: " in line]
-        assert f"{level.sparsity:.2%}" in line
-        assert f"{level.score:.6g}" in line
-    assert any(pruning.report.stop_reason.value in line for line in lines)
-
-
 # ---- what the arguments mean
 
 
 @pytest.mark.parametrize("arguments", [{"wheel": Wheel(math.inf)}, {"wheel": Wheel(math.inf, "magnitude", "layer")}])
-def test_infinite_sharpness_prunes_the_smallest_weights(make_trainer, arguments):
-    dense = fitted(make_trainer)
+def test_infinite_sharpness_prunes_the_smallest_weights(fit, arguments):
+    dense = fit()
     tree = Tree(pruning_rate=0.25, max_levels=1)
     pruning = pruner(branches=2, tree=tree, tolerance=1.0, validation=ON_ALL, **arguments)
-    fitted(make_trainer, pruning)
+    fit(pruning)
     weights = {name: one.detach().abs() for name, one in prunable_parameters(dense).items()}
     groups = [list(weights)] if arguments["wheel"].scope == "global" else [[name] for name in weights]
     for group in groups:
@@ -280,27 +221,27 @@ def test_infinite_sharpness_prunes_the_smallest_weights(make_trainer, arguments)
     assert pruning.report.validations == 1 + 1 + 1  # of both candidates, which are the same network, and of the winner
 
 
-def test_importance_may_be_a_function_of_all_weights(make_trainer):
+def test_importance_may_be_a_function_of_all_weights(fit):
     def first_layer_matters(weights):
         return {name: torch.full_like(one, 1e6 if name == "net.0.weight" else 1.0) for name, one in weights.items()}
 
     pruning = pruner(wheel=Wheel(importance=first_layer_matters), tolerance=1.0)
-    fitted(make_trainer, pruning)
+    fit(pruning)
     densities = pruning.mask.densities
     assert densities["net.0.weight"] == 1
     assert densities["net.2.weight"] < 0.1
 
 
-def test_the_target_sparsity_is_reached_exactly_and_ends_the_search(make_trainer):
+def test_the_target_sparsity_is_reached_exactly_and_ends_the_search(fit):
     pruning = pruner(target_sparsity=0.5, tree=Tree(pruning_rate=0.4), tolerance=1.0)
-    fitted(make_trainer, pruning)
+    fit(pruning)
     assert pruning.mask.survivors == 312
     assert pruning.report.stop_reason is StopReason.TARGET_REACHED
 
 
-def test_include_replaces_the_default_choice_and_exclude_subtracts(make_trainer):
+def test_include_replaces_the_default_choice_and_exclude_subtracts(fit):
     pruning = pruner(include=["net.*"], exclude=["*.0.weight", "net.2.bias"], tolerance=1.0)
-    module = fitted(make_trainer, pruning)
+    module = fit(pruning)
     assert set(pruning.mask) == {"net.2.weight", "net.0.bias"}
     assert bool((module.net[0].weight != 0).all())
 
@@ -314,10 +255,10 @@ def test_include_replaces_the_default_choice_and_exclude_subtracts(make_trainer)
         ({"mode": "min", "tolerance": 1.0}, ("val_acc", "min")),
     ],
 )
-def test_monitor_and_mode_choose_what_judges(make_trainer, arguments, expected):
+def test_monitor_and_mode_choose_what_judges(fit, make_trainer, arguments, expected):
     validation = Validation(rank_by=expected[0], confirm=0, race=False)
     pruning = pruner(validation=validation, **arguments)
-    module = fitted(make_trainer, pruning, ModelCheckpoint(monitor="val_loss"), enable_checkpointing=True)
+    module = fit(pruning, ModelCheckpoint(monitor="val_loss"), enable_checkpointing=True)
     report = pruning.report
     (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
     assert report.score == pytest.approx(logged[report.monitor], abs=1e-6)
@@ -330,9 +271,9 @@ def test_monitor_and_mode_choose_what_judges(make_trainer, arguments, expected):
     assert worse == pytest.approx(report.tolerance)
 
 
-def test_a_branch_is_ranked_by_the_loss_and_the_floor_kept_by_the_metric(make_trainer):
+def test_a_branch_is_ranked_by_the_loss_and_the_floor_kept_by_the_metric(fit, make_trainer):
     pruning = pruner(branches=6, tree=Tree(pruning_rate=0.6, max_levels=1), tolerance=1.0, validation=ON_ALL)
-    module = fitted(make_trainer, pruning)
+    module = fit(pruning)
     (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
     report, (level,) = pruning.report, pruning.report.levels
     assert (report.monitor, report.rank_by) == ("val_acc", "val_loss")
@@ -356,49 +297,41 @@ class LogsOnly(Blobs):
             self.log(name, torch.nn.functional.cross_entropy(self(x), y))
 
 
+class Plateau(LogsOnly):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="min")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "b"}}
+
+
 @pytest.mark.parametrize(
-    ("names", "callback", "expected"),
+    ("module", "callbacks", "expected"),
     [
-        (("val_loss", "top1_accuracy"), None, ("top1_accuracy", "max", "the one logged name like an accuracy")),
-        (("a", "b"), ModelCheckpoint(monitor="b", mode="max"), ("b", "max", "what ModelCheckpoint watches")),
-        (("a", "b"), EarlyStopping(monitor="a", mode="min"), ("a", "min", "what EarlyStopping watches")),
-        (("val_loss",), None, ("val_loss", "min", "the only metric logged")),
+        (LogsOnly("val_loss", "top1_accuracy"), [], ("top1_accuracy", "max", "the one logged name like an accuracy")),
+        (LogsOnly("a", "b"), [ModelCheckpoint(monitor="b", mode="max")], ("b", "max", "what ModelCheckpoint watches")),
+        (LogsOnly("a", "b"), [EarlyStopping(monitor="a", mode="min")], ("a", "min", "what EarlyStopping watches")),
+        (LogsOnly("val_loss"), [], ("val_loss", "min", "the only metric logged")),
+        (Plateau("a", "b"), [], ("b", "min", "what a learning rate scheduler watches")),
     ],
+    ids=["name", "checkpoint", "stopping", "only one", "scheduler"],
 )
-def test_without_a_monitor_the_module_and_its_callbacks_tell(make_trainer, caplog, names, callback, expected):
+def test_without_a_monitor_the_module_and_its_callbacks_tell(fit, caplog, module, callbacks, expected):
     pruning = pruner(tolerance=0.0, tree=Tree(0.2, max_levels=1, patience=1))
+    writes = any(isinstance(one, ModelCheckpoint) for one in callbacks)
     with caplog.at_level(logging.INFO, "lightning_roulette"):
-        fitted(
-            make_trainer,
-            pruning,
-            *[one for one in [callback] if one],
-            module=LogsOnly(*names),
-            enable_checkpointing=isinstance(callback, ModelCheckpoint),
-        )
+        fit(pruning, *callbacks, module=module, enable_checkpointing=writes)
     monitor, mode, why = expected
     assert (pruning.report.monitor, pruning.report.mode) == (monitor, mode)
-    (line,) = [one.getMessage() for one in caplog.records if "judged by" in one.getMessage()]
+    (line,) = [one for one in caplog.messages if "judges candidates by" in one]
     assert f"{monitor} ({mode}, {why})" in line
 
 
-def test_without_a_monitor_a_plateau_scheduler_may_tell(make_trainer):
-    class Plateau(LogsOnly):
-        def configure_optimizers(self):
-            optimizer = super().configure_optimizers()
-            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="min")
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "b"}}
-
-    pruning = pruner(tolerance=0.0, tree=Tree(0.2, max_levels=1, patience=1))
-    fitted(make_trainer, pruning, module=Plateau("a", "b"))
-    assert (pruning.report.monitor, pruning.report.mode) == ("b", "min")
-
-
-def test_equal_seeds_give_equal_masks_whatever_the_global_seed(make_trainer):
+def test_equal_seeds_give_equal_masks_whatever_the_global_seed(fit):
     masks = []
     for seed, world in ((5, 1), (5, 2), (6, 1)):
         pruning, module = pruner(seed=seed), Blobs(lr=0.0)
         torch.manual_seed(world)
-        make_trainer(callbacks=[pruning]).fit(module, train_loader(), val_loader())
+        fit(pruning, module=module)
         masks.append(pruning.mask_at(0) if pruning.mask.sparsity == 0 else pruning.mask)
     assert masks[0].sparsity > 0
     assert masks[0] == masks[1]
@@ -409,90 +342,70 @@ def test_equal_seeds_give_equal_masks_whatever_the_global_seed(make_trainer):
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
-def test_at_epoch_searches_before_the_next_epoch_begins_and_training_goes_on_without_the_weights(make_trainer, epoch):
-    notes, pruning = Notes(), pruner(at_epoch=epoch, tolerance=1.0)
-    module = fitted(make_trainer, notes, pruning, max_epochs=3)
+def test_at_epoch_searches_before_the_next_epoch_begins_and_training_goes_on_without_the_weights(
+    fit, make_trainer, epoch
+):
+    notes, pruning = Sparsities(), pruner(at_epoch=epoch, tolerance=1.0)
+    module = fit(notes, pruning, max_epochs=3)
     slim = pruning.report.sparsity
     assert slim == pytest.approx(0.36, abs=0.01)
-    assert notes.before_batch == [0.0] * 8 * epoch + [slim] * 8 * (3 - epoch)
+    assert notes.found == [0.0] * 8 * epoch + [slim] * 8 * (3 - epoch)
     assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
     (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
     assert pruning.report.trained_score == pytest.approx(logged["val_acc"], abs=1e-7)
 
 
-def test_training_before_the_search_at_an_epoch_is_as_without_it(make_trainer):
+def test_training_before_the_search_at_an_epoch_is_as_without_it(fit):
     class Keep(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
-            self.state = own_state(pl_module) if trainer.current_epoch == 0 else self.state
+            self.state = copied(pl_module) if trainer.current_epoch == 0 else self.state
 
     plain, searched = Keep(), Keep()
-    fitted(make_trainer, plain)
-    fitted(make_trainer, pruner(at_epoch=1), searched)
+    fit(plain)
+    fit(pruner(at_epoch=1), searched)
     assert all(torch.equal(plain.state[name], searched.state[name]) for name in plain.state)
 
 
-def test_at_the_last_epoch_is_at_the_end(make_trainer):
-    notes, pruning = Notes(), pruner(at_epoch=2)
-    fitted(make_trainer, notes, pruning)
-    assert set(notes.before_batch) == {0.0}
+class Stop(Callback):
+    """Stops after the first epoch."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize(
+    ("at_epoch", "callbacks", "limits", "batches"),
+    [
+        (2, [], {}, 16),
+        (3, [Stop()], {"max_epochs": 4}, 8),
+        (None, [], {"max_epochs": -1, "max_steps": 12}, 12),
+        (None, [], {"max_epochs": 2, "max_steps": 12}, 12),
+        (5, [], {"fast_dev_run": True}, 1),
+    ],
+    ids=["the last epoch", "stopped", "steps", "steps and epochs", "fast_dev_run"],
+)
+def test_a_run_that_ends_before_the_epoch_is_searched_at_its_end(fit, at_epoch, callbacks, limits, batches):
+    notes, pruning = Sparsities(), pruner(at_epoch=at_epoch)
+    module = fit(*callbacks, notes, pruning, **limits)
+    assert notes.found == [0.0] * batches
+    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
     assert pruning.report.sparsity > 0
     assert pruning.report.trained_score is None
-
-
-def test_a_run_that_stops_before_the_epoch_searches_at_its_end(make_trainer):
-    class Stop(Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            trainer.should_stop = True
-
-    notes, pruning = Notes(), pruner(at_epoch=3)
-    module = fitted(make_trainer, Stop(), notes, pruning, max_epochs=4)
-    assert len(notes.before_batch) == 8
-    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
-    assert pruning.report.sparsity > 0
-
-
-@pytest.mark.parametrize("limits", [{"max_epochs": -1, "max_steps": 12}, {"max_epochs": 2, "max_steps": 12}])
-def test_a_run_limited_by_steps_searches_at_its_end(make_trainer, limits):
-    pruning = pruner()
-    module = fitted(make_trainer, pruning, **limits)
-    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
-    assert pruning.report.sparsity > 0
 
 
 # ---- fitting again
 
 
-def test_a_second_fit_holds_the_zeros_and_does_not_search_again(make_trainer):
-    pruning = pruner()
-    module = fitted(make_trainer, pruning)
-    first, before, notes = pruning.report, own_state(module), Notes()
-    make_trainer(callbacks=[notes, pruning]).fit(module, train_loader(), val_loader())
-    assert set(notes.before_batch) == {first.sparsity}
-    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
-    assert pruning.report.levels == first.levels
-    assert pruning.report.trained_score is not None
-    assert any(not torch.equal(before[name], value) for name, value in module.state_dict().items())
+# ---- fitting again
 
 
-def test_a_fit_of_another_network_searches_anew(make_trainer):
-    pruning, kept = pruner(), []
-    for _ in range(2):
-        module = fitted(make_trainer, pruning)
-        assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
-        kept.append(pruning.report)
-    assert kept[0] is not kept[1]
-    assert kept[0].levels == kept[1].levels
-    assert kept[1].trained_score is None
-
-
-def test_a_network_made_dense_again_is_searched_anew(make_trainer):
-    dense, pruning = own_state(fitted(make_trainer)), pruner()
-    module = fitted(make_trainer, pruning)
+def test_a_network_made_dense_again_is_searched_again(fit):
+    dense, pruning, notes = copied(fit()), pruner(), Sparsities()
+    module = fit(pruning)
     first = pruning.report
     module.load_state_dict(dense)
-    notes = Notes()
-    make_trainer(callbacks=[notes, pruning]).fit(module, train_loader(), val_loader())
-    assert set(notes.before_batch) == {0.0}
+    fit(notes, pruning, module=module)
+    assert set(notes.found) == {0.0}
     assert pruning.report is not first
     assert pruning.report.sparsity > 0
 
@@ -500,19 +413,12 @@ def test_a_network_made_dense_again_is_searched_anew(make_trainer):
 # ---- a dry run
 
 
-def test_fast_dev_run_sees_every_part_work_once(make_trainer, tmp_path):
+def test_fast_dev_run_sees_every_part_work_once(fit, tmp_path):
     pruning = RouletteWheelPruning(20, dirpath=tmp_path / "here", tree=Tree(pruning_rate=0.9))
-    module = fitted(make_trainer, pruning, module=fitted(make_trainer), fast_dev_run=True)
+    module = fit(pruning, module=fit(), fast_dev_run=True)
     (level,) = pruning.report.levels
     assert len(level.candidates) == 2
     assert level.accepted
     assert level.score < pruning.report.dense_score  # the floor is ignored
     assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
     assert list(tmp_path.rglob("*.*")) == []
-
-
-def test_fast_dev_run_of_a_search_at_an_epoch_searches_at_its_end(make_trainer):
-    pruning = pruner(at_epoch=5)
-    module = fitted(make_trainer, pruning, fast_dev_run=True)
-    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
-    assert pruning.report.sparsity > 0

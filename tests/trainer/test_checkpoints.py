@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_roulette import (
     HoldZeros,
     Mask,
-    RouletteWheelPruning,
     SearchReport,
     StopReason,
     Tree,
@@ -25,39 +26,19 @@ from lightning_roulette import (
     prunable_parameters,
     sparsity,
 )
+from tests.support.fits import pruner
 from tests.support.modules import Blobs, train_loader, val_loader
-
-WEIGHTS = ("net.0.weight", "net.2.weight")
-
-
-def pruner(**options) -> RouletteWheelPruning:
-    return RouletteWheelPruning(
-        **{"branches": 2, "tolerance": 0.2, "refit": None, "tree": Tree(0.2, max_levels=1)} | options
-    )
+from tests.support.results import PowerCut, Sparsities, equal, load, sparsity_of
 
 
-def fitted(make_trainer, *callbacks, module=None, ckpt_path=None, **options):
-    module = module or Blobs()
-    torch.manual_seed(0)
-    trainer = make_trainer(**{"callbacks": list(callbacks), "enable_checkpointing": True} | options)
-    trainer.fit(module, train_loader(), val_loader(), ckpt_path=ckpt_path)
-    return module
+@pytest.fixture
+def fit(fit):
+    """Fits with a ModelCheckpoint."""
+    return partial(fit, enable_checkpointing=True)
 
 
-def dense_state(make_trainer, **options) -> dict[str, torch.Tensor]:
-    return fitted(make_trainer, enable_checkpointing=False, **options).state_dict()
-
-
-def load(path) -> dict:
-    return torch.load(path, weights_only=True)
-
-
-def sparsity_of(path) -> float:
-    return sparsity({name: load(path)["state_dict"][name] for name in WEIGHTS})
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def dense_state(fit, **options) -> dict[str, torch.Tensor]:
+    return fit(enable_checkpointing=False, **options).state_dict()
 
 
 def files(folder) -> dict[str, float]:
@@ -68,43 +49,34 @@ def files(folder) -> dict[str, float]:
 # ---- what a search writes
 
 
-def test_pruned_ckpt_holds_what_the_module_is_with_mask_and_report(make_trainer, tmp_path):
+@pytest.mark.filterwarnings("error:RouletteWheelPruning", "ignore:Be aware that when using `ckpt_path`")
+def test_pruned_ckpt_holds_the_module_with_mask_and_report_and_loads_into_the_unpruned_class(
+    fit, make_trainer, tmp_path
+):
     pruning = pruner()
-    module = fitted(make_trainer, pruning)
-    assert pruning.best_model_path == str(tmp_path / "checkpoints" / "pruned.ckpt")
-    stored = load(pruning.best_model_path)
-    assert equal(stored["state_dict"], module.state_dict())
-    assert sparsity_of(pruning.best_model_path) == pruning.report.sparsity > 0
-    state = stored["callbacks"]["RouletteWheelPruning"]
-    assert SearchReport.from_dict(state["report"]) == pruning.report
-    assert state["best_model_path"] == pruning.best_model_path
-    assert Mask.load(pruning.best_model_path) == pruning.mask
-
-
-def test_pruned_ckpt_loads_strictly_into_the_unpruned_class(make_trainer):
-    pruning = pruner()
-    module = fitted(make_trainer, pruning)
-    loaded = Blobs.load_from_checkpoint(pruning.best_model_path, strict=True, weights_only=True)
+    module = fit(pruning)
+    path = pruning.best_model_path
+    assert path == str(tmp_path / "checkpoints" / "pruned.ckpt")
+    loaded = Blobs.load_from_checkpoint(path, strict=True, weights_only=True)
+    assert equal(load(path)["state_dict"], module.state_dict())
     assert equal(loaded.state_dict(), module.state_dict())
-
-
-def test_pruned_ckpt_can_be_tested_by_the_trainer_without_a_warning(make_trainer):
-    pruning = pruner()
-    fitted(make_trainer, pruning)
-    trainer, module = make_trainer(callbacks=[pruner()], enable_checkpointing=True), Blobs()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")  # ModelCheckpoint's state
-        (logged,) = trainer.validate(module, val_loader(), ckpt_path=pruning.best_model_path, verbose=False)
+    assert sparsity_of(path) == pruning.report.sparsity > 0
+    state = load(path)["callbacks"]["RouletteWheelPruning"]
+    assert SearchReport.from_dict(state["report"]) == pruning.report
+    assert state["best_model_path"] == path
+    assert Mask.load(path) == pruning.mask
+    trainer = make_trainer(callbacks=[pruner()], enable_checkpointing=True)
+    (logged,) = trainer.validate(Blobs(), val_loader(), ckpt_path=path, verbose=False)
     assert logged["val_acc"] == pytest.approx(pruning.report.score, abs=1e-7)
 
 
 @pytest.mark.parametrize("monitor", ["val_acc", "val_loss"])
-def test_dense_weights_are_written_unless_a_checkpoint_of_the_trainer_holds_them(make_trainer, tmp_path, monitor):
+def test_dense_weights_are_written_unless_a_checkpoint_of_the_trainer_holds_them(fit, tmp_path, monitor):
     # mode "min" on accuracy, "max" on loss: the first epoch stays the best one
     mode = "min" if monitor == "val_acc" else "max"
-    dense = dense_state(make_trainer)
+    dense = dense_state(fit)
     pruning = pruner()
-    fitted(make_trainer, pruning, ModelCheckpoint(monitor=monitor, mode=mode))
+    fit(pruning, ModelCheckpoint(monitor=monitor, mode=mode))
     assert files(tmp_path) == {"epoch=0-step=8.ckpt": 0.0, "dense.ckpt": 0.0, "pruned.ckpt": pruning.report.sparsity}
     stored = load(tmp_path / "checkpoints" / "dense.ckpt")
     assert equal(stored["state_dict"], dense)
@@ -116,67 +88,67 @@ def test_dense_weights_are_written_unless_a_checkpoint_of_the_trainer_holds_them
     [{}, {"save_last": True}, {"save_last": "link"}, {"save_top_k": -1}, {"save_top_k": -1, "monitor": "train_loss"}],
     ids=str,
 )
-def test_a_checkpoint_that_holds_the_dense_weights_is_not_written_twice(make_trainer, tmp_path, options):
-    dense = dense_state(make_trainer)
-    fitted(make_trainer, pruner(), ModelCheckpoint(**options))
+def test_a_checkpoint_that_holds_the_dense_weights_is_not_written_twice(fit, tmp_path, options):
+    dense = dense_state(fit)
+    fit(pruner(), ModelCheckpoint(**options))
     assert "dense.ckpt" not in files(tmp_path)
     assert equal(load(tmp_path / "checkpoints" / "epoch=1-step=16.ckpt")["state_dict"], dense)
 
 
 @pytest.mark.parametrize("at_epoch", [None, 1])
 @pytest.mark.parametrize("options", [{}, {"save_top_k": 0}, {"save_top_k": 0, "save_last": True}], ids=str)
-def test_after_fit_some_file_holds_the_weights_before_the_search(make_trainer, tmp_path, options, at_epoch):
-    dense = dense_state(make_trainer, max_epochs=at_epoch or 3)
-    fitted(make_trainer, pruner(at_epoch=at_epoch), ModelCheckpoint(**options), max_epochs=3)
+def test_after_fit_some_file_holds_the_weights_before_the_search(fit, tmp_path, options, at_epoch):
+    dense = dense_state(fit, max_epochs=at_epoch or 3)
+    fit(pruner(at_epoch=at_epoch), ModelCheckpoint(**options), max_epochs=3)
     stored = [load(path)["state_dict"] for path in tmp_path.glob("checkpoints/*.ckpt")]
     assert any(equal(one, dense) for one in stored)
 
 
 @pytest.mark.parametrize("save_last", [True, "link"])
-def test_last_ckpt_of_a_search_at_the_end_holds_the_unpruned_weights(make_trainer, tmp_path, save_last):
-    dense = dense_state(make_trainer)
-    fitted(make_trainer, pruner(), ModelCheckpoint(save_last=save_last))
+def test_last_ckpt_of_a_search_at_the_end_holds_the_unpruned_weights(fit, tmp_path, save_last):
+    dense = dense_state(fit)
+    fit(pruner(), ModelCheckpoint(save_last=save_last))
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert equal(load(last)["state_dict"], dense)
     assert last.is_symlink() == (save_last == "link")
 
 
 @pytest.mark.parametrize("options", [{"save_top_k": 0}, {"every_n_epochs": 9}], ids=str)
-def test_last_ckpt_that_is_first_written_after_the_search_is_pruned(make_trainer, tmp_path, options):
+def test_last_ckpt_that_is_first_written_after_the_search_is_pruned(fit, tmp_path, options):
     pruning = pruner()
-    fitted(make_trainer, pruning, ModelCheckpoint(save_last=True, **options))
+    fit(pruning, ModelCheckpoint(save_last=True, **options))
     slim = pruning.report.sparsity
     assert files(tmp_path) == {"dense.ckpt": 0.0, "pruned.ckpt": slim, "last.ckpt": slim}
     assert "RouletteWheelPruning" in load(tmp_path / "checkpoints" / "last.ckpt")["callbacks"]
 
 
-def test_nothing_is_written_where_checkpointing_is_disabled(make_trainer, tmp_path):
+def test_nothing_is_written_where_checkpointing_is_disabled(fit, tmp_path):
     pruning = pruner()
-    fitted(make_trainer, pruning, enable_checkpointing=False)
+    fit(pruning, enable_checkpointing=False)
     assert pruning.report.sparsity > 0
     assert pruning.best_model_path == ""
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dirpath_is_written_to_even_where_checkpointing_is_disabled(make_trainer, tmp_path):
+def test_dirpath_is_written_to_even_where_checkpointing_is_disabled(fit, tmp_path):
     pruning = pruner(dirpath=tmp_path / "a" / "b")
-    fitted(make_trainer, pruning, enable_checkpointing=False)
+    fit(pruning, enable_checkpointing=False)
     assert pruning.best_model_path == str(tmp_path / "a" / "b" / "pruned.ckpt")
     assert sorted(path.name for path in tmp_path.rglob("*.ckpt")) == ["dense.ckpt", "pruned.ckpt"]
 
 
-def test_files_lie_beside_the_checkpoints_of_the_trainer(make_trainer, tmp_path):
+def test_files_lie_beside_the_checkpoints_of_the_trainer(fit, tmp_path):
     pruning = pruner()
-    fitted(make_trainer, pruning, ModelCheckpoint(dirpath=tmp_path / "mine"))
+    fit(pruning, ModelCheckpoint(dirpath=tmp_path / "mine"))
     assert pruning.best_model_path == str(tmp_path / "mine" / "pruned.ckpt")
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_the_files_of_an_earlier_run_are_not_overwritten(make_trainer, tmp_path):
+def test_the_files_of_an_earlier_run_are_not_overwritten(fit, tmp_path):
     runs = [pruner(dirpath=tmp_path, seed=seed) for seed in (0, 1, 2)]
     contents = {}
     for pruning in runs:
-        fitted(make_trainer, pruning, enable_checkpointing=False)
+        fit(pruning, enable_checkpointing=False)
         contents |= {path: path.read_bytes() for path in tmp_path.glob("*.ckpt") if path not in contents}
     names = [os.path.basename(one.best_model_path) for one in runs]
     assert names == ["pruned.ckpt", "pruned-v1.ckpt", "pruned-v2.ckpt"]
@@ -185,50 +157,47 @@ def test_the_files_of_an_earlier_run_are_not_overwritten(make_trainer, tmp_path)
     assert [Mask.load(one.best_model_path) for one in runs] == [one.mask for one in runs]
 
 
-def test_fitting_on_in_another_folder_writes_there_and_leaves_the_first_winner(make_trainer, tmp_path):
-    pruning = pruner()
-    module = fitted(make_trainer, pruning, default_root_dir=tmp_path / "one")
-    first = pruning.best_model_path
-    content = Path(first).read_bytes()
-    fitted(make_trainer, pruning, module=module, default_root_dir=tmp_path / "two")
-    assert Path(first).read_bytes() == content
-    assert pruning.best_model_path == str(tmp_path / "two" / "checkpoints" / "pruned.ckpt")
-
-
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_fitting_on_in_the_same_folder_leaves_the_first_winner(make_trainer):
+@pytest.mark.parametrize("folders", [("one", "two"), ("one", "one")])
+def test_fitting_on_leaves_the_first_winner(fit, tmp_path, folders):
     pruning = pruner()
-    module = fitted(make_trainer, pruning)
-    first = pruning.best_model_path
-    content = Path(first).read_bytes()
-    fitted(make_trainer, pruning, module=module)
-    assert Path(first).read_bytes() == content
+    module = fit(pruning, default_root_dir=tmp_path / folders[0])
+    first = Path(pruning.best_model_path)
+    content = first.read_bytes()
+    fit(pruning, module=module, default_root_dir=tmp_path / folders[1])
+    assert first.read_bytes() == content
+    assert Path(pruning.best_model_path).parent == tmp_path / folders[1] / "checkpoints"
     assert equal(load(pruning.best_model_path)["state_dict"], module.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore:RouletteWheelPruning. the search did not end")
-def test_a_winner_that_cannot_be_written_is_not_lost(make_trainer, monkeypatch):
+@pytest.mark.parametrize("unwritable", ["dense", "pruned"])
+def test_a_winner_that_cannot_be_written_is_not_lost_and_names_no_file(make_trainer, monkeypatch, unwritable):
     pruning = pruner()
     trainer = make_trainer(callbacks=[pruning, ModelCheckpoint(save_top_k=0)], enable_checkpointing=True)
+    save = trainer.save_checkpoint
 
-    def full_disk(*_, **__):
-        raise OSError("No space left on device")
+    def full_disk(path, *arguments, **options):
+        if unwritable in str(path):
+            raise OSError("No space left on device")
+        save(path, *arguments, **options)
 
     monkeypatch.setattr(trainer, "save_checkpoint", full_disk)
     with pytest.raises(OSError, match="No space left"):
         trainer.fit(Blobs(), train_loader(), val_loader())
-    assert pruning.report is not None
+    assert pruning.best_model_path == ""
     assert pruning.report.sparsity > 0
+    assert unwritable == "dense" or pruning.mask.sparsity == pruning.report.sparsity
 
 
 # ---- names agree with contents
 
 
 @pytest.mark.parametrize("at_epoch", [1, 2])
-def test_a_checkpoint_keeps_what_its_name_says(make_trainer, tmp_path, at_epoch):
+def test_a_checkpoint_keeps_what_its_name_says(fit, make_trainer, tmp_path, at_epoch):
     pruning = pruner(at_epoch=at_epoch, tree=Tree(pruning_rate=0.7, max_levels=1), tolerance=1.0)
     every = ModelCheckpoint(save_top_k=-1, monitor="val_acc", filename="{epoch}-{val_acc:.5f}")
-    module = fitted(make_trainer, pruning, every, max_epochs=3)
+    module = fit(pruning, every, max_epochs=3)
     found = {path.name: path for path in tmp_path.glob("checkpoints/epoch=*.ckpt")}
     assert len(found) == 3
     for name, path in found.items():
@@ -245,26 +214,20 @@ def test_a_checkpoint_keeps_what_its_name_says(make_trainer, tmp_path, at_epoch)
 # ---- resuming
 
 
-class Notes(Callback):
-    """The sparsity of the network before each training batch."""
-
-    def __init__(self) -> None:
-        self.before_batch = []
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.before_batch.append(sparsity(prunable_parameters(pl_module)))
-
-
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.parametrize("which", ["pruned.ckpt", "epoch=2-step=24.ckpt"])
-def test_a_resume_from_after_the_search_holds_the_zeros_and_does_not_search_again(make_trainer, tmp_path, which):
-    first = pruner(at_epoch=2)
-    fitted(make_trainer, first, ModelCheckpoint(save_top_k=-1), max_epochs=3)
-    path = tmp_path / "checkpoints" / which
+@pytest.mark.parametrize(("at_epoch", "which"), [(2, "pruned"), (2, "epoch=2-step=24"), (None, "pruned")])
+def test_a_resume_from_after_the_search_holds_the_zeros_and_does_not_search_again(
+    fit, tmp_path, caplog, at_epoch, which
+):
+    first = pruner(at_epoch=at_epoch)
+    fit(first, ModelCheckpoint(save_top_k=-1), max_epochs=3)
+    path = tmp_path / "checkpoints" / f"{which}.ckpt"
     content = path.read_bytes()
-    resumed, notes = pruner(at_epoch=2), Notes()
-    module = fitted(make_trainer, resumed, notes, ModelCheckpoint(save_top_k=-1), max_epochs=5, ckpt_path=path)
-    assert notes.before_batch == [first.report.sparsity] * 16
+    resumed, notes = pruner(at_epoch=at_epoch), Sparsities()
+    with caplog.at_level(logging.INFO, "lightning_roulette"):
+        module = fit(resumed, notes, ModelCheckpoint(save_top_k=-1), max_epochs=5, ckpt_path=path)
+    assert not any("pruned before" in line for line in caplog.messages)
+    assert notes.found == [first.report.sparsity] * 16
     assert resumed.mask == first.mask == Mask.of_nonzeros(prunable_parameters(module))
     assert resumed.report.levels == first.report.levels
     assert resumed.report.trained_score is not None
@@ -272,60 +235,41 @@ def test_a_resume_from_after_the_search_holds_the_zeros_and_does_not_search_agai
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_a_resume_from_the_winner_of_a_search_at_the_end_trains_on_with_its_zeros(make_trainer):
-    first = pruner()
-    fitted(make_trainer, first)
-    resumed, notes = pruner(), Notes()
-    module = fitted(make_trainer, resumed, notes, max_epochs=4, ckpt_path=first.best_model_path)
-    assert notes.before_batch == [first.report.sparsity] * 16
-    assert resumed.mask == first.mask == Mask.of_nonzeros(prunable_parameters(module))
-
-
-class Crash(Callback):
-    """Ends the training in its third epoch's second batch, as a power cut would."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.current_epoch == 2 and batch_idx == 1:
-            raise RuntimeError("power cut")
-
-
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("which", ["pruned", "dense"])
-def test_a_crashed_run_resumes_from_a_file_of_the_search_and_misses_no_step(make_trainer, tmp_path, which):
+def test_a_crashed_run_resumes_from_a_file_of_the_search_and_misses_no_step(fit, tmp_path, which):
     whole = pruner(at_epoch=2, dirpath=tmp_path / "whole")
-    fitted(make_trainer, whole, enable_checkpointing=False, max_epochs=4)
+    fit(whole, enable_checkpointing=False, max_epochs=4)
     crashed = pruner(at_epoch=2, dirpath=tmp_path / "crashed")
     with pytest.raises(RuntimeError, match="power cut"):
-        fitted(make_trainer, crashed, Crash(), enable_checkpointing=False, max_epochs=4)
-    resumed, notes = pruner(at_epoch=2, dirpath=tmp_path / "resumed"), Notes()
+        fit(crashed, PowerCut(), enable_checkpointing=False, max_epochs=4)
+    resumed, notes = pruner(at_epoch=2, dirpath=tmp_path / "resumed"), Sparsities()
     path = tmp_path / "crashed" / f"{which}.ckpt"
-    module = fitted(make_trainer, resumed, notes, enable_checkpointing=False, max_epochs=4, ckpt_path=path)
-    assert notes.before_batch == [whole.report.sparsity] * 16
+    module = fit(resumed, notes, enable_checkpointing=False, max_epochs=4, ckpt_path=path)
+    assert notes.found == [whole.report.sparsity] * 16
     assert resumed.mask == whole.mask == Mask.of_nonzeros(prunable_parameters(module))
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("at_epoch", [None, 3])
-def test_a_resume_from_before_the_search_searches(make_trainer, tmp_path, at_epoch):
-    fitted(make_trainer, pruner(at_epoch=at_epoch), ModelCheckpoint(), max_epochs=2 if at_epoch is None else 3)
+def test_a_resume_from_before_the_search_searches(fit, tmp_path, at_epoch):
+    fit(pruner(at_epoch=at_epoch), ModelCheckpoint(), max_epochs=2 if at_epoch is None else 3)
     (path,) = tmp_path.glob("checkpoints/epoch=*.ckpt")
-    resumed, notes = pruner(at_epoch=at_epoch), Notes()
-    module = fitted(make_trainer, resumed, notes, max_epochs=4, ckpt_path=path)
+    resumed, notes = pruner(at_epoch=at_epoch), Sparsities()
+    module = fit(resumed, notes, max_epochs=4, ckpt_path=path)
     before = 16 if at_epoch is None else 0
-    assert set(notes.before_batch[:before]) <= {0.0}
-    assert set(notes.before_batch[before:]) <= {resumed.report.sparsity}
+    assert set(notes.found[:before]) <= {0.0}
+    assert set(notes.found[before:]) <= {resumed.report.sparsity}
     assert resumed.report.sparsity > 0
     assert resumed.mask == Mask.of_nonzeros(prunable_parameters(module))
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_the_same_callback_resumed_from_before_its_search_searches_anew(make_trainer, tmp_path):
+def test_the_same_callback_resumed_from_before_its_search_searches_anew(fit, tmp_path):
     pruning = pruner()
-    module = fitted(make_trainer, pruning, ModelCheckpoint(dirpath=tmp_path / "one"))
-    first, notes = pruning.report, Notes()
+    module = fit(pruning, ModelCheckpoint(dirpath=tmp_path / "one"))
+    first, notes = pruning.report, Sparsities()
     (path,) = tmp_path.glob("one/epoch=*.ckpt")
-    fitted(
-        make_trainer,
+    fit(
         pruning,
         notes,
         ModelCheckpoint(dirpath=tmp_path / "two"),
@@ -333,7 +277,7 @@ def test_the_same_callback_resumed_from_before_its_search_searches_anew(make_tra
         max_epochs=4,
         ckpt_path=path,
     )
-    assert set(notes.before_batch) == {0.0}
+    assert set(notes.found) == {0.0}
     assert pruning.report is not first
     assert pruning.report.trained_score is None
     assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
@@ -359,7 +303,7 @@ def test_loading_unpruned_weights_after_a_search_warns_and_names_the_pruned_file
     )
     trainer.fit(module, train_loader(), val_loader())
     options = {} if verb == "predict" else {"verbose": False}
-    with pytest.warns(UserWarning, match=r"holds unpruned weights. The pruned ones are in .*pruned\.ckpt") as caught:
+    with pytest.warns(UserWarning, match=r"holds unpruned weights. The pruned weights are in .*pruned\.ckpt") as caught:
         getattr(trainer, verb)(module, val_loader(), ckpt_path="best", **options)
     assert sum("unpruned" in str(one.message) for one in caught) == 1
     assert sparsity(prunable_parameters(module)) == 0
@@ -380,11 +324,10 @@ def test_loading_pruned_weights_of_any_file_does_not_warn(make_trainer, weights_
     assert sparsity(prunable_parameters(module)) == pruning.report.sparsity
 
 
-def test_a_model_that_is_handed_over_is_judged_as_it_is_without_a_warning(make_trainer):
-    pruning, module = pruner(), Judged()
-    trainer = make_trainer(callbacks=[pruning], enable_checkpointing=True)
-    trainer.fit(module, train_loader(), val_loader())
-    (logged,) = trainer.validate(module, val_loader(), verbose=False)
+def test_a_module_that_is_passed_is_judged_as_it_is_without_a_warning(fit):
+    pruning = pruner()
+    module = fit(pruning)
+    (logged,) = module.trainer.validate(module, val_loader(), verbose=False)
     assert logged["val_acc"] == pytest.approx(pruning.report.score, abs=1e-7)
 
 
@@ -450,13 +393,13 @@ ENDINGS = [(KeyboardInterrupt, SystemExit, StopReason.INTERRUPTED), (MemoryError
 @pytest.mark.parametrize(("raised", "met", "reason"), ENDINGS)
 @pytest.mark.parametrize("at_epoch", [None, 2])
 def test_an_interrupted_search_gives_the_dense_network_back_and_keeps_the_accepted_levels(
-    make_trainer, tmp_path, raised, met, reason, at_epoch
+    fit, tmp_path, raised, met, reason, at_epoch
 ):
-    dense = dense_state(make_trainer)
+    dense = dense_state(fit)
     pruning = pruner(at_epoch=at_epoch, tree=Tree(0.2, max_levels=4), validation=ON_ALL)
     module = Interrupted(8, raised())
     with pytest.raises(met), pytest.warns(UserWarning, match=r"The 2 levels accepted so far are in .*interrupted\.pt"):
-        fitted(make_trainer, pruning, module=module, max_epochs=2 if at_epoch is None else 3)
+        fit(pruning, module=module, max_epochs=2 if at_epoch is None else 3)
     assert equal(module.state_dict(), dense)
     report = pruning.report
     assert report.stop_reason is reason
@@ -468,22 +411,22 @@ def test_an_interrupted_search_gives_the_dense_network_back_and_keeps_the_accept
     assert not (tmp_path / "checkpoints" / "pruned.ckpt").exists()
 
 
-def test_the_masks_of_an_interrupted_search_are_those_of_the_whole_one(make_trainer, tmp_path):
+def test_the_masks_of_an_interrupted_search_are_those_of_the_whole_one(fit, tmp_path):
     whole = pruner(tree=Tree(0.2, max_levels=2), validation=ON_ALL)
-    fitted(make_trainer, whole, enable_checkpointing=False)
+    fit(whole, enable_checkpointing=False)
     with pytest.raises(SystemExit), pytest.warns(UserWarning, match="The 2 levels accepted"):
-        fitted(make_trainer, pruner(tree=Tree(0.2, max_levels=4), validation=ON_ALL), module=Interrupted(8))
+        fit(pruner(tree=Tree(0.2, max_levels=4), validation=ON_ALL), module=Interrupted(8))
     assert Mask.load(tmp_path / "checkpoints" / "interrupted.pt") == whole.mask
 
 
 @pytest.mark.parametrize(("at", "levels", "held"), [(9, 2, [None, None]), (10, 1, [True, None])])
-def test_a_search_interrupted_while_its_levels_are_confirmed_keeps_what_held(make_trainer, tmp_path, at, levels, held):
+def test_a_search_interrupted_while_its_levels_are_confirmed_keeps_what_held(fit, tmp_path, at, levels, held):
     """Until one is confirmed all accepted levels count."""
-    dense = dense_state(make_trainer)
+    dense = dense_state(fit)
     pruning = pruner(tree=Tree(0.2, max_levels=2), validation=Validation(race=False))
     module = Interrupted(at)  # the dense network is judged twice, on each half of the data
     with pytest.raises(SystemExit), pytest.warns(UserWarning, match=r"accepted so far are in .*interrupted\.pt"):
-        fitted(make_trainer, pruning, module=module)
+        fit(pruning, module=module)
     assert equal(module.state_dict(), dense)
     report = pruning.report
     assert [level.held for level in report.accepted] == held
@@ -493,39 +436,34 @@ def test_a_search_interrupted_while_its_levels_are_confirmed_keeps_what_held(mak
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
-def test_a_search_interrupted_before_a_level_was_accepted_writes_nothing(make_trainer, tmp_path, at):
-    dense = dense_state(make_trainer)
+def test_a_search_interrupted_before_a_level_was_accepted_writes_nothing(fit, tmp_path, at):
+    dense = dense_state(fit)
     pruning, module = pruner(validation=ON_ALL), Interrupted(at)
     with pytest.raises(SystemExit):
-        fitted(make_trainer, pruning, module=module)
+        fit(pruning, module=module)
     assert equal(module.state_dict(), dense)
     assert not (tmp_path / "checkpoints" / "interrupted.pt").exists()
+    report = pruning.report
+    # at 1 the dense network is not judged yet
+    assert (report and (report.stop_reason, report.levels)) == (None if at == 1 else (StopReason.INTERRUPTED, ()))
 
 
-def test_the_report_of_a_search_interrupted_in_its_first_level_says_so(make_trainer):
-    pruning = pruner(validation=ON_ALL)
-    with pytest.raises(SystemExit):
-        fitted(make_trainer, pruning, module=Interrupted(2))
-    assert pruning.report.stop_reason is StopReason.INTERRUPTED
-    assert pruning.report.levels == ()
-
-
-def test_ctrl_c_while_the_loaded_winner_is_measured_loses_nothing(make_trainer):
+def test_ctrl_c_while_the_loaded_winner_is_measured_loses_nothing(fit):
     pruning, module = pruner(tree=Tree(0.2, max_levels=2), validation=ON_ALL), Interrupted(8)
     with pytest.raises(SystemExit):
-        fitted(make_trainer, pruning, module=module)
+        fit(pruning, module=module)
     assert pruning.report.score is None
     assert sparsity(prunable_parameters(module)) == sparsity_of(pruning.best_model_path) == pruning.report.sparsity > 0
     assert len(pruning.report.accepted) == 2
 
 
 @pytest.mark.filterwarnings("ignore:RouletteWheelPruning. the search did not end")
-def test_an_interrupted_fit_can_be_fitted_again_and_searches(make_trainer):
+def test_an_interrupted_fit_can_be_fitted_again_and_searches(fit):
     pruning, module = pruner(tree=Tree(0.2, max_levels=2), validation=ON_ALL), Interrupted(5)
     with pytest.raises(SystemExit):
-        fitted(make_trainer, pruning, module=module, enable_checkpointing=False)
+        fit(pruning, module=module, enable_checkpointing=False)
     module.at = 0
-    fitted(make_trainer, pruning, module=module, enable_checkpointing=False)
+    fit(pruning, module=module, enable_checkpointing=False)
     assert pruning.report.stop_reason is StopReason.MAX_LEVELS
     assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
 
@@ -535,15 +473,15 @@ def test_an_interrupted_fit_can_be_fitted_again_and_searches(make_trainer):
     [lambda: pruner(at_epoch=1), lambda: HoldZeros({"net.0.weight": torch.eye(24, 16) > 0})],
     ids=["at_epoch", "HoldZeros"],
 )
-def test_an_error_in_training_takes_the_hold_off_the_weights(make_trainer, callback):
+def test_an_error_in_training_takes_the_hold_off_the_weights(fit, callback):
     module, optimizers = Blobs(), []
 
-    class Fails(Crash):
+    class Fails(PowerCut):
         def on_train_start(self, trainer, pl_module):
             optimizers.extend(trainer.optimizers)
 
     with pytest.raises(RuntimeError, match="power cut"):
-        fitted(make_trainer, callback(), Fails(), module=module, enable_checkpointing=False, max_epochs=4)
+        fit(callback(), Fails(), module=module, enable_checkpointing=False, max_epochs=4)
     for parameter in module.parameters():
         assert not parameter._post_accumulate_grad_hooks
     assert not optimizers[0]._optimizer_step_post_hooks
@@ -571,8 +509,8 @@ def test_a_file_saved_of_another_network_holds_that(make_trainer, tmp_path, othe
     assert equal(load(tmp_path / "another.ckpt")["state_dict"], another.state_dict())
 
 
-def test_validating_a_file_leaves_the_record_of_the_search(make_trainer, tmp_path):
-    fitted(make_trainer, pruner(seed=5, dirpath=tmp_path / "older"))
+def test_validating_a_file_leaves_the_record_of_the_search(fit, make_trainer, tmp_path):
+    fit(pruner(seed=5, dirpath=tmp_path / "older"))
     pruning = pruner(at_epoch=1, dirpath=tmp_path / "newer")
     trainer, module = make_trainer(callbacks=[pruning]), Blobs()
     trainer.fit(module, train_loader(), val_loader())
@@ -585,35 +523,18 @@ def test_validating_a_file_leaves_the_record_of_the_search(make_trainer, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_a_second_fit_after_a_resume_holds_and_does_not_search(make_trainer, tmp_path):
+def test_a_second_fit_after_a_resume_holds_and_does_not_search(fit, tmp_path):
     first = pruner(dirpath=tmp_path / "first")
-    fitted(make_trainer, first)
+    fit(first)
     resumed = pruner(dirpath=tmp_path / "resumed")
     path = tmp_path / "first" / "pruned.ckpt"
-    module = fitted(make_trainer, resumed, enable_checkpointing=False, max_epochs=3, ckpt_path=path)
-    fitted(make_trainer, resumed, module=module, enable_checkpointing=False, max_epochs=1)
+    module = fit(resumed, enable_checkpointing=False, max_epochs=3, ckpt_path=path)
+    fit(resumed, module=module, enable_checkpointing=False, max_epochs=1)
     assert resumed.mask == first.mask == Mask.of_nonzeros(prunable_parameters(module))
 
 
-def test_a_failed_save_of_the_winner_names_no_file(make_trainer, monkeypatch):
-    pruning = pruner()
-    trainer = make_trainer(callbacks=[pruning, ModelCheckpoint()], enable_checkpointing=True)
-    save = trainer.save_checkpoint
-
-    def full_disk(path, *arguments, **options):
-        if "pruned" in str(path):
-            raise OSError("No space left on device")
-        save(path, *arguments, **options)
-
-    monkeypatch.setattr(trainer, "save_checkpoint", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        trainer.fit(Blobs(), train_loader(), val_loader())
-    assert pruning.best_model_path == ""
-    assert pruning.mask.sparsity == pruning.report.sparsity > 0
-
-
 @pytest.mark.filterwarnings("ignore:RouletteWheelPruning. the search did not end")
-def test_a_resume_from_a_checkpoint_of_the_interruption_misses_no_epoch(make_trainer, tmp_path):
+def test_a_resume_from_a_checkpoint_of_the_interruption_misses_no_epoch(fit, tmp_path):
     class Saves(Callback):
         def on_exception(self, trainer, pl_module, exception):
             trainer.save_checkpoint(tmp_path / "exception.ckpt", weights_only=False)
@@ -626,8 +547,7 @@ def test_a_resume_from_a_checkpoint_of_the_interruption_misses_no_epoch(make_tra
             self.trained.append(trainer.current_epoch)
 
     with pytest.raises(SystemExit):
-        fitted(
-            make_trainer,
+        fit(
             pruner(at_epoch=1, validation=ON_ALL),
             Saves(),
             module=Interrupted(3, in_epoch=1),
@@ -636,6 +556,6 @@ def test_a_resume_from_a_checkpoint_of_the_interruption_misses_no_epoch(make_tra
         )
     epochs, resumed = Epochs(), pruner(at_epoch=1)
     options = {"enable_checkpointing": False, "max_epochs": 3, "ckpt_path": tmp_path / "exception.ckpt"}
-    fitted(make_trainer, resumed, epochs, **options)
+    fit(resumed, epochs, **options)
     assert epochs.trained == [1, 2]
     assert resumed.report.sparsity > 0

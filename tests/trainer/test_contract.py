@@ -38,7 +38,8 @@ from tests.support.callbacks import HOOKS, counting_class, counting_lambdas, wit
 from tests.support.failing import failing_forward
 from tests.support.isolated import ON_ALL, IsolatedValidation, PrunedWeights, a_mask, evaluator_of, judged_by, one_level
 from tests.support.modules import Blobs, Stream, blobs, train_loader, val_loader
-from tests.support.state import changed, content, copied, equal, load, state_of
+from tests.support.results import copied, equal, load
+from tests.support.state import changed, content, state_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*module.* in eval mode at the start of training.*"),

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_roulette import Mask, RouletteWheelPruning, Tree, prunable_parameters, sparsity
 from tests.support.modules import Blobs, train_loader, val_loader
+from tests.support.results import Sparsities, copied, equal, told
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda one: pickle.loads(pickle.dumps(one))}
 
@@ -29,33 +30,10 @@ class Judged(Blobs):
         return self(batch[0])
 
 
-class Sparsities(Callback):
-    """Of the network before each training batch."""
-
-    def __init__(self) -> None:
-        self.found = set()
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.found.add(sparsity(prunable_parameters(pl_module)))
-
-
-def fitted(make_trainer, *callbacks, module=None, **options):
-    module = module or Judged()
-    torch.manual_seed(0)
-    make_trainer(callbacks=list(callbacks), **options).fit(module, train_loader(), val_loader())
-    return module
-
-
-def told(pruning) -> dict:
-    return pruning.report.to_dict() | {"seconds": None}
-
-
-def state(module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def equal(one, other) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one)
+@pytest.fixture
+def fit(fit):
+    """Fits a module that can also be tested."""
+    return lambda *callbacks, module=None, **options: fit(*callbacks, module=module or Judged(), **options)
 
 
 # ---- one object
@@ -73,7 +51,7 @@ def test_fit_fit_validate_test_predict(make_trainer, at_epoch, same_trainer):
     else:
         trainer = make_trainer(callbacks=[pruning])
     trainer.fit(module, train_loader(), val_loader())
-    second, mask, weights = told(pruning), pruning.mask, state(module)
+    second, mask, weights = told(pruning), pruning.mask, copied(module)
     assert second["levels"] == first["levels"]
     assert mask == Mask.of_nonzeros(prunable_parameters(module))
     with warnings.catch_warnings():
@@ -85,28 +63,28 @@ def test_fit_fit_validate_test_predict(make_trainer, at_epoch, same_trainer):
     assert validated["val_acc"] == tested["val_acc"] == pytest.approx(second["trained_score"], abs=1e-7)
     assert len(predicted) == 200
     assert (told(pruning), pruning.mask) == (second, mask)
-    assert equal(state(module), weights)
-    assert pruning._hold is None
+    assert equal(copied(module), weights)
+    assert not pruning._zeros
 
 
-def test_between_two_fits_another_network_may_be_validated(make_trainer):
+def test_between_two_fits_another_network_may_be_validated(fit, make_trainer):
     pruning, module, other = pruner(), Judged(), Judged()
     notes = Sparsities()
-    fitted(make_trainer, pruning, module=module)
+    fit(pruning, module=module)
     first = told(pruning)
     for trainer in (make_trainer(callbacks=[pruning]) for _ in range(2)):
         trainer.validate(other, val_loader(), verbose=False)
         trainer.predict(other, val_loader())
-    fitted(make_trainer, pruning, notes, module=module)
+    fit(pruning, notes, module=module)
     assert told(pruning) | {"trained_score": None} == first
-    assert notes.found == {pruning.mask.sparsity}
+    assert set(notes.found) == {pruning.mask.sparsity}
     assert sparsity(prunable_parameters(other)) == 0
 
 
-def test_a_third_fit_of_a_third_network_is_as_the_first(make_trainer):
+def test_a_third_fit_of_a_third_network_is_as_the_first(fit):
     pruning, reports = pruner(at_epoch=1), []
     for _ in range(3):
-        module = fitted(make_trainer, pruning, max_epochs=3)
+        module = fit(pruning, max_epochs=3)
         reports.append(told(pruning))
         assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
     assert reports[0] == reports[1] == reports[2]
@@ -115,81 +93,74 @@ def test_a_third_fit_of_a_third_network_is_as_the_first(make_trainer):
 # ---- copies
 
 
-@pytest.mark.parametrize("how", COPIES)
-def test_a_copy_made_before_the_search_finds_the_same_and_tells_the_original_nothing(make_trainer, how):
+@pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
+def test_a_copy_made_before_the_search_finds_the_same_and_tells_the_original_nothing(fit, how):
     pruning = pruner(at_epoch=1)
-    twin = COPIES[how](pruning)
-    weights = state(fitted(make_trainer, twin))
+    twin = how(pruning)
+    weights = copied(fit(twin))
     assert pruning.report is None
     assert pruning.mask is None
-    assert equal(state(fitted(make_trainer, pruning)), weights)
+    assert equal(copied(fit(pruning)), weights)
     assert told(pruning) == told(twin)
 
 
-@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("at_epoch", [None, 1])
-def test_a_copy_made_after_the_search_has_its_own_record(make_trainer, how, at_epoch):
+def test_a_copy_made_after_the_search_has_its_own_record(fit, how, at_epoch):
     pruning, module = pruner(at_epoch=at_epoch), Judged()
-    fitted(make_trainer, pruning, ModelCheckpoint(), module=module, enable_checkpointing=True)
-    twin, first = COPIES[how](pruning), told(pruning)
+    fit(pruning, ModelCheckpoint(), module=module, enable_checkpointing=True)
+    twin, first = how(pruning), told(pruning)
     assert (told(twin), twin.mask, twin.best_model_path) == (first, pruning.mask, pruning.best_model_path)
     for level in range(3):
         assert twin.mask_at(level) == pruning.mask_at(level)
         assert equal(twin.weights_at(level), pruning.weights_at(level))
     mask = pruning.mask
     twin.seed = 5
-    fitted(make_trainer, twin)  # another network, which it searches
+    fit(twin)  # another network, which it searches
     assert (told(pruning), pruning.mask) == (first, mask)
     assert twin.mask != mask
 
 
-@pytest.mark.parametrize("how", COPIES)
-def test_a_copy_knows_the_network_by_its_zeros(make_trainer, how):
-    pruning, module = pruner(), Judged()
-    fitted(make_trainer, pruning, module=module)
-    twin, network, notes = COPIES[how](pruning), COPIES[how](module), Sparsities()
-    fitted(make_trainer, twin, notes, module=network)
-    assert notes.found == {pruning.report.sparsity}
+@pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
+def test_a_copy_knows_the_network_by_its_zeros_and_searches_one_that_is_not_pruned(fit, how):
+    pruning = pruner()
+    module = fit(pruning)
+    twin, other, notes, others = how(pruning), how(pruning), Sparsities(), Sparsities()
+    fit(twin, notes, module=how(module))
+    assert notes.found == [pruning.report.sparsity] * 16
     assert twin.report.trained_score is not None
     assert told(twin) | {"trained_score": None} == told(pruning)
+    fit(other, others)
+    assert others.found == [0.0] * 16
+    assert told(other) == told(pruning)
 
 
-@pytest.mark.parametrize("how", COPIES)
-def test_a_copy_searches_a_network_that_is_not_pruned(make_trainer, how):
-    pruning, notes = pruner(), Sparsities()
-    fitted(make_trainer, pruning)
-    twin = COPIES[how](pruning)
-    fitted(make_trainer, twin, notes)
-    assert notes.found == {0.0}
-    assert told(twin) == told(pruning)
-
-
-@pytest.mark.parametrize("how", COPIES)
-def test_a_copy_of_a_callback_that_pruned_nothing_takes_no_network_for_searched(make_trainer, how):
+@pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
+def test_a_copy_of_a_callback_that_pruned_nothing_takes_no_network_for_searched(fit, how):
     """All networks have the zeros of a dense one."""
     dense = {"tolerance": 0.0, "tree": Tree(0.95, patience=1), "refit": None}
     pruning = pruner(**dense)
-    module = fitted(make_trainer, pruning)
+    module = fit(pruning)
     assert pruning.mask.sparsity == 0
-    twin = COPIES[how](pruning)
-    fitted(make_trainer, twin, module=module)
+    twin = how(pruning)
+    fit(twin, module=module)
     assert twin.report.trained_score is None
 
 
-@pytest.mark.parametrize("how", COPIES)
-def test_a_copy_made_in_training_holds_no_zeros_and_takes_none_from_the_original(make_trainer, how):
+@pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
+def test_a_copy_made_in_training_holds_no_zeros_and_takes_none_from_the_original(fit, how):
     twins = []
 
     class Copies(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.current_epoch == 2 and batch_idx == 1:
-                twins.append(COPIES[how](pruning))
-                assert twins[0]._hold is None
+                twins.append(how(pruning))
+                assert not twins[0]._zeros
                 twins[0].teardown(trainer, pl_module, "fit")
 
     pruning, notes = pruner(at_epoch=1), Sparsities()
-    module = fitted(make_trainer, pruning, Copies(), notes, max_epochs=4)
+    module = fit(pruning, Copies(), notes, max_epochs=4)
     (twin,) = twins
     assert twin.mask == pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
-    assert notes.found == {0.0, pruning.report.sparsity}
+    assert set(notes.found) == {0.0, pruning.report.sparsity}
     assert twin.report.trained_score is None

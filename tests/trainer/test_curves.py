@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,22 +12,20 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from lightning_roulette import RouletteWheelPruning, Tree, Validation, Wheel
+from lightning_roulette import Tree, Validation, Wheel
+from tests.support import fits
 from tests.support.modules import Blobs, train_loader, val_loader
 
 BRANCH = ("roulette/branch/min", "roulette/branch/median", "roulette/branch/max")
 
 
-def pruner(**options) -> RouletteWheelPruning:
-    return RouletteWheelPruning(
-        **{"branches": 3, "tolerance": 0.3, "refit": None, "tree": Tree(0.2, max_levels=3)} | options
-    )
+pruner = partial(fits.pruner, branches=3, tolerance=0.3, tree=Tree(0.2, max_levels=3))
 
 
-def fitted(make_trainer, callbacks, **options):
-    torch.manual_seed(0)
-    options = {"log_every_n_steps": 2, "max_epochs": 3} | options
-    make_trainer(callbacks=callbacks, **options).fit(Blobs(), train_loader(), val_loader())
+@pytest.fixture
+def fit(fit):
+    """Fits three epochs and logs every other step."""
+    return partial(fit, log_every_n_steps=2, max_epochs=3)
 
 
 def events(logger) -> EventAccumulator:
@@ -76,17 +75,17 @@ def rounded(curves) -> dict[str, list[tuple[int, float]]]:
     ],
     ids=str,
 )
-def test_event_files_read_back_equal_the_report(make_trainer, tmp_path, arguments, accepted):
+def test_event_files_read_back_equal_the_report(fit, tmp_path, arguments, accepted):
     pruning, logger = pruner(**arguments), TensorBoardLogger(tmp_path)
-    fitted(make_trainer, [pruning], logger=logger)
+    fit(pruning, logger=logger)
     assert [level.accepted for level in pruning.report.levels] == accepted
     found = {tag: points for tag, points in scalars(logger).items() if tag.startswith("roulette/")}
     assert rounded(found) == rounded(expected(pruning))
 
 
-def test_the_spread_of_a_branch_is_that_of_its_candidates(make_trainer, tmp_path):
+def test_the_spread_of_a_branch_is_that_of_its_candidates(fit, tmp_path):
     pruning, logger = pruner(branches=4), TensorBoardLogger(tmp_path)
-    fitted(make_trainer, [pruning], logger=logger)
+    fit(pruning, logger=logger)
     found = scalars(logger)
     for level in pruning.report.accepted:
         scores = sorted(one.score for one in level.candidates)
@@ -96,10 +95,10 @@ def test_the_spread_of_a_branch_is_that_of_its_candidates(make_trainer, tmp_path
 
 
 @pytest.mark.parametrize("at_epoch", [None, 1])
-def test_the_users_own_curves_are_as_without_a_search_up_to_it(make_trainer, tmp_path, at_epoch):
+def test_the_users_own_curves_are_as_without_a_search_up_to_it(fit, tmp_path, at_epoch):
     loggers = [TensorBoardLogger(tmp_path, name=name) for name in ("without", "with")]
-    fitted(make_trainer, [], logger=loggers[0])
-    fitted(make_trainer, [pruner(at_epoch=at_epoch)], logger=loggers[1])
+    fit(logger=loggers[0])
+    fit(pruner(at_epoch=at_epoch), logger=loggers[1])
     without, searched = (scalars(one) for one in loggers)
     users = {tag: points for tag, points in searched.items() if not tag.startswith("roulette/")}
     assert users.keys() == without.keys() >= {"val_acc", "val_loss", "train_loss"}
@@ -110,9 +109,9 @@ def test_the_users_own_curves_are_as_without_a_search_up_to_it(make_trainer, tmp
         assert users[tag][: len(before)] == before
 
 
-def test_the_layout_puts_score_and_floor_in_one_chart_and_draws_the_branch_as_a_band(make_trainer, tmp_path):
+def test_the_layout_puts_score_and_floor_in_one_chart_and_draws_the_branch_as_a_band(fit, tmp_path):
     pruning, logger = pruner(), TensorBoardLogger(tmp_path)
-    fitted(make_trainer, [pruning], logger=logger)
+    fit(pruning, logger=logger)
     (event,) = events(logger).Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     (category,) = layout.category
@@ -126,9 +125,9 @@ def test_the_layout_puts_score_and_floor_in_one_chart_and_draws_the_branch_as_a_
     assert set(BRANCH) <= scalars(logger).keys()
 
 
-def test_the_text_tab_has_the_report_as_a_table(make_trainer, tmp_path):
+def test_the_text_tab_has_the_report_as_a_table(fit, tmp_path):
     pruning, logger = pruner(), TensorBoardLogger(tmp_path)
-    fitted(make_trainer, [pruning], logger=logger)
+    fit(pruning, logger=logger)
     (event,) = events(logger).Tensors("roulette/report/text_summary")
     text = event.tensor_proto.string_val[0].decode()
     assert text == pruning.report.markdown()
@@ -145,9 +144,9 @@ def test_the_text_tab_has_the_report_as_a_table(make_trainer, tmp_path):
     assert [row["held-out"] for row in said] == [f"{one.held_out_score:.6g}" for one in pruning.report.levels]
 
 
-def test_any_other_logger_gets_the_same_points(make_trainer, tmp_path):
+def test_any_other_logger_gets_the_same_points(fit, tmp_path):
     pruning, loggers = pruner(), [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path)]
-    fitted(make_trainer, [pruning], logger=loggers)
+    fit(pruning, logger=loggers)
     with open(f"{loggers[0].log_dir}/metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     found = {
@@ -160,11 +159,11 @@ def test_any_other_logger_gets_the_same_points(make_trainer, tmp_path):
     assert rounded(drawn) == rounded(found)
 
 
-def test_a_csv_loggers_own_rows_are_as_without_a_search(make_trainer, tmp_path):
+def test_a_csv_loggers_own_rows_are_as_without_a_search(fit, tmp_path):
     rows = []
     for name, callbacks in (("without", []), ("with", [pruner()])):
         logger = CSVLogger(tmp_path, name=name)
-        fitted(make_trainer, callbacks, logger=logger)
+        fit(*callbacks, logger=logger)
         with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
             read = list(csv.DictReader(file))
         ours = [any(value for tag, value in row.items() if tag.startswith("roulette/")) for row in read]
@@ -175,9 +174,9 @@ def test_a_csv_loggers_own_rows_are_as_without_a_search(make_trainer, tmp_path):
     assert len(rows[0]) > 3
 
 
-def test_without_a_logger_nothing_is_drawn(make_trainer, tmp_path):
+def test_without_a_logger_nothing_is_drawn(fit, tmp_path):
     pruning = pruner()
-    fitted(make_trainer, [pruning], logger=False)
+    fit(pruning, logger=False)
     assert pruning.report.sparsity > 0
     assert list(tmp_path.iterdir()) == []
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.functional import cross_entropy
 
 from lightning_roulette import HoldZeros, Mask, RouletteWheelPruning, Tree, Validation, prunable_parameters
 from tests.support.modules import Blobs, train_loader, trained, val_loader
+from tests.support.processes import QUIET, train_with_zeros
 from tests.support.together import two_processes
 
 pytestmark = pytest.mark.slow
@@ -53,8 +54,7 @@ def fit(name: str, folder: Path, weights, **devices) -> dict:
     module = Judged(**module_options)
     module.load_state_dict(weights)
     pruning = RouletteWheelPruning(3, tolerance=0.1, tree=Tree(0.2, max_levels=3), dirpath=folder, **pruning_options)
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = Trainer(accelerator="cpu", max_epochs=2, default_root_dir=folder, callbacks=[pruning], **devices, **quiet)
+    trainer = Trainer(accelerator="cpu", max_epochs=2, default_root_dir=folder, callbacks=[pruning], **devices, **QUIET)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(module, train_loader(), val_loader(batch_size=25))
@@ -68,22 +68,6 @@ def fit(name: str, folder: Path, weights, **devices) -> dict:
     }
 
 
-class Noted(Callback):
-    """The largest gradient and the largest memory of a pruned weight, and whether any forward saw such a weight."""
-
-    def __init__(self, mask: Mask) -> None:
-        self.mask, self.gradient, self.memory, self.weight = mask, 0.0, 0.0, 0.0
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        for name, weight in prunable_parameters(pl_module).items():
-            gone = ~self.mask[name]
-            self.weight = max(self.weight, float(weight.detach()[gone].abs().max()))
-            self.gradient = max(self.gradient, float(weight.grad[gone].abs().max()))
-            for memory in optimizer.state.get(weight, {}).values():
-                if memory.shape == gone.shape:
-                    self.memory = max(self.memory, float(memory[gone].abs().max()))
-
-
 def _board(rows: int, columns: int) -> torch.Tensor:
     return torch.arange(rows)[:, None] + torch.arange(columns)
 
@@ -92,27 +76,13 @@ REDUCTIONS = ("mean", "views of buckets")  # Lightning registers other reduction
 
 
 def hold(name: str, folder: Path, weights) -> dict:
-    """Two processes train on with held zeros; what is left."""
+    """Train in two processes with held zeros."""
     module = Judged(synchronised=True, lr=0.01)
     module.load_state_dict(weights)
-    kept = {name: _board(*one.shape) % 3 == 0 for name, one in prunable_parameters(module).items()}
-    noted = Noted(Mask(kept))
+    mask = Mask({name: _board(*one.shape) % 3 == 0 for name, one in prunable_parameters(module).items()})
     strategy = DDPStrategy(gradient_as_bucket_view=name == "views of buckets")
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        default_root_dir=folder,
-        callbacks=[HoldZeros(kept), noted],
-        devices=2,
-        strategy=strategy,
-        accumulate_grad_batches=2,
-        gradient_clip_val=0.1,
-        **quiet,
-    )
-    trainer.fit(module, train_loader(), val_loader(batch_size=25))
-    found = {"gradient": noted.gradient, "memory": noted.memory, "weight": noted.weight, "steps": trainer.global_step}
-    return found | {"weights": module.state_dict(), "mask": kept}
+    found = train_with_zeros(module, HoldZeros(mask), mask, folder, strategy)
+    return found | {"weights": module.state_dict()}
 
 
 def main(folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import warnings
 from copy import deepcopy
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
 from lightning_roulette import HoldZeros, Mask, RouletteWheelPruning, Tree, apply_mask, prunable_parameters
-from tests.support.modules import Blobs, train_loader, val_loader
+from tests.support.modules import Blobs, val_loader
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,10 +38,6 @@ def holding(kind: str):
     return RouletteWheelPruning(2, tolerance=1.0, tree=Tree(pruning_rate=0.5, max_levels=1), at_epoch=1), 1
 
 
-def held_mask(callback) -> Mask:
-    return callback.mask
-
-
 class Leaks(Callback):
     """The largest pruned weight that any forward of training or validation saw, from an epoch on."""
 
@@ -53,7 +48,7 @@ class Leaks(Callback):
         self.hook = pl_module.net.register_forward_pre_hook(lambda *_: self.look(trainer, pl_module))
 
     def look(self, trainer, module):
-        mask = held_mask(self.callback)
+        mask = self.callback.mask
         if mask is None or trainer.sanity_checking or trainer.current_epoch < self.epoch:
             return
         self.forwards += 1
@@ -175,10 +170,10 @@ WAYS_TO_TRAIN = {
 
 @pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
 @pytest.mark.parametrize(("module", "options"), WAYS_TO_TRAIN.values(), ids=WAYS_TO_TRAIN)
-def test_no_forward_sees_a_pruned_weight(make_trainer, kind, module, options):
+def test_no_forward_sees_a_pruned_weight(fit, kind, module, options):
     (callback, epoch), module = holding(kind), module()
     leaks = Leaks(callback, epoch)
-    make_trainer(callbacks=[callback, leaks], max_epochs=3, **options).fit(module, train_loader(), val_loader())
+    fit(callback, leaks, module=module, max_epochs=3, **options)
     assert leaks.forwards > 20
     assert leaks.moved
     assert leaks.largest == 0.0
@@ -187,7 +182,7 @@ def test_no_forward_sees_a_pruned_weight(make_trainer, kind, module, options):
 
 
 @pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
-def test_a_gradient_scaler_that_skips_steps(make_trainer, kind):
+def test_a_gradient_scaler_that_skips_steps(fit, kind):
     class Overflows(Trained):
         """Now and then; a scaler then skips the step."""
 
@@ -205,10 +200,7 @@ def test_a_gradient_scaler_that_skips_steps(make_trainer, kind):
 
     (callback, epoch), module = holding(kind), Overflows(torch.optim.AdamW, lr=0.02, weight_decay=0.5)
     leaks, scaler = Leaks(callback, epoch), Scaler("cpu", init_scale=2.0**10)
-    trainer = make_trainer(
-        callbacks=[callback, leaks], max_epochs=3, plugins=[MixedPrecision("16-mixed", "cpu", scaler)]
-    )
-    trainer.fit(module, train_loader(), val_loader())
+    fit(callback, leaks, module=module, max_epochs=3, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
     assert (scaler.skipped, scaler.taken) == (3 * 3, 3 * 5)
     assert leaks.forwards > 20
     assert leaks.largest == leak(module, callback.mask) == 0.0
@@ -234,7 +226,7 @@ class CleanGradients(Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         weights = dict(pl_module.named_parameters())
-        for name, kept in (held_mask(self.callback) or {}).items() if trainer.current_epoch >= self.epoch else ():
+        for name, kept in (self.callback.mask or {}).items() if trainer.current_epoch >= self.epoch else ():
             if (grad := weights[name].grad) is not None:
                 self.seen.add((trainer.current_epoch, name))
                 self.largest = max(self.largest, float(grad[~kept].abs().max()))
@@ -244,15 +236,14 @@ class CleanGradients(Callback):
 
 
 @pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
-def test_a_layer_that_thaws_later_is_held_and_clipped_like_the_others(make_trainer, kind):
+def test_a_layer_that_thaws_later_is_held_and_clipped_like_the_others(fit, kind):
     class LastFirst(Blobs):
         def configure_optimizers(self):
             return torch.optim.AdamW([one for one in self.parameters() if one.requires_grad], lr=0.02)
 
     (callback, epoch), module = holding(kind), LastFirst()
     leaks, gradients = Leaks(callback, epoch), CleanGradients(callback, epoch)
-    trainer = make_trainer(callbacks=[callback, Thaws(), leaks, gradients], max_epochs=3, gradient_clip_val=0.1)
-    trainer.fit(module, train_loader(), val_loader())
+    fit(callback, Thaws(), leaks, gradients, module=module, max_epochs=3, gradient_clip_val=0.1)
     weights = {"net.0.weight", "net.2.weight"}
     assert gradients.seen >= {(1, name) for name in weights} | {(2, name) for name in weights}
     assert gradients.largest == gradients.remembered == 0.0
@@ -260,9 +251,10 @@ def test_a_layer_that_thaws_later_is_held_and_clipped_like_the_others(make_train
     assert leaks.largest == leak(module, callback.mask) == 0.0
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.LBFGS])
-def test_what_a_dense_checkpoint_remembers_of_pruned_weights_is_forgotten(make_trainer, tmp_path, kind, optimizer):
+def test_what_a_dense_checkpoint_remembers_of_pruned_weights_is_forgotten(fit, tmp_path, kind, optimizer):
     class First(Callback):
         """What is remembered when the first batch after the resume comes."""
 
@@ -275,18 +267,14 @@ def test_what_a_dense_checkpoint_remembers_of_pruned_weights_is_forgotten(make_t
     def module():
         return Trained(optimizer, lr=0.02, **({"max_iter": 3} if optimizer is torch.optim.LBFGS else {}))
 
-    trainer, dense = make_trainer(), tmp_path / "dense.ckpt"
-    trainer.fit(module(), train_loader(), val_loader())
-    trainer.save_checkpoint(dense, weights_only=False)
+    dense = tmp_path / "dense.ckpt"
+    fit(module=module()).trainer.save_checkpoint(dense, weights_only=False)
     (callback, epoch), first = holding(kind), First()
     if kind == "at_epoch":
         callback.at_epoch = epoch = 2
     leaks, resumed, gradients = Leaks(callback, epoch), module(), CleanGradients(callback, epoch)
-    trainer = make_trainer(callbacks=[callback, first, leaks, gradients], max_epochs=4)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
-        trainer.fit(resumed, train_loader(), val_loader(), ckpt_path=dense)
-    assert trainer.current_epoch == 4
+    fit(callback, first, leaks, gradients, module=resumed, max_epochs=4, ckpt_path=dense)
+    assert resumed.trainer.current_epoch == 4
     assert leaks.forwards >= 16
     assert leaks.largest == leak(resumed, callback.mask) == 0.0
     if optimizer is torch.optim.LBFGS:
@@ -310,14 +298,13 @@ def test_what_a_dense_checkpoint_remembers_of_pruned_weights_is_forgotten(make_t
     ids=["EMA", "late EMA", "SWA"],
 )
 def test_averaged_weights_have_the_zeros_in_validation_in_the_files_and_in_the_end(
-    make_trainer, tmp_path, kind, first, averaging
+    fit, tmp_path, kind, first, averaging
 ):
     (callback, epoch), average = holding(kind), averaging()
     leaks, module = Leaks(callback, epoch), Blobs()
     callbacks = [average, callback] if first else [callback, average]
     every = ModelCheckpoint(save_top_k=-1, every_n_train_steps=3)  # also before the average was validated
-    trainer = make_trainer(callbacks=[*callbacks, leaks, every], max_epochs=4, enable_checkpointing=True)
-    trainer.fit(module, train_loader(), val_loader())
+    fit(*callbacks, leaks, every, module=module, max_epochs=4, enable_checkpointing=True)
     assert leaks.forwards > 20
     assert leaks.largest == 0.0
     assert leak(module, callback.mask) == 0.0
@@ -327,15 +314,15 @@ def test_averaged_weights_have_the_zeros_in_validation_in_the_files_and_in_the_e
     assert all(bool((one[name][~kept] == 0).all()) for one in after for name, kept in callback.mask.items())
 
 
-def test_the_average_left_in_the_model_is_the_one_of_the_pruned_network(make_trainer):
+def test_the_average_left_in_the_model_is_the_one_of_the_pruned_network(fit, make_trainer):
     callback, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=2)), Blobs()
-    make_trainer(callbacks=[callback, EMAWeightAveraging(decay=0.5)]).fit(module, train_loader(), val_loader())
+    fit(callback, EMAWeightAveraging(decay=0.5), module=module)
     (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
     assert leak(module, callback.mask) == 0.0
     assert logged["val_acc"] == pytest.approx(callback.report.score, abs=1e-7)
 
 
-def test_a_held_network_trains_as_one_that_never_had_the_weights(make_trainer):
+def test_a_held_network_trains_as_one_that_never_had_the_weights(fit):
     """Clipping included: the norm is that of the gradients of the pruned network."""
 
     class Masked(Trained):
@@ -346,21 +333,20 @@ def test_a_held_network_trains_as_one_that_never_had_the_weights(make_trainer):
     options = {"gradient_clip_val": 0.3, "accumulate_grad_batches": 2}
     held, masked = (kind(torch.optim.SGD, lr=0.1, momentum=0.9) for kind in (Trained, Masked))
     masked.kept = half_mask(held)
-    for module, callbacks in ((held, [HoldZeros(half_mask(held))]), (masked, [])):
-        torch.manual_seed(0)
-        make_trainer(callbacks=callbacks, **options).fit(module, train_loader(), val_loader())
+    fit(HoldZeros(half_mask(held)), module=held, **options)
+    fit(module=masked, **options)
     apply_mask(masked, half_mask(masked))
     for name, value in held.state_dict().items():
         torch.testing.assert_close(value, masked.state_dict()[name], rtol=0, atol=1e-6)
 
 
-def test_optimizers_forget_what_they_remember_of_pruned_weights(make_trainer):
+def test_optimizers_forget_what_they_remember_of_pruned_weights(fit):
     class Remembers(Callback):
         def on_train_end(self, trainer, pl_module):
             self.state = dict(trainer.optimizers[0].state)
 
     callback, remembers, module = holding("at_epoch")[0], Remembers(), Trained(torch.optim.Adam, lr=0.01)
-    make_trainer(callbacks=[callback, remembers]).fit(module, train_loader(), val_loader())
+    fit(callback, remembers, module=module)
     weights = dict(module.named_parameters())
     for name, kept in callback.mask.items():
         for memory in ("exp_avg", "exp_avg_sq"):
@@ -369,55 +355,46 @@ def test_optimizers_forget_what_they_remember_of_pruned_weights(make_trainer):
             assert values[kept].any()
 
 
-def test_hold_zeros_without_a_mask_holds_the_zeros_it_finds(make_trainer):
+def test_hold_zeros_without_a_mask_holds_the_zeros_it_finds(fit):
     module, callback = Blobs(), HoldZeros()
     mask = half_mask(module)
     apply_mask(module, mask)
-    make_trainer(callbacks=[callback]).fit(module, train_loader(), val_loader())
+    fit(callback, module=module)
     assert Mask.of_nonzeros(prunable_parameters(module)) == mask
 
 
-def test_hold_zeros_that_finds_no_zeros_says_so(make_trainer):
+def test_hold_zeros_that_finds_no_zeros_says_so(fit):
     with pytest.warns(UserWarning, match="HoldZeros found no zeros to hold"):
-        make_trainer(callbacks=[HoldZeros()]).fit(Blobs(), train_loader(), val_loader())
+        fit(HoldZeros())
 
 
-def test_hold_zeros_holds_those_of_a_checkpoint_that_is_resumed(make_trainer, tmp_path):
-    pruning, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=2), dirpath=tmp_path), Blobs()
-    make_trainer(callbacks=[pruning]).fit(Blobs(), train_loader(), val_loader())
-    trainer = make_trainer(callbacks=[HoldZeros()], max_epochs=4)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
-        trainer.fit(module, train_loader(), val_loader(), ckpt_path=pruning.best_model_path)
-    assert trainer.global_step == 32
-    assert Mask.of_nonzeros(prunable_parameters(module)) == pruning.mask
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_hold_zeros_holds_those_of_a_checkpoint_that_is_resumed_and_reads_the_mask_of_a_file(fit, tmp_path):
+    pruning = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=2), dirpath=tmp_path)
+    fit(pruning)
+    path = pruning.best_model_path
+    resumed, dense = fit(HoldZeros(), max_epochs=4, ckpt_path=path), fit(HoldZeros(path))
+    assert resumed.trainer.global_step == 32
+    assert Mask.of_nonzeros(prunable_parameters(resumed)) == pruning.mask
+    assert Mask.of_nonzeros(prunable_parameters(dense)) == pruning.mask
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_a_resumed_average_has_the_zeros(make_trainer, tmp_path):
+def test_a_resumed_average_has_the_zeros(fit, tmp_path):
     for epochs, path in ((2, None), (4, tmp_path / "checkpoints" / "pruned.ckpt")):
         callback, module, average = holding("at_epoch")[0], Blobs(), EMAWeightAveraging(decay=0.5)
         leaks = Leaks(callback, 1)
-        trainer = make_trainer(callbacks=[callback, average, leaks], max_epochs=epochs, enable_checkpointing=True)
-        trainer.fit(module, train_loader(), val_loader(), ckpt_path=path)
+        fit(callback, average, leaks, module=module, max_epochs=epochs, enable_checkpointing=True, ckpt_path=path)
         assert leaks.forwards >= 12
         assert leaks.largest == 0.0
         assert leak(module, callback.mask) == 0.0
 
 
-def test_hold_zeros_reads_the_mask_of_a_file(make_trainer, tmp_path):
-    pruning, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=2), dirpath=tmp_path), Blobs()
-    make_trainer(callbacks=[pruning]).fit(module, train_loader(), val_loader())
-    dense = Blobs()
-    make_trainer(callbacks=[HoldZeros(pruning.best_model_path)]).fit(dense, train_loader(), val_loader())
-    assert Mask.of_nonzeros(prunable_parameters(dense)) == pruning.mask
-
-
-def test_after_fit_the_weights_are_free_again(make_trainer):
+def test_after_fit_the_weights_are_free_again(fit):
     module, callback = Blobs(), HoldZeros(half_mask(Blobs()))
-    make_trainer(callbacks=[callback]).fit(module, train_loader(), val_loader())
+    fit(callback, module=module)
     assert leak(module, callback.mask) == 0.0
-    make_trainer().fit(module, train_loader(), val_loader())
+    fit(module=module)
     assert leak(module, callback.mask) > 0.0
 
 
@@ -451,13 +428,12 @@ class Compiled(Blobs):
         ("at_epoch", 50, 1, "eager"),
     ],
 )
-def test_a_compiled_network_is_held_without_compiling_it_again(make_trainer, kind, batch_size, more, backend):
+def test_a_compiled_network_is_held_without_compiling_it_again(fit, make_trainer, kind, batch_size, more, backend):
     (callback, _), modules = holding(kind), []
     for callbacks in ([], [callback]):
         torch._dynamo.reset()
         modules.append(Compiled(backend))
-        trainer = make_trainer(callbacks=callbacks, max_epochs=3)
-        trainer.fit(modules[-1], train_loader(), val_loader(batch_size))
+        fit(*callbacks, module=modules[-1], val=val_loader(batch_size), max_epochs=3)
     free, held = modules
     assert held.graphs - more == free.graphs > 0
     assert leak(held, callback.mask) == 0.0
@@ -491,9 +467,9 @@ torch.save(model.state_dict(), f"{folder}/tuned.pt")
 
 
 @pytest.mark.slow
-def test_pruned_ckpt_can_be_fine_tuned_in_a_new_process(make_trainer, tmp_path):
+def test_pruned_ckpt_can_be_fine_tuned_in_a_new_process(fit, tmp_path):
     pruning, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=3), dirpath=tmp_path), Blobs()
-    make_trainer(callbacks=[pruning]).fit(module, train_loader(), val_loader())
+    fit(pruning, module=module)
     command = [sys.executable, "-c", FINE_TUNE, pruning.best_model_path, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

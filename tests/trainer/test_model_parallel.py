@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -16,11 +16,11 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_roulette import HoldZeros, Mask, RouletteWheelPruning, Tree, Validation, Wheel
 from tests.support.modules import Blobs, train_loader, trained, val_loader
+from tests.support.processes import QUIET, full_of, train_with_zeros
 from tests.support.together import two_processes
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 
 class Uneven(Blobs):
@@ -81,10 +81,6 @@ def fit(name: str, folder: Path, weights, **options) -> dict:
     }
 
 
-def full_of(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
-
-
 def whole(module) -> dict[str, torch.Tensor]:
     for part in module.modules():
         if hasattr(part, "reshard"):
@@ -92,38 +88,12 @@ def whole(module) -> dict[str, torch.Tensor]:
     return {name: full_of(one) for name, one in module.named_parameters()}
 
 
-class Noted(Callback):
-    """The largest gradient and the largest memory of a pruned weight, as an optimizer finds them."""
-
-    def __init__(self, mask: Mask) -> None:
-        self.mask, self.gradient, self.memory = mask, 0.0, 0.0
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        for name, kept in self.mask.items():
-            weight = pl_module.get_parameter(name)
-            self.gradient = max(self.gradient, float(full_of(weight.grad)[~kept].abs().max()))
-            memories = [one for one in optimizer.state.get(weight, {}).values() if one.shape == kept.shape]
-            self.memory = max([self.memory, *(float(full_of(one)[~kept].abs().max()) for one in memories)])
-
-
 def hold(folder: Path, path: str) -> dict:
     """Train on from a pruned file, with the zeros that are found in it."""
-    module, holding, noted = Uneven(0.01), HoldZeros(), Noted(Mask.load(path))
+    module, holding = Uneven(0.01), HoldZeros()
     stored = torch.load(path, weights_only=True)["state_dict"]
     module.load_state_dict(stored)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        default_root_dir=folder,
-        callbacks=[holding, noted],
-        devices=2,
-        strategy=by_rows(whole_files=True),
-        accumulate_grad_batches=2,
-        gradient_clip_val=0.1,
-        **QUIET,
-    )
-    trainer.fit(module, train_loader(), val_loader(batch_size=25))
-    seen = {"gradient": noted.gradient, "memory": noted.memory}
+    seen = train_with_zeros(module, holding, Mask.load(path), folder, by_rows(whole_files=True))
     return seen | {"mask": dict(holding.held()), "weights": whole(module), "before": stored}
 
 

@@ -29,7 +29,7 @@ from lightning_roulette import (
 from tests.support import fits
 from tests.support.isolated import ON_ALL
 from tests.support.modules import Blobs, blobs, tiny_net, train_loader, val_loader
-from tests.support.state import equal, load
+from tests.support.results import equal, load
 
 pruner = partial(fits.pruner, tolerance=1.0, tree=Tree(0.2, max_levels=2))
 

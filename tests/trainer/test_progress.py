@@ -6,6 +6,7 @@ import io
 import logging
 import re
 import threading
+from functools import partial
 
 import pytest
 from lightning.pytorch import Callback
@@ -15,13 +16,14 @@ from tqdm import tqdm
 
 from lightning_roulette import RouletteWheelPruning, Tree, sparsity
 from lightning_roulette.judge.race import rungs
-from lightning_roulette.trainer.show.bar import Line, line_of
-from lightning_roulette.trainer.show.curves import Curves
-from lightning_roulette.trainer.show.watcher import Watcher, log, speak_up
+from lightning_roulette.trainer.show.bar import Line, ProgressLine, line_of
+from lightning_roulette.trainer.show.display import Display
+from lightning_roulette.trainer.show.log import log, speak_up
+from lightning_roulette.trainer.show.show import Show
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from tests.support.callbacks import within
 from tests.support.isolated import BY_DEFAULT, ON_ALL, judged_by, one_level
-from tests.support.modules import Blobs, train_loader, val_loader
+from tests.support.modules import Blobs
 
 LEVELS = Tree(0.2, max_levels=2)
 # How often a candidate of five is judged: once on all data, or in a race on half of the folds
@@ -35,10 +37,10 @@ def pruning(validation=BY_DEFAULT, **options):
     return RouletteWheelPruning(5, tolerance=1.0, tree=LEVELS, refit=None, validation=validation, **options)
 
 
-def fit(make_trainer, *callbacks, module=None, **options):
-    trainer = make_trainer(callbacks=list(callbacks), **{"enable_progress_bar": True, "max_epochs": 2} | options)
-    trainer.fit(module or Blobs(), train_loader(), val_loader())
-    return trainer
+@pytest.fixture
+def fit(fit):
+    """Fits with a progress bar."""
+    return partial(fit, enable_progress_bar=True)
 
 
 def frames(text):
@@ -50,10 +52,10 @@ def frames(text):
 
 
 @pytest.mark.parametrize(("validation", "judged"), JUDGED)
-def test_tqdm_shows_one_line_and_no_validation_of_a_candidate(make_trainer, capsys, validation, judged):
-    fit(make_trainer, TQDMProgressBar())
+def test_tqdm_shows_one_line_and_no_validation_of_a_candidate(fit, capsys, validation, judged):
+    fit(TQDMProgressBar())
     plain = frames(capsys.readouterr().out)
-    fit(make_trainer, TQDMProgressBar(), pruning(validation))
+    fit(TQDMProgressBar(), pruning(validation))
     searched = frames(capsys.readouterr().out)
 
     def validating(shown):
@@ -65,20 +67,20 @@ def test_tqdm_shows_one_line_and_no_validation_of_a_candidate(make_trainer, caps
     assert any("level 2" in frame and "best" in frame and f" {judged}/{judged}" in frame for frame in ours)
 
 
-def test_tqdm_never_calls_the_line_of_a_search_a_validation(make_trainer, capsys):
+def test_tqdm_never_calls_the_line_of_a_search_a_validation(fit, capsys):
     shown = []
 
     def search(trainer, module):
         capsys.readouterr()
-        with Watcher(trainer, judged_by("val_acc")):
+        with Show(trainer, judged_by("val_acc")):
             shown.extend(frames(capsys.readouterr().out))
 
-    fit(make_trainer, TQDMProgressBar(), within("on_train_epoch_start", search))
+    fit(TQDMProgressBar(), within("on_train_epoch_start", search))
     assert not [frame for frame in shown if "Validation" in frame]
 
 
 @pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_validation_end", "on_train_end"])
-def test_tqdm_prints_nothing_for_an_isolated_validation(hook, make_trainer, capsys):
+def test_tqdm_prints_nothing_for_an_isolated_validation(hook, fit, capsys):
     printed = []
 
     def search(trainer, module):
@@ -86,12 +88,12 @@ def test_tqdm_prints_nothing_for_an_isolated_validation(hook, make_trainer, caps
         one_level(trainer, module)
         printed.append(capsys.readouterr())
 
-    fit(make_trainer, within(hook, search), TQDMProgressBar())
+    fit(within(hook, search), TQDMProgressBar())
     assert printed
     assert not any(stream for each in printed for stream in each)
 
 
-def test_tqdm_bars_of_the_trainer_are_the_same_objects_after_a_search(make_trainer):
+def test_tqdm_bars_of_the_trainer_are_the_same_objects_after_a_search(fit):
     found = []
 
     class Watching(Callback):
@@ -104,7 +106,7 @@ def test_tqdm_bars_of_the_trainer_are_the_same_objects_after_a_search(make_train
                 found.append((bar._train_progress_bar, bar._val_progress_bar))
 
     bar = TQDMProgressBar()
-    fit(make_trainer, bar, Watching(), pruning(at_epoch=1))
+    fit(bar, Watching(), pruning(at_epoch=1))
     assert len(found) == 9
     assert all(train is found[0][0] and val is found[0][1] for train, val in found)
 
@@ -143,10 +145,10 @@ class Between(Callback):
 
 
 @pytest.mark.parametrize(("validation", "judged"), JUDGED)
-def test_rich_shows_one_task_and_takes_it_away(make_trainer, thread_errors, monkeypatch, validation, judged):
+def test_rich_shows_one_task_and_takes_it_away(fit, thread_errors, monkeypatch, validation, judged):
     bar, shown, confirmed = rich_bar(), [], []
     between, ours = Between(bar), pruning(validation)
-    on_candidate, on_confirmed = Watcher.on_candidate, Watcher.on_confirmed
+    on_candidate, on_confirmed = ProgressLine.on_candidate, ProgressLine.on_confirmed
 
     def tasks_now():
         return [(task.description, task.completed, task.total) for task in bar.progress.tasks if task.visible]
@@ -159,9 +161,9 @@ def test_rich_shows_one_task_and_takes_it_away(make_trainer, thread_errors, monk
         on_confirmed(self, *arguments)
         confirmed.append(tasks_now()[-1])
 
-    monkeypatch.setattr(Watcher, "on_candidate", note)
-    monkeypatch.setattr(Watcher, "on_confirmed", note_confirmed)
-    fit(make_trainer, bar, between, ours)
+    monkeypatch.setattr(ProgressLine, "on_candidate", note)
+    monkeypatch.setattr(ProgressLine, "on_confirmed", note_confirmed)
+    fit(bar, between, ours)
     before, after = between.noted
     assert before == after
     assert between.alive
@@ -174,7 +176,7 @@ def test_rich_shows_one_task_and_takes_it_away(make_trainer, thread_errors, monk
 
 
 @pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_validation_end", "on_train_end"])
-def test_rich_can_refresh_within_an_isolated_validation_and_gets_no_task_from_it(hook, make_trainer, thread_errors):
+def test_rich_can_refresh_within_an_isolated_validation_and_gets_no_task_from_it(hook, fit, thread_errors):
     bar, found = rich_bar(), []
 
     def search(trainer, module):
@@ -185,20 +187,20 @@ def test_rich_can_refresh_within_an_isolated_validation_and_gets_no_task_from_it
             bar.progress.refresh()
         found.append((before, shown_tasks(bar), bar.progress.live._refresh_thread.is_alive()))
 
-    fit(make_trainer, within(hook, search), bar)
+    fit(within(hook, search), bar)
     assert found
     assert all(before == after and alive for before, after, alive in found)
     assert not thread_errors
 
 
-def test_rich_still_finds_its_own_tasks_after_a_search(make_trainer, thread_errors):
+def test_rich_still_finds_its_own_tasks_after_a_search(fit, thread_errors):
     class Reading(Callback):
         def on_validation_batch_end(self, trainer, module, *_):
             if not trainer.sanity_checking:
                 read.append(bar.val_progress_bar.description)
 
     bar, read = rich_bar(), []
-    fit(make_trainer, bar, pruning(at_epoch=1), Reading())
+    fit(bar, pruning(at_epoch=1), Reading())
     assert set(read) == {"Validation"}
     assert not thread_errors
 
@@ -232,15 +234,15 @@ def disabled(bar):
         lambda: [disabled(TQDMProgressBar())],
     ],
 )
-def test_a_trainer_without_a_shown_bar_prints_nothing(bars, make_trainer, capsys):
+def test_a_trainer_without_a_shown_bar_prints_nothing(bars, fit, capsys):
     callbacks = bars()
-    fit(make_trainer, pruning(), *callbacks, enable_progress_bar=bool(callbacks))
+    fit(pruning(), *callbacks, enable_progress_bar=bool(callbacks))
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "Pruning level" not in printed.err
 
 
-def test_the_line_is_that_of_the_bar_that_is_shown(make_trainer):
+def test_the_line_is_that_of_the_bar_that_is_shown(fit):
     kinds = []
 
     def look(trainer, module):
@@ -252,12 +254,12 @@ def test_the_line_is_that_of_the_bar_that_is_shown(make_trainer):
         kinds.append(type(line).__name__)
 
     for bar in (TQDMProgressBar(), rich_bar(), OtherBar(), disabled(TQDMProgressBar())):
-        fit(make_trainer, bar, within("on_train_end", look))
+        fit(bar, within("on_train_end", look))
     assert kinds == ["TQDMLine", "RichLine", "Line", "Line"]
 
 
 @pytest.mark.parametrize("bar", [TQDMProgressBar, rich_bar])
-def test_the_line_is_taken_away_when_the_search_fails(bar, make_trainer, monkeypatch):
+def test_the_line_is_taken_away_when_the_search_fails(bar, fit, monkeypatch):
     class Failing(Blobs):
         armed = False
 
@@ -277,9 +279,9 @@ def test_the_line_is_taken_away_when_the_search_fails(bar, make_trainer, monkeyp
         line.close = lambda: (closed.append(type(line).__name__), close())
         return line
 
-    monkeypatch.setattr("lightning_roulette.trainer.show.watcher.line_of", watched)
+    monkeypatch.setattr("lightning_roulette.trainer.show.bar.line_of", watched)
     with pytest.raises(RuntimeError, match="in a candidate"):
-        fit(make_trainer, within("on_train_end", arm), bar(), pruning(), module=Failing())
+        fit(within("on_train_end", arm), bar(), pruning(), module=Failing())
     assert closed in (["TQDMLine"], ["RichLine"])
 
 
@@ -295,63 +297,90 @@ def said(caplog):
 
 @pytest.mark.parametrize("validation", [ON_ALL, BY_DEFAULT], ids=["all", "halves"])
 @pytest.mark.parametrize(("monitor", "mode"), [("val_acc", "max"), ("val_loss", "min")])
-def test_a_search_says_its_floor_each_level_and_its_end_in_units_of_the_metric(
-    monitor, mode, validation, make_trainer, said
-):
+def test_a_search_says_its_floor_each_level_and_its_end_in_units_of_the_metric(monitor, mode, validation, fit, said):
     ours, halves = pruning(validation, monitor=monitor), validation is BY_DEFAULT
-    fit(make_trainer, ours, enable_progress_bar=False)
+    fit(ours, enable_progress_bar=False)
     lines, report = said(), ours.report
     assert all(line.startswith("RouletteWheelPruning: ") for line in lines)
     judged, dense, *levels = (line.removeprefix("RouletteWheelPruning: ") for line in lines)
-    assert judged == f"judged by {monitor} ({mode}, as asked), ranked by val_loss."
-    kept = ", 8 of 16 folds kept for confirmation" if halves else ""
-    assert dense.startswith(f"{monitor}: dense {report.dense_score:.6g}, floor {report.floor:.6g}{kept}. ")
+    assert judged == f"judges candidates by {monitor} ({mode}, as asked), and ranks them by val_loss."
+    kept = ", 8 of 16 folds held out" if halves else ""
+    assert dense.startswith(f"dense network: {monitor} {report.dense_score:.6g}, floor {report.floor:.6g}{kept}. ")
     assert re.search(r"A level of 5 candidates will take about \d+\.\d s\.$", dense)
     for number, level in enumerate(report.levels, 1):
         said_of = f"level {number}: sparsity {level.sparsity:.2%}, {monitor} {level.score:.6g}, accepted"
         assert levels[number - 1] == said_of
     *_, last = report.levels
-    confirmed = [f"level 2 on the confirmation data: {monitor} {last.held_out_score:.6g}, held"] if halves else []
+    confirmed = [f"level 2 on the held-out half: {monitor} {last.held_out_score:.6g}, held"] if halves else []
     assert levels[2:] == confirmed + list(report.summary())
     assert report.floor < report.dense_score if mode == "max" else report.floor > report.dense_score
 
 
-def test_a_level_below_the_floor_is_said_to_be(make_trainer, said):
+def test_a_level_below_the_floor_is_said_to_be(fit, said):
     ours = RouletteWheelPruning(2, monitor="val_acc", tree=Tree(pruning_rate=0.99, patience=1))
-    fit(make_trainer, ours, enable_progress_bar=False)
+    fit(ours, enable_progress_bar=False)
     assert any(line.endswith(f"below the floor {ours.report.floor:.6g}") for line in said())
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_only_the_first_process_speaks_and_draws(first, make_trainer, said, tmp_path, monkeypatch):
+def test_only_the_first_process_speaks_and_draws(first, fit, said, tmp_path, monkeypatch):
     drawn = []
-
-    class Drawing(Curves):
-        def __init__(self, loggers):
-            drawn.append(len(list(loggers)))
-            super().__init__(())
+    logger = CSVLogger(tmp_path)
+    monkeypatch.setattr(logger, "log_metrics", lambda metrics, step: drawn.extend(metrics))
 
     def search(trainer, module):
         monkeypatch.setattr(type(trainer), "is_global_zero", first)
         winner = one_level(trainer, module)
-        with Watcher(trainer, judged_by("val_acc")) as watcher:
-            watcher.on_dense(winner, 1.0)
-            watcher.on_level(winner.report.levels[0], winner)
-            watcher.on_confirmed(winner.report.levels[0], winner)
-            watcher.on_end(winner.report)
+        with Show(trainer, judged_by("val_acc")) as show:
+            show.on_dense(winner, 1.0)
+            show.on_level(winner.report.levels[0], winner)
+            show.on_confirmed(winner.report.levels[0], winner)
+            show.on_end(winner.report)
         monkeypatch.setattr(type(trainer), "is_global_zero", True)
 
-    monkeypatch.setattr("lightning_roulette.trainer.show.watcher.Curves", Drawing)
-    fit(make_trainer, within("on_train_end", search), logger=CSVLogger(tmp_path), enable_progress_bar=False)
-    assert drawn == [1 if first else 0]
+    fit(within("on_train_end", search), logger=logger, enable_progress_bar=False)
+    assert any(tag.startswith("roulette/") for tag in drawn) is first
     assert bool(said()) is first
 
 
-def test_the_line_tells_a_falling_metric_in_its_own_units(make_trainer, monkeypatch):
+def test_a_new_display_sees_every_step_in_units_of_the_metric(fit, monkeypatch):
+    steps = []
+
+    class Notes(Display):
+        def on_dense(self, report, mask, work):
+            steps.append(("dense", report.dense_score, mask.sparsity))
+
+        def on_level(self, report, mask):
+            steps.append(("level", report.levels[-1].score, mask.sparsity))
+
+        def on_confirmed(self, report, level):
+            steps.append(("confirmed", level.held_out_score, level.sparsity))
+
+        def on_end(self, report):
+            steps.append(("end", report.score, report.sparsity))
+
+        def close(self):
+            steps.append("closed")
+
+    monkeypatch.setattr("lightning_roulette.trainer.show.show.DISPLAYS", (Notes,))
+    ours = pruning(monitor="val_loss")
+    fit(ours, enable_progress_bar=False)
+    report = ours.report
+    assert steps == [
+        ("dense", report.dense_score, 0),
+        *(("level", one.score, one.sparsity) for one in report.levels),
+        *(("confirmed", one.held_out_score, one.sparsity) for one in report.levels),
+        "closed",
+        ("end", report.score, report.sparsity),
+    ]
+    assert report.dense_score > 0
+
+
+def test_the_line_tells_a_falling_metric_in_its_own_units(fit, monkeypatch):
     shown = []
     monkeypatch.setattr(Line, "show", lambda self, text, done, total: shown.append(text))
     ours = pruning(ON_ALL, monitor="val_loss")
-    fit(make_trainer, ours, enable_progress_bar=False)
+    fit(ours, enable_progress_bar=False)
     best = ours.report.levels[0].score
     assert shown[4].endswith(f"best {best:.4g}")
     assert best > 0
@@ -384,22 +413,17 @@ def test_log_lines_are_seen_where_the_user_arranged_nothing(monkeypatch, capsys)
     assert capsys.readouterr().err == "a level\n"
 
 
-def test_a_user_who_arranged_for_logging_hears_each_line_once_and_by_that(monkeypatch, capsys):
+@pytest.mark.parametrize("before", [True, False])
+def test_a_user_who_configured_logging_hears_each_line_once(monkeypatch, capsys, before):
     heard = io.StringIO()
-    new_process(monkeypatch, logging.StreamHandler(heard))
+    handler = logging.StreamHandler(heard)
+    new_process(monkeypatch, *([handler] if before else []))
     speak_up()
-    log.info("a level")
-    assert heard.getvalue() == "a level\n"
-    assert capsys.readouterr().err == ""
-
-
-def test_a_user_who_arranges_for_logging_later_does_not_hear_lines_twice(monkeypatch, capsys):
-    heard = io.StringIO()
-    new_process(monkeypatch)
-    speak_up()
-    logging.getLogger().handlers.append(logging.StreamHandler(heard))
+    if not before:
+        logging.getLogger().handlers.append(handler)
     log.info("a level")
     assert heard.getvalue() + capsys.readouterr().err == "a level\n"
+    assert bool(heard.getvalue()) == before
 
 
 def test_a_level_that_the_user_chose_stays(monkeypatch, capsys):

@@ -44,7 +44,8 @@ from lightning_roulette.settings import Refit
 from tests.support import fits
 from tests.support.isolated import ON_ALL
 from tests.support.modules import Blobs, Stream, blobs, train_loader, val_loader
-from tests.support.state import content, copied, equal, load
+from tests.support.results import copied, equal, load
+from tests.support.state import content
 from tests.support.together import two_processes
 
 pytestmark = [

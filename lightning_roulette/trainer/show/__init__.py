@@ -1,1 +1,1 @@
-"""What people see of a search: log lines, the progress bar, curves."""
+"""What a user sees of a search: log lines, a line in the progress bar, curves. Each is a `Display`."""

@@ -1,4 +1,4 @@
-"""One line about the search in the Trainer's own progress bar, whichever it is."""
+"""A line about the search in the progress bar of the Trainer."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from lightning_roulette.report.records import Level
+from lightning_roulette.report.report import SearchReport
+from lightning_roulette.trainer.show.display import Display
+
 
 class Line:
-    """The line of a search; this one, for a Trainer without a bar of a known kind, shows nothing."""
+    """A line in a progress bar; this one is for Trainers without a bar of a known kind, and shows nothing."""
 
     def show(self, text: str, done: int, total: int) -> None:
-        """Say `text`, with `done` of `total` candidates validated."""
+        """Show `text`, and that `done` of `total` candidates are validated."""
 
     def close(self) -> None:
-        """Take the line away."""
+        """Remove the line."""
 
 
 class TQDMLine(Line):
-    """A line of the TQDM bar, where that shows validations."""
+    """A line of the TQDM bar, at the place where that bar shows validations."""
 
     def __init__(self, bar: TQDMProgressBar) -> None:
         self._line = Tqdm(
@@ -34,12 +38,12 @@ class TQDMLine(Line):
         )
 
     def show(self, text: str, done: int, total: int) -> None:
-        """Say `text`, with `done` of `total` candidates validated."""
+        """See `Line`."""
         self._line.total, self._line.n = total, done
         self._line.set_description(text)
 
     def close(self) -> None:
-        """Take the line away."""
+        """See `Line`."""
         self._line.close()
 
 
@@ -50,19 +54,44 @@ class RichLine(Line):
         self._progress, self._task = progress, progress.add_task("Pruning", total=1)
 
     def show(self, text: str, done: int, total: int) -> None:
-        """Say `text`, with `done` of `total` candidates validated."""
+        """See `Line`."""
         self._progress.update(self._task, description=text, completed=done, total=total)
 
     def close(self) -> None:
-        """Take the line away."""
-        self._progress.update(self._task, visible=False)  # the bar finds its own tasks by their place in the list
+        """Hide the task. It is not removed, because the bar finds its own tasks by their place in the list."""
+        self._progress.update(self._task, visible=False)
 
 
 def line_of(trainer: Trainer) -> Line:
-    """A line in the bar that the Trainer shows; a silent one if it shows none."""
+    """Return a line in the bar that the Trainer shows; a line that shows nothing if there is none."""
     bar = trainer.progress_bar_callback
     if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
         return TQDMLine(bar)
     if isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
         return RichLine(bar.progress)
     return Line()
+
+
+class ProgressLine(Display):
+    """Shows the candidates of the present level in the progress bar.
+
+    Args:
+        trainer: The Trainer whose bar is used.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._line = line_of(trainer)
+
+    def on_candidate(self, level: int, done: int, planned: int, best: float | None, sparsity: float) -> None:
+        """Show how many candidates are judged, and the best score."""
+        found = "" if best is None else f", best {best:.4g}"
+        self._line.show(f"Pruning level {level} to {sparsity:.2%}{found}", done, planned)
+
+    def on_confirmed(self, report: SearchReport, level: Level) -> None:
+        """Show how many levels are confirmed."""
+        levels = len(report.accepted)
+        self._line.show(f"Confirming level {level.level} of {levels}", level.level, levels)
+
+    def close(self) -> None:
+        """Remove the line."""
+        self._line.close()

@@ -1,16 +1,19 @@
-"""A search as curves: in TensorBoard, and in any other Lightning logger through `log_metrics`."""
+"""A search as curves: in TensorBoard, and in every other Lightning logger through `log_metrics`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_roulette.mask.mask import Mask
 from lightning_roulette.report.records import Level
 from lightning_roulette.report.report import SearchReport
+from lightning_roulette.trainer.show.display import Display
 
-# "Margin" draws the first tag as a line and the other two as the edges of a band.
+# The first tag of "Margin" is drawn as a line, the other two as the edges of a band.
 _LAYOUT = {
     "roulette": {
         "score and floor": ["Multiline", ["roulette/score$", "roulette/floor$", "roulette/held_out$"]],
@@ -19,54 +22,79 @@ _LAYOUT = {
 }
 
 
-class Curves:
-    """Draws a search while it runs; the x-axis of every curve is the level, 0 the dense network.
+class Curves(Display):
+    """Draws the accepted levels of a search in the loggers of the Trainer, in the first process.
+
+    The x-axis of every curve is the level; level 0 is the dense network.
 
     | tag | value |
     |---|---|
     | `roulette/sparsity` | share of prunable weights removed |
-    | `roulette/score`, `roulette/floor` | the accepted winner's score on the ranking folds, and the worst it might be |
-    | `roulette/held_out` | the same network's score on the confirmation folds, as far as these were asked |
-    | `roulette/score_error`, `roulette/held_out_error` | their paired standard errors against the dense score |
-    | `roulette/branch/min`, `/median`, `/max` | spread of the scores of the accepted winner's branch |
-    | `roulette/density/<parameter>` | share of the parameter's weights that is kept |
+    | `roulette/score` | score of the level's winner on the search half |
+    | `roulette/floor` | the worst score that is accepted |
+    | `roulette/held_out` | score of the same network on the held-out half, if it was judged there |
+    | `roulette/score_error`, `roulette/held_out_error` | paired standard errors against the dense score, if known |
+    | `roulette/branch/min`, `/median`, `/max` | spread of the scores of the candidates |
+    | `roulette/density/<parameter>` | share of the weights of a parameter that is kept |
 
-    Failed levels are in the table of the report, which goes to the text tab.
+    TensorBoard also gets a layout of charts, and the report as a table in its text tab, with the failed levels.
 
     Args:
-        loggers: Where to draw. What only TensorBoard can show, only a TensorBoardLogger gets.
+        trainer: The Trainer whose loggers are used.
     """
 
-    def __init__(self, loggers: Iterable[Logger]) -> None:
-        self._loggers = list(loggers)
+    def __init__(self, trainer: Trainer) -> None:
+        self._loggers = list(trainer.loggers) if trainer.is_global_zero else []
 
-    def draw_dense(self, report: SearchReport, parameters: Iterable[str]) -> None:
-        """The points of level 0, and what is shown together."""
-        for writer in self._tensorboards():
-            writer.experiment.add_custom_scalars(_LAYOUT)
-        spread = (report.dense_score,) * 3
-        self._draw(0, report.dense_score, report.floor, 0.0, spread, dict.fromkeys(parameters, 1.0))
-        if report.held_out_dense is not None:
-            self._log(0, {"roulette/held_out": report.held_out_dense})
+    def on_dense(self, report: SearchReport, mask: Mask, work: float) -> None:
+        """Draw level 0."""
+        self._draw_dense(report, mask)
 
-    def draw_level(self, level: Level, floor: float, densities: Mapping[str, float]) -> None:
-        """The points of one accepted level."""
-        self._draw(level.level, level.score, floor, level.sparsity, level.spread, densities)
-        if not math.isnan(level.error):
-            self._log(level.level, {"roulette/score_error": level.error})
+    def on_level(self, report: SearchReport, mask: Mask) -> None:
+        """Draw the level, if it was accepted."""
+        if report.levels[-1].accepted:
+            self._draw_level(report, mask)
 
-    def draw_confirmed(self, level: Level) -> None:
-        """The points of one level on the confirmation folds."""
-        points = {"roulette/held_out": level.held_out_score, "roulette/held_out_error": level.held_out_error}
-        known = {tag: value for tag, value in points.items() if value is not None and not math.isnan(value)}
-        self._log(level.level, known)
+    def on_confirmed(self, report: SearchReport, level: Level) -> None:
+        """Draw the score on the held-out half."""
+        self._draw_held_out(level)
 
-    def draw_report(self, report: SearchReport) -> None:
-        """The report as a table in TensorBoard's text tab."""
+    def on_judged(self, report: SearchReport, mask: Mask, epoch: int) -> None:
+        """Draw level 0, or the score of the trained level."""
+        if report.levels:
+            self._draw_held_out(report.levels[-1])
+        else:
+            self._draw_dense(report, mask)
+
+    def on_cut(self, report: SearchReport, mask: Mask) -> None:
+        """Draw the level that was cut."""
+        self._draw_level(report, mask)
+
+    def on_end(self, report: SearchReport) -> None:
+        """Write the report into the text tab of TensorBoard."""
         for writer in self._tensorboards():
             writer.experiment.add_text("roulette/report", report.markdown(), len(report.accepted))
         for logger in self._loggers:
             logger.save()
+
+    def _draw_dense(self, report: SearchReport, mask: Mask) -> None:
+        for writer in self._tensorboards():
+            writer.experiment.add_custom_scalars(_LAYOUT)
+        spread = (report.dense_score,) * 3
+        self._draw(0, report.dense_score, report.floor, 0.0, spread, dict.fromkeys(mask, 1.0))
+        if report.held_out_dense is not None:
+            self._log(0, {"roulette/held_out": report.held_out_dense})
+
+    def _draw_level(self, report: SearchReport, mask: Mask) -> None:
+        level = report.levels[-1]
+        self._draw(level.level, level.score, report.floor, level.sparsity, level.spread, mask.densities)
+        if not math.isnan(level.error):
+            self._log(level.level, {"roulette/score_error": level.error})
+
+    def _draw_held_out(self, level: Level) -> None:
+        points = {"roulette/held_out": level.held_out_score, "roulette/held_out_error": level.held_out_error}
+        known = {tag: value for tag, value in points.items() if value is not None and not math.isnan(value)}
+        self._log(level.level, known)
 
     def _draw(
         self,

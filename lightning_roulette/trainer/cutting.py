@@ -1,0 +1,89 @@
+"""Pruning between epochs: the trained network is judged, and if it keeps the floor one more level is cut."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lightning_roulette.mask.pruned import PrunedWeights
+from lightning_roulette.network.lending import copy_into, named_tensors
+from lightning_roulette.trainer.between_epochs import BetweenEpochs
+from lightning_roulette.trainer.fit_state import FitState
+from lightning_roulette.trainer.hold_zeros import load_into_average
+from lightning_roulette.trainer.preparing import calibration_of, measured, ready_between_epochs
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
+from lightning_roulette.trainer.searching import noted, save_dense, save_winner
+from lightning_roulette.trainer.show.show import ShowBetweenEpochs
+
+
+def judge_and_cut(fit: FitState, cuts: BetweenEpochs, number: int) -> None:
+    """Judge the network as trained. If it keeps the floor, cut one more level.
+
+    Args:
+        fit: The run.
+        cuts: The state of pruning between epochs.
+        number: The number of the cut, from 1.
+    """
+    judges, epoch = ready_between_epochs(fit), fit.trainer.current_epoch
+    fit.know_files()
+    with ShowBetweenEpochs(fit.trainer, judges.metric) as shown, noted(fit, judges) as evaluate:
+        with judges.validation:
+            calibration = calibration_of(fit, judges.validation)
+            held = cuts.gradual.judge(judges.weights, evaluate, calibration, shown)
+        _take_judgement(fit, cuts, held, judges.metric, shown)
+        if not held:
+            return
+        with judges.validation:
+            network = cuts.gradual.cut(number, epoch)
+        if network is not None:
+            _train_on(fit, cuts, network, judges.metric, shown)
+
+
+def end_cuts(fit: FitState, cuts: BetweenEpochs) -> None:
+    """Judge the last level, load the slimmest that held, measure it and save it."""
+    judges, result = ready_between_epochs(fit), fit.result
+    fit.know_files()
+    with ShowBetweenEpochs(fit.trainer, judges.metric) as shown:
+        with judges.validation:
+            held = cuts.gradual.judge(judges.weights, judges.evaluate)
+        _take_judgement(fit, cuts, held, judges.metric, shown)
+        cuts.load_kept(fit.module)
+        load_into_average(fit.trainer, fit.module)
+        cuts.over = True
+        report = judges.metric.units_of(cuts.gradual.ended())
+        fit.hold_zeros()
+        report = result.report = replace(report, score=measured(fit, report.monitor, judges.data))
+        result.measured_at_step = fit.trainer.global_step
+        if report.winner is not None:
+            save_winner(fit)
+    shown.on_end(report)
+
+
+def _take_judgement(
+    fit: FitState, cuts: BetweenEpochs, held: bool, metric: MonitoredMetric, shown: ShowBetweenEpochs
+) -> None:
+    """Take over the report. Keep and save a network that held; the first is the dense one."""
+    report, history = cuts.gradual.found
+    report = metric.units_of(report)
+    fit.result.report, fit.result.history = report, history
+    shown.on_judged(report, history.mask, fit.trainer.current_epoch)
+    if not held:
+        return
+    cuts.keep(fit.module)
+    if report.levels:
+        save_winner(fit)
+    else:
+        save_dense(fit)
+
+
+def _train_on(
+    fit: FitState, cuts: BetweenEpochs, network: PrunedWeights, metric: MonitoredMetric, shown: ShowBetweenEpochs
+) -> None:
+    """Load the network that was cut, so that training goes on with it."""
+    copy_into(named_tensors(fit.module), network.weights)
+    if network.refitted:
+        load_into_average(fit.trainer, fit.module)
+    report, history = cuts.gradual.found
+    report = metric.units_of(report)
+    fit.result.report, fit.result.history = report, history
+    shown.on_cut(report, network.mask)
+    fit.hold_zeros()

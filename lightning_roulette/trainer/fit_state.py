@@ -1,0 +1,134 @@
+"""The state of one run of a Trainer, from `setup` to `teardown`, and what each hook does in each phase.
+
+A run is in one `Phase`. How far the pruning is, which outlives the run, is the `Progress` of its `Result`.
+
+| hook | phase | what it does |
+|---|---|---|
+| `setup` | | Begins FRESH in `fit`; begins EVALUATING in validate, test and predict. |
+| `load_state_dict` | FRESH | Takes over the state of the checkpoint; becomes RESUMED. |
+| | EVALUATING | Takes over the state if nothing was found yet. |
+| `on_fit_start` | FRESH, RESUMED | Refuses a module or data that cannot be searched. |
+| `on_train_start` | FRESH | Forgets the result of another network; becomes TRAINING. |
+| | RESUMED | Becomes TRAINING. |
+| | both | Holds the zeros of what was found. Finds the metric by a short validation. |
+| `on_train_epoch_start` | TRAINING | If a search or a cut is due: becomes EPOCH_BEGINS, makes it, holds zeros. |
+| `on_train_batch_start` | EPOCH_BEGINS | Becomes TRAINING. |
+| `on_save_checkpoint` | EPOCH_BEGINS | Also resets the counters of batches, so that a resume trains this epoch. |
+| `on_validation_end` | TRAINING | Finds the metric, if it is not known yet. |
+| `on_train_end` | TRAINING | DENSE: searches. CUTTING: loads the slimmest that held. PRUNED: measures and saves. |
+| `on_fit_end` | FRESH, RESUMED | Nothing was trained: does now what `on_train_end` would have done, or warns. |
+| `on_exception` | any | CUTTING: says in the report that training did not end. |
+| `teardown` | any | Hands over the result of a worker process; the run is dropped. |
+
+If `searches` is False, no hook refuses, searches or cuts; zeros are held all the same.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_roulette.trainer.choices import Choices
+from lightning_roulette.trainer.files import RunFiles
+from lightning_roulette.trainer.hold_zeros import Zeros
+from lightning_roulette.trainer.persistence import Progress, Result
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
+
+
+class Phase(Enum):
+    """Where a run is; the value is a sentence."""
+
+    EVALUATING = "The Trainer validates, tests or predicts, and nothing is searched."
+    FRESH = "A fit is set up, and nothing is trained yet."
+    RESUMED = "A fit is set up, and a checkpoint has brought the result of an earlier search."
+    TRAINING = "Batches are trained."
+    EPOCH_BEGINS = "A search or a cut was made as this epoch begins, and no batch of it is trained yet."
+
+
+@dataclass(eq=False)
+class FitState:
+    """One run of a Trainer.
+
+    Attributes:
+        trainer: The Trainer.
+        module: What it trains.
+        callback: The callback whose run this is.
+        choices: The arguments of the callback.
+        result: What was found, in this run or before.
+        zeros: Holds the zeros of the pruned network.
+        phase: Where the run is.
+        searches: Whether this run may search at all.
+        epoch: The epoch whose beginning was seen last.
+        metric: The metric that judges; None before it was found.
+        files: Where this run writes; None before a search, and where nothing is written.
+        writes_winner: Whether the checkpoint of the winner is being written now.
+    """
+
+    trainer: Trainer
+    module: LightningModule
+    callback: Callback
+    choices: Choices
+    result: Result
+    zeros: Zeros
+    phase: Phase
+    searches: bool
+    epoch: int | None = None
+    metric: MonitoredMetric | None = None
+    files: RunFiles | None = None
+    writes_winner: bool = False
+
+    @property
+    def trained(self) -> bool:
+        """Whether training has begun."""
+        return self.phase in (Phase.TRAINING, Phase.EPOCH_BEGINS)
+
+    @property
+    def only_tries(self) -> bool:
+        """Whether the Trainer has `fast_dev_run`."""
+        return bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+    @property
+    def is_concluded(self) -> bool:
+        """Whether nothing is left to do after training: it was searched, and not trained since it was measured."""
+        measured = self.trainer.global_step <= self.result.measured_at_step
+        return self.result.progress is Progress.PRUNED and measured
+
+    def search_is_due(self, epoch: int) -> bool:
+        """Whether the one search is to be made before this epoch."""
+        at_epoch = self.choices.at_epoch
+        due = isinstance(at_epoch, int) and epoch >= at_epoch
+        return self.searches and due and self.result.history is None
+
+    def begin_training(self) -> None:
+        """Become TRAINING. Forget a result of another network, unless a checkpoint has just brought it."""
+        resumed, result = self.phase is Phase.RESUMED, self.result
+        self.phase = Phase.TRAINING
+        if result.progress is Progress.CUTTING and result.report is not None:
+            result.report = replace(result.report, stop_reason=None)
+        if not resumed:
+            self.forget_another_network()
+            result.measured_at_step = self.trainer.global_step  # it was a step of another fit
+
+    def forget_another_network(self) -> None:
+        """Forget a result that was not found on this module."""
+        if not self.result.is_of(self.module):
+            self.result.forget(self.choices.between_epochs())
+
+    def hold_zeros(self, *, afresh: bool = True) -> None:
+        """Prune the module by the mask of the result, and hold its zeros from now on.
+
+        Args:
+            afresh: Whether the optimizers may remember the network before it was pruned.
+        """
+        if (mask := self.result.held) is None:
+            self.zeros.release()
+            return
+        self.zeros.hold(self.trainer, self.module, mask, afresh)
+        self.result.module = weakref.ref(self.module)
+
+    def know_files(self) -> None:
+        """Choose the files of this run, if they are not chosen yet."""
+        self.files = self.files or RunFiles.next_to(self.trainer, self.choices.dirpath)

@@ -1,0 +1,121 @@
+"""What a search in a fit needs: the metric, the validation data, and inputs from the training data."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_roulette.refit.inputs import Calibration
+from lightning_roulette.settings import Refit, refit_of
+from lightning_roulette.trainer.data.folded_data import FoldedData
+from lightning_roulette.trainer.data.training_inputs import (
+    TrainerCalibration,
+    calibration_batches,
+    refuse_blind_to_training,
+)
+from lightning_roulette.trainer.fit_state import FitState
+from lightning_roulette.trainer.preflight import find_prunable
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
+from lightning_roulette.trainer.scores.refusals import refuse_too_few_samples
+from lightning_roulette.trainer.scores.setup import CandidateValidation, ValidationSetup
+from lightning_roulette.trainer.show.log import log
+from lightning_roulette.trainer.validation.isolation import IsolatedValidation
+
+
+def rehearse(fit: FitState, batches: float) -> None:
+    """Find the metric by a short validation, and refuse what would fail in the search.
+
+    Args:
+        fit: The run.
+        batches: How many batches of each loader are validated.
+
+    Raises:
+        RuntimeError: If the metric was not logged or is ambiguous, if the training data cannot be read by a refit, or
+            if the validation data are too few for a certificate.
+    """
+    choices, judging = fit.choices, judging_of(fit)
+    searched = fit.result.history is not None
+    with judging.isolated() as validation:
+        logged, samples = validation.run(batches), validation.samples()
+        if choices.needs_inputs and not searched:
+            remedy = "refit=None" if choices.refit is not None else "wheel=Wheel(importance='magnitude')"
+            refuse_blind_to_training(fit.trainer, validation, choices.seed, remedy)
+    metric = remember(fit, judging.metric(logged))
+    if choices.confidence is not None and not searched and not fit.only_tries:
+        judged_by = logged.metrics.get(metric.monitor)
+        refuse_too_few_samples(samples, judged_by, choices.confidence, choices.tolerance, choices.validation.confirm)
+
+
+def judging_of(fit: FitState) -> ValidationSetup:
+    """Return what judges the network: after a search by the metric of that search, else by the metric asked for."""
+    choices, report = fit.choices, fit.result.report
+    monitor, mode = choices.monitor, choices.mode
+    if fit.result.history is not None and report is not None:
+        monitor, mode = report.monitor, report.mode
+    return ValidationSetup(
+        fit.trainer, fit.module, choices.validation, monitor, mode, choices.tolerance, choices.seed, fit.callback
+    )
+
+
+def remember(fit: FitState, metric: MonitoredMetric) -> MonitoredMetric:
+    """Keep the metric for this run, and log which it is."""
+    if metric != fit.metric and fit.trainer.is_global_zero:
+        log.info(
+            f"RouletteWheelPruning: judges candidates by {metric.monitor} ({metric.mode}, {metric.why}), and "
+            f"ranks them by {metric.rank_by}."
+        )
+    fit.metric = metric
+    return metric
+
+
+def ready(fit: FitState) -> CandidateValidation:
+    """Return what judges the candidates of a search, with the validation data dealt to folds."""
+    by_rows, first = fit.choices.confidence is not None, fit.result.history is None
+    found = judging_of(fit).dealt(lambda: prunable(fit), by_rows, first)
+    remember(fit, found.metric)
+    return found
+
+
+def ready_between_epochs(fit: FitState) -> CandidateValidation:
+    """Return what judges the trained network and the candidates of a cut.
+
+    With one candidate a cut nothing is ranked, and the validation data are not divided.
+    """
+    if fit.choices.branches > 1:
+        return ready(fit)
+    judging = judging_of(fit)
+    if (metric := fit.metric) is None:
+        with judging.isolated() as validation:
+            logged = validation.run(1)
+        metric = remember(fit, judging.metric(logged))
+    return judging.undivided(metric, prunable(fit), fit.result.history is None)
+
+
+def prunable(fit: FitState) -> dict[str, nn.Parameter]:
+    """Return the prunable parameters. After the first cut they stay the same, even if some are frozen since."""
+    cuts = fit.result.between_epochs
+    if cuts is None or (mask := cuts.mask) is None:
+        return find_prunable(fit.module, fit.choices.include, fit.choices.exclude)
+    found = dict(fit.module.named_parameters(remove_duplicate=False))
+    return {name: found[name] for name in mask}
+
+
+def calibration_of(fit: FitState, validation: IsolatedValidation) -> Calibration | None:
+    """Return the network with batches of the training data; None if neither refit nor importance needs them."""
+    choices = fit.choices
+    if not choices.needs_inputs:
+        return None
+    how = refit_of(choices.refit) or Refit()
+    batches = calibration_batches(fit.trainer, validation, 1 if fit.only_tries else how.batches, choices.seed)
+    by_layer = choices.refit is not None or choices.wheel.importance in ("activation", "obs")
+    return TrainerCalibration(fit.trainer, fit.module, validation, batches, choices.seed, by_layer)
+
+
+def measured(fit: FitState, monitor: str, data: FoldedData | None = None) -> float:
+    """Return the metric of the network as it is, on all validation data.
+
+    Args:
+        fit: The run.
+        monitor: The name of the metric.
+        data: The validation data, if a search has read them.
+    """
+    return judging_of(fit).measured(monitor, data)

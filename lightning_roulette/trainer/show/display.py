@@ -1,0 +1,64 @@
+"""What may be shown of a search, one method for each step. A new display is a subclass, named in `show.py`."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+
+from lightning_roulette.mask.mask import Mask
+from lightning_roulette.report.records import Level
+from lightning_roulette.report.report import SearchReport
+
+
+class Display:
+    """Shows the steps of a search; this one shows nothing. All scores are in the units of the metric.
+
+    Args:
+        trainer: The Trainer whose network is pruned.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        pass
+
+    def on_dense(self, report: SearchReport, mask: Mask, work: float) -> None:
+        """The dense network was judged, and a search begins.
+
+        Args:
+            report: The report so far.
+            mask: The mask of the dense network.
+            work: How many validations of one network on all folds a level will take.
+        """
+
+    def on_candidate(self, level: int, done: int, planned: int, best: float | None, sparsity: float) -> None:
+        """A candidate was judged.
+
+        Args:
+            level: The number of the level.
+            done: How many judgements of the level are done.
+            planned: About how many there will be.
+            best: The best score so far; None if there is none.
+            sparsity: The sparsity of every candidate of the level.
+        """
+
+    def on_level(self, report: SearchReport, mask: Mask) -> None:
+        """The last level of the report was judged on the search half. `mask` is the mask of the last accepted one."""
+
+    def on_confirmed(self, report: SearchReport, level: Level) -> None:
+        """An accepted level was judged on the held-out half."""
+
+    def on_judged(self, report: SearchReport, mask: Mask, epoch: int) -> None:
+        """Between epochs, the trained network was judged: the last level of the report, or the dense network.
+
+        Args:
+            report: The report so far.
+            mask: The mask of the slimmest network that held.
+            epoch: How many epochs are trained.
+        """
+
+    def on_cut(self, report: SearchReport, mask: Mask) -> None:
+        """Between epochs, the last level of the report was cut. `mask` is the mask of the network after the cut."""
+
+    def on_end(self, report: SearchReport) -> None:
+        """The search has ended, and its winner was loaded."""
+
+    def close(self) -> None:
+        """Nothing more will be shown, also after an error."""

@@ -1,0 +1,89 @@
+"""Log lines about a search, in the logger "lightning_roulette"."""
+
+from __future__ import annotations
+
+import logging
+
+from lightning.pytorch import Trainer
+
+from lightning_roulette.mask.mask import Mask
+from lightning_roulette.report.records import Level
+from lightning_roulette.report.report import SearchReport
+from lightning_roulette.trainer.show.display import Display
+
+log = logging.getLogger("lightning_roulette")
+
+
+def speak_up() -> None:
+    """Print the log lines of the package, as Lightning does for its own, unless the user has configured logging."""
+    if not log.handlers and not logging.getLogger().handlers:
+        log.addHandler(logging.StreamHandler())
+        log.propagate = False
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.INFO)
+
+
+class LogLines(Display):
+    """Writes a log line for each level, in the first process.
+
+    Args:
+        trainer: The Trainer whose network is pruned.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._speaks = trainer.is_global_zero
+
+    def on_dense(self, report: SearchReport, mask: Mask, work: float) -> None:
+        """Say the dense score, the floor, and how long a level will take."""
+        searching, held_out = report.folds
+        folds = f", {held_out} of {searching + held_out} folds held out" if held_out else ""
+        seconds = work * report.seconds / max(report.validations, 1)
+        self._say(
+            f"dense network: {report.monitor} {report.dense_score:.6g}, floor {report.floor:.6g}{folds}. "
+            f"A level of {report.branches} candidates will take about {seconds:.1f} s."
+        )
+
+    def on_level(self, report: SearchReport, mask: Mask) -> None:
+        """Say the score of the level, and whether it was accepted."""
+        level = report.levels[-1]
+        verdict = "accepted" if level.accepted else f"below the floor {report.floor:.6g}"
+        self._say(f"level {level.level}: sparsity {level.sparsity:.2%}, {report.monitor} {level.score:.6g}, {verdict}")
+
+    def on_confirmed(self, report: SearchReport, level: Level) -> None:
+        """Say the score of a level that did not hold, or of the last one."""
+        if not level.held or level is report.accepted[-1]:
+            verdict = "held" if level.held else "did not hold"
+            self._say(
+                f"level {level.level} on the held-out half: {report.monitor} {level.held_out_score:.6g}, {verdict}"
+            )
+
+    def on_judged(self, report: SearchReport, mask: Mask, epoch: int) -> None:
+        """Say the score of the trained network, and whether its level held."""
+        if not report.levels:
+            score, floor = report.held_out_dense, report.held_out_floor
+            self._say(f"dense network after {_epochs(epoch)}: {report.monitor} {score:.6g}, floor {floor:.6g}")
+            return
+        level = report.levels[-1]
+        verdict = "held" if level.held else f"below the floor {report.held_out_floor:.6g}"
+        self._say(
+            f"level {level.level} after {_epochs(epoch)}: sparsity {level.sparsity:.2%}, {report.monitor} "
+            f"{level.held_out_score:.6g}, {verdict}"
+        )
+
+    def on_cut(self, report: SearchReport, mask: Mask) -> None:
+        """Say the sparsity after the cut."""
+        level = report.levels[-1]
+        self._say(f"cut to level {level.level}: sparsity {level.sparsity:.2%}, {report.monitor} {level.score:.6g}")
+
+    def on_end(self, report: SearchReport) -> None:
+        """Say what came out, and why the search ended."""
+        for sentence in report.summary():
+            self._say(sentence)
+
+    def _say(self, text: str) -> None:
+        if self._speaks:
+            log.info(f"RouletteWheelPruning: {text}")
+
+
+def _epochs(number: int) -> str:
+    return "1 epoch" if number == 1 else f"{number} epochs"

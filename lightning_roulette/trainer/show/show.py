@@ -1,0 +1,92 @@
+"""Passes the steps of a search to every display."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from lightning.pytorch import Trainer
+
+from lightning_roulette.mask.mask import Mask
+from lightning_roulette.report.records import Candidate, Level
+from lightning_roulette.report.report import SearchReport
+from lightning_roulette.search.observer import Observer
+from lightning_roulette.search.winner import Winner
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
+from lightning_roulette.trainer.show.bar import ProgressLine
+from lightning_roulette.trainer.show.curves import Curves
+from lightning_roulette.trainer.show.display import Display
+from lightning_roulette.trainer.show.log import LogLines
+
+DISPLAYS: tuple[type[Display], ...] = (LogLines, ProgressLine, Curves)
+
+_Show = TypeVar("_Show", bound="Show")
+
+
+class Show(Observer):
+    """Shows a search on every display, with all scores in the units of the metric. Enter it with `with`.
+
+    Args:
+        trainer: The Trainer whose network is pruned.
+        metric: What the scores mean.
+    """
+
+    def __init__(self, trainer: Trainer, metric: MonitoredMetric) -> None:
+        self._metric = metric
+        self._displays = [kind(trainer) for kind in DISPLAYS]
+
+    def __enter__(self: _Show) -> _Show:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self._displays:
+            one.close()
+
+    def on_dense(self, so_far: Winner, work: float) -> None:
+        """See `Observer`."""
+        report = self._metric.units_of(so_far.report)
+        for one in self._displays:
+            one.on_dense(report, so_far.mask, work)
+
+    def on_candidate(self, level: int, done: int, planned: int, best: Candidate | None, sparsity: float) -> None:
+        """See `Observer`."""
+        score = None if best is None else self._metric.sign * best.score
+        for one in self._displays:
+            one.on_candidate(level, done, planned, score, sparsity)
+
+    def on_level(self, level: Level, so_far: Winner) -> None:
+        """See `Observer`."""
+        report = self._metric.units_of(so_far.report)
+        for one in self._displays:
+            one.on_level(report, so_far.mask)
+
+    def on_confirmed(self, level: Level, so_far: Winner) -> None:
+        """See `Observer`."""
+        report = self._metric.units_of(so_far.report)
+        ours = next(one for one in report.accepted if one.level == level.level)
+        for one in self._displays:
+            one.on_confirmed(report, ours)
+
+    def on_end(self, report: SearchReport) -> None:
+        """Show the final report, which is in the units of the metric already."""
+        for one in self._displays:
+            one.on_end(report)
+
+
+class ShowBetweenEpochs(Show):
+    """Shows the judgements and cuts between two epochs: the steps of the search behind a cut are not shown."""
+
+    def on_dense(self, so_far: Winner, work: float) -> None:
+        """Show nothing: this is the network as trained, which may be pruned already."""
+
+    def on_level(self, level: Level, so_far: Winner) -> None:
+        """Show nothing: the level is judged after further training."""
+
+    def on_judged(self, report: SearchReport, mask: Mask, epoch: int) -> None:
+        """Show a judgement; see `Display.on_judged`."""
+        for one in self._displays:
+            one.on_judged(report, mask, epoch)
+
+    def on_cut(self, report: SearchReport, mask: Mask) -> None:
+        """Show a cut; see `Display.on_cut`."""
+        for one in self._displays:
+            one.on_cut(report, mask)

@@ -1,0 +1,87 @@
+"""A callback with the result of a search, which a worker process may have found."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lightning_roulette.mask.mask import Mask
+from lightning_roulette.report.report import SearchReport
+from lightning_roulette.trainer.choices import Choices
+from lightning_roulette.trainer.hold_zeros import ZeroHolder
+from lightning_roulette.trainer.persistence import Result
+from lightning_roulette.trainer.spawned import Handover
+
+
+class WithResult(ZeroHolder):
+    """A callback with the result of a search.
+
+    Args:
+        choices: The arguments of the callback.
+    """
+
+    def __init__(self, choices: Choices) -> None:
+        super().__init__()
+        self._found = Result(choices.between_epochs())
+        self._handover = Handover()
+
+    @property
+    def report(self) -> SearchReport | None:
+        """What was done; None before a search."""
+        return self._result.report
+
+    @property
+    def best_model_path(self) -> str:
+        """Path of the checkpoint of the winner; empty if none was written."""
+        return self._result.best_model_path
+
+    @property
+    def mask(self) -> Mask | None:
+        """Which weights the winner keeps, True = kept; None before a search has ended."""
+        return self._result.mask
+
+    def mask_at(self, level: int) -> Mask:
+        """Return the mask of an accepted level; level 0 is the dense network.
+
+        Raises:
+            ValueError: If there is no such level.
+            RuntimeError: If no search has ended.
+        """
+        return self._result.masks().mask_at(level)
+
+    def weights_at(self, level: int) -> dict[str, Tensor]:
+        """Return the prunable weights of an accepted level, and all values that a refit changed; level 0 is dense.
+
+        The tensors are on the CPU. Sharded weights are DTensors on their own devices.
+        `module.load_state_dict(pruning.weights_at(level), strict=False)` turns the network into that level.
+
+        Raises:
+            ValueError: If there is no such level.
+            RuntimeError: If no search has ended in this process. A checkpoint holds only the weights of the winner.
+        """
+        return self._result.weights_at(level)
+
+    def held(self) -> Mask | None:
+        """Return the mask whose zeros are held: the winner's, or the deepest level's between epochs."""
+        return self._result.held
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_found": self._result}
+
+    @property
+    def _result(self) -> Result:
+        """What was found, also by a worker process since this was last asked."""
+        if (found := self._handover.received()) is not None:
+            self._found.take_over(found, Choices.of(self).between_epochs())
+        return self._found
+
+    def _handing_over(self, trainer: Trainer) -> contextlib.AbstractContextManager[None]:
+        """Inside the block, an error in a worker process hands over what was found."""
+        return self._handover.if_it_fails(trainer, self._found.handed_over)
+
+    def _hand_over(self, trainer: Trainer) -> None:
+        """Send what was found to the process that started this one, if one did."""
+        self._handover.send_if_due(trainer, self._found.handed_over)
