@@ -29,7 +29,7 @@ from lightning_roulette.search.confirmation import confirm
 from lightning_roulette.search.drawing import Drawing
 from lightning_roulette.search.level import try_level
 from lightning_roulette.search.observer import Observer
-from lightning_roulette.search.policies import Levels, Step
+from lightning_roulette.search.policies import Levels, Policy, Step
 from lightning_roulette.search.refitter import Refitter
 from lightning_roulette.search.run import begin
 from lightning_roulette.search.winner import Winner
@@ -50,6 +50,7 @@ def search(
     tree: Tree = Tree(),
     validation: Validation = Validation(),
     seed: int = 0,
+    policy: Policy | None = None,
     observer: Observer | None = None,
 ) -> Winner:
     """Find the slimmest network of a pruning tree that keeps the floor.
@@ -84,6 +85,8 @@ def search(
         tree: How levels follow one another.
         validation: How candidates are judged. Only `confirm` and `race` are read here.
         seed: Source of all chance, a signed 64-bit number. Equal seeds and scores give equal masks.
+        policy: Decides which level is tried next, and when the search ends. Its steps have at most `branches`
+            candidates. None: `Levels`, which follows `tree` and `target_sparsity`.
         observer: Is told of each step.
 
     Returns:
@@ -115,7 +118,7 @@ def search(
         race=validation.race,
         seed=int(seed),
     )
-    policy = Levels(tree, int(branches), wheel.scope, target_sparsity)
+    policy = policy or Levels(tree, int(branches), wheel.scope, target_sparsity)
     while isinstance(step := policy.next(state), Step):
         state = try_level(run, state, step)
     return run.winner(confirm(run, state), reason=step)

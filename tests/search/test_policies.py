@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_roulette import Candidate, Level, Mask, SearchReport, StopReason, Tree
+from lightning_roulette import Candidate, Level, Mask, SearchReport, StopReason, Tree, search
 from lightning_roulette.mask.history import History
 from lightning_roulette.refit.refitted import Refitted
-from lightning_roulette.search.policies import Levels, OneLevel, Step, cubic, level_draws, missing, removable
+from lightning_roulette.search.policies import Levels, OneLevel, Policy, Step, cubic, level_draws, missing, removable
 from lightning_roulette.search.state import State
 
 SIZES = {"a": 60, "b": 40}
@@ -94,3 +94,22 @@ def test_a_state_is_never_changed_and_a_failure_keeps_the_parent():
     assert failed.accepted(level, slim, Refitted(), {}).halvings == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         dense.failures = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Thirds(Policy):
+    """A policy of a user: three levels, each of which removes a third of the weights that are left."""
+
+    def next(self, state: State) -> Step | StopReason:
+        if len(state.report.levels) == 3:
+            return StopReason.MAX_LEVELS
+        return Step(1 / 3, state.parent.survivors // 3, branches=2)
+
+
+def test_a_search_follows_a_policy_of_the_users_own():
+    weights = {"a": torch.arange(1.0, 91.0)}
+    winner = search(weights, lambda mask: 1.0, branches=4, policy=Thirds())
+    assert [level.survivors for level in winner.report.levels] == [60, 40, 27]
+    assert [len(level.candidates) for level in winner.report.levels] == [2, 2, 2]
+    assert winner.mask.survivors == int(winner.weights["a"].count_nonzero()) == 27
+    assert winner.report.stop_reason is StopReason.MAX_LEVELS
