@@ -430,7 +430,7 @@ def test_confirmation_folds_judge_what_others_rank(fit):
     pruning = pruner(validation=Validation(confirm=0.25))
     fit(pruning)
     assert pruning.report.folds == (12, 4)
-    assert "on the confirmation data" in str(pruning.report)
+    assert "on the held-out half" in str(pruning.report)
 
 
 @pytest.mark.parametrize(
