@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -40,7 +41,13 @@ def val_loader(batch_size: int = 64, **options) -> DataLoader:
 
 def tiny_net() -> nn.Sequential:
     """Weights the same at every call; 16 * 24 + 24 * 10 = 624 of them prunable."""
-    net = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 10))
+    return dense_net(16, 24, 10)
+
+
+def dense_net(*units: int) -> nn.Sequential:
+    """Linear layers from so many units to so many, with ReLUs in between; weights the same at every call."""
+    layers = [layer for sizes in pairwise(units) for layer in (nn.Linear(*sizes), nn.ReLU())]
+    net = nn.Sequential(*layers[:-1])
     chance = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -75,6 +82,16 @@ class Blobs(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+class Judged(Blobs):
+    """Can also be tested and asked for its scores."""
+
+    def test_step(self, batch, batch_idx):
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
 
 
 def trained(module: LightningModule, folder: Path) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
-from lightning_roulette import prunable_parameters, sparsity
+from lightning_roulette import Mask, prunable_parameters, sparsity
 
 WEIGHTS = ("net.0.weight", "net.2.weight")
 
@@ -28,6 +28,11 @@ def load(path: str | Path) -> dict[str, Any]:
 def sparsity_of(path: str | Path) -> float:
     """The sparsity of `Blobs` in a checkpoint."""
     return sparsity({name: load(path)["state_dict"][name] for name in WEIGHTS})
+
+
+def nonzeros(module) -> Mask:
+    """Where the prunable weights of a module are not zero."""
+    return Mask.of_nonzeros(prunable_parameters(module))
 
 
 def told(pruning) -> dict[str, Any]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,19 +13,18 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
 from lightning_roulette import HoldZeros, Mask, RouletteWheelPruning, Tree, apply_mask, prunable_parameters
+from tests.support.callbacks import within
 from tests.support.modules import Blobs, val_loader
+from tests.support.results import nonzeros
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+each_callback = pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
 
 
 def half_mask(module) -> Mask:
     """Every second weight, in a chequered pattern."""
-    return Mask(
-        {
-            name: (torch.arange(weight.numel()) % 2 == 0).reshape(weight.shape)
-            for name, weight in prunable_parameters(module).items()
-        }
-    )
+    weights = prunable_parameters(module)
+    return Mask({name: torch.arange(one.numel()).reshape(one.shape) % 2 == 0 for name, one in weights.items()})
 
 
 def holding(kind: str):
@@ -64,6 +60,12 @@ class Leaks(Callback):
     def teardown(self, trainer, pl_module, stage):
         self.hook.remove()
 
+    def assert_none(self, module, forwards=21):
+        """So many forwards saw no pruned weight, and none is left."""
+        assert self.forwards >= forwards
+        assert self.largest == 0.0
+        assert leak(module, self.callback.mask) == 0.0
+
 
 def leak(module, mask) -> float:
     weights = dict(module.named_parameters())
@@ -86,10 +88,6 @@ class ByHand(Blobs):
 
     automatic_optimization = False
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
     def training_step(self, batch, batch_idx):
         for optimizer in self.optimizers():
             optimizer.zero_grad()
@@ -97,10 +95,8 @@ class ByHand(Blobs):
             optimizer.step()
 
     def configure_optimizers(self):
-        return [
-            torch.optim.Adam(self.parameters(), lr=0.01),
-            torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1),
-        ]
+        momentum = torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
+        return [torch.optim.Adam(self.parameters(), lr=0.01), momentum]
 
 
 class NoisySGD(torch.optim.SGD):
@@ -124,20 +120,9 @@ class Foreign:
     """An optimizer that is not torch's, as Lightning accepts it: it has no hooks."""
 
     def __init__(self, parameters, **options) -> None:
-        self.inner = NoisySGD(parameters, **options)
-        self.param_groups, self.defaults, self.state = self.inner.param_groups, self.inner.defaults, self.inner.state
-
-    def step(self, closure=None):
-        return self.inner.step(closure)
-
-    def zero_grad(self, set_to_none=True):
-        self.inner.zero_grad(set_to_none)
-
-    def state_dict(self):
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state):
-        self.inner.load_state_dict(state)
+        inner = NoisySGD(parameters, **options)
+        for name in ("param_groups", "defaults", "state", "step", "zero_grad", "state_dict", "load_state_dict"):
+            setattr(self, name, getattr(inner, name))
 
 
 class Grouped(Blobs):
@@ -168,20 +153,18 @@ WAYS_TO_TRAIN = {
 }
 
 
-@pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
+@each_callback
 @pytest.mark.parametrize(("module", "options"), WAYS_TO_TRAIN.values(), ids=WAYS_TO_TRAIN)
 def test_no_forward_sees_a_pruned_weight(fit, kind, module, options):
     (callback, epoch), module = holding(kind), module()
     leaks = Leaks(callback, epoch)
     fit(callback, leaks, module=module, max_epochs=3, **options)
-    assert leaks.forwards > 20
+    leaks.assert_none(module)
     assert leaks.moved
-    assert leaks.largest == 0.0
-    assert leak(module, callback.mask) == 0.0
     assert 0.4 < callback.mask.sparsity < 0.6
 
 
-@pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
+@each_callback
 def test_a_gradient_scaler_that_skips_steps(fit, kind):
     class Overflows(Trained):
         """Now and then; a scaler then skips the step."""
@@ -202,8 +185,7 @@ def test_a_gradient_scaler_that_skips_steps(fit, kind):
     leaks, scaler = Leaks(callback, epoch), Scaler("cpu", init_scale=2.0**10)
     fit(callback, leaks, module=module, max_epochs=3, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
     assert (scaler.skipped, scaler.taken) == (3 * 3, 3 * 5)
-    assert leaks.forwards > 20
-    assert leaks.largest == leak(module, callback.mask) == 0.0
+    leaks.assert_none(module)
     assert all(bool(one.isfinite().all()) for one in module.parameters())
 
 
@@ -235,7 +217,7 @@ class CleanGradients(Callback):
                     self.remembered = max(self.remembered, float(memory[~kept].abs().max()))
 
 
-@pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
+@each_callback
 def test_a_layer_that_thaws_later_is_held_and_clipped_like_the_others(fit, kind):
     class LastFirst(Blobs):
         def configure_optimizers(self):
@@ -248,45 +230,38 @@ def test_a_layer_that_thaws_later_is_held_and_clipped_like_the_others(fit, kind)
     assert gradients.seen >= {(1, name) for name in weights} | {(2, name) for name in weights}
     assert gradients.largest == gradients.remembered == 0.0
     assert leaks.moved
-    assert leaks.largest == leak(module, callback.mask) == 0.0
+    leaks.assert_none(module, forwards=1)
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
+@each_callback
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.LBFGS])
 def test_what_a_dense_checkpoint_remembers_of_pruned_weights_is_forgotten(fit, tmp_path, kind, optimizer):
-    class First(Callback):
-        """What is remembered when the first batch after the resume comes."""
-
-        state = None
-
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if self.state is None:
-                self.state = deepcopy(trainer.optimizers[0].state_dict()["state"])
+    def remember(trainer, _):
+        states.append(deepcopy(trainer.optimizers[0].state_dict()["state"]))
 
     def module():
         return Trained(optimizer, lr=0.02, **({"max_iter": 3} if optimizer is torch.optim.LBFGS else {}))
 
-    dense = tmp_path / "dense.ckpt"
+    dense, states = tmp_path / "dense.ckpt", []
     fit(module=module()).trainer.save_checkpoint(dense, weights_only=False)
-    (callback, epoch), first = holding(kind), First()
+    (callback, epoch), first = holding(kind), within("on_train_batch_start", remember, times=1)
     if kind == "at_epoch":
         callback.at_epoch = epoch = 2
     leaks, resumed, gradients = Leaks(callback, epoch), module(), CleanGradients(callback, epoch)
     fit(callback, first, leaks, gradients, module=resumed, max_epochs=4, ckpt_path=dense)
     assert resumed.trainer.current_epoch == 4
-    assert leaks.forwards >= 16
-    assert leaks.largest == leak(resumed, callback.mask) == 0.0
+    leaks.assert_none(resumed, forwards=16)
+    (state,) = states  # what is remembered when the first batch after the resume comes
     if optimizer is torch.optim.LBFGS:
-        assert first.state == {}
+        assert state == {}
         return
-    assert first.state[0]["exp_avg"].any()
-    assert first.state[0]["step"] == 16
-    assert not first.state[0]["exp_avg"][~callback.mask["net.0.weight"]].any()
+    assert state[0]["exp_avg"].any()
+    assert state[0]["step"] == 16
+    assert not state[0]["exp_avg"][~callback.mask["net.0.weight"]].any()
     assert gradients.remembered == 0.0
 
 
-@pytest.mark.parametrize("kind", ["HoldZeros", "at_epoch"])
+@each_callback
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize(
     "averaging",
@@ -297,29 +272,17 @@ def test_what_a_dense_checkpoint_remembers_of_pruned_weights_is_forgotten(fit, t
     ],
     ids=["EMA", "late EMA", "SWA"],
 )
-def test_averaged_weights_have_the_zeros_in_validation_in_the_files_and_in_the_end(
-    fit, tmp_path, kind, first, averaging
-):
+def test_averaged_weights_have_the_zeros_in_validation_files_and_in_the_end(fit, tmp_path, kind, first, averaging):
     (callback, epoch), average = holding(kind), averaging()
     leaks, module = Leaks(callback, epoch), Blobs()
     callbacks = [average, callback] if first else [callback, average]
     every = ModelCheckpoint(save_top_k=-1, every_n_train_steps=3)  # also before the average was validated
     fit(*callbacks, leaks, every, module=module, max_epochs=4, enable_checkpointing=True)
-    assert leaks.forwards > 20
-    assert leaks.largest == 0.0
-    assert leak(module, callback.mask) == 0.0
+    leaks.assert_none(module)
     stored = [torch.load(path, weights_only=True) for path in tmp_path.glob("checkpoints/epoch=*.ckpt")]
     after = [one["state_dict"] for one in stored if one["global_step"] > 8 * epoch]
     assert len(after) == (10 if epoch == 0 else 8)
     assert all(bool((one[name][~kept] == 0).all()) for one in after for name, kept in callback.mask.items())
-
-
-def test_the_average_left_in_the_model_is_the_one_of_the_pruned_network(fit, make_trainer):
-    callback, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=2)), Blobs()
-    fit(callback, EMAWeightAveraging(decay=0.5), module=module)
-    (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
-    assert leak(module, callback.mask) == 0.0
-    assert logged["val_acc"] == pytest.approx(callback.report.score, abs=1e-7)
 
 
 def test_a_held_network_trains_as_one_that_never_had_the_weights(fit):
@@ -340,27 +303,12 @@ def test_a_held_network_trains_as_one_that_never_had_the_weights(fit):
         torch.testing.assert_close(value, masked.state_dict()[name], rtol=0, atol=1e-6)
 
 
-def test_optimizers_forget_what_they_remember_of_pruned_weights(fit):
-    class Remembers(Callback):
-        def on_train_end(self, trainer, pl_module):
-            self.state = dict(trainer.optimizers[0].state)
-
-    callback, remembers, module = holding("at_epoch")[0], Remembers(), Trained(torch.optim.Adam, lr=0.01)
-    fit(callback, remembers, module=module)
-    weights = dict(module.named_parameters())
-    for name, kept in callback.mask.items():
-        for memory in ("exp_avg", "exp_avg_sq"):
-            values = remembers.state[weights[name]][memory]
-            assert not values[~kept].any()
-            assert values[kept].any()
-
-
 def test_hold_zeros_without_a_mask_holds_the_zeros_it_finds(fit):
     module, callback = Blobs(), HoldZeros()
     mask = half_mask(module)
     apply_mask(module, mask)
     fit(callback, module=module)
-    assert Mask.of_nonzeros(prunable_parameters(module)) == mask
+    assert nonzeros(module) == mask
 
 
 def test_hold_zeros_that_finds_no_zeros_says_so(fit):
@@ -368,15 +316,13 @@ def test_hold_zeros_that_finds_no_zeros_says_so(fit):
         fit(HoldZeros())
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_hold_zeros_holds_those_of_a_checkpoint_that_is_resumed_and_reads_the_mask_of_a_file(fit, tmp_path):
     pruning = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=2), dirpath=tmp_path)
     fit(pruning)
     path = pruning.best_model_path
     resumed, dense = fit(HoldZeros(), max_epochs=4, ckpt_path=path), fit(HoldZeros(path))
     assert resumed.trainer.global_step == 32
-    assert Mask.of_nonzeros(prunable_parameters(resumed)) == pruning.mask
-    assert Mask.of_nonzeros(prunable_parameters(dense)) == pruning.mask
+    assert nonzeros(resumed) == nonzeros(dense) == pruning.mask
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -385,9 +331,7 @@ def test_a_resumed_average_has_the_zeros(fit, tmp_path):
         callback, module, average = holding("at_epoch")[0], Blobs(), EMAWeightAveraging(decay=0.5)
         leaks = Leaks(callback, 1)
         fit(callback, average, leaks, module=module, max_epochs=epochs, enable_checkpointing=True, ckpt_path=path)
-        assert leaks.forwards >= 12
-        assert leaks.largest == 0.0
-        assert leak(module, callback.mask) == 0.0
+        leaks.assert_none(module, forwards=12)
 
 
 def test_after_fit_the_weights_are_free_again(fit):
@@ -419,15 +363,11 @@ class Compiled(Blobs):
 
 
 # Few batches are cut anew by a search: then once for batches of any size
-@pytest.mark.parametrize(
-    ("kind", "batch_size", "more", "backend"),
-    [
-        ("HoldZeros", 50, 0, "eager"),
-        ("HoldZeros", 50, 0, "aot_eager"),
-        ("at_epoch", 10, 0, "eager"),
-        ("at_epoch", 50, 1, "eager"),
-    ],
-)
+COMPILED = [("HoldZeros", 50, 0, "eager"), ("HoldZeros", 50, 0, "aot_eager")]
+COMPILED += [("at_epoch", 10, 0, "eager"), ("at_epoch", 50, 1, "eager")]
+
+
+@pytest.mark.parametrize(("kind", "batch_size", "more", "backend"), COMPILED)
 def test_a_compiled_network_is_held_without_compiling_it_again(fit, make_trainer, kind, batch_size, more, backend):
     (callback, _), modules = holding(kind), []
     for callbacks in ([], [callback]):
@@ -443,35 +383,3 @@ def test_a_compiled_network_is_held_without_compiling_it_again(fit, make_trainer
     if kind == "at_epoch":
         (logged,) = make_trainer().validate(held, val_loader(batch_size), verbose=False)
         assert logged["val_acc"] == pytest.approx(callback.report.trained_score, abs=1e-7)
-
-
-FINE_TUNE = """
-import sys
-import torch
-torch.set_num_threads(1)
-from lightning.pytorch import Trainer
-from lightning_roulette import HoldZeros, Mask, prunable_parameters
-from tests.support.modules import Blobs, train_loader, val_loader
-
-path, folder = sys.argv[1:]
-model = Blobs.load_from_checkpoint(path, weights_only=True)
-before = {name: weight.detach().clone() for name, weight in prunable_parameters(model).items()}
-quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-Trainer(
-    accelerator="cpu", max_epochs=2, callbacks=[HoldZeros()], default_root_dir=folder, **quiet
-).fit(model, train_loader(), val_loader())
-after = prunable_parameters(model)
-assert all(not torch.equal(after[name], weight) for name, weight in before.items())
-torch.save(model.state_dict(), f"{folder}/tuned.pt")
-"""
-
-
-@pytest.mark.slow
-def test_pruned_ckpt_can_be_fine_tuned_in_a_new_process(fit, tmp_path):
-    pruning, module = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=3), dirpath=tmp_path), Blobs()
-    fit(pruning, module=module)
-    command = [sys.executable, "-c", FINE_TUNE, pruning.best_model_path, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    module.load_state_dict(torch.load(tmp_path / "tuned.pt", weights_only=True))
-    assert Mask.of_nonzeros(prunable_parameters(module)) == pruning.mask
