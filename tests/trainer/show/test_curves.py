@@ -14,11 +14,9 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lightning_roulette import Tree, Validation, Wheel
 from tests.support import fits
-from tests.support.modules import Blobs, train_loader, val_loader
+from tests.support.modules import Blobs
 
 BRANCH = ("roulette/branch/min", "roulette/branch/median", "roulette/branch/max")
-
-
 pruner = partial(fits.pruner, branches=3, tolerance=0.3, tree=Tree(0.2, max_levels=3))
 
 
@@ -37,25 +35,37 @@ def scalars(logger) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(one.step, one.value) for one in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
 
 
+def ours(curves: dict) -> dict:
+    return {tag: points for tag, points in curves.items() if tag.startswith("roulette/")}
+
+
+def users(curves: dict) -> dict:
+    return {tag: points for tag, points in curves.items() if not tag.startswith("roulette/")}
+
+
+def rows_of(logger: CSVLogger) -> list[dict[str, str]]:
+    with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def expected(pruning) -> dict[str, list[tuple[int, float]]]:
     """Every curve that the report and the masks ask for."""
     report, dense = pruning.report, (0, pruning.report.dense_score)
+    accepted, levels = report.accepted, range(len(report.accepted) + 1)
     curves = {
-        "roulette/sparsity": [(0, 0.0)] + [(one.level, one.sparsity) for one in report.accepted],
-        "roulette/score": [dense] + [(one.level, one.score) for one in report.accepted],
-        "roulette/floor": [(level, report.floor) for level in range(len(report.accepted) + 1)],
-        "roulette/score_error": [(one.level, one.error) for one in report.accepted if not math.isnan(one.error)],
+        "roulette/sparsity": [(0, 0.0)] + [(one.level, one.sparsity) for one in accepted],
+        "roulette/score": [dense] + [(one.level, one.score) for one in accepted],
+        "roulette/floor": [(level, report.floor) for level in levels],
+        "roulette/score_error": [(one.level, one.error) for one in accepted if not math.isnan(one.error)],
     }
     if report.held_out_dense is not None:
-        confirmed = [one for one in report.accepted if one.held_out_score is not None]
-        curves["roulette/held_out"] = [(0, report.held_out_dense)] + [
-            (one.level, one.held_out_score) for one in confirmed
-        ]
-        curves["roulette/held_out_error"] = [(one.level, one.held_out_error) for one in confirmed]
+        held_out = [(one.level, one.held_out_score) for one in accepted if one.held_out_score is not None]
+        errors = [(one.level, one.held_out_error) for one in accepted if one.held_out_score is not None]
+        curves["roulette/held_out"] = [(0, report.held_out_dense), *held_out]
+        curves["roulette/held_out_error"] = errors
     for i, tag in enumerate(BRANCH):
-        curves[tag] = [dense] + [(one.level, one.spread[i]) for one in report.accepted]
+        curves[tag] = [dense] + [(one.level, one.spread[i]) for one in accepted]
     for name in pruning.mask:
-        levels = range(len(report.accepted) + 1)
         curves[f"roulette/density/{name}"] = [(at, pruning.mask_at(at).densities[name]) for at in levels]
     return {tag: points for tag, points in curves.items() if points}
 
@@ -64,34 +74,21 @@ def rounded(curves) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(step, torch.tensor(value).item()) for step, value in points] for tag, points in curves.items()}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "accepted"),
-    [
-        ({}, [True] * 3),
-        ({"at_epoch": 1}, [True] * 3),
-        ({"monitor": "val_loss", "tolerance": 1.0}, [True] * 3),
-        ({"tolerance": 0.05, "tree": Tree(pruning_rate=0.8, max_levels=1, patience=4)}, [False, True]),
-        ({"tolerance": 0.0, "wheel": Wheel(0.0), "tree": Tree(pruning_rate=0.95, patience=1)}, [False]),
-    ],
-    ids=str,
-)
+ACCEPTED = [
+    ({}, [True] * 3),
+    ({"at_epoch": 1}, [True] * 3),
+    ({"monitor": "val_loss", "tolerance": 1.0}, [True] * 3),
+    ({"tolerance": 0.05, "tree": Tree(pruning_rate=0.8, max_levels=1, patience=4)}, [False, True]),
+    ({"tolerance": 0.0, "wheel": Wheel(0.0), "tree": Tree(pruning_rate=0.95, patience=1)}, [False]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "accepted"), ACCEPTED, ids=str)
 def test_event_files_read_back_equal_the_report(fit, tmp_path, arguments, accepted):
     pruning, logger = pruner(**arguments), TensorBoardLogger(tmp_path)
     fit(pruning, logger=logger)
     assert [level.accepted for level in pruning.report.levels] == accepted
-    found = {tag: points for tag, points in scalars(logger).items() if tag.startswith("roulette/")}
-    assert rounded(found) == rounded(expected(pruning))
-
-
-def test_the_spread_of_a_branch_is_that_of_its_candidates(fit, tmp_path):
-    pruning, logger = pruner(branches=4), TensorBoardLogger(tmp_path)
-    fit(pruning, logger=logger)
-    found = scalars(logger)
-    for level in pruning.report.accepted:
-        scores = sorted(one.score for one in level.candidates)
-        middle = (scores[1] + scores[2]) / 2
-        drawn = [dict(found[tag])[level.level] for tag in BRANCH]
-        assert drawn == pytest.approx([scores[0], middle, scores[3]])
+    assert rounded(ours(scalars(logger))) == rounded(expected(pruning))
 
 
 @pytest.mark.parametrize("at_epoch", [None, 1])
@@ -99,14 +96,13 @@ def test_the_users_own_curves_are_as_without_a_search_up_to_it(fit, tmp_path, at
     loggers = [TensorBoardLogger(tmp_path, name=name) for name in ("without", "with")]
     fit(logger=loggers[0])
     fit(pruner(at_epoch=at_epoch), logger=loggers[1])
-    without, searched = (scalars(one) for one in loggers)
-    users = {tag: points for tag, points in searched.items() if not tag.startswith("roulette/")}
-    assert users.keys() == without.keys() >= {"val_acc", "val_loss", "train_loss"}
+    without, searched = scalars(loggers[0]), users(scalars(loggers[1]))
+    assert searched.keys() == without.keys() >= {"val_acc", "val_loss", "train_loss"}
     for tag, points in without.items():
-        assert [step for step, _ in users[tag]] == [step for step, _ in points]
+        assert [step for step, _ in searched[tag]] == [step for step, _ in points]
         before = [(step, value) for step, value in points if at_epoch is None or step < 8 * at_epoch]
         assert before
-        assert users[tag][: len(before)] == before
+        assert searched[tag][: len(before)] == before
 
 
 def test_the_layout_puts_score_and_floor_in_one_chart_and_draws_the_branch_as_a_band(fit, tmp_path):
@@ -144,19 +140,28 @@ def test_the_text_tab_has_the_report_as_a_table(fit, tmp_path):
     assert [row["held-out"] for row in said] == [f"{one.held_out_score:.6g}" for one in pruning.report.levels]
 
 
+def test_the_curves_of_levels_cut_between_epochs_are_in_the_event_files(fit, tmp_path):
+    pruning, logger = pruner(tolerance=1.0, at_epoch=[2, 3, 4, 5], tree=Tree(0.4)), TensorBoardLogger(tmp_path)
+    fit(pruning, logger=logger, max_epochs=8)
+    found, report = scalars(logger), pruning.report
+    assert found["roulette/sparsity"] == [
+        (0, 0.0),
+        *((one.level, pytest.approx(one.sparsity)) for one in report.levels),
+    ]
+    *judged, (last, _) = found["roulette/held_out"]
+    scores = ((one.level, pytest.approx(one.held_out_score)) for one in report.levels[:-1])
+    assert judged == [(0, pytest.approx(report.held_out_dense)), *scores]
+    assert last == 4
+    (table,) = events(logger).Tensors("roulette/report/text_summary")
+    assert b"judged" in table.tensor_proto.string_val[0]
+
+
 def test_any_other_logger_gets_the_same_points(fit, tmp_path):
     pruning, loggers = pruner(), [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path)]
     fit(pruning, logger=loggers)
-    with open(f"{loggers[0].log_dir}/metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    found = {
-        tag: [(int(row["step"]), float(row[tag])) for row in rows if row[tag]]
-        for tag in rows[0]
-        if tag.startswith("roulette/")
-    }
-    assert rounded(found) == rounded(expected(pruning))
-    drawn = {tag: points for tag, points in scalars(loggers[1]).items() if tag.startswith("roulette/")}
-    assert rounded(drawn) == rounded(found)
+    rows = rows_of(loggers[0])
+    found = {tag: [(int(row["step"]), float(row[tag])) for row in rows if row[tag]] for tag in ours(rows[0])}
+    assert rounded(found) == rounded(ours(scalars(loggers[1]))) == rounded(expected(pruning))
 
 
 def test_a_csv_loggers_own_rows_are_as_without_a_search(fit, tmp_path):
@@ -164,12 +169,9 @@ def test_a_csv_loggers_own_rows_are_as_without_a_search(fit, tmp_path):
     for name, callbacks in (("without", []), ("with", [pruner()])):
         logger = CSVLogger(tmp_path, name=name)
         fit(*callbacks, logger=logger)
-        with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
-            read = list(csv.DictReader(file))
-        ours = [any(value for tag, value in row.items() if tag.startswith("roulette/")) for row in read]
-        assert any(ours) == (name == "with")
-        users = [row for row, drawn in zip(read, ours, strict=True) if not drawn]
-        rows.append([{tag: value for tag, value in row.items() if not tag.startswith("roulette/")} for row in users])
+        read = rows_of(logger)
+        assert any(any(ours(row).values()) for row in read) == (name == "with")
+        rows.append([users(row) for row in read if not any(ours(row).values())])
     assert rows[0] == rows[1]
     assert len(rows[0]) > 3
 
@@ -181,7 +183,7 @@ def test_without_a_logger_nothing_is_drawn(fit, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_point_is_on_disk_when_its_level_is_done(make_trainer, tmp_path):
+def test_a_point_is_on_disk_when_its_level_is_done(fit, tmp_path):
     """Who watches a long search in TensorBoard sees it grow."""
     logger, seen = TensorBoardLogger(tmp_path), []
 
@@ -191,10 +193,7 @@ def test_a_point_is_on_disk_when_its_level_is_done(make_trainer, tmp_path):
                 drawn = scalars(logger)
                 seen.append(tuple(len(drawn.get(f"roulette/{tag}", [])) for tag in ("score", "held_out")))
 
-    torch.manual_seed(0)
-    pruning = pruner(branches=2, validation=Validation(race=False))
-    trainer = make_trainer(callbacks=[pruning], logger=logger, max_epochs=3, log_every_n_steps=2)
-    trainer.fit(Watches(), train_loader(), val_loader())
+    fit(pruner(branches=2, validation=Validation(race=False)), module=Watches(), logger=logger)
     # six validations come before the dense one, on each half of the data; a level is two candidates and the winner on
     # one half, and later the winner on the other; at last comes the loaded network
     levels = [(level, 1) for level in (1, 2, 3) for _ in range(3)]
