@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import pickle
 import re
 from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, Wheel, prunable_parameters, sparsity
-from lightning_roulette.report.records import StopReason
+from lightning_roulette import Mask, RouletteWheelPruning, StopReason, Tree, Validation, Wheel
+from tests.support.callbacks import within
+from tests.support.copies import COPIES
 from tests.support.modules import Blobs, blobs, val_loader
-from tests.support.results import PowerCut, SavesAtEnd, Sparsities, copied, equal, told
+from tests.support.results import PowerCut, SavesAtEnd, Sparsities, copied, equal, nonzeros, told
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 EPOCHS = (2, 3, 4, 5)
+MISSES = {"target_sparsity": 0.99, "tolerance": 0.2, "at_epoch": [2, 4, 6]}  # its second cut
 
 
 def pruner(**choices) -> RouletteWheelPruning:
@@ -61,7 +59,7 @@ def test_levels_are_cut_between_epochs_and_zeros_held_in_between(fit):
     assert [level.epoch for level in levels] == list(EPOCHS)
     expected = [0.0] * 16 + [level.sparsity for level in levels for _ in range(8)] + [levels[-1].sparsity] * 16
     assert notes.found == expected
-    assert Mask.of_nonzeros(prunable_parameters(module)) == pruning.mask == pruning.mask_at(4)
+    assert nonzeros(module) == pruning.mask == pruning.mask_at(4)
     assert all(pruning.mask_at(level + 1) <= pruning.mask_at(level) for level in range(4))
     assert equal(pruning.weights_at(4), dict(module.state_dict()))
     with pytest.raises(RuntimeError, match="weights of level 2 were not kept"):
@@ -70,11 +68,11 @@ def test_levels_are_cut_between_epochs_and_zeros_held_in_between(fit):
 
 @pytest.mark.parametrize("keep_files", [True, False])
 def test_the_slimmest_level_that_held_is_loaded_as_it_was_then(fit, keep_files):
-    pruning, notes = pruner(target_sparsity=0.99, tolerance=0.2, at_epoch=[2, 4, 6]), Notes()
+    pruning, notes = pruner(**MISSES), Notes()
     module = fit(notes, pruning, enable_checkpointing=keep_files)
     assert [level.held for level in pruning.report.levels] == [True, False]
     assert equal(module.state_dict(), notes.trained[4])
-    assert pruning.report.sparsity == pruning.mask.sparsity == sparsity(prunable_parameters(module))
+    assert pruning.report.sparsity == pruning.mask.sparsity == nonzeros(module).sparsity
     assert bool(pruning.best_model_path) == keep_files
     if keep_files:
         assert equal(Blobs.load_from_checkpoint(pruning.best_model_path).state_dict(), module.state_dict())
@@ -82,8 +80,8 @@ def test_the_slimmest_level_that_held_is_loaded_as_it_was_then(fit, keep_files):
 
 
 def test_a_level_that_misses_is_not_cut_further_and_may_recover(fit):
-    few = {"at_epoch": range(2, 12), "tolerance": 0.02, "tree": Tree(0.5)}
-    pruning, notes = pruner(branches=1, wheel=Wheel(importance="magnitude"), **few), Notes()
+    few = {"at_epoch": range(2, 12), "tolerance": 0.02, "tree": Tree(0.5), "wheel": Wheel(importance="magnitude")}
+    pruning, notes = pruner(branches=1, **few), Notes()
     fit(pruning, notes, max_epochs=12)
     levels = pruning.report.levels
     assert [level.epoch for level in levels] == [2, 3, 6]  # what was cut before epoch 3 missed before 4 and 5
@@ -100,14 +98,6 @@ def test_where_no_level_holds_the_dense_network_comes_back(fit):
     assert pruning.mask.sparsity == 0
 
 
-def test_a_target_sparsity_is_reached_by_the_cubic_schedule(fit):
-    pruning = pruner(target_sparsity=0.9, tolerance=1.0)
-    fit(pruning)
-    goals = [0.9 * (1 - (1 - place / 4) ** 3) for place in (1, 2, 3, 4)]
-    assert [level.sparsity for level in pruning.report.levels] == pytest.approx(goals, abs=1 / 624)
-    assert pruning.report.stop_reason.name == "TARGET_REACHED"
-
-
 @pytest.mark.parametrize("monitor", ["val_acc", "val_loss"])
 def test_the_score_of_a_level_is_what_the_trainer_finds_in_its_checkpoint(fit, make_trainer, monitor):
     pruning = pruner(monitor=monitor, tolerance=0.5, branches=1, refit=None)
@@ -120,14 +110,29 @@ def test_the_score_of_a_level_is_what_the_trainer_finds_in_its_checkpoint(fit, m
     assert sign * (pruning.report.held_out_floor - pruning.report.held_out_dense) == pytest.approx(-0.5)
 
 
-@pytest.mark.parametrize(("epoch", "refit"), [(1, None), (3, None), (4, "least_squares"), (6, None)])
-def test_a_run_resumed_from_any_epoch_ends_as_the_whole_one(fit, tmp_path, epoch, refit):
-    choices = {"tree": Tree(pruning_rate=0.7), "tolerance": 0.1, "refit": refit}
-    whole = pruner(**choices)
-    module = fit(whole, ModelCheckpoint(save_top_k=-1))
-    resumed = pruner(**choices)
-    again = fit(resumed, ckpt_path=tmp_path / "checkpoints" / f"epoch={epoch}-step={8 * (epoch + 1)}.ckpt")
-    assert len(whole.report.levels) > 1
+class Quasi(Blobs):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=2)
+
+
+CUTS = {"tree": Tree(pruning_rate=0.7), "tolerance": 0.1, "refit": None}
+RESUMED = {
+    "before the first cut": ("epoch=1-step=16", CUTS, Blobs),
+    "between cuts": ("epoch=3-step=32", CUTS, Blobs),
+    "after the last cut": ("epoch=6-step=56", CUTS, Blobs),
+    "with a refit": ("epoch=4-step=40", CUTS | {"refit": "least_squares"}, Blobs),
+    "from the last step of an epoch": ("step=24", {"tolerance": 1.0}, Blobs),
+    "with LBFGS": ("epoch=3-step=32", {"tolerance": 1.0, "at_epoch": [2]}, Quasi),
+}
+
+
+@pytest.mark.parametrize(("file", "choices", "network"), RESUMED.values(), ids=RESUMED)
+def test_a_run_resumed_from_any_file_ends_as_the_whole_one(fit, tmp_path, file, choices, network):
+    whole, resumed = pruner(**choices), pruner(**choices)
+    files = ModelCheckpoint(save_top_k=-1), ModelCheckpoint(filename="{step}", every_n_train_steps=8, save_top_k=-1)
+    module = fit(whole, *files, module=network())
+    again = fit(resumed, module=network(), ckpt_path=tmp_path / "checkpoints" / f"{file}.ckpt")
+    assert len(whole.report.levels) > 1 or network is Quasi
     assert equal(again.state_dict(), module.state_dict())
     assert told(resumed) == told(whole)
     assert resumed.mask == whole.mask
@@ -158,7 +163,7 @@ def test_a_run_that_stops_before_the_first_cut_searches_at_its_end(fit):
     pruning = pruner(tree=Tree(pruning_rate=0.4, max_levels=1), tolerance=1.0)
     module = fit(stop, pruning)
     assert not pruning.report.gradual
-    assert Mask.of_nonzeros(prunable_parameters(module)) == pruning.mask
+    assert nonzeros(module) == pruning.mask
     assert pruning.report.sparsity == pytest.approx(0.4, abs=0.01)
 
 
@@ -200,18 +205,14 @@ class Breaks(Callback):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_training_that_broke_off_says_so_until_it_is_resumed(fit, tmp_path, error):
-    class Reads(Callback):
-        def on_train_epoch_start(self, trainer, pl_module):
-            reasons.append(resumed.report.stop_reason)
-
     reasons, first, resumed, path = [], pruner(tolerance=1.0), pruner(tolerance=1.0), tmp_path / "broken off.ckpt"
     with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
         fit(Breaks(error, first, path), first)
     assert first.report.stop_reason is StopReason.BROKEN_OFF
     assert len(first.report.levels) == 2
-    fit(Reads(), resumed, ckpt_path=path)
-    assert reasons
-    assert set(reasons) == {None}
+    notes = within("on_train_epoch_start", lambda *_: reasons.append(resumed.report.stop_reason))
+    fit(notes, resumed, ckpt_path=path)
+    assert reasons == [None] * 3
     assert resumed.report.stop_reason is StopReason.TRAINING_ENDED
 
 
@@ -237,31 +238,26 @@ def test_one_candidate_a_cut_takes_two_validations_of_data_that_is_read_once(fit
             super().validation_step(*arguments)
 
     class BetweenEpochs(Callback):
-        def __init__(self) -> None:
-            self.batches, self.read = [], []
-
         def on_train_epoch_start(self, trainer, pl_module):
             seen.clear()
             read.clear()
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if batch_idx == 0:
-                self.batches.append(len(seen))
-                self.read.append(len(read))
+                counts.append((len(seen), len(read)))
 
-    counts, data = BetweenEpochs(), Reads(*blobs(200, 2).tensors)
+    counts, data = [], Reads(*blobs(200, 2).tensors)
     pruning = pruner(branches=1, tolerance=1.0, wheel=Wheel(importance="magnitude"))
-    fit(counts, pruning, module=Counts(), val=DataLoader(data, batch_size=64))
-    once = len(val_loader())
+    fit(BetweenEpochs(), pruning, module=Counts(), val=DataLoader(data, batch_size=64))
+    once, nothing = len(val_loader()), [(0, 0)] * 2
     # before the first cut it is also seen that validation sees the weights
-    assert counts.batches == [0, 0, 4 * once, 2 * once, 2 * once, 2 * once, 0, 0]
-    assert counts.read == [0, 0, *[len(data)] * 4, 0, 0]
+    assert counts == [*nothing, (4 * once, len(data)), *[(2 * once, len(data))] * 3, *nothing]
 
 
 def test_a_killed_cut_leaves_a_journal_that_its_resume_takes_away(fit, tmp_path):
     class Fails(Blobs):
         def validation_step(self, *arguments):
-            if self.trainer.global_step == 32 and sparsity(prunable_parameters(self)) > 0.8:
+            if self.trainer.global_step == 32 and nonzeros(self).sparsity > 0.8:
                 raise RuntimeError("power cut")
             super().validation_step(*arguments)
 
@@ -277,51 +273,32 @@ def test_a_killed_cut_leaves_a_journal_that_its_resume_takes_away(fit, tmp_path)
     assert told(resumed) == told(whole)
 
 
-def test_a_fit_of_another_module_starts_again(fit):
+@pytest.mark.parametrize("how", [lambda one: one, *COPIES.values()], ids=["itself", *COPIES])
+def test_a_copy_is_the_same_and_a_fit_of_another_module_starts_again(fit, how):
     pruning = pruner()
     fit(pruning)
-    first = told(pruning)
-    fit(pruning)
-    assert told(pruning) == first
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
-def test_a_copy_is_the_same(fit, copied):
-    pruning = pruner()
-    fit(pruning)
-    other = copied(pruning)
-    assert other.report == pruning.report
-    assert other.mask == pruning.mask
+    first, mask, other = told(pruning), pruning.mask, how(pruning)
+    assert (told(other), other.mask) == (first, mask)
     module = fit(other)
-    assert Mask.of_nonzeros(prunable_parameters(module)) == other.mask
+    assert (told(other), other.mask) == (first, mask)
+    assert nonzeros(module) == mask
 
 
-@pytest.mark.parametrize("choices", [{"target_sparsity": 0.99, "tolerance": 0.2, "at_epoch": [2, 4, 6]}, {}])
-def test_with_averaged_weights_the_file_holds_what_was_measured(fit, make_trainer, choices):
+AT_END = {"at_epoch": None, "tree": Tree(0.5, max_levels=3)}
+AVERAGED = [(MISSES, WeightAveraging), ({}, WeightAveraging), (AT_END, WeightAveraging)]
+AVERAGED += [(AT_END, lambda: EMAWeightAveraging(decay=0.5))]
+
+
+@pytest.mark.parametrize(("choices", "averaging"), AVERAGED)
+def test_with_averaged_weights_module_and_file_hold_what_was_measured(fit, make_trainer, choices, averaging):
     pruning = pruner(**choices)
-    module = fit(WeightAveraging(), pruning)
+    module = fit(averaging(), pruning)
     assert pruning.report.winner is not None
-    assert Mask.of_nonzeros(prunable_parameters(module)) <= pruning.mask
+    assert nonzeros(module) <= pruning.mask
     loaded = Blobs.load_from_checkpoint(pruning.best_model_path)
     assert equal(loaded.state_dict(), module.state_dict())
     (found,) = make_trainer().validate(loaded, val_loader(), verbose=False)
     assert found["val_acc"] == pytest.approx(pruning.report.score)
-
-
-def test_with_averaged_weights_the_file_of_a_search_holds_the_refitted_winner(fit):
-    pruning = pruner(at_epoch=None, monitor=None, tree=Tree(0.5, max_levels=3))
-    module = fit(WeightAveraging(), pruning)
-    assert pruning.report.winner is not None
-    assert equal(Blobs.load_from_checkpoint(pruning.best_model_path).state_dict(), module.state_dict())
-
-
-def test_a_file_written_in_the_last_step_of_an_epoch_leaves_no_cut_out(fit, tmp_path):
-    whole, resumed = pruner(tolerance=1.0), pruner(tolerance=1.0)
-    steps = ModelCheckpoint(filename="{step}", every_n_train_steps=8, save_top_k=-1)
-    module = fit(steps, whole)
-    again = fit(resumed, ckpt_path=tmp_path / "checkpoints" / "step=24.ckpt")
-    assert [level.epoch for level in resumed.report.levels] == list(EPOCHS)
-    assert equal(again.state_dict(), module.state_dict())
 
 
 @pytest.mark.parametrize("thaws", [True, False])
@@ -351,7 +328,7 @@ def test_buffers_that_were_replaced_come_back_with_the_winner(fit, now):
             if self.current_epoch == 4:
                 self.seen = now(self.seen)
 
-    pruning = pruner(target_sparsity=0.99, tolerance=0.2, at_epoch=[2, 4, 6])
+    pruning = pruner(**MISSES)
     module = fit(pruning, module=Buffered())
     assert [level.held for level in pruning.report.levels] == [True, False]
     assert torch.equal(module.seen, torch.arange(3.0))
@@ -373,34 +350,6 @@ def test_the_same_module_made_dense_again_is_pruned_again(fit):
     module.load_state_dict(dense)
     fit(pruning, module=module)
     assert [(level.level, level.epoch) for level in pruning.report.levels] == [(1, 2), (2, 3), (3, 4), (4, 5)]
-
-
-def test_lbfgs_resumes_bit_for_bit(fit, tmp_path):
-    class Quasi(Blobs):
-        def configure_optimizers(self):
-            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=2)
-
-    whole, resumed = (pruner(tolerance=1.0, at_epoch=[2]) for _ in range(2))
-    path = tmp_path / "begun.ckpt"
-    module = fit(SavesAtEnd(path, 3), whole, module=Quasi(), max_epochs=5)
-    again = fit(resumed, module=Quasi(), max_epochs=5, ckpt_path=path)
-    assert equal(again.state_dict(), module.state_dict())
-
-
-def test_curves_and_table_are_in_the_event_files(fit, tmp_path):
-    pruning = pruner(tolerance=1.0)
-    fit(pruning, logger=TensorBoardLogger(tmp_path, "run"))
-    events = EventAccumulator(str(tmp_path / "run" / "version_0"))
-    events.Reload()
-    sparsities = [(one.step, one.value) for one in events.Scalars("roulette/sparsity")]
-    assert sparsities == [(0, 0.0), *((level.level, pytest.approx(level.sparsity)) for level in pruning.report.levels)]
-    judged = [(one.step, one.value) for one in events.Scalars("roulette/held_out")]
-    levels = pruning.report.levels
-    assert judged[0] == (0, pytest.approx(pruning.report.held_out_dense))
-    assert judged[1:-1] == [(level.level, pytest.approx(level.held_out_score)) for level in levels[:-1]]
-    assert judged[-1][0] == 4
-    (table,) = events.Tensors("roulette/report/text_summary")
-    assert b"judged" in table.tensor_proto.string_val[0]
 
 
 def test_by_default_one_candidate_is_drawn_by_sensitivity_and_nothing_refitted(fit):
@@ -433,20 +382,13 @@ def test_confirmation_folds_judge_what_others_rank(fit):
     assert "on the held-out half" in str(pruning.report)
 
 
-@pytest.mark.parametrize(
-    ("epochs", "error", "words"),
-    [
-        ([], ValueError, "several epochs must rise"),
-        ([3, 3], ValueError, "several epochs must rise"),
-        ([3, 2], ValueError, "several epochs must rise"),
-        ([-1, 2], ValueError, "an epoch of at_epoch is -1"),
-        ([1.5], TypeError, "an epoch of at_epoch is 1.5"),
-        ({2, 3}, TypeError, "must be a number, or a list or range"),
-        (["2"], TypeError, "an epoch of at_epoch is '2'"),
-        ("2", TypeError, "at_epoch is '2'"),
-        (range(0), ValueError, "several epochs must rise"),
-    ],
-)
+RISE, TYPE = "several epochs must rise", "must be a number, or a list or range"
+NO_EPOCHS = [(epochs, ValueError, RISE) for epochs in ([], [3, 3], [3, 2], range(0))] + [({2, 3}, TypeError, TYPE)]
+NO_EPOCHS += [([-1, 2], ValueError, "an epoch of at_epoch is -1"), ([1.5], TypeError, "an epoch of at_epoch is 1.5")]
+NO_EPOCHS += [(["2"], TypeError, "an epoch of at_epoch is '2'"), ("2", TypeError, "at_epoch is '2'")]
+
+
+@pytest.mark.parametrize(("epochs", "error", "words"), NO_EPOCHS)
 def test_epochs_that_are_none(epochs, error, words):
     with pytest.raises(error, match=re.escape(words)):
         RouletteWheelPruning(at_epoch=epochs)
