@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import logging
-import math
+from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch.nn.functional import cross_entropy
 
-from lightning_roulette import (
-    Mask,
-    RouletteWheelPruning,
-    SearchReport,
-    StopReason,
-    Tree,
-    Validation,
-    Wheel,
-    apply_mask,
-    prunable_parameters,
-    sparsity,
-)
+from lightning_roulette import RouletteWheelPruning, StopReason, Tree, Validation, Wheel, apply_mask
 from lightning_roulette.trainer.data.folded_data import dealt
+from tests.support import fits
+from tests.support.callbacks import within
+from tests.support.isolated import ON_ALL
 from tests.support.modules import Blobs, val_loader
-from tests.support.results import Sparsities, copied
+from tests.support.results import Sparsities, copied, equal, nonzeros
 
-ON_ALL = Validation(confirm=0, race=False)  # all candidates on all data
-
-
-def pruner(**options) -> RouletteWheelPruning:
-    return RouletteWheelPruning(
-        **{"branches": 3, "tolerance": 0.1, "refit": None, "tree": Tree(0.2, max_levels=2)} | options
-    )
+pruner = partial(fits.pruner, branches=3, tolerance=0.1, tree=Tree(0.2, max_levels=2))
 
 
 # ---- the main path
@@ -43,7 +29,7 @@ def test_after_fit_the_network_is_slim_and_keeps_the_floor(fit):
     module = fit(pruning)
     report = pruning.report
     assert report.sparsity == 1 - report.survivors / 624 == pytest.approx(0.36, abs=0.01)
-    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
+    assert pruning.mask == nonzeros(module)
     assert pruning.mask.survivors == report.survivors
     assert report.dense_score > 0.8
     assert (report.floor, report.held_out_floor) == (report.dense_score - 0.1, report.held_out_dense - 0.1)
@@ -53,20 +39,15 @@ def test_after_fit_the_network_is_slim_and_keeps_the_floor(fit):
     assert report.stop_reason is StopReason.MAX_LEVELS
 
 
-def test_only_pruned_entries_differ_from_what_training_left(fit):
-    pruning = pruner()
-    dense, pruned = copied(fit()), copied(fit(pruning))
+def test_parameters_keep_their_identity_and_only_pruned_entries_differ_from_what_training_left(fit):
+    pruning, module = pruner(), Blobs()
+    before = {name: id(one) for name, one in module.named_parameters()}
+    dense, pruned = copied(fit()), copied(fit(pruning, module=module))
+    assert {name: id(one) for name, one in module.named_parameters()} == before
     assert dense.keys() == pruned.keys()
     for name, values in dense.items():
         kept = pruning.mask.get(name, torch.ones_like(values, dtype=torch.bool))
         assert torch.equal(pruned[name], values.masked_fill(~kept, 0)), name
-
-
-def test_parameters_keep_their_identity_and_their_names(fit):
-    module = Blobs()
-    before = {name: id(one) for name, one in module.named_parameters()}
-    fit(pruner(), module=module)
-    assert {name: id(one) for name, one in module.named_parameters()} == before
 
 
 @pytest.mark.parametrize("validation", [Validation(), ON_ALL], ids=["halves", "all"])
@@ -76,15 +57,12 @@ def test_the_reported_score_is_what_validation_gives_afterwards(fit, make_traine
     (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
     report = pruning.report
     assert report.score == pytest.approx(logged["val_acc"], abs=1e-7)
-    both_halves = (
-        report.search_score if validation is ON_ALL else (report.search_score + report.winner.held_out_score) / 2
-    )
-    assert report.score == pytest.approx(both_halves, abs=1e-6)
+    scores = [report.search_score] if validation is ON_ALL else [report.search_score, report.winner.held_out_score]
+    assert report.score == pytest.approx(sum(scores) / len(scores), abs=1e-6)
 
 
 def test_half_of_the_data_ranks_and_the_other_half_confirms(fit, make_trainer):
-    pruning = pruner()
-    dense = fit()
+    dense, pruning = fit(), pruner()
     fit(pruning)
     report = pruning.report
     (logged,) = make_trainer().validate(dense, val_loader(), verbose=False)
@@ -93,29 +71,6 @@ def test_half_of_the_data_ranks_and_the_other_half_confirms(fit, make_trainer):
     assert (report.dense_score + report.held_out_dense) / 2 == pytest.approx(logged["val_acc"], abs=1e-6)
     assert [level.held for level in report.levels] == [True, True]
     assert all(level.held_out_score >= report.held_out_floor - 1e-6 for level in report.levels)
-
-
-def test_the_report_says_what_was_done_level_by_level(fit):
-    tree = Tree(pruning_rate=0.5, max_levels=3)
-    pruning = pruner(branches=4, tree=tree, tolerance=1.0, validation=ON_ALL)
-    fit(pruning)
-    report = pruning.report
-    assert (report.monitor, report.mode, report.branches, report.size) == ("val_acc", "max", 4, 624)
-    assert [(one.level, one.survivors, one.accepted) for one in report.levels] == [
-        (1, 312, True),
-        (2, 156, True),
-        (3, 78, True),
-    ]
-    assert [len(one.candidates) for one in report.levels] == [4, 4, 4]
-    assert report.validations == 1 + 3 * (4 + 1)  # the dense network; of each level the branch, and its winner again
-    assert report.seconds > 0
-    for level in report.levels:
-        (winner,) = [one for one in level.candidates if one.index == level.winner]
-        assert level.score == winner.score
-        assert winner.rank == max(one.rank for one in level.candidates)
-        assert len({one.rank for one in level.candidates}) > 1
-    assert SearchReport.from_dict(report.to_dict()) == report
-    assert "level" in str(report)
 
 
 def test_masks_of_all_levels_nest_and_have_the_scores_of_the_report(fit, make_trainer):
@@ -147,13 +102,12 @@ def test_levels_beyond_the_winner_keep_their_masks(fit):
 
     class SlimIsBadOnTheOtherHalf(Blobs):
         def on_validation_epoch_start(self):
-            self.slim = sparsity(prunable_parameters(self)) > 0.3
+            self.slim = nonzeros(self).sparsity > 0.3
 
         def validation_step(self, batch, batch_idx):
-            scores = self(batch[0])
             wrong = self.slim & torch.isin(batch[0][:, 0], others)
             self.log("val_acc", (~wrong).float().mean())
-            self.log("val_loss", torch.nn.functional.cross_entropy(scores, batch[1]))
+            self.log("val_loss", cross_entropy(self(batch[0]), batch[1]))
 
     pruning, others = pruner(tree=Tree(0.2, max_levels=3)), confirming_inputs()
     module = fit(pruning, module=SlimIsBadOnTheOtherHalf())
@@ -161,7 +115,7 @@ def test_levels_beyond_the_winner_keep_their_masks(fit):
     assert [level.accepted for level in report.levels] == [True, True, True]
     assert [level.held for level in report.levels] == [True, False, None]
     assert report.winner.level == 1
-    assert pruning.mask == pruning.mask_at(1) == Mask.of_nonzeros(prunable_parameters(module))
+    assert pruning.mask == pruning.mask_at(1) == nonzeros(module)
     masks = [pruning.mask_at(level) for level in range(4)]
     assert [mask.survivors for mask in masks] == [624, *(level.survivors for level in report.levels)]
     assert masks[3] <= masks[2] <= masks[1] <= masks[0]
@@ -177,10 +131,9 @@ def test_before_a_search_there_is_no_mask():
 
 
 def test_the_network_stays_dense_where_no_level_keeps_the_floor(fit, tmp_path):
-    tree = Tree(pruning_rate=0.95, patience=1)
-    pruning = pruner(tolerance=0.0, wheel=Wheel(sharpness=0.0), tree=tree, dirpath=tmp_path, validation=ON_ALL)
-    dense, kept = copied(fit()), copied(fit(pruning))
-    assert all(torch.equal(dense[name], kept[name]) for name in dense)
+    hopeless = {"tolerance": 0.0, "wheel": Wheel(sharpness=0.0), "tree": Tree(0.95, patience=1)}
+    pruning = pruner(dirpath=tmp_path, validation=ON_ALL, **hopeless)
+    assert equal(copied(fit()), copied(fit(pruning)))
     assert pruning.report.stop_reason is StopReason.DECLINED
     assert pruning.report.winner is None
     assert pruning.report.score == pruning.report.dense_score
@@ -189,36 +142,7 @@ def test_the_network_stays_dense_where_no_level_keeps_the_floor(fit, tmp_path):
     assert list(tmp_path.glob("*.ckpt")) == []
 
 
-def test_a_level_below_the_floor_is_tried_again_at_half_the_rate(fit):
-    pruning = pruner(tolerance=0.05, tree=Tree(pruning_rate=0.8, patience=4, max_levels=1))
-    fit(pruning)
-    *failed, last = pruning.report.levels
-    assert failed
-    assert last.accepted
-    assert [one.pruning_rate for one in pruning.report.levels] == [0.8 / 2**i for i in range(len(failed) + 1)]
-    lowest = pruning.report.floor - 1e-6  # scores are rounded
-    assert last.score >= lowest
-    assert all(one.score < lowest for one in failed)
-
-
 # ---- what the arguments mean
-
-
-@pytest.mark.parametrize("arguments", [{"wheel": Wheel(math.inf)}, {"wheel": Wheel(math.inf, "magnitude", "layer")}])
-def test_infinite_sharpness_prunes_the_smallest_weights(fit, arguments):
-    dense = fit()
-    tree = Tree(pruning_rate=0.25, max_levels=1)
-    pruning = pruner(branches=2, tree=tree, tolerance=1.0, validation=ON_ALL, **arguments)
-    fit(pruning)
-    weights = {name: one.detach().abs() for name, one in prunable_parameters(dense).items()}
-    groups = [list(weights)] if arguments["wheel"].scope == "global" else [[name] for name in weights]
-    for group in groups:
-        magnitudes = torch.cat([weights[name].flatten() for name in group])
-        kept = torch.cat([pruning.mask[name].flatten() for name in group])
-        assert int((~kept).sum()) == len(magnitudes) // 4
-        assert magnitudes[~kept].max() < magnitudes[kept].min()
-    assert [one.same_as for one in pruning.report.levels[0].candidates] == [None, 0]
-    assert pruning.report.validations == 1 + 1 + 1  # of both candidates, which are the same network, and of the winner
 
 
 def test_importance_may_be_a_function_of_all_weights(fit):
@@ -227,9 +151,8 @@ def test_importance_may_be_a_function_of_all_weights(fit):
 
     pruning = pruner(wheel=Wheel(importance=first_layer_matters), tolerance=1.0)
     fit(pruning)
-    densities = pruning.mask.densities
-    assert densities["net.0.weight"] == 1
-    assert densities["net.2.weight"] < 0.1
+    assert pruning.mask.densities["net.0.weight"] == 1
+    assert pruning.mask.densities["net.2.weight"] < 0.1
 
 
 def test_the_target_sparsity_is_reached_exactly_and_ends_the_search(fit):
@@ -246,23 +169,21 @@ def test_include_replaces_the_default_choice_and_exclude_subtracts(fit):
     assert bool((module.net[0].weight != 0).all())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ({}, ("val_acc", "max")),
-        ({"monitor": "val_loss"}, ("val_loss", "min")),
-        ({"monitor": "val_loss", "mode": "max"}, ("val_loss", "max")),
-        ({"mode": "min", "tolerance": 1.0}, ("val_acc", "min")),
-    ],
-)
+JUDGES = [({}, ("val_acc", "max")), ({"mode": "min", "tolerance": 1.0}, ("val_acc", "min"))]
+JUDGES += [
+    ({"monitor": "val_loss"}, ("val_loss", "min")),
+    ({"monitor": "val_loss", "mode": "max"}, ("val_loss", "max")),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), JUDGES)
 def test_monitor_and_mode_choose_what_judges(fit, make_trainer, arguments, expected):
     validation = Validation(rank_by=expected[0], confirm=0, race=False)
     pruning = pruner(validation=validation, **arguments)
     module = fit(pruning, ModelCheckpoint(monitor="val_loss"), enable_checkpointing=True)
     report = pruning.report
     (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
-    assert report.score == pytest.approx(logged[report.monitor], abs=1e-6)
-    assert report.search_score == pytest.approx(logged[report.monitor], abs=1e-6)
+    assert report.score == report.search_score == pytest.approx(logged[report.monitor], abs=1e-6)
     assert (report.monitor, report.mode) == expected
     best = max if report.mode == "max" else min
     for level in report.levels:
@@ -292,9 +213,8 @@ class LogsOnly(Blobs):
         self.names = names
 
     def validation_step(self, batch, batch_idx):
-        x, y = batch
         for name in self.names:
-            self.log(name, torch.nn.functional.cross_entropy(self(x), y))
+            self.log(name, cross_entropy(self(batch[0]), batch[1]))
 
 
 class Plateau(LogsOnly):
@@ -304,96 +224,76 @@ class Plateau(LogsOnly):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "b"}}
 
 
-@pytest.mark.parametrize(
-    ("module", "callbacks", "expected"),
-    [
-        (LogsOnly("val_loss", "top1_accuracy"), [], ("top1_accuracy", "max", "the one logged name like an accuracy")),
-        (LogsOnly("a", "b"), [ModelCheckpoint(monitor="b", mode="max")], ("b", "max", "what ModelCheckpoint watches")),
-        (LogsOnly("a", "b"), [EarlyStopping(monitor="a", mode="min")], ("a", "min", "what EarlyStopping watches")),
-        (LogsOnly("val_loss"), [], ("val_loss", "min", "the only metric logged")),
-        (Plateau("a", "b"), [], ("b", "min", "what a learning rate scheduler watches")),
-    ],
-    ids=["name", "checkpoint", "stopping", "only one", "scheduler"],
-)
+HINTS = {
+    "name": (LogsOnly("val_loss", "top1_accuracy"), [], "top1_accuracy (max, the one logged name like an accuracy)"),
+    "checkpoint": (
+        LogsOnly("a", "b"),
+        [ModelCheckpoint(monitor="b", mode="max")],
+        "b (max, what ModelCheckpoint watches)",
+    ),
+    "stopping": (LogsOnly("a", "b"), [EarlyStopping("a", mode="min")], "a (min, what EarlyStopping watches)"),
+    "only one": (LogsOnly("val_loss"), [], "val_loss (min, the only metric logged)"),
+    "scheduler": (Plateau("a", "b"), [], "b (min, what a learning rate scheduler watches)"),
+}
+
+
+@pytest.mark.parametrize(("module", "callbacks", "expected"), HINTS.values(), ids=HINTS)
 def test_without_a_monitor_the_module_and_its_callbacks_tell(fit, caplog, module, callbacks, expected):
     pruning = pruner(tolerance=0.0, tree=Tree(0.2, max_levels=1, patience=1))
     writes = any(isinstance(one, ModelCheckpoint) for one in callbacks)
     with caplog.at_level(logging.INFO, "lightning_roulette"):
         fit(pruning, *callbacks, module=module, enable_checkpointing=writes)
-    monitor, mode, why = expected
-    assert (pruning.report.monitor, pruning.report.mode) == (monitor, mode)
+    assert expected.startswith(f"{pruning.report.monitor} ({pruning.report.mode}, ")
     (line,) = [one for one in caplog.messages if "judges candidates by" in one]
-    assert f"{monitor} ({mode}, {why})" in line
+    assert expected in line
 
 
 def test_equal_seeds_give_equal_masks_whatever_the_global_seed(fit):
     masks = []
     for seed, world in ((5, 1), (5, 2), (6, 1)):
-        pruning, module = pruner(seed=seed), Blobs(lr=0.0)
-        torch.manual_seed(world)
-        fit(pruning, module=module)
-        masks.append(pruning.mask_at(0) if pruning.mask.sparsity == 0 else pruning.mask)
+        pruning = pruner(seed=seed)
+        fit(pruning, module=Blobs(lr=0.0), seed=world)
+        masks.append(pruning.mask)
     assert masks[0].sparsity > 0
-    assert masks[0] == masks[1]
-    assert masks[0] != masks[2]
+    assert masks[0] == masks[1] != masks[2]
 
 
 # ---- at an epoch
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
-def test_at_epoch_searches_before_the_next_epoch_begins_and_training_goes_on_without_the_weights(
-    fit, make_trainer, epoch
-):
+def test_at_epoch_searches_before_that_epoch_and_trains_on_without_the_weights(fit, make_trainer, epoch):
     notes, pruning = Sparsities(), pruner(at_epoch=epoch, tolerance=1.0)
     module = fit(notes, pruning, max_epochs=3)
     slim = pruning.report.sparsity
     assert slim == pytest.approx(0.36, abs=0.01)
     assert notes.found == [0.0] * 8 * epoch + [slim] * 8 * (3 - epoch)
-    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
+    assert pruning.mask == nonzeros(module)
     (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
     assert pruning.report.trained_score == pytest.approx(logged["val_acc"], abs=1e-7)
 
 
-def test_training_before_the_search_at_an_epoch_is_as_without_it(fit):
-    class Keep(Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            self.state = copied(pl_module) if trainer.current_epoch == 0 else self.state
-
-    plain, searched = Keep(), Keep()
-    fit(plain)
-    fit(pruner(at_epoch=1), searched)
-    assert all(torch.equal(plain.state[name], searched.state[name]) for name in plain.state)
+def stop(trainer, module):
+    trainer.should_stop = True
 
 
-class Stop(Callback):
-    """Stops after the first epoch."""
+ENDS = {
+    "the last epoch": (2, [], {}, 16),
+    "stopped": (3, [within("on_train_epoch_end", stop)], {"max_epochs": 4}, 8),
+    "steps": (None, [], {"max_epochs": -1, "max_steps": 12}, 12),
+    "steps and epochs": (None, [], {"max_epochs": 2, "max_steps": 12}, 12),
+    "fast_dev_run": (5, [], {"fast_dev_run": True}, 1),
+}
 
-    def on_train_epoch_end(self, trainer, pl_module):
-        trainer.should_stop = True
 
-
-@pytest.mark.parametrize(
-    ("at_epoch", "callbacks", "limits", "batches"),
-    [
-        (2, [], {}, 16),
-        (3, [Stop()], {"max_epochs": 4}, 8),
-        (None, [], {"max_epochs": -1, "max_steps": 12}, 12),
-        (None, [], {"max_epochs": 2, "max_steps": 12}, 12),
-        (5, [], {"fast_dev_run": True}, 1),
-    ],
-    ids=["the last epoch", "stopped", "steps", "steps and epochs", "fast_dev_run"],
-)
+@pytest.mark.parametrize(("at_epoch", "callbacks", "limits", "batches"), ENDS.values(), ids=ENDS)
 def test_a_run_that_ends_before_the_epoch_is_searched_at_its_end(fit, at_epoch, callbacks, limits, batches):
     notes, pruning = Sparsities(), pruner(at_epoch=at_epoch)
     module = fit(*callbacks, notes, pruning, **limits)
     assert notes.found == [0.0] * batches
-    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
+    assert pruning.mask == nonzeros(module)
     assert pruning.report.sparsity > 0
     assert pruning.report.trained_score is None
-
-
-# ---- fitting again
 
 
 # ---- fitting again
@@ -420,5 +320,5 @@ def test_fast_dev_run_sees_every_part_work_once(fit, tmp_path):
     assert len(level.candidates) == 2
     assert level.accepted
     assert level.score < pruning.report.dense_score  # the floor is ignored
-    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(module))
+    assert pruning.mask == nonzeros(module)
     assert list(tmp_path.rglob("*.*")) == []
