@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_roulette import HoldZeros, Mask
+from lightning_roulette import HoldZeros, Mask, RouletteWheelPruning, Tree
 from tests.support.modules import train_loader, val_loader
+from tests.support.results import told
 
 QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
@@ -56,6 +58,25 @@ class Noted(Callback):
             for what, tensors in (("weight", [weight]), ("gradient", [weight.grad]), ("memory", memories)):
                 values = [float(full_of(one)[~kept].abs().max()) for one in tensors]
                 self.found[what] = max([self.found[what], *values])
+
+
+def train_with_search(
+    module: LightningModule, weights: dict[str, Tensor], folder: Path, choices: dict[str, Any], **options: Any
+) -> tuple[RouletteWheelPruning, dict[str, Any]]:
+    """Prune a module with these weights, and return the callback and what it found and warned of."""
+    module.load_state_dict(weights)
+    pruning = RouletteWheelPruning(3, tolerance=0.1, tree=Tree(0.2, max_levels=3), dirpath=folder, **choices)
+    trainer = Trainer(accelerator="cpu", max_epochs=2, default_root_dir=folder, callbacks=[pruning], **options, **QUIET)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, train_loader(), val_loader(batch_size=25))
+    said = [str(one.message) for one in caught if "RouletteWheelPruning" in str(one.message)]
+    return pruning, {
+        "mask": dict(pruning.mask),
+        "report": told(pruning),
+        "path": pruning.best_model_path,
+        "warnings": said,
+    }
 
 
 def train_with_zeros(

@@ -1,65 +1,50 @@
 """Killed at any moment and resumed in a new process: the run ends as the one that was not killed.
 
-Run as a script, `python tests/test_killed.py FOLDER MOMENTS`, it kills that many runs and says what became of each.
+Run as a script, `python tests/trainer/test_killed.py FOLDER MOMENTS`, it kills that many runs and prints what became
+of each.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_roulette import LeastSquares, RouletteWheelPruning, Tree
+from lightning_roulette import LeastSquares, Tree
 from lightning_roulette.judge.journal import Journal
 from lightning_roulette.trainer.scores.trainer_evaluator import TrainerEvaluator
+from tests.support.fits import pruner
 from tests.support.modules import Blobs, blobs, val_loader
+from tests.support.processes import QUIET, run_script
+from tests.support.results import load
 
-ROOT = Path(__file__).parents[2]
 RUNS = {
     "at the end": {"refit": LeastSquares(batches=4)},
-    "at an epoch": {"at_epoch": 2, "refit": None},
-    "certified": {"refit": None, "tolerance": 0.4, "confidence": 0.8},
+    "at an epoch": {"at_epoch": 2},
+    "certified": {"tolerance": 0.4, "confidence": 0.8},
 }
 MOMENTS = 6  # in the suite
-
-
-class ByEpoch(Sampler):
-    """An order that depends on the epoch alone."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.epoch = size, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self):
-        return iter(torch.randperm(self.size, generator=torch.Generator().manual_seed(self.epoch)).tolist())
-
-    def __len__(self) -> int:
-        return self.size
 
 
 class Moments(Callback):
     """Counts the moments of a run: steps, hooks, and what is written; at one of them the process is killed."""
 
     def __init__(self, folder: Path, at: int | None) -> None:
-        self.folder, self.at, self.count = folder, at, 0
-        self.search = (0, 0)
+        self.folder, self.at, self.count, self.search = folder, at, 0, (0, 0)
 
-    def tick(self) -> None:
+    def tick(self, *_) -> None:
         self.count += 1
         if self.count == self.at:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -71,7 +56,6 @@ class Moments(Callback):
     def watch(self, trainer: Trainer) -> None:
         """Before and after each answer is noted, in the middle of its line, and around each file."""
         note, write, remove, lend = Journal.note, Journal._write, Journal.remove, TrainerEvaluator._as
-        save = trainer.save_checkpoint
 
         def ticking_write(journal, path, line):
             if self.count + 1 == self.at:
@@ -95,7 +79,7 @@ class Moments(Callback):
 
         Journal.note, Journal._write, Journal.remove = ticking_note, ticking_write, ticking_remove
         TrainerEvaluator._as = counting_lend
-        trainer.save_checkpoint = self.around(save)
+        trainer.save_checkpoint = self.around(trainer.save_checkpoint)
 
     def around(self, function):
         def ticking(*arguments, **options):
@@ -106,20 +90,7 @@ class Moments(Callback):
 
         return ticking
 
-    def on_train_start(self, trainer, pl_module):
-        self.tick()
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.tick()
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        self.tick()
-
-    def on_train_end(self, trainer, pl_module):
-        self.tick()
-
-    def on_fit_end(self, trainer, pl_module):
-        self.tick()
+    on_train_start = on_train_batch_end = on_train_epoch_end = on_train_end = on_fit_end = tick
 
 
 class Ticking(Blobs):
@@ -138,29 +109,23 @@ def run(folder: Path, name: str, at: int | None) -> None:
     torch.set_num_threads(1)
     moments, module = Moments(folder, at), Ticking()
     module.moments = moments
-    options = {"branches": 2, "tolerance": 0.2, "tree": Tree(0.2, max_levels=2), **RUNS[name]}
-    pruning = RouletteWheelPruning(**options)
-    files = ModelCheckpoint(folder / "epochs", save_top_k=-1)
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = Trainer(
-        accelerator="cpu", max_epochs=3, default_root_dir=folder, callbacks=[pruning, files, moments], **quiet
-    )
+    pruning = pruner(tree=Tree(0.2, max_levels=2), **RUNS[name])
+    callbacks = [pruning, ModelCheckpoint(folder / "epochs", save_top_k=-1), moments]
+    options = QUIET | {"enable_checkpointing": True, "callbacks": callbacks}
+    trainer = Trainer(accelerator="cpu", max_epochs=3, default_root_dir=folder, **options)
     moments.watch(trainer)
     data = blobs(200, 1)
-    loader = DataLoader(data, batch_size=50, sampler=ByEpoch(len(data)))
+    by_epoch = DistributedSampler(data, num_replicas=1, rank=0)  # an order that depends on the epoch alone
+    loader = DataLoader(data, batch_size=50, sampler=by_epoch)
     trainer.fit(module, loader, val_loader(), ckpt_path=last_checkpoint(folder))
     result = {
         "weights": {key: value.tolist() for key, value in module.state_dict().items()},
-        "file": {key: value.tolist() for key, value in _load(pruning.best_model_path)["state_dict"].items()},
+        "file": {key: value.tolist() for key, value in load(pruning.best_model_path)["state_dict"].items()},
         "report": pruning.report.to_dict() | {"seconds": None},
         "journals": [path.name for path in folder.rglob("search*")],
         "moments": [(1, moments.count), moments.search],
     }
     (folder / "result.json").write_text(json.dumps(result))
-
-
-def _load(path: str) -> dict:
-    return torch.load(path, weights_only=True)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -172,26 +137,13 @@ def last_checkpoint(folder: Path) -> Path | None:
 def in_new_process(folder: Path, name: str, at: int | None = None, seconds: float | None = None) -> bool:
     """One run in a process of its own; whether it was killed."""
     folder.mkdir(parents=True, exist_ok=True)
-    if (child := os.fork()) == 0:
-        with open(folder / "output", "ab") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        try:
-            run(folder, name, at)
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(1)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-        return True
-    assert status == 0, (folder / "output").read_text()[-4000:]
-    return False
+    child = multiprocessing.get_context("fork").Process(target=run, args=(folder, name, at))
+    child.start()
+    child.join(seconds)
+    child.kill()
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL)
+    return child.exitcode != 0
 
 
 def counted(folder: Path) -> tuple[int, bool]:
@@ -212,11 +164,9 @@ def main(folder: Path, moments: int) -> None:
     for number in range(moments):
         name = list(RUNS)[number % len(RUNS)]
         anywhere, in_search = whole[name]["moments"]
-        moment = (
-            {"at": chance.randint(*in_search)},
-            {"at": chance.randint(*anywhere)},
-            {"seconds": chance.random() * seconds[name]},
-        )[chance.randrange(3) if number > 2 else number]
+        moments_of = {"at": chance.randint(*in_search)}, {"at": chance.randint(*anywhere)}
+        by_clock = {"seconds": chance.random() * seconds[name]}
+        moment = (*moments_of, by_clock)[chance.randrange(3) if number > 2 else number]
         place = folder / str(number)
         killed = in_new_process(place, name, **moment)
         ended, began = counted(place)[1], counted(place)[0] > 0
@@ -226,19 +176,11 @@ def main(folder: Path, moments: int) -> None:
         if killed or again:
             assert not in_new_process(place, name)
         result = json.loads((place / "result.json").read_text())
-        told.append(
-            {
-                "run": name,
-                **moment,
-                "kills": killed + again,
-                "from a file": from_file,
-                "search": "ended" if ended else "begun" if began else "to come",
-                "validated": counted(place)[0],
-                "of": whole[name]["validated"],
-                "differs": [key for key in ("weights", "file", "report") if result[key] != whole[name][key]],
-                "journals": result["journals"],
-            }
-        )
+        search = "ended" if ended else "begun" if began else "to come"
+        differs = [key for key in ("weights", "file", "report") if result[key] != whole[name][key]]
+        one = {"run": name, **moment, "kills": killed + again, "from a file": from_file, "search": search}
+        one |= {"validated": counted(place)[0], "of": whole[name]["validated"]}
+        told.append(one | {"differs": differs, "journals": result["journals"]})
     (folder / "told.json").write_text(json.dumps(told))
 
 
@@ -246,10 +188,7 @@ def main(folder: Path, moments: int) -> None:
 def told(tmp_path_factory):
     """What became of each run."""
     folder = tmp_path_factory.mktemp("killed")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(folder), str(MOMENTS)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_script(__file__, folder, MOMENTS)
     return json.loads((folder / "told.json").read_text())
 
 

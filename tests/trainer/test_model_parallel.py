@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.fsdp import fully_shard
 
-from lightning_roulette import HoldZeros, Mask, RouletteWheelPruning, Tree, Validation, Wheel
-from tests.support.modules import Blobs, train_loader, trained, val_loader
-from tests.support.processes import QUIET, full_of, train_with_zeros
+from lightning_roulette import HoldZeros, Mask, RouletteWheelPruning, Wheel
+from tests.support.isolated import ON_ALL
+from tests.support.modules import Blobs, dense_net, train_loader, trained, val_loader
+from tests.support.processes import QUIET, assert_same_winners, full_of, train_with_search, train_with_zeros
+from tests.support.results import equal
 from tests.support.together import two_processes
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 
 
 class Uneven(Blobs):
@@ -28,11 +27,7 @@ class Uneven(Blobs):
 
     def __init__(self, lr: float) -> None:
         super().__init__(lr)
-        self.net = nn.Sequential(nn.Linear(16, 25), nn.ReLU(), nn.Linear(25, 11), nn.ReLU(), nn.Linear(11, 10))
-        chance = torch.Generator().manual_seed(7)
-        with torch.no_grad():
-            for parameter in self.net.parameters():
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=chance))
+        self.net = dense_net(16, 25, 11, 10)
         self.sharded = False
 
     def configure_model(self):
@@ -45,11 +40,10 @@ class Uneven(Blobs):
 
 # A learning rate of 0 leaves the given weights, however many processes train them.
 # Each process deals its own part of the data to folds: only all of it is the same, however many there are.
-ALL_DATA = Validation(confirm=0, race=False)
 RUNS = {
-    "at the end": (0.0, {"validation": ALL_DATA}),
-    "each layer": (0.0, {"validation": ALL_DATA, "wheel": Wheel(scope="layer")}),
-    "leaning": (0.0, {"validation": ALL_DATA, "wheel": Wheel(4, allocation=0.3)}),
+    "at the end": (0.0, {"validation": ON_ALL}),
+    "each layer": (0.0, {"validation": ON_ALL, "wheel": Wheel(scope="layer")}),
+    "leaning": (0.0, {"validation": ON_ALL, "wheel": Wheel(4, allocation=0.3)}),
     "at epoch": (0.01, {"at_epoch": 1}),
 }
 ALONE = ("at the end", "each layer", "leaning")  # found by one process too
@@ -62,22 +56,13 @@ def by_rows(*, whole_files: bool) -> ModelParallelStrategy:
 
 def fit(name: str, folder: Path, weights, **options) -> dict:
     """One of the runs; what it found, in plain tensors and numbers."""
-    lr, pruning_options = RUNS[name]
+    lr, choices = RUNS[name]
     module = Uneven(lr)
-    module.load_state_dict(weights)
-    tree = Tree(0.2, max_levels=3)
-    pruning = RouletteWheelPruning(3, tolerance=0.1, refit=None, tree=tree, dirpath=folder, **pruning_options)
-    trainer = Trainer(accelerator="cpu", max_epochs=2, default_root_dir=folder, callbacks=[pruning], **options, **QUIET)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*full_state_dict.*")
-        trainer.fit(module, train_loader(), val_loader(batch_size=25))
-    return {
-        "mask": dict(pruning.mask),
+    pruning, found = train_with_search(module, weights, folder, {"refit": None, **choices}, **options)
+    return found | {
         "masks": [dict(pruning.mask_at(level)) for level in range(len(pruning.report.accepted) + 1)],
         "weights": whole(module),
         "level 1": {name: full_of(one) for name, one in pruning.weights_at(1).items()},
-        "report": pruning.report.to_dict() | {"seconds": None},
-        "path": pruning.best_model_path,
     }
 
 
@@ -124,9 +109,8 @@ def ranks(dense, tmp_path_factory):
 def test_both_ranks_have_the_same_mask_of_the_whole_network_and_the_same_report(ranks, dense, name):
     first, second = (rank[name] for rank in ranks)
     assert Mask(first["mask"]) == Mask(second["mask"])
-    assert {weight: kept.shape for weight, kept in first["mask"].items()} == {
-        weight: dense[weight].shape for weight in ("net.0.weight", "net.2.weight", "net.4.weight")
-    }
+    shapes = {weight: dense[weight].shape for weight in ("net.0.weight", "net.2.weight", "net.4.weight")}
+    assert {weight: kept.shape for weight, kept in first["mask"].items()} == shapes
     assert 0.1 < Mask(first["mask"]).sparsity < 0.9
     assert first["report"] == second["report"]
 
@@ -136,15 +120,9 @@ def test_they_find_what_one_process_with_whole_weights_finds(ranks, dense, tmp_p
     alone, both = fit(name, tmp_path, dense, devices=1), ranks[0][name]
     assert len(both["masks"]) == 4
     assert [Mask(one) for one in both["masks"]] == [Mask(one) for one in alone["masks"]]
-    assert all(torch.equal(both["weights"][weight], value) for weight, value in alone["weights"].items())
-    assert both["level 1"].keys() == alone["level 1"].keys()
-    assert all(torch.equal(both["level 1"][weight], value) for weight, value in alone["level 1"].items())
-    for one, two in zip(alone["report"]["levels"], both["report"]["levels"], strict=True):
-        assert one["winner"] == two["winner"]
-        scores = [[candidate["rank"] for candidate in level["candidates"]] for level in (one, two)]
-        assert scores[0] == pytest.approx(scores[1], abs=1e-6)
-    assert both["report"]["score"] == pytest.approx(alone["report"]["score"], abs=1e-6)
-    assert any(len({one["rank"] for one in level["candidates"]}) > 1 for level in alone["report"]["levels"])
+    assert equal(both["weights"], alone["weights"])
+    assert equal(both["level 1"], alone["level 1"])
+    assert_same_winners(alone["report"], both["report"])
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != IN_PARTS])

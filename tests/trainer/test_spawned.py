@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import pickle
-import subprocess
 import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,18 +15,17 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_roulette import Mask, RouletteWheelPruning, Tree, prunable_parameters, sparsity
-from lightning_roulette.report.records import StopReason
+from lightning_roulette import Mask, StopReason, Tree, sparsity
 from lightning_roulette.trainer.scores.trainer_evaluator import TrainerEvaluator
 from lightning_roulette.trainer.spawned import Handover
+from tests.support import fits
+from tests.support.copies import COPIES
 from tests.support.failing import Fails, counting
-from tests.support.modules import Blobs, blobs, train_loader, val_loader
+from tests.support.modules import Blobs, blobs, val_loader
+from tests.support.processes import QUIET, run_script
+from tests.support.results import equal, load, nonzeros, told
 
-ROOT = Path(__file__).parents[2]
-
-
-def pruner(**options) -> RouletteWheelPruning:
-    return RouletteWheelPruning(**{"branches": 2, "tolerance": 0.2, "tree": Tree(0.2, max_levels=2)} | options)
+pruner = partial(fits.pruner, tree=Tree(0.2, max_levels=2))
 
 
 def note(evaluator) -> None:
@@ -36,44 +34,36 @@ def note(evaluator) -> None:
     (module.folder / f"judged{evaluator._trainer.global_rank}").write_text(str(module.judged))
 
 
-def fit(folder: Path, strategy: str, pruning, module, ckpt_path=None, **options) -> Trainer:
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
-    callbacks = [pruning, ModelCheckpoint(folder, save_top_k=-1)]
-    options = {"accelerator": "cpu", "devices": 2, "max_epochs": 2, "default_root_dir": folder, **quiet} | options
-    trainer = Trainer(strategy=strategy, callbacks=callbacks, **options)
+def fit_in_two(folder: Path, strategy: str, pruning, module, ckpt_path=None) -> None:
+    options = QUIET | {"enable_checkpointing": True, "callbacks": [pruning, ModelCheckpoint(folder, save_top_k=-1)]}
+    trainer = Trainer(strategy=strategy, accelerator="cpu", devices=2, max_epochs=2, default_root_dir=folder, **options)
     loader = torch.utils.data.DataLoader(blobs(400, 1), batch_size=25)
     trainer.fit(module, loader, val_loader(25), ckpt_path=ckpt_path)
-    return trainer
 
 
 def found(pruning, module) -> dict:
     """What the main process has; nothing of it but by the public names."""
-    zeros = {name: weight.detach() != 0 for name, weight in prunable_parameters(module).items()}
-    report = None if pruning.report is None else pruning.report.to_dict() | {"seconds": None}
     mask = None if pruning.mask is None else dict(pruning.mask)
-    return {"report": report, "mask": mask, "zeros": zeros, "path": pruning.best_model_path}
+    return {"report": told(pruning), "mask": mask, "zeros": dict(nonzeros(module)), "path": pruning.best_model_path}
 
 
 def spawned(folder: Path) -> dict:
     """A fit, a copy made before and one made after it, and a second fit with the same callback."""
-    pruning, module = pruner(refit=None), Blobs()
-    before = copy.deepcopy(pruning)
-    fit(folder, "ddp_spawn", pruning, module)
-    sent = pickle.loads(pickle.dumps(pruning))  # before anybody asks
-    after, first = copy.deepcopy(pruning), found(pruning, module)
-    try:
+    pruning, module = pruner(), Blobs()
+    before = COPIES["deepcopy"](pruning)
+    fit_in_two(folder, "ddp_spawn", pruning, module)
+    sent = COPIES["pickle"](pruning)  # before anybody asks
+    after, first = COPIES["deepcopy"](pruning), found(pruning, module)
+    with pytest.raises(RuntimeError) as said:
         pruning.weights_at(1)
-        said = ""
-    except RuntimeError as error:
-        said = str(error)
     sparsities = [sparsity(pruning.mask_at(level)) for level in range(3)]
-    fit(folder / "second", "ddp_fork", pruning, module)
+    fit_in_two(folder / "second", "ddp_fork", pruning, module)
     return {
         "first": first,
         "second": found(pruning, module),
         "before": before.report is None and before.mask is None,
         "copies": [found(one, module)["report"] == first["report"] for one in (after, sent)],
-        "said": said,
+        "said": str(said.value),
         "sparsities": sparsities,
     }
 
@@ -82,13 +72,12 @@ def cut_short(folder: Path) -> dict:
     """A search that fails in both processes, is resumed, and is compared with one that did not fail."""
     TrainerEvaluator._as = counting(note)
     results = {}
-    for name, at, ckpt_path in (("whole", None, False), ("cut", 6, False), ("resumed", None, True)):
-        pruning, module = pruner(refit=None), Fails()
-        module.folder, module.at = folder, at
-        place = folder / ("whole" if name == "whole" else "cut")
-        path = max(place.glob("epoch=*.ckpt")) if ckpt_path else None
+    for name, place, at in (("whole", "whole", None), ("cut", "cut", 6), ("resumed", "cut", None)):
+        pruning, module, place = pruner(), Fails(at), folder / place
+        module.folder = folder
+        path = max(place.glob("epoch=*.ckpt")) if name == "resumed" else None
         try:
-            fit(place, "ddp_fork", pruning, module, path)
+            fit_in_two(place, "ddp_fork", pruning, module, path)
         except torch.multiprocessing.ProcessRaisedException as error:
             assert "power cut" in str(error)  # noqa: PT017
         results[name] = found(pruning, module) | {
@@ -113,10 +102,7 @@ def main(folder: Path) -> None:
 def results(tmp_path_factory):
     """All of it, from a process of its own: one that may start others."""
     folder, place = tmp_path_factory.mktemp("handover"), tmp_path_factory.mktemp("temporary")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(place)}
-    command = [sys.executable, __file__, str(folder)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_script(__file__, folder, TMPDIR=place)
     left = [path.name for path in place.rglob("lightning_roulette*")]
     return torch.load(folder / "results.pt", weights_only=True) | {"left": left}
 
@@ -124,8 +110,7 @@ def results(tmp_path_factory):
 @pytest.mark.slow
 def test_the_main_process_gets_report_mask_and_path_back(results):
     first = results["spawned"]["first"]
-    stored = torch.load(first["path"], weights_only=True)
-    state = stored["callbacks"]["RouletteWheelPruning"]
+    state = load(first["path"])["callbacks"]["RouletteWheelPruning"]
     assert Mask(first["mask"]) == Mask(first["zeros"]) == Mask.load(first["path"])
     assert Mask(first["mask"]).sparsity == pytest.approx(0.36, abs=0.01)
     assert first["report"] == state["report"] | {"seconds": None}
@@ -165,7 +150,7 @@ def test_a_search_that_failed_in_several_processes_is_taken_up_by_all_of_them(re
     assert (cut["mask"], cut["judged"], cut["journals"]) == (None, [5, 5], 1)
     assert resumed["report"] == whole["report"]
     assert Mask(resumed["mask"]) == Mask(whole["mask"])
-    assert all(torch.equal(whole["weights"][name], value) for name, value in resumed["weights"].items())
+    assert equal(resumed["weights"], whole["weights"])
     assert [once + 5 for once in resumed["judged"]] == whole["judged"]
     assert resumed["journals"] == 0
 
@@ -188,7 +173,7 @@ def test_what_a_pickled_copy_writes_the_original_reads_once():
     assert original.received() is None
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_a_copy_reads_what_its_own_workers_write_and_nothing_else(copied):
     original = Handover()
     other = copied(original)
@@ -197,7 +182,7 @@ def test_a_copy_reads_what_its_own_workers_write_and_nothing_else(copied):
     assert other.received() == {"report": 2}
 
 
-@pytest.mark.parametrize("copied", [lambda one: one, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@pytest.mark.parametrize("copied", [lambda one: one, *COPIES.values()], ids=["itself", *COPIES])
 def test_what_a_forked_process_writes_is_read_by_the_one_that_forked_it(copied):
     original = Handover()
     other = copied(original)
@@ -217,19 +202,18 @@ def test_what_was_never_read_goes_with_the_one_that_would_have():
     assert not left.exists()
 
 
-def test_a_single_process_hands_nothing_over(make_trainer, tmp_path, monkeypatch):
+def test_a_single_process_hands_nothing_over(fit, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    pruning = pruner(refit=None)
-    make_trainer(callbacks=[pruning]).fit(Blobs(), train_loader(), val_loader())
+    pruning = pruner()
+    fit(pruning)
     assert pruning.report is not None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_report_of_cuts_that_a_worker_did_not_finish_says_so(make_trainer):
-    original = pruner(at_epoch=[1, 2, 3], tolerance=1.0, refit=None)
+def test_the_report_of_cuts_that_a_worker_did_not_finish_says_so(fit):
+    original = pruner(at_epoch=[1, 2, 3], tolerance=1.0)
     worker = pickle.loads(pickle.dumps(original))
-    trainer = make_trainer(callbacks=[worker], max_epochs=4)
-    trainer.fit(Blobs(), train_loader(), val_loader())
+    trainer = fit(worker, max_epochs=4).trainer
     found = worker.state_dict()
     found["gradual"]["over"] = False
     worker._handover.send({**found, "report": found["report"] | {"stop_reason": None}})
