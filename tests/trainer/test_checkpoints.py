@@ -407,6 +407,7 @@ def test_a_file_saved_of_another_network_holds_that(fit, tmp_path, units, hold):
     assert equal(load(tmp_path / "another.ckpt")["state_dict"], another.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:RouletteWheelPruning. the checkpoint that was loaded holds unpruned weights")
 def test_validating_a_file_leaves_the_record_of_the_search(fit, tmp_path):
     fit(pruner(seed=5, dirpath=tmp_path / "older"))
     pruning = pruner(at_epoch=1, dirpath=tmp_path / "newer")
