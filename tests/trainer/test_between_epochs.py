@@ -98,6 +98,14 @@ def test_where_no_level_holds_the_dense_network_comes_back(fit):
     assert pruning.mask.sparsity == 0
 
 
+def test_a_target_sparsity_is_reached_by_the_cubic_schedule(fit):
+    pruning = pruner(target_sparsity=0.9, tolerance=1.0)
+    fit(pruning)
+    goals = [0.9 * (1 - (1 - place / 4) ** 3) for place in (1, 2, 3, 4)]
+    assert [level.sparsity for level in pruning.report.levels] == pytest.approx(goals, abs=1 / 624)
+    assert pruning.report.stop_reason is StopReason.TARGET_REACHED
+
+
 @pytest.mark.parametrize("monitor", ["val_acc", "val_loss"])
 def test_the_score_of_a_level_is_what_the_trainer_finds_in_its_checkpoint(fit, make_trainer, monitor):
     pruning = pruner(monitor=monitor, tolerance=0.5, branches=1, refit=None)
