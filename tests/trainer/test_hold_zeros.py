@@ -261,17 +261,16 @@ def test_what_a_dense_checkpoint_remembers_of_pruned_weights_is_forgotten(fit, t
     assert gradients.remembered == 0.0
 
 
+AVERAGES = {
+    "EMA": lambda: EMAWeightAveraging(decay=0.5),
+    "late EMA": lambda: EMAWeightAveraging(decay=0.9, update_every_n_steps=3, update_starting_at_step=10),
+    "SWA": lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1),
+}
+
+
 @each_callback
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize(
-    "averaging",
-    [
-        lambda: EMAWeightAveraging(decay=0.5),
-        lambda: EMAWeightAveraging(decay=0.9, update_every_n_steps=3, update_starting_at_step=10),
-        lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1),
-    ],
-    ids=["EMA", "late EMA", "SWA"],
-)
+@pytest.mark.parametrize("averaging", AVERAGES.values(), ids=AVERAGES)
 def test_averaged_weights_have_the_zeros_in_validation_files_and_in_the_end(fit, tmp_path, kind, first, averaging):
     (callback, epoch), average = holding(kind), averaging()
     leaks, module = Leaks(callback, epoch), Blobs()
