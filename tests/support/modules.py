@@ -84,6 +84,15 @@ class Blobs(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
+def trained(module: LightningModule, folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a module that has learned something."""
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    torch.manual_seed(0)
+    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=2, default_root_dir=folder, **quiet)
+    trainer.fit(module, train_loader(), val_loader())
+    return module.state_dict()
+
+
 class Judged(Blobs):
     """Can also be tested and asked for its scores."""
 
@@ -92,12 +101,3 @@ class Judged(Blobs):
 
     def predict_step(self, batch, batch_idx):
         return self(batch[0])
-
-
-def trained(module: LightningModule, folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of a module that has learned something."""
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    torch.manual_seed(0)
-    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=2, default_root_dir=folder, **quiet)
-    trainer.fit(module, train_loader(), val_loader())
-    return module.state_dict()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.large.shards import Shards
-from tests.support.processes import run_script
+from tests.support.runs import run_script
 
 
 def rows_of(

@@ -13,8 +13,9 @@ from torch.nn.functional import cross_entropy
 from lightning_roulette import HoldZeros, Mask, prunable_parameters
 from tests.support.isolated import ON_ALL
 from tests.support.modules import Blobs, trained
-from tests.support.processes import assert_same_winners, train_with_search, train_with_zeros
+from tests.support.processes import train_with_zeros
 from tests.support.results import equal
+from tests.support.runs import assert_same_winners, train_with_search
 from tests.support.together import two_processes
 
 pytestmark = pytest.mark.slow

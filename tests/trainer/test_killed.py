@@ -27,8 +27,9 @@ from lightning_roulette.judge.journal import Journal
 from lightning_roulette.trainer.scores.trainer_evaluator import TrainerEvaluator
 from tests.support.fits import pruner
 from tests.support.modules import Blobs, blobs, val_loader
-from tests.support.processes import QUIET, run_script
+from tests.support.processes import QUIET
 from tests.support.results import load
+from tests.support.runs import run_script
 
 RUNS = {
     "at the end": {"refit": LeastSquares(batches=4)},

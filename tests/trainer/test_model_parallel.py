@@ -15,8 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from lightning_roulette import HoldZeros, Mask, RouletteWheelPruning, Wheel
 from tests.support.isolated import ON_ALL
 from tests.support.modules import Blobs, dense_net, train_loader, trained, val_loader
-from tests.support.processes import QUIET, assert_same_winners, full_of, train_with_search, train_with_zeros
+from tests.support.processes import QUIET, full_of, train_with_zeros
 from tests.support.results import equal
+from tests.support.runs import assert_same_winners, train_with_search
 from tests.support.together import two_processes
 
 pytestmark = pytest.mark.slow

@@ -22,8 +22,9 @@ from tests.support import fits
 from tests.support.copies import COPIES
 from tests.support.failing import Fails, counting
 from tests.support.modules import Blobs, blobs, val_loader
-from tests.support.processes import QUIET, run_script
+from tests.support.processes import QUIET
 from tests.support.results import equal, load, nonzeros, told
+from tests.support.runs import run_script
 
 pruner = partial(fits.pruner, tree=Tree(0.2, max_levels=2))
 
