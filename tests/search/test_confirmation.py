@@ -30,7 +30,7 @@ def by_level(*held_out: float, searched: float = 0.5) -> Telling:
 
 
 def grown(evaluate, levels: int = 4, **options) -> Winner:
-    """A search of some levels that all are accepted as far as the tolerance allows."""
+    """A search of at most four levels."""
     return search(network(), evaluate, **{"branches": 3, "tree": Tree(0.2, max_levels=levels), **options})
 
 
@@ -50,16 +50,9 @@ def test_the_held_out_half_is_asked_about_the_dense_network_and_then_once_about_
 ):
     evaluate = kind(lambda mask, fold: noise(mask, fold) ** 2 / 4, folds, at_once)
     steps = Steps(evaluate)
-    winner = search(
-        network(30),
-        evaluate,
-        branches=branches,
-        tolerance=tolerance,
-        tree=Tree(0.2, max_levels=4),
-        validation=Validation(confirm=confirm, race=race),
-        seed=seed,
-        observer=steps,
-    )
+    options = {"branches": branches, "tolerance": tolerance, "seed": seed, "observer": steps}
+    options |= {"tree": Tree(0.2, max_levels=4), "validation": Validation(confirm=confirm, race=race)}
+    winner = search(network(30), evaluate, **options)
     search_folds, held_out = divided(folds, confirm)
     log = evaluate.log
     dense, growing, after = log[: steps.dense], log[steps.dense : steps.grown], log[steps.grown :]
@@ -232,16 +225,22 @@ def test_without_outcomes_the_errors_are_those_over_folds():
     assert winner.report.samples == 4
 
 
-class Forgetful(Sampled):
-    """Tells its outcomes only where `tells(depth, folds)` is true."""
+def samples(count: int, wrong: int = 0, low: float = 0.0) -> Singles:
+    """Samples that all score 1, except the first ones, which score 0. A score lies between `low` and 1."""
+    return Singles((torch.arange(count) >= wrong).double(), low, 1.0)
 
-    def __init__(self, tells, wrong, size: int) -> None:
-        super().__init__(wrong, 8, size)
-        self.tells = tells
+
+class Records(Logged):
+    """Scores all networks alike, and records `outcomes(depth, folds)`."""
+
+    undivided_because = "loader 0 gives 3 batches"
+
+    def __init__(self, outcomes, folds: int = 8) -> None:
+        super().__init__(lambda mask, fold: 1.0, folds)
+        self.outcomes = outcomes
 
     def recorded(self, candidate, folds):
-        scores, outcomes = super().recorded(candidate, folds)
-        return scores, outcomes if self.tells(depth(candidate.mask), folds) else None
+        return self(candidate, folds), self.outcomes(depth(candidate.mask), folds)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +252,7 @@ class Forgetful(Sampled):
     ],
 )
 def test_errors_are_nan_where_outcomes_are_missing(tells, known):
-    winner = grown(Forgetful(tells, lambda mask, fold: depth(mask), 50), tolerance=1)
+    winner = grown(Records(lambda *asked: samples(200, wrong=asked[0]) if tells(*asked) else None))
     for level in winner.report.levels:
         assert (not math.isnan(level.error), not math.isnan(level.held_out_error)) == known
     assert winner.report.samples == (200 if any(known) else None)
@@ -299,7 +298,7 @@ def test_levels_have_no_p_value_without_a_confidence():
 
 
 def test_a_level_without_outcomes_is_not_certified():
-    evaluate = Forgetful(lambda depth, folds: depth != 2, lambda mask, fold: 0, 250)
+    evaluate = Records(lambda depth, folds: None if depth == 2 else samples(1000))
     winner = grown(evaluate, tolerance=0.02, confidence=0.95)
     assert [level.p_value == 1.0 for level in winner.report.levels[:2]] == [False, True]
     assert [level.held for level in winner.report.levels] == [True, False, None, None]
@@ -324,33 +323,17 @@ def test_scores_of_whole_folds_are_certified_as_batches():
 
 
 def test_a_metric_that_is_no_mean_is_certified_by_resamples():
-    class Whole(Telling):
-        def recorded(self, candidate, folds):
-            values = torch.tensor([0.9, 0.8, 1.0, 0.7]).repeat(50) - 1e-4 * depth(candidate.mask)
-            return self(candidate, folds), Resamples(lambda index: float(values[index].mean()), len(values))
+    def outcomes(depth: int, folds) -> Resamples:
+        values = torch.tensor([0.9, 0.8, 1.0, 0.7]).repeat(50) - 1e-4 * depth
+        return Resamples(lambda index: float(values[index].mean()), len(values))
 
-    report = grown(Whole(lambda mask, fold: 0.85, 8), levels=2, tolerance=0.02, confidence=0.9).report
+    report = grown(Records(outcomes), levels=2, tolerance=0.02, confidence=0.9).report
     assert (report.method, report.samples) == (Method.BOOTSTRAP, 200)
     assert [level.held for level in report.levels] == [True, True]
 
 
-class Single(Telling):
-    """Tells the same single outcome whatever it is asked."""
-
-    def __init__(self, outcomes) -> None:
-        super().__init__(lambda mask, fold: 1.0, 8)
-        self.outcomes = outcomes
-
-    def recorded(self, candidate, folds):
-        return self(candidate, folds), self.outcomes
-
-
-class Undivided(Sampled):
-    undivided_because = "loader 0 gives 3 batches"
-
-
-def perfect(folds: int = 8) -> Undivided:
-    return Undivided(lambda mask, fold: 0, folds, 250)
+def perfect(folds: int = 8) -> Records:
+    return Records(lambda *_: samples(1000), folds)
 
 
 NO_OUTCOMES = "the held-out half has no scores of single samples or batches"
@@ -362,17 +345,13 @@ ONE_NUMBER = "shows the metric as 1 numbers, which must be at least 2. Log"
     [
         (perfect(), {"tolerance": 0}, "tolerance is 0 and confidence 0.95, but no finite sample can certify"),
         (perfect(), {"tolerance": math.inf}, "tolerance is inf .* but without a floor there is nothing to certify"),
-        (
-            perfect(),
-            {"validation": Validation(confirm=0)},
-            r"confirm is 0 and confidence 0.95.*Validation\(confirm=0.5\)",
-        ),
+        (perfect(), {"validation": Validation(confirm=0)}, r"confirm is 0 and confidence 0.95.*\(confirm=0.5\)"),
         (lambda mask: 1.0, {}, NO_OUTCOMES),
         (perfect(folds=1), {}, r"no scores of single samples or batches \(loader 0 gives 3 batches\)"),
         (Telling(lambda mask, fold: 1.0, 16), {}, NO_OUTCOMES),
         (Logged(lambda mask, fold: 1.0, 2), {}, NO_OUTCOMES),  # a held-out half of one fold is one number
-        (Single(Batches(torch.ones(1), torch.ones(1))), {}, ONE_NUMBER),
-        (Single(Resamples(lambda index: 1.0, 1)), {}, ONE_NUMBER),
+        (Records(lambda *_: Batches(torch.ones(1), torch.ones(1))), {}, ONE_NUMBER),
+        (Records(lambda *_: Resamples(lambda index: 1.0, 1)), {}, ONE_NUMBER),
     ],
 )
 def test_a_search_that_can_certify_nothing_is_refused_before_any_candidate(evaluate, options, message):
@@ -383,29 +362,16 @@ def test_a_search_that_can_certify_nothing_is_refused_before_any_candidate(evalu
     assert not (options and log)  # a contradiction between arguments is found before the dense network is validated
 
 
-class Wide(Sampled):
-    """Its samples are all right, with a score of 1 between `low` and 1."""
-
-    def __init__(self, low: float, size: int) -> None:
-        super().__init__(lambda mask, fold: 0, 8, size)
-        self.low = low
-
-    def outcomes(self, mask, folds):
-        return Singles(torch.ones(self.size * len(folds), dtype=torch.float64), self.low, 1.0)
-
-
 @pytest.mark.parametrize(("low", "needed"), [(0.0, 149), (-3.0, 598)])
 def test_too_few_samples_are_refused_with_the_number_needed(low, needed):
     assert needed == samples_needed(0.95, 0.02, 1 - low)
     # two of eight folds are held out
     options = {"tolerance": 0.02, "confidence": 0.95, "validation": Validation(confirm=0.25)}
-    enough, few = math.ceil(needed / 2), (needed - 1) // 2
-    message = (
-        f"but {2 * few} held-out samples can certify no network.*At least {needed} are needed, which is {4 * needed}"
-    )
-    with pytest.raises(ValueError, match=f"{message} validation samples in all"):
-        grown(Wide(low, few), **options)
-    winner = grown(Wide(low, enough), **options)
-    # the smallest number is enough for networks without any difference
-    assert [level.held for level in winner.report.levels] == [True] * 4
-    assert winner.report.samples == 2 * enough
+    few, enough = (Records(lambda _, folds, n=n: samples(n, low=low)) for n in (needed - 1, needed))
+    message = f"but {needed - 1} held-out samples can certify no network.*At least {needed} are needed, "
+    with pytest.raises(ValueError, match=f"{message}which is {4 * needed} validation samples in all"):
+        grown(few, **options)
+    assert all(mask.sparsity == 0 for mask, _ in few.log)
+    report = grown(enough, **options).report  # the smallest number is enough for networks without any difference
+    assert [level.held for level in report.levels] == [True] * 4
+    assert report.samples == needed

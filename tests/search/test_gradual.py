@@ -126,7 +126,7 @@ def test_cuts_end_for_a_reason(options, score, reason):
     network = one.cut(1)
     assert one.report.levels[0].pruning_rate == pytest.approx(options.get("target_sparsity", 0.5), abs=0.005)
     assert shown(one, score, network.weights) == (score == 1.0)
-    assert one.cut(2) is None
+    assert one.cut(options.get("number", 2)) is None
     assert one.ended().stop_reason is reason
 
 

@@ -50,7 +50,7 @@ class Logged:
 
 
 class Telling(Logged):
-    """Tells no outcomes, but can be asked for them."""
+    """Can be asked for outcomes, and returns none."""
 
     def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, None]:
         return self(candidate, folds), None
@@ -69,7 +69,7 @@ class Blind(Telling):
 
 
 class Sampled(Logged):
-    """Tells the score of each of `size` samples a fold: 0 for the first `wrong(mask, fold)` of them, else 1."""
+    """Records the score of each of `size` samples a fold: 0 for the first `wrong(mask, fold)` of them, else 1."""
 
     def __init__(self, wrong: Callable[[Mask, int], int], folds: int, size: int) -> None:
         super().__init__(lambda mask, fold: 1 - wrong(mask, fold) / size, folds)
