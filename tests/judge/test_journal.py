@@ -247,7 +247,7 @@ def test_an_answer_is_replayed_only_if_all_processes_agree(tmp_path, here):
     assert work(again) == (0 if here else work(whole) - replayed) < work(whole)
 
 
-def test_a_noted_evaluator_has_what_the_evaluator_has():
+def test_a_noted_evaluator_has_the_attributes_of_the_evaluator():
     logged = Logged(slope, 8, at_once=2)
     logged.undivided_because = "loader 0 gives 3 samples, fewer than 16"
     noted = Noted(logged, Journal(None, SEARCH))

@@ -143,7 +143,7 @@ def test_a_candidate_has_the_corrected_mean_of_the_folds_it_saw(branches, folds,
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(1, 40), FOLDS, AT_ONCE, SEED)
-def test_the_best_go_on_as_many_as_a_rung_admits(branches, folds, at_once, seed):
+def test_a_rung_admits_a_number_of_candidates_and_they_are_the_best(branches, folds, at_once, seed):
     table = np.random.default_rng(seed).uniform(-1, 1, (branches, folds))
     raced = Raced(table, at_once)
     begin = 0

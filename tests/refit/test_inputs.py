@@ -254,7 +254,7 @@ def test_biases_are_pruned_like_weights(kind):
 
 @kinds
 @pytest.mark.parametrize("how", [LeastSquares(), Refit()])
-def test_equal_masks_are_refitted_equally_whatever_came_before(kind, how):
+def test_equal_masks_are_refitted_equally_in_any_order(kind, how):
     net, batches, _ = case(kind)
     masks = [mask_of(net, seed=seed, without=KINDS[kind].without) for seed in range(2)]
     one, other = Calibration(net, batches), Calibration(net, batches)
@@ -285,7 +285,7 @@ def test_outputs_computed_again_are_those_kept(kind, most_bytes, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv", "encoder"])
-def test_one_batch_gives_what_many_give(kind):
+def test_one_batch_gives_the_same_as_many(kind):
     net, batches, mask = case(kind, sizes=(16,) * 4)
     # the last two samples of each batch judge the fit
     alone = torch.cat([*(batch[:14] for batch in batches), *(batch[14:] for batch in batches)])
@@ -584,7 +584,7 @@ def test_weights_left_alone_are_named_and_merely_pruned(kind, left):
 
 
 @pytest.mark.parametrize("how", [Refit(), LeastSquares()])
-def test_others_are_copies_of_what_a_refit_may_change_in_addition_to_the_weights(how):
+def test_others_are_copies_of_the_other_tensors_that_a_refit_may_change(how):
     net, batches, mask = case("conv")
     calibration = Calibration(net, batches)
     others = calibration.others(mask, how)

@@ -201,7 +201,7 @@ class Stubborn(nn.Module):
             return self.net(x)
 
 
-def test_a_network_that_turns_gradients_off_is_differentiated_nonetheless():
+def test_a_network_that_turns_gradients_off_is_differentiated_too():
     net = known(Stubborn("no_grad"))
     found = scales(net, numbers(6, 4))
     plain = scales(net.net, numbers(6, 4))

@@ -177,7 +177,7 @@ def test_a_matrix_that_explains_all_is_found(solver):
 
 
 @solvers
-def test_a_scale_of_inputs_does_not_change_what_damping_means(solver):
+def test_the_meaning_of_damping_does_not_depend_on_the_scale_of_inputs(solver):
     x, y, start = problem(1)
     kept = some_kept(1, start.shape, 0.7)
     small, large = (solver(1e-2).init(sums_of(x * by, y)).solve(kept, start / by) * by for by in (1e-4, 1e4))

@@ -79,6 +79,10 @@ def test_a_metric_to_be_minimised_is_reported_in_its_own_units():
     assert [level.score for level in loss.levels if level.winner is not None] == [-0.97, -0.962, -0.2]
     assert loss.levels[0].spread == (-0.97, -0.95, -0.93)
     assert loss.search_score == -0.962
+    assert (loss.held_out_dense, {(level.held_out_score, level.held) for level in loss.levels}) == (
+        None,
+        {(None, None)},
+    )
     # ranks stay as they ordered the branch
     assert [one.rank for one in loss.levels[0].candidates] == [0.95, 0.97, 0.93]
 
@@ -101,12 +105,6 @@ def test_a_confirmed_search_is_reported_in_the_units_of_its_metric():
     for ours, others in zip(loss.levels, negative.levels, strict=True):
         assert (ours.error, ours.p_value, ours.held) == (others.error, others.p_value, others.held)
         assert repr(ours.held_out_error) == repr(others.held_out_error)
-
-
-def test_a_search_without_a_held_out_half_has_no_held_out_scores_in_other_units():
-    loss = REPORT.in_metric("val_loss", "min")
-    assert loss.held_out_dense is None
-    assert [(level.held_out_score, level.held) for level in loss.levels] == [(None, None)] * 4
 
 
 def test_a_metric_to_be_maximised_only_gets_its_name():

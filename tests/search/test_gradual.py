@@ -177,7 +177,7 @@ def test_one_candidate_is_judged_on_all_folds_and_several_on_the_held_out_half()
     assert shared.report.held_out_dense == 1.0
 
 
-def test_a_network_that_scores_nan_later_has_not_held_and_at_first_is_refused():
+def test_a_score_of_nan_does_not_hold_and_is_refused_for_the_first_network():
     one = gradual()
     with pytest.raises(ValueError, match="is NaN or infinite"):
         shown(one, math.nan)

@@ -1,4 +1,4 @@
-"""Search with a refit: what the evaluator is asked, what wins, what is returned, and what stays as it was."""
+"""Search with a refit: which networks are judged, which wins, which weights are returned, and what is unchanged."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def pruned(net, mask):
 @pytest.mark.parametrize(
     ("refit", "changed"), [("least_squares", LEAST_SQUARES), ("batch_norm", {*WEIGHTS, *STATISTICS})]
 )
-def test_the_evaluator_is_given_what_the_refit_changed(refit, changed):
+def test_the_evaluator_is_given_the_values_that_the_refit_changed(refit, changed):
     net = network()
     evaluate = faithful(net)
     winner = ranked(net, refit, evaluate)
@@ -259,7 +259,7 @@ def test_weights_of_a_winner_are_new_and_those_of_its_level():
     assert all(equal(there.weights_at(level), before[level]) for level in range(4))
 
 
-def test_a_module_that_loads_the_weights_computes_what_the_search_saw():
+def test_a_module_that_loads_the_weights_computes_the_outputs_that_were_judged():
     net = network()
     evaluate = faithful(net)
     winner = ranked(net, evaluate=evaluate)
@@ -283,7 +283,7 @@ def test_where_no_level_holds_the_winner_is_dense_and_the_refitted_levels_are_ke
     assert equal(winner.weights_at(2), refit_of(net, winner.mask_at(2)))
 
 
-def test_what_was_found_so_far_has_the_refitted_weights():
+def test_an_observer_is_given_the_refitted_weights():
     net = network()
     evaluate = faithful(net)
     observer = SoFar(evaluate)
@@ -476,7 +476,7 @@ def test_a_refit_that_is_not_possible_is_refused(options, error, message):
         (None, ""),
     ],
 )
-def test_the_report_says_what_was_refitted_and_survives_json(refit, words):
+def test_the_report_names_the_refit_and_survives_json(refit, words):
     report = ranked(network(), refit).report
     assert report.refit.startswith(words)
     for text in (str(report), report.markdown()):

@@ -333,16 +333,6 @@ def test_masks_nest_and_lose_exactly_the_stated_count(sizes, rate, sharpness, sc
     assert next(evaluated, None) is None
 
 
-def test_the_mask_of_a_level_is_the_one_that_was_validated():
-    evaluate = Scripted(0.9, 0.1, 0.9, 0.1)  # the second, and then the first of a branch of two
-    winner = search(network(a=(200,)), evaluate, branches=2, tolerance=1.0, tree=Tree(0.2, max_levels=3))
-    winners = [level.winner for level in winner.report.levels]
-    assert winners == [1, 0, 0]
-    assert [winner.mask_at(level) for level in (1, 2, 3)] == [evaluate.masks[n] for n in (2, 3, 5)]
-    with pytest.raises(ValueError, match=r"level is 4, but must lie between 0 \(dense\) and 3"):
-        winner.mask_at(4)
-
-
 class Folded:
     """Gives scores in order, one for each new mask and the same on all folds. It repeats the last."""
 
@@ -578,7 +568,7 @@ def test_a_mistake_is_named_before_anything_is_validated(argument, value, error,
     assert evaluate.masks == []
 
 
-def test_what_is_in_range_is_taken():
+def test_arguments_within_their_ranges_are_accepted():
     for seed in (-(2**63), 0, 2**63 - 1):
         check_search(1, 0, 1e-9, None, Wheel(), Tree(), Validation(), seed)
     check_search(np.int64(3), math.inf, None, None, Wheel(), Tree(), Validation(), np.int64(5))
