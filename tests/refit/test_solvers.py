@@ -1,7 +1,4 @@
-"""The laws of every solver, against NumPy; and what removing an input costs.
-
-A new solver is one more entry of `SOLVERS`.
-"""
+"""The laws of every solver against NumPy, and the cost of removing an input."""
 
 from __future__ import annotations
 
@@ -19,8 +16,11 @@ from tests.support.exact import exact_diagonals, exact_fit
 from tests.support.limits import set_limits
 from tests.support.networks import numbers
 
-SOLVERS = [Cholesky]
-solvers = pytest.mark.parametrize("solver", SOLVERS)
+
+@pytest.fixture(params=[Cholesky], scope="module")
+def solver(request):
+    """Each solver. A new one is one more parameter."""
+    return request.param
 
 
 def problem(seed: int, groups=2, rows=60, inputs=9, outputs=5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -75,7 +75,6 @@ def error_of(x, y, matrix) -> float:
     return float((x @ matrix.mT - y).square().sum((0, 2)).mean())
 
 
-@solvers
 @tables
 @pytest.mark.parametrize("damping", [0.0, 1e-8, 1e-6, 1e-3, 0.3, 10.0])
 def test_a_solution_is_that_of_numpy(solver, groups, inputs, outputs, support, damping):
@@ -87,7 +86,6 @@ def test_a_solution_is_that_of_numpy(solver, groups, inputs, outputs, support, d
     assert not found[~kept].any()
 
 
-@solvers
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -109,7 +107,6 @@ def test_any_solution_is_that_of_numpy(solver, seed, groups, inputs, outputs, de
     assert not found[~kept].any()
 
 
-@solvers
 @pytest.mark.parametrize("rows", [3, 40])
 @pytest.mark.parametrize("density", [0.5, 0.9, 1.0])
 @pytest.mark.parametrize("seed", range(5))
@@ -123,7 +120,6 @@ def test_undamped_inputs_that_depend_on_one_another_leave_no_more_error_than_num
     assert torch.allclose(found[..., [6, 8]], start.where(kept, 0)[..., [6, 8]])
 
 
-@solvers
 @pytest.mark.parametrize("rows", [3, 40])
 @pytest.mark.parametrize("damping", [1e-6, 1e-3, 1.0])
 @pytest.mark.parametrize("density", [0.5, 0.9, 1.0])
@@ -139,7 +135,6 @@ def test_damped_solutions_keep_the_start_where_the_rows_determine_nothing(solver
     assert torch.allclose(apart[both], torch.zeros_like(apart[both]), atol=1e-7)
 
 
-@solvers
 def test_a_group_of_zeros_keeps_its_start(solver):
     x, y, start = problem(5, 2)
     x[1], y[1] = 0, 0
@@ -147,7 +142,6 @@ def test_a_group_of_zeros_keeps_its_start(solver):
     assert torch.allclose(solver(1e-3).init(sums_of(x, y)).solve(kept, start)[1], start[1])
 
 
-@solvers
 @pytest.mark.parametrize("damping", [0.0, 1e-6, 1e-3, 1.0])
 @pytest.mark.parametrize("density", [0.3, 0.9])
 def test_a_solution_never_adds_error_on_its_own_rows(solver, density, damping):
@@ -157,7 +151,6 @@ def test_a_solution_never_adds_error_on_its_own_rows(solver, density, damping):
         assert sums.error(solver(damping).init(sums).solve(kept, start)) <= sums.error(start.where(kept, 0))
 
 
-@solvers
 def test_a_strong_damping_keeps_the_start_and_no_damping_forgets_it(solver):
     x, y, start = problem(1)
     kept, sums = torch.ones(start.shape, dtype=torch.bool), sums_of(x, y)
@@ -166,7 +159,6 @@ def test_a_strong_damping_keeps_the_start_and_no_damping_forgets_it(solver):
     assert torch.allclose(undamped.solve(kept, start), undamped.solve(kept, start * 100), atol=1e-8)
 
 
-@solvers
 def test_a_matrix_that_explains_all_is_found(solver):
     x, _, matrix = problem(1)
     kept = some_kept(1, matrix.shape, 0.5)
@@ -176,7 +168,6 @@ def test_a_matrix_that_explains_all_is_found(solver):
     assert torch.allclose(solver(1.0).init(sums).solve(kept, matrix), matrix, atol=1e-8)
 
 
-@solvers
 def test_the_meaning_of_damping_does_not_depend_on_the_scale_of_inputs(solver):
     x, y, start = problem(1)
     kept = some_kept(1, start.shape, 0.7)
@@ -184,7 +175,6 @@ def test_the_meaning_of_damping_does_not_depend_on_the_scale_of_inputs(solver):
     assert torch.allclose(small, large, rtol=1e-8)
 
 
-@solvers
 def test_prepared_sums_are_solved_for_one_mask_after_another_and_change_nothing(solver):
     x, y, start = problem(1)
     sums, kept = sums_of(x, y), [some_kept(seed, start.shape, 0.7) for seed in range(2)]

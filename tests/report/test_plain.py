@@ -11,6 +11,8 @@ import pytest
 from lightning_roulette import Candidate, Method, SearchReport, StopReason
 from tests.support.reports import CONFIRMED, DENSE, HELD, LEVELS, REPORT
 
+COPY = Candidate(0, 0.2, 1.0, math.nan, -math.inf, same_as=3)
+
 
 def through_json(report: SearchReport) -> SearchReport:
     return SearchReport.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False)))
@@ -32,9 +34,7 @@ def through_json(report: SearchReport) -> SearchReport:
         replace(REPORT, tolerance=math.inf),
         replace(REPORT, dense_score=math.nan, levels=()),
         replace(REPORT, dense_score=-math.inf),
-        replace(
-            REPORT, levels=(replace(LEVELS[0], candidates=(Candidate(0, 0.2, 1, math.nan, -math.inf, same_as=3),)),)
-        ),
+        replace(REPORT, levels=(replace(LEVELS[0], candidates=(COPY,)),)),
         replace(REPORT, score=math.nan, trained_score=math.inf),
         *(replace(CONFIRMED, method=method) for method in Method),
         *(replace(REPORT, stop_reason=reason) for reason in StopReason),
