@@ -1,4 +1,4 @@
-"""The journal of a search: cut off anywhere, and the search that takes it up ends as if nothing had been."""
+"""The journal: a search that is cut off anywhere and resumed ends like one that was not cut off."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def few_wrong(mask, fold: int) -> int:
 
 
 class Resampled(Logged):
-    """Tells outcomes that are scored by their samples."""
+    """Records outcomes that are scored by their samples."""
 
     def recorded(self, candidate: PrunedWeights, folds) -> tuple[Scores, Resamples]:
         values = torch.tensor([self.score(candidate.mask, fold) for fold in folds for _ in range(3)])
@@ -33,7 +33,7 @@ class Resampled(Logged):
 
 
 class Batched(Logged):
-    """Tells outcomes of batches, of unequal size."""
+    """Records outcomes of batches of unequal size."""
 
     def recorded(self, candidate: PrunedWeights, folds) -> tuple[Scores, Batches]:
         values = torch.tensor([self.score(candidate.mask, fold) for fold in folds])
@@ -61,13 +61,13 @@ def run(evaluate, **options):
 
 
 def found(winner) -> tuple:
-    """All of a winner that is to be equal, bit for bit."""
+    """All of a winner that must be equal, bit for bit."""
     report = winner.report.to_dict() | {"seconds": None}
     return repr(report), key_of(winner.mask), {name: one.tolist() for name, one in winner.weights.items()}
 
 
 def work(evaluate: Logged) -> int:
-    """How many times networks that are not dense were validated."""
+    """Number of validations of networks that are not dense."""
     return sum(mask.survivors < mask.size for mask, _ in evaluate.log)
 
 
@@ -76,7 +76,7 @@ def resumed(path: Path, evaluate, **options):
 
 
 @pytest.mark.parametrize("kind", EVALUATORS)
-def test_a_noted_search_is_the_search(tmp_path, kind):
+def test_a_search_with_a_journal_equals_one_without(tmp_path, kind):
     noted, plain = EVALUATORS[kind](), EVALUATORS[kind]()
     assert found(resumed(tmp_path / "a" / "journal", noted)) == found(run(plain))
     assert [(key_of(mask), folds) for mask, folds in noted.log] == [(key_of(mask), folds) for mask, folds in plain.log]
@@ -85,7 +85,7 @@ def test_a_noted_search_is_the_search(tmp_path, kind):
 @pytest.mark.parametrize(
     ("kind", "confidence"), [*((kind, None) for kind in EVALUATORS), ("batches", 0.9), ("resamples", 0.9)]
 )
-def test_what_was_noted_is_not_validated_again(tmp_path, kind, confidence):
+def test_a_network_in_the_journal_is_not_validated_again(tmp_path, kind, confidence):
     path, options = tmp_path / "journal", {"confidence": confidence, "tolerance": 0.4}
     first, again = EVALUATORS[kind](), EVALUATORS[kind]()
     whole = resumed(path, first, **options)
@@ -97,7 +97,7 @@ def test_what_was_noted_is_not_validated_again(tmp_path, kind, confidence):
 
 
 @pytest.mark.parametrize("kind", EVALUATORS)
-def test_cut_off_anywhere_the_search_ends_as_if_it_was_not(tmp_path, kind):
+def test_a_search_that_is_cut_off_anywhere_ends_as_if_it_was_not(tmp_path, kind):
     path, whole = tmp_path / "journal", EVALUATORS[kind]()
     expected = found(resumed(path, whole))
     content, chance = path.read_bytes(), torch.Generator().manual_seed(5)
@@ -115,40 +115,36 @@ def test_cut_off_anywhere_the_search_ends_as_if_it_was_not(tmp_path, kind):
     assert in_order == sorted(in_order, reverse=True)
 
 
-def damaged(content: bytes, at: int) -> dict[str, bytes]:
-    lines = content.split(b"\n")
-    return {
-        "zeros": b"\n".join([*lines[:at], bytes(40), *lines[at + 1 :]]),
-        "another line": b"\n".join([*lines[:at], lines[at + 1], *lines[at + 1 :]]),
-        "a number": b"\n".join([*lines[:at], b"1", *lines[at + 1 :]]),
-        "a key short": b"\n".join([*lines[:at], b'{"answer": 1}', *lines[at + 1 :]]),
-        "no text": b"\n".join([*lines[:at], b"\xff\xfe", *lines[at + 1 :]]),
-    }
-
-
-@pytest.mark.parametrize("damage", ["zeros", "another line", "a number", "a key short", "no text"])
-def test_what_is_damaged_counts_for_nothing_and_nor_does_what_follows(tmp_path, damage):
+@pytest.mark.parametrize("damage", [bytes(40), None, b"1", b'{"answer": 1}', b"\xff\xfe"])
+def test_a_damaged_line_and_all_after_it_are_ignored(tmp_path, damage):
     path, whole = tmp_path / "journal", EVALUATORS["singles"]()
     expected = found(resumed(path, whole))
     content = path.read_bytes()
-    path.write_bytes(damaged(content, 40)[damage])
+    lines = content.split(b"\n")
+    lines[40] = lines[41] if damage is None else damage
+    path.write_bytes(b"\n".join(lines))
     again = EVALUATORS["singles"]()
     assert found(resumed(path, again)) == expected
     assert 0 < work(again) < work(whole)
     assert path.read_bytes() == content
 
 
-def test_a_dense_network_that_scores_otherwise_makes_the_journal_void(tmp_path):
+def saved_work(path: Path, make, **options) -> int:
+    """Validations that a journal saves. The search must end as one without a journal."""
+    again, plain = make(), make()
+    assert found(resumed(path, again, **options)) == found(run(plain, **options))
+    return work(plain) - work(again)
+
+
+def test_a_dense_network_with_another_score_makes_the_journal_void(tmp_path):
     path = tmp_path / "journal"
     resumed(path, Logged(slope, 8))
-    other, plain = (Logged(lambda mask, fold: slope(mask, fold) + 1e-12, 8) for _ in range(2))
-    assert found(resumed(path, other)) == found(run(plain))
-    assert work(other) == work(plain)
+    assert saved_work(path, lambda: Logged(lambda mask, fold: slope(mask, fold) + 1e-12, 8)) == 0
 
 
 @pytest.mark.parametrize("fold", [0, 7])
 def test_outcomes_of_the_dense_network_that_differ_make_the_journal_void(tmp_path, fold):
-    """Its scores are equal: two samples of a fold, one that ranks or one that confirms, have changed places."""
+    """The samples of a fold of either half have changed places. Its scores are equal."""
 
     class Swapped(Sampled):
         def outcomes(self, mask, folds):
@@ -158,28 +154,21 @@ def test_outcomes_of_the_dense_network_that_differ_make_the_journal_void(tmp_pat
                 values[place : place + 30] = values[place : place + 30].flip(0)
             return Singles(values, 0.0, 1.0)
 
-    def wrong(mask, fold):
-        return 1 + few_wrong(mask, fold)
-
-    path = tmp_path / "journal"
+    path, wrong = tmp_path / "journal", lambda mask, fold: 1 + few_wrong(mask, fold)
     resumed(path, Sampled(wrong, 8, 30))
-    again, plain = Swapped(wrong, 8, 30), Swapped(wrong, 8, 30)
-    assert found(resumed(path, again)) == found(run(plain))
-    assert work(again) == work(plain)
+    assert saved_work(path, lambda: Swapped(wrong, 8, 30)) == 0
 
 
 @pytest.mark.parametrize(
     ("other", "kept"), [({"wheel": Wheel(2.0)}, False), ({"tree": Tree(0.15, max_levels=1)}, True)]
 )
-def test_answers_are_taken_as_long_as_the_questions_are_the_same(tmp_path, other, kept):
+def test_scores_are_replayed_as_long_as_the_same_networks_are_validated(tmp_path, other, kept):
     path = tmp_path / "journal"
     resumed(path, Logged(slope, 8))
-    again, plain = Logged(slope, 8), Logged(slope, 8)
-    assert found(resumed(path, again, **other)) == found(run(plain, **other))
-    assert (work(again) < work(plain)) == kept
+    assert (saved_work(path, lambda: Logged(slope, 8), **other) > 0) == kept
 
 
-def test_refitted_networks_are_told_apart_by_their_values(tmp_path):
+def test_refitted_networks_are_distinguished_by_their_values(tmp_path):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
     of = {"0.weight": net[0].weight, "2.weight": net[2].weight}
@@ -187,25 +176,15 @@ def test_refitted_networks_are_told_apart_by_their_values(tmp_path):
     class Values(Logged):
         def __call__(self, candidate, folds):
             self.log.append((candidate.mask, tuple(folds)))
-            score = -sum(
-                float((one - of[name].detach()).square().sum()) for name, one in candidate.weights.items() if name in of
-            )
+            score = -sum(float((candidate.weights[name] - one.detach()).square().sum()) for name, one in of.items())
             return Scores(score, score)
 
     def with_inputs(path, seed):
         evaluate, inputs = Values(slope, 8), torch.randn(256, 8, generator=torch.Generator().manual_seed(seed))
         journal = Journal(str(path), SEARCH, lines_in(str(path), SEARCH))
-        winner = search(
-            of,
-            Noted(evaluate, journal),
-            branches=3,
-            tolerance=100.0,
-            refit="least_squares",
-            wheel=Wheel(importance="magnitude"),
-            calibration=Calibration(net, [inputs]),
-            tree=Tree(0.2, max_levels=3),
-        )
-        return winner, evaluate
+        options = {"branches": 3, "tolerance": 100.0, "tree": Tree(0.2, max_levels=3)}
+        options |= {"wheel": Wheel(importance="magnitude"), "refit": "least_squares"}
+        return search(of, Noted(evaluate, journal), calibration=Calibration(net, [inputs]), **options), evaluate
 
     first, _ = with_inputs(tmp_path / "journal", 1)
     second, again = with_inputs(tmp_path / "journal", 1)
@@ -218,7 +197,7 @@ def test_refitted_networks_are_told_apart_by_their_values(tmp_path):
     assert 0 < work(other) < work(plain)
 
 
-def test_a_journal_of_another_search_is_begun_anew(tmp_path):
+def test_a_journal_of_another_search_is_replaced(tmp_path):
     path = tmp_path / "journal"
     resumed(path, Logged(slope, 8))
     assert lines_in(str(path), SEARCH)
@@ -229,21 +208,19 @@ def test_a_journal_of_another_search_is_begun_anew(tmp_path):
     assert lines_in(str(path), "1" * 32)
 
 
-def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):
+def test_without_a_path_nothing_is_written_and_a_removed_journal_is_gone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(Noted(Logged(slope, 8), Journal(None, SEARCH)))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_removed_journal_is_gone(tmp_path):
-    journal = Journal(str(tmp_path / "journal"), SEARCH)
+    journal = Journal("journal", SEARCH)
     journal.remove()  # there is none yet
     run(Noted(Logged(slope, 8), journal))
+    assert len(list(tmp_path.iterdir())) == 1
     journal.remove()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_journal_that_cannot_be_written_is_said_once_and_stops_no_search(tmp_path):
+def test_a_journal_that_cannot_be_written_warns_once_and_does_not_stop_the_search(tmp_path):
     (tmp_path / "file").write_text("")
     noted = Noted(Logged(slope, 8), Journal(str(tmp_path / "file" / "journal"), SEARCH))
     with pytest.warns(UserWarning, match="the progress of the search cannot be saved") as caught:
@@ -253,8 +230,7 @@ def test_a_journal_that_cannot_be_written_is_said_once_and_stops_no_search(tmp_p
 
 
 @pytest.mark.parametrize("here", [True, False])
-def test_all_processes_go_the_same_way(tmp_path, here):
-    """What one has noted is used only if it is what all were asked."""
+def test_an_answer_is_replayed_only_if_all_processes_agree(tmp_path, here):
     path = tmp_path / "journal"
     whole = Logged(slope, 8)
     resumed(path, whole)
@@ -272,7 +248,7 @@ def test_all_processes_go_the_same_way(tmp_path, here):
     assert work(again) == (0 if here else work(whole) - replayed) < work(whole)
 
 
-def test_a_noted_evaluator_has_what_the_evaluator_has():
+def test_a_noted_evaluator_has_the_attributes_of_the_evaluator():
     logged = Logged(slope, 8, at_once=2)
     logged.undivided_because = "loader 0 gives 3 samples, fewer than 16"
     noted = Noted(logged, Journal(None, SEARCH))
@@ -281,7 +257,7 @@ def test_a_noted_evaluator_has_what_the_evaluator_has():
     assert Noted(Sampled(few_wrong, 8, 30), Journal(None, SEARCH)).records
 
 
-def test_a_fingerprint_tells_networks_and_settings_apart_and_nothing_else():
+def test_a_fingerprint_depends_on_networks_and_settings_and_nothing_else():
     def scoring():
         pass
 
@@ -293,4 +269,4 @@ def test_a_fingerprint_tells_networks_and_settings_apart_and_nothing_else():
     others += [(weights(), Wheel(2.0), 4), ({"a": weights()["a"].view(8, 6), "b": weights()["b"]}, Wheel(2.0), 3)]
     prints = [fingerprint(*other, scoring) for other in others]
     assert len({same, *prints}) == 7
-    assert fingerprint({}, lambda: 1) == fingerprint({}, lambda: 2)  # where a function lies in memory says nothing
+    assert fingerprint({}, lambda: 1) == fingerprint({}, lambda: 2)  # the address of a function does not count

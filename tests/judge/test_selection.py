@@ -15,55 +15,41 @@ from lightning_roulette.judge.selection import best_of, keeps_floor
 
 
 def candidates(*scores: tuple[float, ...]) -> list[Candidate]:
-    """Of (rank, tiebreak, score), the last two optional."""
+    """Candidates with these (rank, tiebreak, score); the last two are optional."""
     return [
         Candidate(index, 0.5, score=rest[1] if len(rest) > 1 else rank, rank=rank, tiebreak=rest[0] if rest else 0.0)
         for index, (rank, *rest) in enumerate(scores)
     ]
 
 
-def winner_of(*scores: tuple[float, ...]) -> int | None:
-    """Index of the winner, which must not depend on the order in which candidates are compared."""
-    found = {one and one.index for one in map(best_of, permutations(candidates(*scores)))}
-    assert len(found) == 1
-    return found.pop()
+NAN = math.nan
 
 
-def test_the_best_rank_wins():
-    assert winner_of((0.1,), (0.9,), (0.5,)) == 1
-
-
-def test_rank_decides_and_score_does_not():
-    assert winner_of((0.9, 0.0, 0.1), (0.1, 9.0, 0.9)) == 0
-
-
-@pytest.mark.parametrize("bad", [(math.nan,), (math.nan, 0.0, 2.0), (2.0, 0.0, math.nan)])
-def test_nan_never_wins(bad):
-    assert winner_of(bad, (-1e30,), bad) == 1
-
-
-def test_a_branch_of_nan_has_no_winner():
-    assert winner_of((math.nan,), (1.0, 0.0, math.nan)) is None
-    assert best_of([]) is None
-
-
-def test_equal_ranks_go_to_the_larger_tiebreak():
-    assert winner_of((0.5, -3.0), (0.5, -1.0), (0.5, -2.0), (0.1, 5.0)) == 1
-
-
-def test_equal_in_everything_goes_to_the_earlier_draw():
-    assert winner_of((0.1, 1.0), (0.5, 1.0), (0.5, 1.0), (0.5, 1.0)) == 1
-
-
-def test_a_tiebreak_of_nan_loses_to_any_other_but_does_not_exclude():
-    assert winner_of((0.5, math.nan), (0.5, -1e30)) == 1
-    assert winner_of((0.5, math.nan), (0.4, 1.0)) == 0
-    assert winner_of((0.5, math.nan), (0.5, math.nan)) == 0
+@pytest.mark.parametrize(
+    ("scores", "winner"),
+    [
+        pytest.param([(0.1,), (0.9,), (0.5,)], 1, id="the best rank wins"),
+        pytest.param([(0.9, 0.0, 0.1), (0.1, 9.0, 0.9)], 0, id="the rank decides and the score does not"),
+        *(
+            pytest.param([bad, (-1e30,), bad], 1, id="NaN never wins")
+            for bad in [(NAN,), (NAN, 0.0, 2.0), (2.0, 0.0, NAN)]
+        ),
+        pytest.param([(NAN,), (1.0, 0.0, NAN)], None, id="a branch of NaN has no winner"),
+        pytest.param([], None, id="an empty branch has no winner"),
+        pytest.param([(0.5, -3), (0.5, -1), (0.5, -2), (0.1, 5)], 1, id="equal ranks go to the larger tiebreak"),
+        pytest.param([(0.1, 1), (0.5, 1), (0.5, 1), (0.5, 1)], 1, id="equal scores go to the earlier draw"),
+        pytest.param([(0.5, NAN), (0.5, -1e30)], 1, id="a tiebreak of NaN loses to any other"),
+        pytest.param([(0.5, NAN), (0.4, 1.0)], 0, id="a tiebreak of NaN does not exclude"),
+        pytest.param([(0.5, NAN), (0.5, NAN)], 0, id="equal tiebreaks of NaN go to the earlier draw"),
+    ],
+)
+def test_the_winner_of_a_branch_in_any_order_of_comparison(scores, winner):
+    assert {one and one.index for one in map(best_of, permutations(candidates(*scores)))} == {winner}
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.sampled_from([math.nan, 0.0, 0.5, 1.0]), st.sampled_from([math.nan, -1.0, 0.0]))))
-def test_one_by_one_the_same_candidate_wins(scores):
+@given(st.lists(st.tuples(st.sampled_from([NAN, 0.0, 0.5, 1.0]), st.sampled_from([NAN, -1.0, 0.0]))))
+def test_the_same_candidate_wins_if_they_are_compared_one_by_one(scores):
     branch, best = candidates(*scores), None
     for one in branch:
         best = best_of([one] if best is None else [best, one])
@@ -84,9 +70,9 @@ def test_one_by_one_the_same_candidate_wins(scores):
         (0.0, -0.0, True),
         (-1e30, -math.inf, True),
         (1e30, math.inf, False),
-        (math.nan, 0.9, False),
-        (math.nan, -math.inf, False),
-        (0.9, math.nan, False),
+        (NAN, 0.9, False),
+        (NAN, -math.inf, False),
+        (0.9, NAN, False),
     ],
 )
 def test_a_score_keeps_the_floor(score, floor, kept):

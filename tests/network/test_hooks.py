@@ -1,4 +1,4 @@
-"""Hooks listen to one run and leave nothing behind."""
+"""Hooks see the calls of one run and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ def test_the_hook_before_a_call_sees_positional_and_keyword_arguments():
     net, seen = CallsByName(), []
     run_with_hooks(lambda: net(torch.ones(1, 2)), [net.part], before=lambda part, *given: seen.append((part, *given)))
     ((part, positional, keywords),) = seen
-    assert part is net.part
-    assert len(positional) == 1
-    assert list(keywords) == ["input2"]
+    assert (part, len(positional), list(keywords)) == (net.part, 1, ["input2"])
 
 
 def test_the_hook_after_a_call_may_replace_the_output(net):
@@ -55,7 +53,7 @@ def test_both_hooks_see_every_call_in_order_and_without_gradients(net):
     assert torch.is_grad_enabled()
 
 
-def test_a_hook_may_end_the_run_which_the_network_cannot_catch(net):
+def test_a_hook_may_end_the_run_and_the_network_cannot_catch_it(net):
     def run():
         try:
             net(torch.ones(1, 2))

@@ -9,25 +9,13 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 from torch.nn.utils.parametrize import register_parametrization
-from torchmetrics import Metric
 
 from lightning_roulette.network.layers import batch_norms_of, channels, layers_of
 from lightning_roulette.network.parameters import prunable_parameters
+from tests.support.networks import MetricOf, known, numbers
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 KERNEL, STRIDE, DILATION, PADDING = (3, 2, 1), (2, 1, 2), (2, 3, 2), (1, 2, 1)
-
-
-def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def known(module: nn.Module) -> nn.Module:
-    """The module in double precision, its parameters the same at every call."""
-    module.double()
-    for seed, parameter in enumerate(module.parameters()):
-        parameter.data = numbers(*parameter.shape, seed=seed + 1)
-    return module
 
 
 def all_layers(module: nn.Module):
@@ -171,18 +159,14 @@ class Attends(nn.MultiheadAttention):
         return super().forward(x, x, x)
 
 
-def patched():
-    layer = nn.Linear(2, 2)
-    layer.forward = lambda x: linear(x, 2 * layer.weight)
-    return layer
+PATCHED = nn.Linear(2, 2)
+PATCHED.forward = lambda x: linear(x, 2 * PATCHED.weight)
 
 
-@pytest.mark.parametrize("part", [Scaled(2, 2), Standardised(1, 2, 3), Attends(4, 2), patched()])
-def test_a_class_that_overrides_forward_is_no_layer(part):
+@pytest.mark.parametrize("part", [Scaled(2, 2), Standardised(1, 2, 3), Attends(4, 2), PATCHED])
+def test_a_layer_whose_forward_is_overridden_is_not_supported(part):
     name = "in_proj_weight" if isinstance(part, nn.MultiheadAttention) else "weight"
-    layers, left = layers_of(part, [name])
-    assert layers == []
-    assert left == {name: f"not supported for {type(part).__name__}: it overrides forward"}
+    assert layers_of(part, [name]) == ([], {name: f"not supported for {type(part).__name__}: it overrides forward"})
 
 
 class Doubled(nn.Module):
@@ -216,39 +200,20 @@ def test_layers_are_found_by_name_at_any_depth():
         assert left == {}
 
 
-class Odd(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.matrix = nn.Parameter(torch.ones(2, 2))
-        self.lstm, self.cell = nn.LSTM(2, 2), nn.GRUCell(2, 2)
-        self.up = nn.ConvTranspose1d(2, 2, 3)
-        self.one, self.other, self.free = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
-        self.other.weight = self.one.weight
-
-
 def test_every_other_weight_has_a_reason():
+    parts = {"lstm": nn.LSTM(2, 2), "cell": nn.GRUCell(2, 2), "up": nn.ConvTranspose1d(2, 2, 3)}
+    net = nn.ModuleDict({**parts, "one": nn.Linear(2, 2), "other": nn.Linear(2, 2), "free": nn.Linear(2, 2)})
+    net.matrix, net["other"].weight = nn.Parameter(torch.ones(2, 2)), net["one"].weight
     names = ["matrix", "lstm.weight_ih_l0", "cell.weight_hh", "up.weight", "one.weight", "free.weight"]
-    layers, left = layers_of(Odd(), names)
+    layers, left = layers_of(net, names)
     assert [layer.name for layer in layers] == ["free.weight"]
     assert left == {
-        "matrix": "not supported for matrix of Odd",
+        "matrix": "not supported for matrix of ModuleDict",
         "lstm.weight_ih_l0": "not supported for weight_ih_l0 of LSTM",
         "cell.weight_hh": "not supported for weight_hh of GRUCell",
         "up.weight": "not supported for weight of ConvTranspose1d",
         "one.weight": "not supported for tied weights",
     }
-
-
-class Judged(Metric):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-
-    def update(self):
-        pass
-
-    def compute(self):
-        pass
 
 
 def test_batch_norms_with_running_statistics_are_found():
@@ -259,7 +224,7 @@ def test_batch_norms_with_running_statistics_are_found():
             "deep": nn.BatchNorm3d(2),
             "stateless": nn.BatchNorm1d(2, track_running_stats=False),
             "frozen": nn.BatchNorm1d(2).requires_grad_(False),
-            "metric": Judged(),
+            "metric": MetricOf(nn.BatchNorm1d(2)),
         }
     )
     assert batch_norms_of(module) == {

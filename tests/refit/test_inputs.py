@@ -45,7 +45,7 @@ words = pytest.mark.parametrize("word", ["activation", "obs"])
 
 
 def calls_of(module: nn.Module, batches) -> dict[str, list]:
-    """For each module's name, inputs and output of all its calls on the batches."""
+    """By each module's name, the inputs and the output of all its calls on the batches."""
     found, module = defaultdict(list), deepcopy(module).eval()
     for name, part in module.named_modules():
         part.register_forward_hook(
@@ -61,12 +61,13 @@ def maps_of(module: nn.Module):
     """Each affine map of a module: name of its weight, weight, bias, and the place of its input."""
     if not isinstance(module, nn.MultiheadAttention):
         return [("weight", module.weight, module.bias, 0)]
-    biases = module.in_proj_bias.chunk(3)
     if module.in_proj_weight is None:
-        own = [f"{letter}_proj_weight" for letter in "qkv"]
-        return [(name, getattr(module, name), biases[place], place) for place, name in enumerate(own)]
-    parts = module.in_proj_weight.chunk(3)
-    return [("in_proj_weight", parts[place], biases[place], place) for place in range(3)]
+        parts = [(name, getattr(module, name)) for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")]
+    else:
+        parts = [("in_proj_weight", part) for part in module.in_proj_weight.chunk(3)]
+    return [
+        (*part, bias, place) for place, (part, bias) in enumerate(zip(parts, module.in_proj_bias.chunk(3), strict=True))
+    ]
 
 
 def rows_of(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
@@ -147,16 +148,10 @@ def refit(net, batches, mask, how="least_squares", **options):
     return Calibration(net, batches, **options).refit(mask, how)
 
 
-# ------------------------------------------------------------------------------------------------ exact
+CASES = [*product([*PLAIN, "careful", "norm first"], [0.4, 0.8], [1e-8, 1e-3, 0.1])]
 
 
-@pytest.mark.parametrize(
-    ("kind", "density", "damping"),
-    [
-        *product([*PLAIN, "careful", "norm first"], [0.4, 0.8], [1e-8, 1e-3, 0.1]),
-        *product(["mlp", "conv", "residual"], [0.5], [0.0]),
-    ],
-)
+@pytest.mark.parametrize(("kind", "density", "damping"), [*CASES, *product(["mlp", "conv", "residual"], [0.5], [0.0])])
 def test_every_layer_is_the_best_for_its_inputs(kind, density, damping):
     net, batches, mask = case(kind, density)
     found = refit(net, batches, mask, LeastSquares(damping=damping))
@@ -257,12 +252,9 @@ def test_biases_are_pruned_like_weights(kind):
     assert all(torch.equal(scales[name], torch.ones_like(scales[name])) for name in some)
 
 
-# ------------------------------------------------------------------------------------------------ equal
-
-
 @kinds
 @pytest.mark.parametrize("how", [LeastSquares(), Refit()])
-def test_equal_masks_are_refitted_equally_whatever_came_before(kind, how):
+def test_equal_masks_are_refitted_equally_in_any_order(kind, how):
     net, batches, _ = case(kind)
     masks = [mask_of(net, seed=seed, without=KINDS[kind].without) for seed in range(2)]
     one, other = Calibration(net, batches), Calibration(net, batches)
@@ -293,7 +285,7 @@ def test_outputs_computed_again_are_those_kept(kind, most_bytes, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv", "encoder"])
-def test_one_batch_gives_what_many_give(kind):
+def test_one_batch_gives_the_same_as_many(kind):
     net, batches, mask = case(kind, sizes=(16,) * 4)
     # the last two samples of each batch judge the fit
     alone = torch.cat([*(batch[:14] for batch in batches), *(batch[14:] for batch in batches)])
@@ -358,7 +350,7 @@ def test_rows_chosen_are_the_same_positions_pruned_and_dense():
         ("twice", 64, (200, 200), 128),
     ],
 )
-def test_of_each_call_no_more_rows_are_used_than_asked(called, rows, sizes, seen, monkeypatch):
+def test_at_most_the_given_number_of_rows_is_used(called, rows, sizes, seen, monkeypatch):
     added, add = [], GramSums.add
 
     def counted(self, x, y):
@@ -403,11 +395,8 @@ def test_survivors_are_stored_and_spread_again():
     assert all(torch.equal(spread[name], found.values[name]) for name in spread)
 
 
-# ------------------------------------------------------------------------------------------------ given back
-
-
 def unlike(net: nn.Module) -> nn.Module:
-    """With modes mixed, a negative zero, gradients and a frozen parameter."""
+    """The network with mixed modes, a negative zero, gradients and a frozen parameter."""
     net.train()
     list(net.children())[-1].eval()
     with torch.no_grad():
@@ -419,7 +408,7 @@ def unlike(net: nn.Module) -> nn.Module:
 
 
 @kinds
-def test_the_network_is_given_back_bit_for_bit(kind):
+def test_the_network_is_bit_for_bit_as_before(kind):
     net, batches, mask = case(kind)
     before, calibration = state_of(unlike(net)), Calibration(net, batches)
     left = calibration.left_alone(mask, LeastSquares())
@@ -435,7 +424,7 @@ def test_the_network_is_given_back_bit_for_bit(kind):
 
 
 class Trap(nn.Module):
-    """Passes its input on so many times, then raises."""
+    """Passes its input on `left` times, then raises."""
 
     left = math.inf
 
@@ -463,23 +452,12 @@ def test_a_forward_that_raises_leaves_the_network_as_it_was(passes, most_bytes, 
         assert alike(one.refit(mask, LeastSquares()), expected)
 
 
-class Counting(nn.Linear):
-    def __init__(self) -> None:
-        super().__init__(4, 4)
-        self.register_buffer("count", torch.zeros(()))
-
-    def forward(self, x):
-        self.count += 1
-        return super().forward(x)
-
-
-def test_buffers_that_the_network_writes_itself_are_given_back():
-    net = nn.Sequential(Counting())
-    refit(net, [numbers(40, 4).float()], mask_of(net))
-    assert net[0].count == 0
-
-
-# ------------------------------------------------------------------------------------------------ not kept
+def test_buffers_that_the_network_writes_are_restored():
+    net, batches, mask = case("mlp")
+    net.register_buffer("count", torch.zeros(()))
+    net[1].register_forward_pre_hook(lambda *_: setattr(net, "count", net.count.add_(1)))
+    refit(net, batches, mask)
+    assert net.count == 0
 
 
 def assert_merely_pruned(net, mask, found, names) -> None:
@@ -487,7 +465,7 @@ def assert_merely_pruned(net, mask, found, names) -> None:
 
 
 def noise(rows: int, shift: float = 0.0) -> tuple[nn.Module, Mask, list[torch.Tensor]]:
-    """A wide layer that keeps more than its rows can tell apart. Without a shift, the kept know nothing of the rest."""
+    """A wide layer that keeps more inputs than its rows can separate. Without a shift, all inputs are independent."""
     net = known(nn.Sequential(nn.Linear(40, 5), nn.Tanh(), nn.Linear(5, 2)))
     net[0].bias.data += shift / 2
     some, odd = torch.arange(40).expand(5, 40) < 24, torch.tensor([[True, False, True, False, True]] * 2)
@@ -507,15 +485,16 @@ def test_a_fit_on_enough_rows_is_kept():
     assert refit(net, batches, mask, LeastSquares(damping=1e-9)).undone == {}
 
 
-NOT_FINITE = "its inputs or its solved weights are not finite"
+def assert_not_finite(net, mask, batches, damping) -> None:
+    found = refit(net, batches, mask, LeastSquares(damping=damping))
+    assert found.undone == dict.fromkeys(mask, "its inputs or its solved weights are not finite")
+    assert_merely_pruned(net, mask, found, mask)
 
 
 def test_a_fit_too_large_for_the_weights_is_undone():
     net, x = nn.Sequential(nn.Linear(2, 3, bias=False)), numbers(40, 1).float()
     mask = Mask({"0.weight": torch.tensor([[True, False]] * 3)})
-    found = refit(net, [torch.cat([x * 1e-25, x * 1e18], 1)], mask, LeastSquares(damping=0))
-    assert found.undone == {"0.weight": NOT_FINITE}
-    assert_merely_pruned(net, mask, found, mask)
+    assert_not_finite(net, mask, [torch.cat([x * 1e-25, x * 1e18], 1)], 0.0)
 
 
 @pytest.mark.parametrize("damping", [0.0, 1e-3])
@@ -523,9 +502,7 @@ def test_a_fit_too_large_for_the_weights_is_undone():
 def test_a_fit_to_inputs_that_are_not_finite_is_undone(value, damping):
     net, batches, mask = case("mlp")
     batches[0][3, 2] = value
-    found = refit(net, batches, mask, LeastSquares(damping=damping))
-    assert found.undone == dict.fromkeys(mask, NOT_FINITE)
-    assert_merely_pruned(net, mask, found, mask)
+    assert_not_finite(net, mask, batches, damping)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -560,7 +537,9 @@ class Fickle(nn.Module):
 @memories
 @pytest.mark.parametrize("batches", [1, 3])
 @pytest.mark.parametrize("least", [0, 1])
-def test_a_layer_that_the_pruned_network_calls_less_is_not_waited_for(least, batches, most_bytes, monkeypatch):
+def test_a_layer_that_the_pruned_network_calls_less_often_does_not_hold_up_the_others(
+    least, batches, most_bytes, monkeypatch
+):
     set_limits(monkeypatch, dense_output_bytes=most_bytes)
     net, batches = known(Fickle(False, least)), [related(40, 4, seed=seed) for seed in range(batches)]
     mask = Mask({**mask_of(net), "a.weight": torch.zeros(4, 4, dtype=torch.bool)})
@@ -571,7 +550,7 @@ def test_a_layer_that_the_pruned_network_calls_less_is_not_waited_for(least, bat
     assert not torch.equal(found.values["c.weight"], changed(net, mask).c.weight)
 
 
-def test_a_layer_that_the_pruned_network_gives_other_rows_is_left():
+def test_a_layer_that_the_pruned_network_gives_other_rows_is_not_refitted():
     net, batches = known(Fickle(True)), [related(40, 4)]
     with torch.no_grad():
         net.a.bias[0] = -0.1
@@ -584,9 +563,6 @@ def test_a_layer_that_the_pruned_network_gives_other_rows_is_left():
     assert not torch.equal(found.values["c.weight"], changed(net, mask).c.weight)
 
 
-NOT_CALLED = "the network does not call it on the calibration inputs"
-
-
 @pytest.mark.parametrize(
     ("kind", "left"), [("encoder", {"0.self_attn.out_proj.weight"}), ("repeated", {"spare.weight"}), ("late", None)]
 )
@@ -596,7 +572,7 @@ def test_weights_left_alone_are_named_and_merely_pruned(kind, left):
     left = left or {name for name in mask if name.startswith("lstm")}
     reasons = calibration.left_alone(mask, LeastSquares())
     assert reasons.keys() == left
-    assert kind == "late" or set(reasons.values()) == {NOT_CALLED}
+    assert kind == "late" or set(reasons.values()) == {"the network does not call it on the calibration inputs"}
     assert calibration.left_alone(mask, Refit()) == {}
     found = calibration.refit(mask, LeastSquares())
     assert found.undone == {}
@@ -608,7 +584,7 @@ def test_weights_left_alone_are_named_and_merely_pruned(kind, left):
 
 
 @pytest.mark.parametrize("how", [Refit(), LeastSquares()])
-def test_others_are_copies_of_what_a_refit_may_change_in_addition_to_the_weights(how):
+def test_others_are_copies_of_the_other_tensors_that_a_refit_may_change(how):
     net, batches, mask = case("conv")
     calibration = Calibration(net, batches)
     others = calibration.others(mask, how)
@@ -617,9 +593,6 @@ def test_others_are_copies_of_what_a_refit_may_change_in_addition_to_the_weights
     assert all(torch.equal(others[name], tensors[name]) for name in others)
     next(iter(others.values())).fill_(9)
     assert not any((tensors[name] == 9).all() for name in others)
-
-
-# ------------------------------------------------------------------------------------------------ scales
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv", "encoder", "attention"])
@@ -651,7 +624,7 @@ def test_scales_follow_their_formulas(kind, refitted):
 
 @words
 @pytest.mark.parametrize("dead", [(1,), (0, 1)])
-def test_weights_whose_inputs_are_zero_are_worth_next_to_nothing_and_merely_pruned(word, dead):
+def test_weights_whose_inputs_are_zero_have_little_importance_and_are_merely_pruned(word, dead):
     net, x = known(nn.Sequential(nn.Conv2d(2, 2, 3, groups=2, bias=False))), numbers(8, 2, 6, 6)
     x[:, dead] = 0
     calibration, full = Calibration(net, [x]), Mask.full(prunable_parameters(net))
@@ -660,9 +633,6 @@ def test_weights_whose_inputs_are_zero_are_worth_next_to_nothing_and_merely_prun
     mask = Mask({name: kept & (numbers(*kept.shape) > -0.5) for name, kept in full.items()})
     refitted = calibration.refit(mask, LeastSquares()).values["0.weight"]
     assert torch.allclose(refitted[list(dead)], changed(net, mask)[0].weight[list(dead)])
-
-
-# ------------------------------------------------------------------------------------------------ refused
 
 
 @words
@@ -677,14 +647,16 @@ def test_scales_of_inputs_that_are_not_finite_or_not_known_are_refused(kind, mes
         Calibration(net, batches).scales(word, mask_of(net), {})
 
 
+NO_LIST, EMPTY = "but must be a list of batches", "is empty, but must have at least one batch of inputs"
+
+
 @pytest.mark.parametrize(
     ("batches", "options", "error", "message"),
     [
-        (DataLoader(TensorDataset(numbers(8, 4)), 2), {}, TypeError, "is a DataLoader, but must be a list of batches"),
-        (numbers(8, 4), {}, TypeError, "is a Tensor, but must be a list of batches"),
-        (None, {}, TypeError, "is a NoneType, but must be a list of batches"),
-        ([], {}, ValueError, "is empty, but must have at least one batch of inputs"),
-        (0, {"run": np.zeros}, ValueError, "is empty, but must have at least one batch of inputs"),
+        (DataLoader(TensorDataset(numbers(8, 4)), 2), {}, TypeError, f"is a DataLoader, {NO_LIST}"),
+        (numbers(8, 4), {}, TypeError, f"is a Tensor, {NO_LIST}"),
+        (None, {}, TypeError, f"is a NoneType, {NO_LIST}"),
+        *((batches, options, ValueError, EMPTY) for batches, options in [([], {}), (0, {"run": np.zeros})]),
         (3, {}, TypeError, "is 3, but must be a list of inputs if run is None"),
     ],
 )

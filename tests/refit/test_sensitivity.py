@@ -1,4 +1,4 @@
-"""The scales of `importance="sensitivity"`: against Jacobians, and networks that have none."""
+"""The scales of `importance="sensitivity"` against Jacobians, and networks without derivatives."""
 
 from __future__ import annotations
 
@@ -57,11 +57,8 @@ def mlp():
 
 
 def conv():
-    return known(
-        nn.Sequential(
-            nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, groups=2), nn.Flatten(), nn.Linear(24, 3)
-        )
-    )
+    first, second = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 6, 3, groups=2)
+    return known(nn.Sequential(first, nn.ReLU(), second, nn.Flatten(), nn.Linear(24, 3)))
 
 
 def in_expectation(net, x, repeats=400):
@@ -94,7 +91,7 @@ def test_the_derivatives_of_the_last_layer_are_exact():
 
 
 @pytest.mark.parametrize(("first", "width"), [(nn.Linear(3, 5), 5), (nn.Conv1d(3, 6, 2, groups=3), 18)])
-def test_a_bias_is_worth_what_a_weight_with_an_input_of_one_is(first, width):
+def test_a_bias_has_the_importance_of_a_weight_with_an_input_of_one(first, width):
     net = known(nn.Sequential(first, nn.Tanh(), nn.Flatten(), nn.Linear(width, 2)))
     x = numbers(20, 3, 4).sign()
     x = x if isinstance(net[0], nn.Conv1d) else x[..., 0]
@@ -104,7 +101,7 @@ def test_a_bias_is_worth_what_a_weight_with_an_input_of_one_is(first, width):
     assert torch.allclose(weight, found["0.bias"].view(-1, *[1] * (weight.dim() - 1)).expand_as(weight))
 
 
-def test_a_dead_unit_is_worth_nothing():
+def test_a_dead_unit_has_no_importance():
     net = mlp()
     with torch.no_grad():
         net[0].bias[2] = -1e6
@@ -113,7 +110,7 @@ def test_a_dead_unit_is_worth_nothing():
     assert found[[0, 1]].any()
 
 
-def test_a_scaled_unit_keeps_its_derivatives_share():
+def test_importance_does_not_depend_on_the_scale_of_a_unit():
     """A ReLU unit whose weights are doubled and whose successors are halved computes the same."""
     net, x = known(nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))), numbers(6, 5)
     before = scales(net, x)["0.weight"] * net[0].weight.abs()
@@ -153,7 +150,7 @@ def test_every_head_counts():
 
 
 class Odd(nn.Module):
-    """Parts whose weights are applied without a call of their own, and one that is never called."""
+    """Parts whose weights are applied without a call of their own, and a part that is never called."""
 
     def __init__(self):
         super().__init__()
@@ -165,7 +162,7 @@ class Odd(nn.Module):
         return self.end(self.recur(x)[0])
 
 
-def test_weights_without_channels_or_derivatives_of_their_own_have_a_mean():
+def test_weights_without_channels_or_derivatives_of_their_own_get_a_mean():
     net = known(Odd())
     found = scales(net, numbers(6, 5, 4))
     assert {name for name, one in found.items() if one.numel() == 1} == found.keys() - {"end.weight"}
@@ -204,29 +201,31 @@ class Stubborn(nn.Module):
             return self.net(x)
 
 
-def test_a_network_that_turns_gradients_off_is_differentiated_nonetheless():
+def test_a_network_that_turns_gradients_off_is_differentiated_too():
     net = known(Stubborn("no_grad"))
     found = scales(net, numbers(6, 4))
     plain = scales(net.net, numbers(6, 4))
     assert all(torch.equal(found[f"net.{name}"], one) for name, one in plain.items())
 
 
+def overflowing() -> nn.Module:
+    net = known(Stubborn("no_grad"))
+    net.net[2].weight.data[0] = math.inf
+    return net
+
+
 @pytest.mark.parametrize(
-    ("how", "why"), [("inference", "runs in inference mode"), ("numpy", "fails where derivatives")]
+    ("net", "why"),
+    [
+        (known(Stubborn("inference")), "runs in inference mode"),
+        (known(Stubborn("numpy")), "fails where derivatives"),
+        (overflowing(), "not finite"),
+    ],
 )
-def test_a_network_without_derivatives_is_refused_with_the_reason(how, why):
-    net = known(Stubborn(how))
+def test_a_network_without_finite_derivatives_is_refused_with_the_reason(net, why):
     with pytest.raises(NoGradients, match=why):
         scales(net, numbers(6, 4))
     assert not any(part._forward_hooks for part in net.modules())
-
-
-def test_derivatives_that_are_not_finite_are_refused():
-    net = mlp()
-    with torch.no_grad():
-        net[2].weight[0, 0] = math.inf
-    with pytest.raises(NoGradients, match="not finite"):
-        scales(net, numbers(6, 5))
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -244,9 +243,6 @@ def test_the_same_seed_gives_the_same():
     one, _, other, apart = scales(net, x, seed=3), torch.rand(1), scales(net, x, seed=3), scales(net, x, seed=4)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not torch.equal(one["0.weight"], apart["0.weight"])
-
-
-# ------------------------------------------------------------------------------------------------ in a search
 
 
 def searched(net, x, **options):
@@ -274,17 +270,17 @@ def searched(net, x, **options):
         ({"wheel": Wheel(importance=lambda weights: {name: one.abs() for name, one in weights.items()})}, "a function"),
     ],
 )
-def test_the_report_says_what_the_wheel_drew_by(options, importance):
+def test_the_report_names_the_importance_of_the_wheel(options, importance):
     assert searched(mlp(), numbers(30, 5), **options).report.importance == importance
 
 
-def test_the_default_gives_way_to_magnitude_where_there_are_no_derivatives():
+def test_the_default_importance_is_magnitude_where_there_are_no_derivatives():
     net, x = known(Stubborn("inference")), numbers(30, 4)
-    given_way = searched(net, x)
-    assert given_way.report.importance == "magnitude, as the network runs in inference mode"
-    assert given_way.mask == searched(net, x, wheel=Wheel(importance="magnitude")).mask
+    by_default = searched(net, x)
+    assert by_default.report.importance == "magnitude, as the network runs in inference mode"
+    assert by_default.mask == searched(net, x, wheel=Wheel(importance="magnitude")).mask
 
 
-def test_sensitivity_that_was_asked_for_is_refused():
+def test_sensitivity_is_refused_where_there_are_no_derivatives():
     with pytest.raises(ValueError, match="importance is 'sensitivity', but the network runs in inference mode. Choose"):
         searched(known(Stubborn("inference")), numbers(30, 4), wheel=Wheel(importance="sensitivity"))

@@ -1,4 +1,4 @@
-"""Allocation: candidates that take more from one layer or another, and what a child takes over from its parent."""
+"""Allocation: candidates that remove more from one layer or another, and factors that a child inherits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def drawn(wheel: Wheel, **options) -> tuple[list[Mask], Winner]:
 
 
 @pytest.mark.parametrize("sharpness", [0.0, 4.0, math.inf])
-def test_candidates_take_more_from_one_layer_or_another(sharpness):
+def test_candidates_remove_more_from_one_layer_or_another(sharpness):
     masks, winner = drawn(Wheel(sharpness, allocation=0.5))
     by_level = [[mask for mask in masks if mask.survivors == level.survivors] for level in winner.report.levels]
     assert [len(level) for level in by_level] == [5, 5, 5]
@@ -53,13 +53,6 @@ def test_candidates_take_more_from_one_layer_or_another(sharpness):
         assert after > 0.01 + before
 
 
-def test_without_allocation_the_masks_are_as_ever():
-    for sharpness in (4.0, math.inf):
-        plain, explicit = drawn(Wheel(sharpness)), drawn(Wheel(sharpness, allocation=0.0))
-        assert plain[0] == explicit[0]
-        assert plain[1].report.levels == explicit[1].report.levels
-
-
 @pytest.mark.parametrize("sharpness", [4.0, math.inf])
 def test_the_same_seed_gives_the_same_allocation(sharpness):
     wheel = Wheel(sharpness, allocation=0.4)
@@ -68,10 +61,14 @@ def test_the_same_seed_gives_the_same_allocation(sharpness):
     assert one[0][1:6] != other[0][1:6]
 
 
-@pytest.mark.parametrize("sharpness", [0.0, 4.0])
-def test_with_a_wheel_for_each_layer_allocation_has_no_effect(sharpness):
-    plain, wide = (drawn(Wheel(sharpness, scope="layer", allocation=width)) for width in (None, 2.0))
-    assert plain[0] == wide[0]
+@pytest.mark.parametrize(
+    ("sharpness", "scope", "width"),
+    [(0.0, "layer", 2.0), (4.0, "layer", 2.0), (4.0, "global", 0.0), (math.inf, "global", 0.0)],
+)
+def test_allocation_has_no_effect_with_a_wheel_for_each_layer_or_a_width_of_zero(sharpness, scope, width):
+    plain, other = (drawn(Wheel(sharpness, scope=scope, allocation=one)) for one in (None, width))
+    assert plain[0] == other[0]
+    assert plain[1].report.levels == other[1].report.levels
 
 
 def largest(weights: Mapping[str, Tensor], parent: Mask, survivors: int, factors: Mapping[str, float]) -> Mask:
@@ -101,9 +98,8 @@ def test_a_childs_importance_factors_start_at_its_parents():
 def test_a_level_that_failed_leaves_no_importance_factors_behind():
     weights, width = pair(), 0.3
     wheel = Wheel(math.inf, allocation=width)
-    # the first branch fails, the retry at half the rate does not
-    options = {"branches": 5, "tolerance": 0.5, "wheel": wheel, "tree": ONE_LEVEL}
-    winner = search(weights, lambda mask: float(mask.survivors != 960), **options)
+    score = lambda mask: float(mask.survivors != 960)  # noqa: E731  # the first branch fails, the retry does not
+    winner = search(weights, score, branches=5, tolerance=0.5, wheel=wheel, tree=ONE_LEVEL)
     failed, accepted = winner.report.levels
     assert (failed.accepted, accepted.accepted) == (False, True)
     assert {one.index for one in accepted.candidates} == {5, 6, 7, 8, 9}
@@ -133,7 +129,7 @@ def test_candidates_differ_in_allocation_where_levels_are_refitted_by_least_squa
     assert (len(densities) > 1) == differ
 
 
-def test_a_refit_that_searches_the_allocation_does_so_by_0_3():
+def test_the_allocation_of_a_refit_by_least_squares_is_0_3_by_default():
     net = network()
     default, explicit = (ranked(net, wheel=Wheel(allocation=width)) for width in (None, 0.3))
     assert default.report.levels == explicit.report.levels

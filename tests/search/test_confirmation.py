@@ -1,92 +1,37 @@
-"""Confirmation: data that ranks nothing is asked once, when the search is over, and decides what wins."""
+"""Confirmation: the held-out half is asked once, when the search is over, and decides what wins."""
 
 from __future__ import annotations
 
-import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_roulette import (
-    Batches,
-    Level,
-    Mask,
-    Method,
-    Observer,
-    PrunedWeights,
-    Resamples,
-    Scores,
-    SearchReport,
-    Singles,
-    StopReason,
-    Tree,
-    Validation,
-    Winner,
-    search,
-)
+from lightning_roulette import Batches, Mask, Method, Resamples, Singles, StopReason, Tree, Validation, Winner, search
 from lightning_roulette.judge.certificate import p_value, paired_error, samples_needed
-from lightning_roulette.judge.evaluator import Judge, divided
+from lightning_roulette.judge.evaluator import divided
 from lightning_roulette.judge.selection import keeps_floor
 from lightning_roulette.mask.history import History
-from tests.support.evaluators import Logged, Sampled, Telling, key_of, noise
+from tests.support.evaluators import Logged, Sampled, Steps, Telling, key_of, network, noise
 
 nan = math.nan
 
 
-def network(size: int = 100) -> dict[str, torch.Tensor]:
-    return {"a": torch.from_numpy(np.random.default_rng(2).standard_normal(size))}
-
-
 def depth(mask: Mask) -> int:
-    """The level of a mask in trees that prune a fifth of 100 weights a level, no level of which fails."""
+    """The level of a mask in a tree that prunes a fifth of 100 weights a level, if no level fails."""
     return {100: 0, 80: 1, 64: 2, 51: 3, 41: 4}[mask.survivors]
 
 
-def by_level(*held_out: float, ranked: float = 0.5, folds: int = 8, kind: type[Logged] = Telling) -> Logged:
-    """An evaluator of one score for each level on the confirmation folds, and one for all on the others."""
-    first = divided(folds, 0.5)[1].start
-    return kind(lambda mask, fold: held_out[depth(mask)] if fold >= first else ranked, folds)
-
-
-class Steps(Observer):
-    """Keeps what it is told, and how long the evaluator's log was then."""
-
-    def __init__(self, evaluate: Logged) -> None:
-        self.evaluate, self.dense, self.grown, self.confirmed = evaluate, 0, 0, []
-
-    def on_dense(self, so_far: Winner, work: float) -> None:
-        self.dense = self.grown = len(self.evaluate.log)
-        self.so_far = so_far
-
-    def on_level(self, level: Level, so_far: Winner) -> None:
-        self.grown = len(self.evaluate.log)
-
-    def on_confirmed(self, level: Level, so_far: Winner) -> None:
-        self.confirmed.append((level, so_far))
+def by_level(*held_out: float, searched: float = 0.5) -> Telling:
+    """An evaluator of eight folds: a score for each level on the held-out half, and one for all on the search half."""
+    return Telling(lambda mask, fold: held_out[depth(mask)] if fold >= 4 else searched, 8)
 
 
 def grown(evaluate, levels: int = 4, **options) -> Winner:
+    """A search of at most four levels."""
     return search(network(), evaluate, **{"branches": 3, "tree": Tree(0.2, max_levels=levels), **options})
-
-
-# ------------------------------------------------------------------------------------------------ which folds
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.integers(1, 100), st.floats(0, 1, exclude_max=True))
-def test_the_folds_are_divided_into_those_that_rank_and_those_that_confirm(folds, confirm):
-    ranking, confirming = divided(folds, confirm)
-    assert [*ranking, *confirming] == list(range(folds))
-    assert len(ranking) >= 1
-    if confirm == 0 or folds == 1:
-        assert not confirming
-    else:
-        assert len(confirming) >= 1
-        assert abs(len(confirming) - confirm * folds) <= 0.5 or 1 in (len(confirming), len(ranking))
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -100,44 +45,35 @@ def test_the_folds_are_divided_into_those_that_rank_and_those_that_confirm(folds
     tolerance=st.sampled_from([0.02, 0.1, 0.3]),
     seed=st.integers(0, 100),
 )
-def test_confirmation_folds_are_asked_about_the_dense_network_and_then_once_about_the_chain(
+def test_the_held_out_half_is_asked_about_the_dense_network_and_then_once_about_each_level_up_to_a_failure(
     kind, folds, at_once, confirm, race, branches, tolerance, seed
 ):
     evaluate = kind(lambda mask, fold: noise(mask, fold) ** 2 / 4, folds, at_once)
     steps = Steps(evaluate)
-    winner = search(
-        network(30),
-        evaluate,
-        branches=branches,
-        tolerance=tolerance,
-        tree=Tree(0.2, max_levels=4),
-        validation=Validation(confirm=confirm, race=race),
-        seed=seed,
-        observer=steps,
-    )
-    ranking, confirming = (set(part) for part in divided(folds, confirm))
-    dense, growing, after = (
-        evaluate.log[: steps.dense],
-        evaluate.log[steps.dense : steps.grown],
-        evaluate.log[steps.grown :],
-    )
+    options = {"branches": branches, "tolerance": tolerance, "seed": seed, "observer": steps}
+    options |= {"tree": Tree(0.2, max_levels=4), "validation": Validation(confirm=confirm, race=race)}
+    winner = search(network(30), evaluate, **options)
+    search_folds, held_out = divided(folds, confirm)
+    log = evaluate.log
+    dense, growing, after = log[: steps.dense], log[steps.dense : steps.grown], log[steps.grown :]
     assert {key_of(mask) for mask, _ in dense} == {key_of(winner.mask_at(0))}
-    assert all(set(asked) <= ranking or set(asked) <= confirming for _, asked in dense)
-    assert all(set(asked) <= ranking for _, asked in growing)
+    assert all(set(asked) <= {*search_folds} or set(asked) <= {*held_out} for _, asked in dense)
+    assert all(set(asked) <= {*search_folds} for _, asked in growing)
     assert not any(mask == winner.mask_at(0) for mask, _ in growing)
-    # one union each, and where the evaluator tells nothing itself each fold of it
-    once = [tuple(sorted(confirming))]
-    if kind is Logged and len(confirming) > 1:
-        once += [(fold,) for fold in sorted(confirming)]
-    if not confirming:
+    if not held_out:
         assert (after, steps.confirmed) == ([], [])
         assert winner.mask == winner.mask_at(winner.history.deepest)
         return
+    # one union each, and each of its folds if the evaluator records nothing itself
+    once = [tuple(held_out)]
+    if kind is Logged and len(held_out) > 1:
+        once += [(fold,) for fold in held_out]
+    assert [asked for _, asked in dense if set(asked) <= {*held_out}] == once
     chain, held = [], 0
     for level in winner.report.accepted:
         mask = winner.mask_at(level.level)
         chain += [(key_of(mask), asked) for asked in once]
-        score = sum(evaluate.score(mask, fold) for fold in sorted(confirming)) / len(confirming)
+        score = sum(evaluate.score(mask, fold) for fold in held_out) / len(held_out)
         assert level.held_out_score == pytest.approx(score)
         assert level.held is keeps_floor(level.held_out_score, winner.report.held_out_floor)
         if not level.held:
@@ -149,25 +85,14 @@ def test_confirmation_folds_are_asked_about_the_dense_network_and_then_once_abou
     assert winner.mask == winner.mask_at(held)
 
 
-def test_the_dense_network_is_asked_once_about_the_confirmation_folds():
-    evaluate = Telling(noise, 16)
-    winner = grown(evaluate, tolerance=1)
-    confirming = tuple(range(8, 16))
-    assert evaluate.asked(winner.mask_at(0)).count(confirming) == 1
-    assert [level.held for level in winner.report.levels] == [True] * 4
-
-
 def test_levels_that_failed_are_not_confirmed():
-    # the first branch falls below the floor on the ranking folds, and its retry at half the rate does not
+    # the first branch falls below the floor on the search half, and its retry at half the rate does not
     evaluate = Telling(lambda mask, fold: float(mask.survivors != 80), 8)
     winner = grown(evaluate, levels=1)
     failed, accepted = winner.report.levels
     assert (failed.accepted, failed.held_out_score, failed.held) == (False, None, None)
     assert (accepted.accepted, accepted.held_out_score, accepted.held) == (True, 1.0, True)
     assert winner.mask.survivors == 90
-
-
-# ------------------------------------------------------------------------------------------------ the winner
 
 
 def test_the_winner_is_the_last_level_that_held():
@@ -204,7 +129,7 @@ def test_a_checkpoint_keeps_the_winner_and_the_levels_after_it(misses):
     assert [read.mask_at(level) for level in range(5)] == [winner.mask_at(level) for level in range(5)]
 
 
-def test_where_no_level_held_the_dense_network_wins_and_all_levels_can_be_had():
+def test_where_no_level_held_the_dense_network_wins_and_all_levels_are_kept():
     winner = grown(by_level(0.9, 0.1, 0.95, 0.95, 0.95))
     assert [level.held for level in winner.report.levels] == [False, None, None, None]
     assert winner.report.winner is None
@@ -225,7 +150,7 @@ def test_a_search_without_accepted_levels_confirms_nothing():
 
 
 @pytest.mark.parametrize("bad", [nan, math.inf, -math.inf])
-def test_a_level_without_a_number_does_not_hold(bad):
+def test_a_level_whose_score_is_not_finite_does_not_hold(bad):
     winner = grown(by_level(0.9, 0.9, bad, 0.9, 0.9))
     assert [level.held for level in winner.report.levels] == [True, False, None, None]
     assert math.isnan(winner.report.levels[1].held_out_score)
@@ -233,7 +158,7 @@ def test_a_level_without_a_number_does_not_hold(bad):
 
 
 @pytest.mark.parametrize("bad", [nan, math.inf])
-def test_a_dense_network_without_a_number_on_the_confirmation_folds_is_an_error(bad):
+def test_a_dense_network_whose_score_on_the_held_out_half_is_not_finite_is_an_error(bad):
     evaluate = by_level(bad, 0.9, 0.9, 0.9, 0.9)
     with pytest.raises(ValueError, match="the score of the dense network is NaN or infinite, so there is no floor"):
         grown(evaluate)
@@ -252,24 +177,21 @@ def test_an_observer_is_told_of_each_confirmed_level_in_order():
         assert so_far.history.deepest == 4
 
 
-def test_nothing_is_confirmed_by_a_plain_function():
+@pytest.mark.parametrize(
+    ("evaluate", "confirm", "folds"),
+    [(lambda mask: 0.9, 0.5, (1, 0)), (by_level(0.9, 0.9, 0.9, 0.9, 0.9, searched=0.9), 0.0, (8, 0))],
+)
+def test_nothing_is_confirmed_without_a_held_out_half(evaluate, confirm, folds):
     steps = Steps(Telling(noise, 1))
-    winner = grown(lambda mask: 1.0, observer=steps, validation=Validation(confirm=0.5))
+    winner = grown(evaluate, observer=steps, validation=Validation(confirm=confirm))
     report = winner.report
     assert steps.confirmed == []
-    assert (report.folds, report.held_out_dense, report.held_out_floor) == ((1, 0), None, None)
+    assert (report.folds, report.held_out_dense, report.held_out_floor) == (folds, None, None)
     assert (report.samples, report.confidence, report.method, report.undivided_because) == (None, None, None, "")
     assert [(level.held_out_score, level.held, level.p_value) for level in report.levels] == [(None, None, None)] * 4
     assert report.winner == report.levels[-1]
+    assert report.dense_score == pytest.approx(0.9)
     assert winner.mask == winner.mask_at(4)
-
-
-def test_nothing_is_confirmed_where_all_data_ranks():
-    evaluate = by_level(0.9, 0.9, 0.9, 0.9, 0.9, ranked=0.9)
-    winner = grown(evaluate, validation=Validation(confirm=0))
-    assert (winner.report.folds, winner.report.held_out_dense) == ((8, 0), None)
-    assert winner.report.winner == winner.report.levels[-1]
-    assert winner.report.dense_score == pytest.approx(0.9)
 
 
 def test_why_an_evaluator_has_one_fold_is_reported():
@@ -278,36 +200,16 @@ def test_why_an_evaluator_has_one_fold_is_reported():
     assert grown(evaluate).report.undivided_because == evaluate.undivided_because
 
 
-def test_a_search_by_folds_repeats_itself():
-    first, again = (grown(Telling(noise, 16), tolerance=0.3, seed=4) for _ in range(2))
-    assert first.mask == again.mask
-    assert [level.candidates for level in first.report.levels] == [level.candidates for level in again.report.levels]
-    assert [level.held_out_score for level in first.report.levels] == [
-        level.held_out_score for level in again.report.levels
-    ]
-
-
-def test_a_confirmed_search_survives_json_in_either_unit():
-    for evaluate in (by_level(0.9, 0.95, 0.86, 0.1, 0.9), by_level(0.9, 0.95, 0.86, 0.1, 0.9, kind=Logged)):
-        report = grown(evaluate, tolerance=0.05).report
-        for one in (report, report.in_metric("val_loss", "min")):
-            assert repr(SearchReport.from_dict(json.loads(json.dumps(one.to_dict(), allow_nan=False)))) == repr(one)
-            assert one.decline == pytest.approx(0.05)
-
-
-# ------------------------------------------------------------------------------------------------ errors of scores
-
-
 def test_errors_are_those_of_the_differences_on_the_same_samples():
     evaluate = Sampled(lambda mask, fold: depth(mask) * (1 + fold % 3), folds=8, size=50)
     winner = grown(evaluate, tolerance=1)
     dense = winner.mask_at(0)
     for level in winner.report.levels:
         mask = winner.mask_at(level.level)
-        ranked, held_out = (
+        searched, held_out = (
             paired_error(evaluate.outcomes(dense, part), evaluate.outcomes(mask, part)) for part in divided(8, 0.5)
         )
-        assert level.error == pytest.approx(ranked)
+        assert level.error == pytest.approx(searched)
         assert level.held_out_error == pytest.approx(held_out)
         assert 0 < level.error != level.held_out_error
     assert winner.report.samples == 200
@@ -323,31 +225,41 @@ def test_without_outcomes_the_errors_are_those_over_folds():
     assert winner.report.samples == 4
 
 
-def test_an_evaluator_that_can_tell_but_does_not_leaves_the_errors_open():
-    winner = grown(Telling(noise, 8), tolerance=1)
-    assert all(math.isnan(level.error) and math.isnan(level.held_out_error) for level in winner.report.levels)
-    assert winner.report.samples is None
+def samples(count: int, wrong: int = 0, low: float = 0.0) -> Singles:
+    """Samples that all score 1, except the first ones, which score 0. A score lies between `low` and 1."""
+    return Singles((torch.arange(count) >= wrong).double(), low, 1.0)
 
 
-@pytest.mark.parametrize("ranking", [True, False])
-def test_a_level_that_tells_nothing_has_no_error(ranking):
-    class Forgetful(Sampled):
-        def recorded(self, candidate, folds):
-            scores, outcomes = super().recorded(candidate, folds)
-            tells = candidate.mask.sparsity == 0 or (min(folds) >= 4) == ranking
-            return scores, outcomes if tells else None
+class Records(Logged):
+    """Scores all networks alike, and records `outcomes(depth, folds)`."""
 
-    winner = grown(Forgetful(lambda mask, fold: depth(mask), 8, 50), tolerance=1)
+    undivided_because = "loader 0 gives 3 batches"
+
+    def __init__(self, outcomes, folds: int = 8) -> None:
+        super().__init__(lambda mask, fold: 1.0, folds)
+        self.outcomes = outcomes
+
+    def recorded(self, candidate, folds):
+        return self(candidate, folds), self.outcomes(depth(candidate.mask), folds)
+
+
+@pytest.mark.parametrize(
+    ("tells", "known"),
+    [
+        (lambda depth, folds: depth == 0 or min(folds) < 4, (True, False)),
+        (lambda depth, folds: depth == 0 or min(folds) >= 4, (False, True)),
+        (lambda depth, folds: False, (False, False)),
+    ],
+)
+def test_errors_are_nan_where_outcomes_are_missing(tells, known):
+    winner = grown(Records(lambda *asked: samples(200, wrong=asked[0]) if tells(*asked) else None))
     for level in winner.report.levels:
-        assert math.isnan(level.error) == ranking
-        assert math.isnan(level.held_out_error) != ranking
-
-
-# ------------------------------------------------------------------------------------------------ confidence
+        assert (not math.isnan(level.error), not math.isnan(level.held_out_error)) == known
+    assert winner.report.samples == (200 if any(known) else None)
 
 
 def erring(*wrong: int, size: int = 250) -> Sampled:
-    """So many samples of each of the four confirmation folds are wrong at each level, and none of the ranking folds."""
+    """So many samples of each of the four held-out folds are wrong at each level, and none of the search folds."""
     return Sampled(lambda mask, fold: wrong[depth(mask)] if fold >= 4 else 0, folds=8, size=size)
 
 
@@ -385,13 +297,9 @@ def test_levels_have_no_p_value_without_a_confidence():
     assert (report.confidence, report.method, report.samples) == (None, None, 1000)
 
 
-def test_a_level_that_tells_no_outcomes_is_not_certified():
-    class Forgetful(Sampled):
-        def recorded(self, candidate, folds):
-            scores, outcomes = super().recorded(candidate, folds)
-            return scores, None if depth(candidate.mask) == 2 else outcomes
-
-    winner = grown(Forgetful(lambda mask, fold: 0, 8, 250), tolerance=0.02, confidence=0.95)
+def test_a_level_without_outcomes_is_not_certified():
+    evaluate = Records(lambda depth, folds: None if depth == 2 else samples(1000))
+    winner = grown(evaluate, tolerance=0.02, confidence=0.95)
     assert [level.p_value == 1.0 for level in winner.report.levels[:2]] == [False, True]
     assert [level.held for level in winner.report.levels] == [True, False, None, None]
 
@@ -415,119 +323,55 @@ def test_scores_of_whole_folds_are_certified_as_batches():
 
 
 def test_a_metric_that_is_no_mean_is_certified_by_resamples():
-    class Whole(Telling):
-        def recorded(self, candidate, folds):
-            values = torch.tensor([0.9, 0.8, 1.0, 0.7]).repeat(50) - 1e-4 * depth(candidate.mask)
-            return self(candidate, folds), Resamples(lambda index: float(values[index].mean()), len(values))
+    def outcomes(depth: int, folds) -> Resamples:
+        values = torch.tensor([0.9, 0.8, 1.0, 0.7]).repeat(50) - 1e-4 * depth
+        return Resamples(lambda index: float(values[index].mean()), len(values))
 
-    report = grown(Whole(lambda mask, fold: 0.85, 8), levels=2, tolerance=0.02, confidence=0.9).report
+    report = grown(Records(outcomes), levels=2, tolerance=0.02, confidence=0.9).report
     assert (report.method, report.samples) == (Method.BOOTSTRAP, 200)
     assert [level.held for level in report.levels] == [True, True]
 
 
-def assert_refused(evaluate, message: str, **options) -> None:
-    """Before any candidate is asked about."""
+def perfect(folds: int = 8) -> Records:
+    return Records(lambda *_: samples(1000), folds)
+
+
+NO_OUTCOMES = "the held-out half has no scores of single samples or batches"
+ONE_NUMBER = "shows the metric as 1 numbers, which must be at least 2. Log"
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "options", "message"),
+    [
+        (perfect(), {"tolerance": 0}, "tolerance is 0 and confidence 0.95, but no finite sample can certify"),
+        (perfect(), {"tolerance": math.inf}, "tolerance is inf .* but without a floor there is nothing to certify"),
+        (perfect(), {"validation": Validation(confirm=0)}, r"confirm is 0 and confidence 0.95.*\(confirm=0.5\)"),
+        (lambda mask: 1.0, {}, NO_OUTCOMES),
+        (perfect(folds=1), {}, r"no scores of single samples or batches \(loader 0 gives 3 batches\)"),
+        (Telling(lambda mask, fold: 1.0, 16), {}, NO_OUTCOMES),
+        (Logged(lambda mask, fold: 1.0, 2), {}, NO_OUTCOMES),  # a held-out half of one fold is one number
+        (Records(lambda *_: Batches(torch.ones(1), torch.ones(1))), {}, ONE_NUMBER),
+        (Records(lambda *_: Resamples(lambda index: 1.0, 1)), {}, ONE_NUMBER),
+    ],
+)
+def test_a_search_that_can_certify_nothing_is_refused_before_any_candidate(evaluate, options, message):
     with pytest.raises(ValueError, match=message):
         grown(evaluate, **{"tolerance": 0.02, "confidence": 0.95, **options})
-    assert all(mask.sparsity == 0 for mask, _ in evaluate.log)
+    log = getattr(evaluate, "log", [])
+    assert all(mask.sparsity == 0 for mask, _ in log)
+    assert not (options and log)  # a contradiction between arguments is found before the dense network is validated
 
 
-def test_nothing_can_be_certified_without_a_tolerance():
-    evaluate = erring(0, 0, 0, 0, 0)
-    assert_refused(evaluate, "tolerance is 0 and confidence 0.95, but no finite sample can certify", tolerance=0)
-    assert evaluate.log == []
-
-
-def test_nothing_can_be_certified_by_data_that_ranked():
-    evaluate = erring(0, 0, 0, 0, 0)
-    shared = Validation(confirm=0)
-    assert_refused(evaluate, r"confirm is 0 and confidence 0.95.*Validation\(confirm=0.5\)", validation=shared)
-    assert evaluate.log == []
-
-
-@pytest.mark.parametrize("confidence", [0, 1, -0.5, 1.5, nan, math.inf])
-def test_a_confidence_out_of_range_is_refused(confidence):
-    evaluate = erring(0, 0, 0, 0, 0)
-    assert_refused(evaluate, "confidence is .* but must be more than 0 and less than 1", confidence=confidence)
-    assert evaluate.log == []
-
-
-def test_a_plain_function_can_certify_nothing():
-    with pytest.raises(ValueError, match="the held-out half has no scores of single samples or batches"):
-        grown(lambda mask: 1.0, tolerance=0.02, confidence=0.95)
-
-
-def test_an_evaluator_of_one_fold_can_certify_nothing_and_says_why():
-    evaluate = Sampled(lambda mask, fold: 0, folds=1, size=5000)
-    evaluate.undivided_because = "loader 0 gives 3 batches"
-    assert_refused(evaluate, r"no scores of single samples or batches \(loader 0 gives 3 batches\)")
-
-
-def test_an_evaluator_that_tells_nothing_can_certify_nothing():
-    assert_refused(Telling(lambda mask, fold: 1.0, 16), "has no scores of single samples or batches")
-    # a single confirmation fold without outcomes is one number
-    assert_refused(Logged(lambda mask, fold: 1.0, 2), "has no scores of single samples or batches")
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.0, 1.0)])
-def test_too_few_samples_are_refused_with_the_number_needed(low, high):
-    class Wide(Sampled):
-        def outcomes(self, mask, folds):
-            return Singles(torch.ones(self.size * len(folds), dtype=torch.float64), low, high)
-
-    needed = samples_needed(0.95, 0.02, high - low)
-    assert needed == (149 if low == 0 else 598)
-    # a quarter of eight folds confirms
-    enough, few = math.ceil(needed / 2), (needed - 1) // 2
-    quarter = Validation(confirm=0.25)
-    assert_refused(
-        Wide(lambda mask, fold: 0, 8, few),
-        f"but {2 * few} held-out samples can certify no network.*"
-        f"At least {needed} are needed, which is {4 * needed} validation samples in all",
-        validation=quarter,
-    )
-    winner = grown(Wide(lambda mask, fold: 0, 8, enough), tolerance=0.02, confidence=0.95, validation=quarter)
-    # the least number is enough for networks without any difference
-    assert [level.held for level in winner.report.levels] == [True] * 4
-    assert winner.report.samples == 2 * enough
-
-
-@pytest.mark.parametrize("outcomes", [Batches(torch.ones(1), torch.ones(1)), Resamples(lambda index: 1.0, 1)])
-def test_a_single_batch_is_too_few(outcomes):
-    class Single(Telling):
-        def recorded(self, candidate, folds):
-            return self(candidate, folds), outcomes
-
-    assert_refused(Single(lambda mask, fold: 1.0, 8), "shows the metric as 1 numbers, which must be at least 2. Log")
-
-
-def test_an_infinite_tolerance_needs_no_certificate():
-    with pytest.raises(ValueError, match="tolerance is inf .* but without a floor there is nothing to certify"):
-        grown(erring(0, 250, 250, 250, 250), tolerance=math.inf, confidence=0.99)
-
-
-# ------------------------------------------------------------------------------------------------ the judge
-
-
-def test_a_judge_counts_folds_and_turns_what_is_not_finite_into_nan():
-    evaluate = Logged(lambda mask, fold: math.inf if fold == 2 else fold, 4)
-    judge = Judge(evaluate, 0.5)
-    full = PrunedWeights(Mask.full(network()), network())
-    assert (judge.search_folds, judge.held_out_folds, judge.records, judge.at_once) == (
-        range(0, 2),
-        range(2, 4),
-        False,
-        4,
-    )
-    assert judge.scores(full, [0, 1]) == Scores(0.5, 0.5, 0.0)
-    assert math.isnan(judge.scores(full, [2]).rank)
-    assert judge.validations == 0.75
-    _, outcomes = judge.recorded(full, [0, 1, 3])
-    assert outcomes.values.tolist() == [0, 1, 3]
-    assert judge.validations == 0.75 + 1.5
-    assert judge.recorded(full, [3]) == (Scores(3, 3, 0.0), None)
-
-
-@pytest.mark.parametrize(("at_once", "expected"), [(None, 4), (2, 2), (99, 4)])
-def test_a_judge_knows_how_many_folds_are_read_at_once(at_once, expected):
-    assert Judge(Logged(noise, 4, at_once), 0.5).at_once == expected
+@pytest.mark.parametrize(("low", "needed"), [(0.0, 149), (-3.0, 598)])
+def test_too_few_samples_are_refused_with_the_number_needed(low, needed):
+    assert needed == samples_needed(0.95, 0.02, 1 - low)
+    # two of eight folds are held out
+    options = {"tolerance": 0.02, "confidence": 0.95, "validation": Validation(confirm=0.25)}
+    few, enough = (Records(lambda _, folds, n=n: samples(n, low=low)) for n in (needed - 1, needed))
+    message = f"but {needed - 1} held-out samples can certify no network.*At least {needed} are needed, "
+    with pytest.raises(ValueError, match=f"{message}which is {4 * needed} validation samples in all"):
+        grown(few, **options)
+    assert all(mask.sparsity == 0 for mask, _ in few.log)
+    report = grown(enough, **options).report  # the smallest number is enough for networks without any difference
+    assert [level.held for level in report.levels] == [True] * 4
+    assert report.samples == needed

@@ -1,4 +1,4 @@
-"""Pruning in turn with training, in the core: what is cut, what holds, what is remembered."""
+"""Pruning in turn with training: which weights are cut, which level holds, what a state remembers."""
 
 from __future__ import annotations
 
@@ -29,29 +29,26 @@ def gradual(**choices) -> Gradual:
     return Gradual(Cuts(**given | choices))
 
 
-def scoring(value: float):
-    return lambda mask: value
-
-
 class OnFolds:
-    """Says which folds it was asked about; their score is given."""
+    """Keeps the folds that it was asked about."""
 
-    def __init__(self, score: float = 1.0) -> None:
-        self.folds, self.score, self.asked = 4, score, []
+    def __init__(self) -> None:
+        self.folds, self.asked = 4, []
 
     def __call__(self, candidate, folds):
         self.asked.append(tuple(folds))
-        return Scores(self.score, self.score)
+        return Scores(1.0, 1.0)
 
 
 def shown(one: Gradual, score: float, now=None) -> bool:
-    return one.judge(weights() if now is None else now, scoring(score))
+    """Whether a network with this score holds; by default the network as it was at first."""
+    return one.judge(weights() if now is None else now, lambda mask: score)
 
 
 def test_each_cut_takes_its_share_of_the_survivors_and_masks_nest():
     one, now, masks = gradual(tree=Tree(pruning_rate=0.3)), weights(), []
     for place in range(1, 6):
-        assert one.judge(now, scoring(1.0))
+        assert shown(one, 1.0, now)
         network = one.cut(place)
         masks.append(network.mask)
         now = network.weights
@@ -68,7 +65,7 @@ def test_the_weights_as_trained_are_cut_not_those_of_the_dense_network():
     one = gradual(tree=Tree(pruning_rate=0.5))
     trained = {name: torch.arange(1.0, w.numel() + 1).view(w.shape) for name, w in weights().items()}
     shown(one, 1.0)
-    assert one.judge(trained, scoring(1.0))
+    assert shown(one, 1.0, trained)
     network = one.cut(1)
     assert all(torch.equal(network.weights[name], trained[name] * network.mask[name]) for name in trained)
 
@@ -78,18 +75,15 @@ def test_a_level_has_held_once_it_keeps_the_floor_and_not_before():
     assert shown(one, 0.9)
     one.cut(1, epoch=3)
     assert (one.report.winner, one.history.level, one.history.deepest) == (None, 0, 1)
-    assert not shown(one, 0.79)
-    assert (one.report.levels[0].held, one.report.levels[0].held_out_score, one.report.levels[0].epoch) == (
-        False,
-        0.79,
-        3,
-    )
-    assert one.history.level == 0
-    assert shown(one, 0.8)
-    assert (one.report.winner, one.history.level) == (one.report.levels[0], 1)
-    assert one.report.levels[0].held_out_score == 0.8
-    assert not shown(one, 0.5)
-    assert (one.report.levels[0].held, one.report.levels[0].held_out_score) == (True, 0.8)
+    for score, held, expected in (
+        (0.79, False, (False, 0.79, 0)),
+        (0.8, True, (True, 0.8, 1)),
+        (0.5, False, (True, 0.8, 1)),
+    ):
+        assert shown(one, score) == held
+        (level,) = one.report.levels
+        assert (level.held, level.held_out_score, one.history.level) == expected
+        assert (level.epoch, one.report.winner) == (3, level if level.held else None)
 
 
 def test_the_floor_is_that_of_the_first_network_shown():
@@ -104,10 +98,10 @@ def test_the_floor_is_that_of_the_first_network_shown():
 
 @settings(deadline=None, derandomize=True)
 @given(target=st.floats(0.01, 0.99), number=st.integers(1, 12), left_out=st.sets(st.integers(1, 11)))
-def test_the_cubic_schedule_reaches_the_target_whatever_was_left_out(target, number, left_out):
+def test_the_cubic_schedule_reaches_the_target_even_if_cuts_are_left_out(target, number, left_out):
     one, now = gradual(target_sparsity=target, number=number), weights()
     for place in range(1, number + 1):
-        one.judge(now, scoring(1.0))
+        shown(one, 1.0, now)
         if place in left_out and place < number:
             continue
         goal = math.floor(cubic(target, place / number) * SIZE + 0.5)
@@ -117,44 +111,35 @@ def test_the_cubic_schedule_reaches_the_target_whatever_was_left_out(target, num
     assert SIZE - one.mask.survivors == min(math.floor(target * SIZE + 0.5), SIZE - 1)
 
 
-@pytest.mark.parametrize("target", [0.5, 0.332])  # the latter asks for 66.4 of 200 weights
-def test_a_target_that_is_reached_ends_the_cuts_and_is_said(target):
-    one = gradual(target_sparsity=target, number=1)
+@pytest.mark.parametrize(
+    ("options", "score", "reason"),
+    [
+        ({"target_sparsity": 0.5, "number": 1}, 1.0, StopReason.TARGET_REACHED),
+        ({"target_sparsity": 0.332, "number": 1}, 1.0, StopReason.TARGET_REACHED),  # 66.4 of 200 weights
+        ({"target_sparsity": 0.5, "number": 1}, 0.0, StopReason.TRAINING_ENDED),  # the level does not hold
+        ({"tree": Tree(0.5, max_levels=1)}, 1.0, StopReason.MAX_LEVELS),
+    ],
+)
+def test_cuts_end_for_a_reason(options, score, reason):
+    one = gradual(**options)
     shown(one, 1.0)
     network = one.cut(1)
-    assert one.judge(network.weights, scoring(1.0))
-    assert one.cut(1) is None
-    assert one.ended().stop_reason == StopReason.TARGET_REACHED
-    assert one.report.levels[0].pruning_rate == pytest.approx(target, abs=0.005)
+    assert one.report.levels[0].pruning_rate == pytest.approx(options.get("target_sparsity", 0.5), abs=0.005)
+    assert shown(one, score, network.weights) == (score == 1.0)
+    assert one.cut(options.get("number", 2)) is None
+    assert one.ended().stop_reason is reason
 
 
-def test_a_target_whose_level_does_not_hold_is_not_reached():
-    one = gradual(target_sparsity=0.5, number=1)
-    shown(one, 1.0)
-    assert not one.judge(one.cut(1).weights, scoring(0.0))
-    assert one.ended().stop_reason == StopReason.TRAINING_ENDED
-
-
-def test_no_more_levels_than_allowed():
-    one = gradual(tree=Tree(pruning_rate=0.5, max_levels=1))
-    shown(one, 1.0)
-    assert one.cut(1) is not None
-    shown(one, 1.0)
-    assert one.cut(2) is None
-    assert one.ended().stop_reason == StopReason.MAX_LEVELS
-
-
-def test_a_restored_one_goes_on_as_if_it_had_never_stopped():
+def test_a_restored_pruning_continues_as_if_it_had_never_stopped():
     def run(stops: bool) -> Gradual:
         choices = {"branches": 3, "number": 4}
         one, now = gradual(**choices), weights()
         for place in range(1, 5):
-            one.judge(now, scoring(1.0))
+            shown(one, 1.0, now)
             now = one.cut(place, epoch=place).weights
             if stops:
-                other = gradual(**choices)
-                other.restore(one.state())
-                one = other
+                state, one = one.state(), gradual(**choices)
+                one.restore(state)
         return one
 
     whole, stopped = run(False), run(True)
@@ -165,23 +150,22 @@ def test_a_restored_one_goes_on_as_if_it_had_never_stopped():
 
 def test_importance_factors_are_read_under_their_old_name_too():
     one, other = gradual(branches=3, refit=None), gradual(branches=3)
-    one.judge(weights(), scoring(1.0))
+    shown(one, 1.0)
     one.cut(1)
     state = one.state()
-    other.restore(
-        {**{key: value for key, value in state.items() if key != "importance_factors"}, "leaning": {"a": 0.5}}
-    )
+    del state["importance_factors"]
+    other.restore(state | {"leaning": {"a": 0.5}})
     assert other.state()["importance_factors"] == {"a": 0.5}
 
 
-def test_before_anything_was_shown_there_is_no_state():
+def test_before_the_first_judgement_there_is_no_state():
     one = gradual()
     assert (one.state(), one.mask) == ({}, None)
     one.restore({})
     assert one.report is None
 
 
-def test_one_candidate_is_judged_on_all_folds_and_several_on_those_that_rank_nothing():
+def test_one_candidate_is_judged_on_all_folds_and_several_on_the_held_out_half():
     alone, branch = OnFolds(), OnFolds()
     gradual().judge(weights(), alone)
     gradual(branches=2).judge(weights(), branch)
@@ -193,7 +177,7 @@ def test_one_candidate_is_judged_on_all_folds_and_several_on_those_that_rank_not
     assert shared.report.held_out_dense == 1.0
 
 
-def test_a_network_that_scores_nan_later_has_not_held_and_at_first_is_refused():
+def test_a_score_of_nan_does_not_hold_and_is_refused_for_the_first_network():
     one = gradual()
     with pytest.raises(ValueError, match="is NaN or infinite"):
         shown(one, math.nan)
@@ -203,15 +187,15 @@ def test_a_network_that_scores_nan_later_has_not_held_and_at_first_is_refused():
     assert one.history.level == 0
 
 
-def test_a_cut_of_which_no_candidate_has_a_score_is_none():
+def test_a_cut_whose_candidates_all_score_nan_is_none():
     one = gradual()
     one.judge(weights(), lambda mask: 1.0 if mask.sparsity == 0 else math.nan)
     assert one.cut(1) is None
     assert one.report.levels == ()
 
 
-def test_pickled_it_knows_no_data():
+def test_a_pickle_holds_no_data():
     one = gradual(branches=2)
     shown(one, 1.0)
-    copied = pickle.loads(pickle.dumps(one))  # a lambda that it still knew could not be pickled
+    copied = pickle.loads(pickle.dumps(one))  # a lambda inside could not be pickled
     assert copied.report == one.report

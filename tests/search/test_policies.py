@@ -69,7 +69,7 @@ def test_a_level_removes_at_least_one_weight_and_leaves_one(rate, survivors):
 
 @settings(deadline=None, derandomize=True)
 @given(target=st.floats(0.01, 0.99), survivors=st.integers(1, 100))
-def test_what_is_missing_leads_to_the_rounded_target(target, survivors):
+def test_the_missing_weights_lead_to_the_rounded_target(target, survivors):
     assert 100 - survivors + missing(state(survivors).parent, target) == math.floor(target * 100 + 0.5)
 
 

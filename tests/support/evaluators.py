@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 
-from lightning_roulette import Mask, PrunedWeights, Scores, Singles
+from lightning_roulette import Level, Mask, Observer, PrunedWeights, Scores, Singles, Winner
+
+
+def network(size: int = 100) -> dict[str, torch.Tensor]:
+    """One tensor of weights."""
+    return {"a": torch.from_numpy(np.random.default_rng(2).standard_normal(size))}
 
 
 def key_of(mask: Mask) -> bytes:
@@ -43,14 +50,26 @@ class Logged:
 
 
 class Telling(Logged):
-    """Tells no outcomes, but can be asked for them."""
+    """Can be asked for outcomes, and returns none."""
 
     def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, None]:
         return self(candidate, folds), None
 
 
+class Blind(Telling):
+    """One field of its scores is NaN where `blind(mask, folds)` is true."""
+
+    def __init__(self, blind: Callable[[Mask, Sequence[int]], bool], field: str = "rank") -> None:
+        super().__init__(noise, 16)
+        self.blind, self.field = blind, field
+
+    def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
+        scores = super().__call__(candidate, folds)
+        return replace(scores, **{self.field: float("nan")}) if self.blind(candidate.mask, folds) else scores
+
+
 class Sampled(Logged):
-    """Tells the score of each of `size` samples a fold: 0 for the first `wrong(mask, fold)` of them, else 1."""
+    """Records the score of each of `size` samples a fold: 0 for the first `wrong(mask, fold)` of them, else 1."""
 
     def __init__(self, wrong: Callable[[Mask, int], int], folds: int, size: int) -> None:
         super().__init__(lambda mask, fold: 1 - wrong(mask, fold) / size, folds)
@@ -62,3 +81,25 @@ class Sampled(Logged):
 
     def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, Singles]:
         return self(candidate, folds), self.outcomes(candidate.mask, folds)
+
+
+class Steps(Observer):
+    """Keeps what it is told. `dense` and `grown` are the lengths of the log after the dense network and the levels."""
+
+    def __init__(self, evaluate: Logged) -> None:
+        self.evaluate, self.dense, self.grown, self.work = evaluate, 0, 0, 0.0
+        self.candidates, self.levels, self.confirmed = [], [], []
+
+    def on_dense(self, so_far: Winner, work: float) -> None:
+        self.dense = self.grown = len(self.evaluate.log)
+        self.work = work
+
+    def on_candidate(self, level, done, planned, best, sparsity) -> None:
+        self.candidates.append((level, done, planned, best and best.index))
+
+    def on_level(self, level: Level, so_far: Winner) -> None:
+        self.grown = len(self.evaluate.log)
+        self.levels.append((level, self.grown, so_far.report.validations))
+
+    def on_confirmed(self, level: Level, so_far: Winner) -> None:
+        self.confirmed.append((level, so_far))

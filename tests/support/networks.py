@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.parameters import prunable_parameters
@@ -67,6 +68,18 @@ def state_of(module: nn.Module):
         torch.is_grad_enabled(),
         torch.get_rng_state().tolist(),
     )
+
+
+class MetricOf(Metric):
+    """A metric that has a network, as the Inception score has."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def update(self) -> None: ...
+
+    def compute(self) -> None: ...
 
 
 class Residual(nn.Module):
