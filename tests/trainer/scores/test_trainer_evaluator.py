@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from functools import partial
 
 import pytest
@@ -22,31 +22,15 @@ from torchmetrics.classification import (
     MulticlassRecall,
 )
 
-from lightning_roulette import (
-    Mask,
-    RouletteWheelPruning,
-    Tree,
-    Validation,
-    apply_mask,
-    prunable_parameters,
-    sparsity,
-)
+from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, apply_mask, prunable_parameters, sparsity
 from lightning_roulette.judge.certificate import samples_needed
 from lightning_roulette.judge.outcomes import Batches, Resamples, Singles
 from lightning_roulette.judge.race import rungs
 from lightning_roulette.report.records import Method
 from tests.support import fits
 from tests.support.callbacks import within
-from tests.support.isolated import (
-    ON_ALL,
-    IsolatedValidation,
-    PrunedWeights,
-    a_mask,
-    evaluator_of,
-    judged_by,
-    one_level,
-)
-from tests.support.modules import Blobs, Stream, blobs, train_loader, val_loader
+from tests.support.isolated import ON_ALL, IsolatedValidation, PrunedWeights, a_mask, evaluator_of, judged_by, one_level
+from tests.support.modules import Blobs, Stream, blobs, shuffled_loader, train_loader, two_loaders, val_loader
 from tests.support.state import changed, state_of
 
 pytestmark = [
@@ -165,20 +149,12 @@ class Transfers(Blobs):
         return self.note("after", batch, dataloader_idx)
 
 
-def two_loaders():
-    return [val_loader(), DataLoader(blobs(90, 3), 20)]
-
-
 def combined(mode):
     return lambda: CombinedLoader(dict(zip("ab", two_loaders(), strict=True)), mode)
 
 
 def stream():
     return DataLoader(Stream(200, 2), 64)
-
-
-def with_generator():
-    return val_loader(shuffle=True, generator=torch.Generator().manual_seed(3))
 
 
 TWO_BATCHES = {"limit_val_batches": 2}
@@ -203,7 +179,7 @@ CASES = {
     "no length": (Forked, stream, {}),
     "no length, limited": (Forked, stream, TWO_BATCHES),
     "shuffled": (Forked, partial(val_loader, shuffle=True), {}),
-    "shuffled and limited": (Forked, with_generator, TWO_BATCHES),
+    "shuffled and limited": (Forked, shuffled_loader, TWO_BATCHES),
     "two workers": (Blobs, partial(val_loader, num_workers=2), {}),
 }
 
@@ -280,11 +256,12 @@ def test_each_batch_is_transferred_once_in_a_search_and_in_eval_mode(at_end):
 
 
 class Counted(TensorDataset):
-    """Counts the samples that were taken."""
+    """Counts the samples that were taken; the callback `forgets` starts again from 0 when training ends."""
 
     def __init__(self, count):
         super().__init__(*blobs(count, 2).tensors)
         self.taken = 0
+        self.forgets = within("on_train_end", lambda *_: setattr(self, "taken", 0))
 
     def __getitem__(self, index):
         self.taken += 1
@@ -296,11 +273,10 @@ class Counted(TensorDataset):
     [(5, {}), (64, {}), (64, {"refit": "least_squares"}), (5, {"validation": ON_ALL}), (64, {"validation": ON_ALL})],
 )
 def test_a_search_takes_each_sample_once(searched, batch_size, options):
-    data, before = Counted(200), []
-    mark = within("on_train_end", lambda *_: before.append(data.taken))
-    pruning = searched(DataLoader(data, batch_size), None, mark, **options)
+    data = Counted(200)
+    pruning = searched(DataLoader(data, batch_size), None, data.forgets, **options)
     assert len(pruning.report.levels) == 2
-    assert data.taken - before[0] == 200
+    assert data.taken == 200
 
 
 def test_the_rehearsal_takes_a_few_batches(fit, searched):
@@ -337,10 +313,8 @@ def test_without_room_to_keep_them_batches_are_read_again_to_the_same_end(search
 
 
 def test_with_little_room_the_loader_is_read_once_for_each_part_of_a_race(searched):
-    data, before = Counted(192), []
-    mark = within("on_train_end", lambda *_: before.append(data.taken))
-    three_folds = Validation(cache_bytes=3 * SIZE // 16, confirm=0.25)
-    pruning = searched(DataLoader(data, 6), None, mark, branches=12, tree=ONE_LEVEL, validation=three_folds)
+    data, three_folds = Counted(192), Validation(cache_bytes=3 * SIZE // 16, confirm=0.25)
+    pruning = searched(DataLoader(data, 6), None, data.forgets, branches=12, tree=ONE_LEVEL, validation=three_folds)
     stages = rungs(12, 12, at_once=3)
     parts = sum(len(rung.parts) for rung in stages)
     judged = sum(rung.entrants * len(rung.parts) for rung in stages)
@@ -348,7 +322,7 @@ def test_with_little_room_the_loader_is_read_once_for_each_part_of_a_race(search
     # To deal, and to see what judges; the dense network on the data that ranks, and that confirms; twice each part;
     # the winner on both data, and on all.
     most = 2 + 2 + 2 * parts + 2 + 1
-    assert (data.taken - before[0]) / 192 <= most < judged
+    assert data.taken / 192 <= most < judged
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -416,21 +390,10 @@ def test_what_a_step_takes_out_of_a_batch_or_writes_into_it(
     assert first.report.score == second.report.score
 
 
-@dataclass
-class Held:
-    x: torch.Tensor
-    y: torch.Tensor
-
-
-@dataclass(slots=True)
-class Slotted(Held):
-    pass
-
-
-@dataclass(frozen=True)
-class Frozen:
-    x: torch.Tensor
-    y: torch.Tensor
+Held, Slotted, Frozen = (
+    make_dataclass(name, ["x", "y"], **options)
+    for name, options in {"Held": {}, "Slotted": {"slots": True}, "Frozen": {"frozen": True}}.items()
+)
 
 
 def reads(batch):
@@ -488,7 +451,7 @@ class Judged(Blobs):
         self.log("judged", self.metric)
 
 
-class Micro(Collected):
+class Micro(Blobs):
     def __init__(self):
         super().__init__()
         kinds = {"a": MulticlassPrecision(10, average="micro"), "b": MulticlassAccuracy(10, average="micro")}
@@ -513,8 +476,6 @@ class Apart(Blobs):
 
 
 class Means(Blobs):
-    """Keeps a mean."""
-
     def __init__(self):
         super().__init__()
         self.mean = MeanMetric()
@@ -605,11 +566,11 @@ def test_what_is_known_of_a_score_beside_the_score(at_end, name):
 def certified(fit):
     """A function that fits a module for two epochs with a search that certifies, and returns both."""
 
-    def search(samples=400, *callbacks, module=None, val=None, **options):
+    def search(samples=400, module=None, val=None, **options):
         usual = {"branches": 3, "confidence": 0.9, "tree": Tree(0.2, max_levels=3)}
         pruning = fits.pruner(**usual | options)
         val = DataLoader(blobs(samples, 2), 64) if val is None else val
-        return pruning, fit(*callbacks, pruning, module=module, val=val)
+        return pruning, fit(pruning, module=module, val=val)
 
     return search
 
@@ -642,31 +603,24 @@ def test_other_metrics_have_other_methods(certified, monitor, method):
     assert method.value.partition(":")[0] in str(pruning.report)
 
 
-class CountsSteps(Callback):
-    steps = 0
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.steps += 1
-
-
 @pytest.mark.parametrize(
     ("confirm", "samples", "tolerance"),
     [(0.5, 200, 0.02), (0.25, 400, 0.02), (0.25, 100, 0.02), (0.5, 2 * samples_needed(0.95, 0.1) - 2, 0.1)],
 )
 def test_too_few_samples_are_refused_before_training_with_the_number_needed(certified, confirm, samples, tolerance):
-    steps, needed = CountsSteps(), samples_needed(0.95, tolerance)
+    module, needed = Blobs(), samples_needed(0.95, tolerance)
     kept, needed_in_all = int(samples * confirm), math.ceil(needed / confirm)
     message = rf"but {kept} held-out samples can certify.*At least {needed}\b.*\b{needed_in_all} validation"
     options = {"tolerance": tolerance, "confidence": 0.95, "validation": Validation(confirm=confirm)}
     with pytest.raises(RuntimeError, match=message):
-        certified(samples, steps, **options)
-    assert steps.steps == 0
+        certified(samples, module, **options)
+    assert module.trainer.global_step == 0
 
 
 def test_as_many_samples_as_are_needed_are_let_train(certified):
-    steps, needed = CountsSteps(), samples_needed(0.95, 0.1)
-    pruning, _ = certified(2 * needed, steps, tolerance=0.1, confidence=0.95, tree=ONE_LEVEL)
-    assert steps.steps == 16
+    needed = samples_needed(0.95, 0.1)
+    pruning, module = certified(2 * needed, tolerance=0.1, confidence=0.95, tree=ONE_LEVEL)
+    assert module.trainer.global_step == 16
     assert pruning.report.samples == needed
 
 
