@@ -11,7 +11,6 @@ from collections.abc import Callable as Function
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -144,15 +143,6 @@ def one_batch(trainer, module):
         return validation.run(1)
 
 
-def observers(folder):
-    """Callbacks that keep what they saw of validation."""
-    return [
-        EarlyStopping("val_acc", mode="max", patience=50),
-        ModelCheckpoint(folder / "files", monitor="val_acc", mode="max", save_top_k=2),
-        LearningRateMonitor(),
-    ]
-
-
 @pytest.mark.parametrize("options", [{"num_sanity_val_steps": 0}, {"accumulate_grad_batches": 3}], ids=str)
 def test_everything_is_as_before_after_a_session_in_any_hook(options, fit, tmp_path):
     found, gradients = {hook: set() for hook in HOOKS}, []
@@ -161,7 +151,9 @@ def test_everything_is_as_before_after_a_session_in_any_hook(options, fit, tmp_p
         gradients.extend(parameter.grad is not None for parameter in module.parameters())
         found[hook] |= left_by(trainer, module, one_level) | left_by(trainer, module, one_batch)
 
-    callbacks = [*(within(hook, partial(compare, hook)) for hook in HOOKS), *observers(tmp_path)]
+    callbacks = [within(hook, partial(compare, hook)) for hook in HOOKS]
+    saving = ModelCheckpoint(tmp_path / "files", monitor="val_acc", mode="max", save_top_k=2)
+    callbacks += [EarlyStopping("val_acc", mode="max", patience=50), saving, LearningRateMonitor()]
     options |= {"logger": CSVLogger(tmp_path), "log_every_n_steps": 1, "enable_checkpointing": True}
     module = fit(*callbacks, module=Restless(), val=shuffled_loader(), profiler="simple", **options)
     assert found == {hook: set() for hook in HOOKS}
@@ -358,27 +350,21 @@ def test_other_callbacks_find_the_trained_network_when_candidate_7_fails(error, 
 # ---- law 2: loggers, callbacks and data modules notice nothing
 
 
+def noting(name):
+    return lambda self, *_, **__: self.events.append(name)
+
+
 class Recorder(Logger):
     """Notes every call, also those of an `experiment` that people write to directly."""
 
     name, version, save_dir = "recorder", 0, "somewhere"
+    log_metrics, log_hyperparams = noting("log_metrics"), noting("log_hyperparams")
+    save, add_scalar = noting("save"), noting("add_scalar")
+    experiment = property(lambda self: self)
 
     def __init__(self, events):
         super().__init__()
         self.events = events
-
-    @property
-    def experiment(self):
-        return SimpleNamespace(add_scalar=lambda *_: self.events.append("add_scalar"))
-
-    def log_metrics(self, metrics, step=None):
-        self.events.append("log_metrics")
-
-    def log_hyperparams(self, *_, **__):
-        self.events.append("log_hyperparams")
-
-    def save(self):
-        self.events.append("save")
 
 
 class Talkative(Blobs):

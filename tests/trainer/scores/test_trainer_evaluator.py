@@ -125,6 +125,17 @@ class Hooked(Blobs):
         self.log("answer", outputs["answer"])
 
 
+class Keeps(Callback):
+    """A callback that is kept. Notes what its hooks get, and logs in one of them."""
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        module.noted += (("start", batch[1].tolist(), batch_idx),)
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+        module.noted += (("end", batch[1].tolist(), batch_idx),)
+        self.log("kept", batch[1].float().mean())
+
+
 class Together(Blobs):
     """Gets the batches of two loaders in one, or none of the shorter."""
 
@@ -171,6 +182,7 @@ CASES = {
     "at the end": (AtTheEnd, val_loader, {}),
     "no batch_idx": (Short, val_loader, {}),
     "hooks": (Hooked, val_loader, {}),
+    "kept callback": (Blobs, val_loader, {}),
     "transfer hooks": (Transfers, val_loader, {}),
     "bf16-mixed": (Blobs, val_loader, {"precision": "bf16-mixed"}),
     "bf16-true": (Blobs, val_loader, {"precision": "bf16-true"}),
@@ -187,10 +199,12 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_our_loop_logs_what_the_trainers_loop_logs_and_leaves_no_trace(at_end, name):
     kind, loaders, options = CASES[name]
+    module, kept = kind(), [Keeps()] * (name == "kept callback")
+    module.noted = ()
 
     def compare(trainer, module):
         found, before = [], state_of(trainer, module)
-        with IsolatedValidation(trainer, module) as validation:
+        with IsolatedValidation(trainer, module, ["Keeps"]) as validation:
             read = list(validation.read())
             ways = [validation.run, lambda: validation.run_on(read), lambda: validation.run_on(read)]
             for way in [*ways, lambda: validation.run_on(validation.read()), validation.run]:
@@ -198,7 +212,7 @@ def test_our_loop_logs_what_the_trainers_loop_logs_and_leaves_no_trace(at_end, n
                 found.append((way(), module.noted))
         return found, changed(before, state_of(trainer, module)) - {"module.noted", "module.transfers"}
 
-    ((expected, noted), *others), unequal = at_end(compare, module=kind(), val=loaders(), **options)
+    ((expected, noted), *others), unequal = at_end(compare, *kept, module=module, val=loaders(), **options)
     assert expected.values
     for logged, hooks in others:
         assert logged.values.keys() == expected.values.keys()
@@ -209,37 +223,13 @@ def test_our_loop_logs_what_the_trainers_loop_logs_and_leaves_no_trace(at_end, n
         assert logged.metrics.keys() == expected.metrics.keys()
         assert all(logged.metrics[metric] is one for metric, one in expected.metrics.items())
         assert hooks == noted
-    assert bool(noted) == (kind is Hooked)
+    assert ("kept" in expected.values) == bool(kept)
+    assert bool(noted) == (kind is Hooked or bool(kept))
     assert not unequal
     if name == "two loaders":
         names = {f"{metric}/dataloader_idx_{i}" for metric in ("val_acc", "val_loss") for i in (0, 1)}
         assert expected.values.keys() == names
         assert len({float(value) for value in expected.values.values()}) == 4
-
-
-def test_a_kept_callback_sees_every_batch_and_logs(at_end):
-    class Keeps(Callback):
-        noted = ()
-
-        def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
-            self.noted += (("start", batch[1].tolist(), batch_idx),)
-
-        def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
-            self.noted += (("end", batch[1].tolist(), batch_idx),)
-            self.log("kept", batch[1].float().mean())
-
-    def look(trainer, module):
-        found = []
-        with IsolatedValidation(trainer, module, ["Keeps"]) as validation:
-            for way in (validation.run, lambda: validation.run_on(validation.read())):
-                kept.noted = ()
-                found.append((float(way().values["kept"]), kept.noted))
-        return found
-
-    kept = Keeps()
-    first, second = at_end(look, kept)
-    assert first == second
-    assert [(kind, index) for kind, _, index in first[1]] == [(x, i) for i in range(4) for x in ("start", "end")]
 
 
 # ---- data is read once

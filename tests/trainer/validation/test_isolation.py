@@ -291,42 +291,57 @@ def test_candidates_are_validated_in_eval_mode_and_without_gradients_as_within_f
     assert set(found) == {((False,) * 4, "fit", "validate")}
 
 
-@pytest.mark.parametrize("start", ["on_validation_model_eval", "on_validation_start", "on_validation_epoch_start"])
-def test_a_module_that_validates_other_weights_than_its_own_is_refused(start, fit):
-    """The module averages by hand: every candidate would score as the average, and be pruned further."""
+def swapping(keep, *hooks):
+    """A kind of module that averages by hand: it keeps an average in one hook, and swaps it in and out in others."""
 
-    class Averaging(Blobs):
-        def swap(self):
-            now, self.average = self.average, copied(self.net)
-            self.net.load_state_dict(now)
+    class Swaps(Blobs):
+        average = None
 
-        def on_fit_start(self):
+        def keep(self, *_):
             self.average = copied(self.net)
 
-        on_validation_end = swap
+        def swap(self, *_):
+            self.eval()  # One of the hooks is there to do this.
+            if self.average is not None:
+                now, self.average = self.average, copied(self.net)
+                self.net.load_state_dict(now)
 
-    def begin(self):
-        Blobs.on_validation_model_eval(self)
-        self.swap()
+        def step(self, batch, batch_idx):
+            self.swap()
+            Blobs.validation_step(self, batch, batch_idx)
+            self.swap()
 
-    setattr(Averaging, start, begin)
-    with pytest.raises(RuntimeError, match="weights"):
-        fit(pruner(monitor="val_acc", refit="least_squares"), module=Averaging())
+    setattr(Swaps, keep, Swaps.keep)
+    for hook in hooks:
+        setattr(Swaps, hook, Swaps.step if hook == "validation_step" else Swaps.swap)
+    return Swaps
 
 
-def test_a_module_that_validates_another_network_than_it_trains_is_refused(fit):
+class Teaches(Blobs):
     """A mean teacher: no candidate would change the score, and the search would prune everything."""
 
-    class Teaching(Blobs):
-        def __init__(self):
-            super().__init__()
-            self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+    def __init__(self):
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
 
-        def forward(self, x):
-            return (self.net if self.training else self.teacher)(x)
+    def forward(self, x):
+        return (self.net if self.training else self.teacher)(x)
 
-    with pytest.raises(RuntimeError, match="weights"):
-        fit(pruner(monitor="val_acc", refit="least_squares"), module=Teaching())
+
+STARTS = ("on_validation_model_eval", "on_validation_start", "on_validation_epoch_start")
+SEES_OTHERS = {hook: swapping("on_fit_start", hook, "on_validation_end") for hook in STARTS} | {
+    "batch hooks": swapping("on_train_batch_end", "on_validation_batch_start", "on_validation_batch_end"),
+    "step": swapping("on_train_batch_end", "validation_step"),
+    "teacher": Teaches,
+}
+
+
+@pytest.mark.parametrize("kind", SEES_OTHERS.values(), ids=SEES_OTHERS)
+def test_a_module_that_validates_other_weights_than_those_it_trains_is_refused(kind, fit):
+    module = kind()
+    with pytest.raises(RuntimeError, match="logs the same with all prunable weights at zero"):
+        fit(pruner(monitor="val_acc", refit="least_squares"), module=module)
+    assert bool((module.net[0].weight != 0).all())
 
 
 # ---- callbacks that stay, and those that are muted
