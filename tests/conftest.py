@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from tests.support import fits
+from tests.support.modules import QUIET
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
 
@@ -21,17 +22,8 @@ def make_trainer(tmp_path):
     """A function that makes a quiet CPU Trainer in a temporary folder; options override."""
 
     def make(**options) -> Trainer:
-        quiet = {
-            "accelerator": "cpu",
-            "devices": 1,
-            "max_epochs": 2,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "default_root_dir": tmp_path,
-        }
-        return Trainer(**quiet | options)
+        usual = {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "default_root_dir": tmp_path}
+        return Trainer(**QUIET | usual | options)
 
     return make
 

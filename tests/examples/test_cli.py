@@ -66,12 +66,16 @@ def cli(monkeypatch, tmp_path):
     return module
 
 
-def built(cli, config: Path, *arguments: str) -> RouletteWheelPruning:
-    """The callback that a file and arguments of the command line configure."""
-    args = ["--config", str(config), "--seed_everything=false", *arguments]
-    made = cli.PruningCLI(cli.Classifier, cli.Digits, args=args, run=False, save_config_callback=None)
+def callback_of(cli, *args: str) -> RouletteWheelPruning:
+    """The callback that a command line configures."""
+    made = cli.PruningCLI(cli.Classifier, cli.Digits, args=list(args), run=False, save_config_callback=None)
     (pruning,) = [one for one in made.trainer.callbacks if isinstance(one, RouletteWheelPruning)]
     return pruning
+
+
+def built(cli, config: Path, *arguments: str) -> RouletteWheelPruning:
+    """The callback that a file and arguments of the command line configure."""
+    return callback_of(cli, "--config", str(config), "--seed_everything=false", *arguments)
 
 
 def values(pruning: RouletteWheelPruning) -> dict:
@@ -121,10 +125,24 @@ def test_arguments_may_be_written_in_other_ways(cli, argument, name, value):
     assert getattr(built(cli, CONFIG, f"--trainer.callbacks.{argument}"), name) == value
 
 
-def test_infinity_without_a_dot_is_refused(cli, capsys):
-    with pytest.raises(SystemExit):
-        built(cli, CONFIG, "--trainer.callbacks.wheel.sharpness=inf")
-    assert "wheel.sharpness" in capsys.readouterr().err
+WRONG = {"sharpness": "inf", "sharpnes": 1, "importance": "size"}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_mistake_in_a_file_is_named(cli, tmp_path, capsys, name):
+    config, path = in_pruned_yaml(), tmp_path / "changed.yaml"
+    config["trainer"]["callbacks"][0]["init_args"]["wheel"][name] = WRONG[name]
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        built(cli, path)
+    assert name in f"{caught.value} {capsys.readouterr().err}"
+
+
+def test_a_callback_may_be_given_on_the_command_line_alone(cli):
+    name = "--trainer.callbacks"
+    given = [f"{name}+=lightning_roulette.RouletteWheelPruning", f"{name}.wheel.sharpness=2.0", f"{name}.at_epoch=1"]
+    pruning = callback_of(cli, "--seed_everything=false", "--trainer.logger=false", *given)
+    assert (pruning.wheel, pruning.at_epoch) == (Wheel(sharpness=2.0), 1)
 
 
 def test_pruned_yaml_has_every_argument_and_changes_three_defaults():

@@ -53,27 +53,11 @@ def test_masks_of_a_deterministic_peer_are_nested(peer):
     assert pruner(40) <= pruner(90) <= pruner(500)
 
 
-def test_lightning_l1_keeps_the_largest_weights_of_all_layers_together():
-    case = a_case()
-    magnitudes = torch.cat([one.abs().flatten() for one in case.weights.values()]).sort(descending=True).values
-    mask = methods.PEERS["Lightning ModelPruning l1"](case)(100)
-    assert mask == Mask({name: one.abs() >= magnitudes[99] for name, one in case.weights.items()})
-
-
 def test_lightning_random_depends_on_the_seed_and_leaves_the_global_generator_alone():
     state = torch.random.get_rng_state()
     masks = [methods.PEERS["Lightning ModelPruning random"](a_case(seed=seed))(300) for seed in (0, 1)]
     assert masks[0] != masks[1]
     assert torch.equal(torch.random.get_rng_state(), state)
-
-
-def test_lamp_follows_its_definition():
-    case = a_case()
-    scores = {}
-    for name, weight in case.weights.items():
-        squares = weight.double().flatten().square()
-        scores[name] = torch.stack([one / squares[squares >= one].sum() for one in squares]).view(weight.shape)
-    assert methods.PEERS["LAMP"](case)(200) == methods.Falling(scores)(200)
 
 
 def test_layer_wise_keeps_the_largest_of_each_layer():
@@ -98,16 +82,23 @@ def test_wanda_keeps_the_same_share_of_each_output_or_layer_by_weight_times_inpu
     assert spreads[1] > 1 if by_layer else max(spreads) <= 1
 
 
-@pytest.mark.parametrize(
-    ("peer", "score"),
-    [
-        ("gradient |g|", lambda w, each: each.mean(0).abs()),
-        ("gradient |w g|", lambda w, each: (w * each.mean(0)).abs()),
-        ("Taylor |w| mean |g|", lambda w, each: w.abs() * each.abs().mean(0)),
-        ("OBD diagonal Fisher", lambda w, each: w.square() * each.square().mean(0)),
-    ],
-)
-def test_a_gradient_peer_follows_its_definition(monkeypatch, peer, score):
+def lamp(weight, each):
+    squares = weight.double().flatten().square()
+    return torch.stack([one / squares[squares >= one].sum() for one in squares]).view(weight.shape)
+
+
+DEFINITIONS = {  # the score of each weight, given the gradients of single samples
+    "Lightning ModelPruning l1": lambda w, each: w.abs(),
+    "LAMP": lamp,
+    "gradient |g|": lambda w, each: each.mean(0).abs(),
+    "gradient |w g|": lambda w, each: (w * each.mean(0)).abs(),
+    "Taylor |w| mean |g|": lambda w, each: w.abs() * each.abs().mean(0),
+    "OBD diagonal Fisher": lambda w, each: w.square() * each.square().mean(0),
+}
+
+
+@pytest.mark.parametrize("peer", DEFINITIONS)
+def test_a_peer_keeps_the_largest_scores_of_its_definition_in_all_layers_together(monkeypatch, peer):
     monkeypatch.setattr(methods, "GRADIENT_BATCH", 1)
     case = a_case()
     each = {name: [] for name in case.weights}
@@ -117,7 +108,7 @@ def test_a_gradient_peer_follows_its_definition(monkeypatch, peer, score):
         for name, found in each.items():
             found.append(case.net.get_parameter(name).grad.clone())
     case.net.zero_grad()
-    scores = {name: score(weight, torch.stack(each[name])) for name, weight in case.weights.items()}
+    scores = {name: DEFINITIONS[peer](weight, torch.stack(each[name])) for name, weight in case.weights.items()}
     ordered = torch.cat([one.flatten() for one in scores.values()]).sort(descending=True).values
     mask, middle = methods.PEERS[peer](case)(200), (ordered[199] + ordered[200]) / 2
     assert mask == Mask({name: one > middle for name, one in scores.items()})
@@ -161,10 +152,7 @@ def test_annealing_never_ends_worse_than_magnitude():
 
 def test_annealing_starts_from_the_mask_of_the_next_larger_number():
     case = a_case(size=methods.Size(branches=10))
-    pruner, ordered = (
-        methods.PEERS["simulated annealing"](case),
-        methods.Falling({n: one.abs() for n, one in case.weights.items()}),
-    )
+    pruner, ordered = (methods.PEERS[peer](case) for peer in ("simulated annealing", "Lightning ModelPruning l1"))
     mask = pruner(300)
     for survivors in (299, 298):
         start = methods.Falling({name: one.abs() * mask[name] for name, one in case.weights.items()})(survivors)

@@ -24,20 +24,9 @@ def fit(
     seed: int | None = 0,
     **options: Any,
 ) -> LightningModule:
-    """Train a module and return it; its Trainer is `module.trainer`.
+    """Train a module (`Blobs()` by default) and return it; its Trainer is `module.trainer`.
 
-    Tests use the fixture `fit`, which passes `make_trainer`.
-
-    Args:
-        make_trainer: The fixture that makes a quiet Trainer.
-        callbacks: Callbacks of the Trainer, in this order.
-        module: What is trained. By default `Blobs()`.
-        train: Training data. By default `train_loader()`.
-        val: Validation data. By default `val_loader()`.
-        datamodule: A data module that replaces `train` and `val`.
-        ckpt_path: A checkpoint to resume from.
-        seed: Seed of torch's global generator just before the fit. `None` leaves the generator as it is.
-        options: Arguments of the Trainer.
+    `options` are those of the Trainer. `seed` is set just before the fit; None leaves torch's generator as it is.
     """
     module = Blobs() if module is None else module
     data = {"datamodule": datamodule}
@@ -52,18 +41,7 @@ def fit(
 
 
 def at_hook(fit, hook: str, action, *callbacks: Callback, times: int = 3, **options: Any) -> list:
-    """Fit, call `action(trainer, module)` in a hook, and return what each call returned.
-
-    Tests use the fixture `at_hook`, which passes `fit`.
-
-    Args:
-        fit: The fixture that trains a module.
-        hook: Name of a callback hook. Calls within the sanity check do not count.
-        action: What is done there.
-        callbacks: Other callbacks of the Trainer.
-        times: Only the first calls of the hook run the action.
-        options: Arguments of `fit`.
-    """
+    """Fit, call `action(trainer, module)` at the first calls of a hook, and return what each call returned."""
     found: list = []
     fit(within(hook, lambda *both: found.append(action(*both)), times), *callbacks, **options)
     assert found

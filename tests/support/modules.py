@@ -6,11 +6,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
+
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 
 def blobs(count: int, seed: int) -> TensorDataset:
@@ -37,6 +39,16 @@ def train_loader(batch_size: int = 50, **options) -> DataLoader:
 
 def val_loader(batch_size: int = 64, **options) -> DataLoader:
     return DataLoader(blobs(200, 2), batch_size=batch_size, **options)
+
+
+def two_loaders() -> list[DataLoader]:
+    """Validation data in two parts of 200 and 90."""
+    return [val_loader(), DataLoader(blobs(90, 3), 20)]
+
+
+def shuffled_loader() -> DataLoader:
+    """Validation data with a generator of its own."""
+    return val_loader(shuffle=True, generator=torch.Generator().manual_seed(3))
 
 
 def tiny_net() -> nn.Sequential:
@@ -84,11 +96,33 @@ class Blobs(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
+class Fetches:
+    """Comes before a module's class, which then fetches its validation batches itself."""
+
+    def validation_step(self, dataloader_iter):
+        batch, batch_idx, _ = next(dataloader_iter)
+        super().validation_step(batch, batch_idx)
+
+
+class BlobsData(LightningDataModule):
+    """The same loaders as a data module; `asked` counts how often validation data was asked for."""
+
+    def __init__(self, batch_size: int = 50) -> None:
+        super().__init__()
+        self.batch_size, self.asked = batch_size, 0
+
+    def train_dataloader(self):
+        return train_loader(self.batch_size)
+
+    def val_dataloader(self):
+        self.asked += 1
+        return val_loader()
+
+
 def trained(module: LightningModule, folder: Path) -> dict[str, torch.Tensor]:
     """The weights of a module that has learned something."""
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     torch.manual_seed(0)
-    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=2, default_root_dir=folder, **quiet)
+    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=2, default_root_dir=folder, **QUIET)
     trainer.fit(module, train_loader(), val_loader())
     return module.state_dict()
 

@@ -107,47 +107,43 @@ class Attention(nn.Module):
         return self.head(input=torch.tanh(self.look(query=x, key=keys, value=values)[0]))
 
 
-class Repeated(nn.Module):
+class Layers(nn.Module):
+    """Holds the layers given by name. A derived class calls them."""
+
+    def __init__(self, **layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+
+class Repeated(Layers):
     """Calls one layer twice and another never."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.again, self.last, self.spare = nn.Linear(5, 5), nn.Linear(5, 3), nn.Linear(5, 5)
+        super().__init__(again=nn.Linear(5, 5), last=nn.Linear(5, 3), spare=nn.Linear(5, 5))
 
     def forward(self, x):
         return self.last(torch.tanh(self.again(torch.tanh(self.again(x)))))
 
 
-class Either(nn.Module):
+class Either(Layers):
     """Calls another layer first on long batches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(self, x):
         first, second = (self.a, self.b) if len(x) > 45 else (self.b, self.a)
         return second(torch.tanh(first(x)))
 
 
-class Choosy(nn.Module):
+class Choosy(Layers):
     """Calls one layer on long batches only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.long, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
 
     def forward(self, x):
         h = torch.tanh(self.a(x))
         return self.c(torch.tanh(self.long(h)) if len(x) > 45 else h)
 
 
-class Careful(nn.Module):
+class Careful(Layers):
     """Catches every `Exception`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(self, x):
         try:
@@ -156,15 +152,15 @@ class Careful(nn.Module):
             raise AssertionError("the network saw an exception of the refit") from caught
 
 
-class Late(nn.Module):
+class Late(Layers):
     """Its first layer comes after weights that no refit looks at."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm, self.head = nn.LSTM(5, 6), nn.Linear(6, 3)
 
     def forward(self, x):
         return self.head(self.lstm(x)[0])
+
+
+def choosy() -> nn.Module:
+    return Choosy(a=nn.Linear(4, 6), long=nn.Linear(6, 6), c=nn.Linear(6, 3))
 
 
 def mlp() -> nn.Module:
@@ -211,11 +207,11 @@ PLAIN = {
 }
 KINDS = PLAIN | {
     "repeated": Kind(Repeated, ((5,),), without=("spare.weight",)),
-    "either": Kind(Either, ((4,),), sizes=(48, 40)),
-    "choosy": Kind(Choosy, ((4,),), sizes=(48, 40, 48)),
-    "choosy at last": Kind(Choosy, ((4,),), sizes=(40, 40, 48)),
-    "careful": Kind(Careful, ((4,),)),
-    "late": Kind(Late, ((5,),)),
+    "either": Kind(lambda: Either(a=nn.Linear(4, 4), b=nn.Linear(4, 4)), ((4,),), sizes=(48, 40)),
+    "choosy": Kind(choosy, ((4,),), sizes=(48, 40, 48)),
+    "choosy at last": Kind(choosy, ((4,),), sizes=(40, 40, 48)),
+    "careful": Kind(lambda: Careful(a=nn.Linear(4, 4), b=nn.Linear(4, 4)), ((4,),)),
+    "late": Kind(lambda: Late(lstm=nn.LSTM(5, 6), head=nn.Linear(6, 3)), ((5,),)),
     "norm first": Kind(lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)), ((6,),)),
 }
 

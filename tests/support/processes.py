@@ -9,9 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_roulette import HoldZeros, Mask
-from tests.support.modules import train_loader, val_loader
-
-QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+from tests.support.modules import QUIET, train_loader, val_loader
 
 
 def full_of(tensor: Tensor) -> Tensor:

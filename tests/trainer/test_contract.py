@@ -11,13 +11,12 @@ from collections.abc import Callable as Function
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
@@ -37,7 +36,7 @@ from lightning_roulette import LeastSquares, RouletteWheelPruning, Tree, Wheel, 
 from tests.support.callbacks import HOOKS, counting_class, counting_lambdas, within
 from tests.support.failing import failing_forward
 from tests.support.isolated import ON_ALL, IsolatedValidation, PrunedWeights, a_mask, evaluator_of, judged_by, one_level
-from tests.support.modules import Blobs, Stream, blobs, train_loader, val_loader
+from tests.support.modules import Blobs, BlobsData, Fetches, Stream, blobs, val_loader
 from tests.support.results import copied, equal, load
 from tests.support.state import changed, content, state_of
 
@@ -144,15 +143,6 @@ def one_batch(trainer, module):
         return validation.run(1)
 
 
-def observers(folder):
-    """Callbacks that keep what they saw of validation."""
-    return [
-        EarlyStopping("val_acc", mode="max", patience=50),
-        ModelCheckpoint(folder / "files", monitor="val_acc", mode="max", save_top_k=2),
-        LearningRateMonitor(),
-    ]
-
-
 @pytest.mark.parametrize("options", [{"num_sanity_val_steps": 0}, {"accumulate_grad_batches": 3}], ids=str)
 def test_everything_is_as_before_after_a_session_in_any_hook(options, fit, tmp_path):
     found, gradients = {hook: set() for hook in HOOKS}, []
@@ -161,7 +151,9 @@ def test_everything_is_as_before_after_a_session_in_any_hook(options, fit, tmp_p
         gradients.extend(parameter.grad is not None for parameter in module.parameters())
         found[hook] |= left_by(trainer, module, one_level) | left_by(trainer, module, one_batch)
 
-    callbacks = [*(within(hook, partial(compare, hook)) for hook in HOOKS), *observers(tmp_path)]
+    callbacks = [within(hook, partial(compare, hook)) for hook in HOOKS]
+    saving = ModelCheckpoint(tmp_path / "files", monitor="val_acc", mode="max", save_top_k=2)
+    callbacks += [EarlyStopping("val_acc", mode="max", patience=50), saving, LearningRateMonitor()]
     options |= {"logger": CSVLogger(tmp_path), "log_every_n_steps": 1, "enable_checkpointing": True}
     module = fit(*callbacks, module=Restless(), val=shuffled_loader(), profiler="simple", **options)
     assert found == {hook: set() for hook in HOOKS}
@@ -264,35 +256,22 @@ def test_everything_is_as_before_when_a_session_fails(hook, workers, at_hook):
     assert at_hook(hook, fail, module=module, val=loader, max_epochs=1) == [{name: set() for name in FAILURES}]
 
 
-class Data(LightningDataModule):
-    """Notes each time that validation data is asked for."""
-
-    def __init__(self, events):
-        super().__init__()
-        self.events = events
-
-    def train_dataloader(self):
-        return train_loader()
-
-    def val_dataloader(self):
-        self.events.append("val_dataloader")
-        return val_loader()
-
-
 def test_everything_is_as_before_when_the_module_has_no_loader_yet(at_hook):
-    class Reluctant(Data):
+    class Reluctant(BlobsData):
+        ready = False
+
         def val_dataloader(self):
-            if not self.events:
+            if not self.ready:
                 raise ValueError("not yet")
             return super().val_dataloader()
 
     def search(trainer, module):
         with pytest.raises(ValueError, match="not yet"):
             one_level(trainer, module)
-        events.append("now")
+        data.ready = True
 
-    events, options = [], {"check_val_every_n_epoch": 2, "num_sanity_val_steps": 0}
-    action, data = partial(left_by, action=search), Reluctant(events)
+    data, options = Reluctant(), {"check_val_every_n_epoch": 2, "num_sanity_val_steps": 0}
+    action = partial(left_by, action=search)
     assert at_hook("on_train_batch_end", action, times=1, module=Restless(), datamodule=data, **options) == [set()]
 
 
@@ -371,27 +350,21 @@ def test_other_callbacks_find_the_trained_network_when_candidate_7_fails(error, 
 # ---- law 2: loggers, callbacks and data modules notice nothing
 
 
+def noting(name):
+    return lambda self, *_, **__: self.events.append(name)
+
+
 class Recorder(Logger):
     """Notes every call, also those of an `experiment` that people write to directly."""
 
     name, version, save_dir = "recorder", 0, "somewhere"
+    log_metrics, log_hyperparams = noting("log_metrics"), noting("log_hyperparams")
+    save, add_scalar = noting("save"), noting("add_scalar")
+    experiment = property(lambda self: self)
 
     def __init__(self, events):
         super().__init__()
         self.events = events
-
-    @property
-    def experiment(self):
-        return SimpleNamespace(add_scalar=lambda *_: self.events.append("add_scalar"))
-
-    def log_metrics(self, metrics, step=None):
-        self.events.append("log_metrics")
-
-    def log_hyperparams(self, *_, **__):
-        self.events.append("log_hyperparams")
-
-    def save(self):
-        self.events.append("save")
 
 
 class Talkative(Blobs):
@@ -407,23 +380,23 @@ class Talkative(Blobs):
 
 
 def test_no_callback_logger_or_data_module_notices_a_session_in_any_hook(fit):
-    events, during = [], {hook: [] for hook in HOOKS}
+    events, during, data = [], {hook: [] for hook in HOOKS}, BlobsData()
 
     def search(hook, trainer, module):
-        before = len(events)
+        before = len(events), data.asked
         one_level(trainer, module)
-        during[hook].append(events[before:])
+        during[hook].append((events[before[0] :], data.asked - before[1]))
 
     callbacks = [*(within(hook, partial(search, hook)) for hook in HOOKS)]
     callbacks += [counting_class(events.append), counting_lambdas(lambda name: events.append(f"lambda {name}"))]
     options = {"logger": [Recorder(events), Recorder(events)], "log_every_n_steps": 1}
-    options |= {"reload_dataloaders_every_n_epochs": 1, "datamodule": Data(events)}
+    options |= {"reload_dataloaders_every_n_epochs": 1, "datamodule": data}
     fit(*callbacks, module=Talkative(), **options)
     assert set(events) >= {"on_validation_epoch_end", "lambda on_validation_epoch_end"}
     assert set(events) >= {"log_metrics", "add_scalar", "log_hyperparams", "save"}
-    assert events.count("val_dataloader") == 2
-    assert {hook: [one for one in lists if one] for hook, lists in during.items()} == {hook: [] for hook in HOOKS}
+    assert data.asked == 2
     assert all(during.values())
+    assert {hook: [one for one in found if one != ([], 0)] for hook, found in during.items()} == {h: [] for h in HOOKS}
 
 
 # ---- law 3: training with searches in it is bit for bit training without
@@ -474,12 +447,8 @@ class TwoAtOnce(Lively):
         self.log("other_loss", cross_entropy(self(batch["b"][0]), batch["b"][1]), batch_size=50)
 
 
-class Iterating(Lively):
-    """Fetches its validation batches itself."""
-
-    def validation_step(self, dataloader_iter):
-        batch, batch_idx, _ = next(dataloader_iter)
-        super().validation_step(batch, batch_idx)
+class Iterating(Fetches, Lively):
+    pass
 
 
 class Manual(Unscheduled):
@@ -548,11 +517,10 @@ HOPELESS = Tree(pruning_rate=0.99, patience=1)
 
 
 @pytest.fixture
-def trained(make_trainer):
+def trained(fit):
     """A function that trains and returns all that a training leaves behind."""
 
     def train(folder, case, *searching):
-        torch.manual_seed(1)
         random.seed(1)
         np.random.seed(1)  # noqa: NPY002
         module, called = case.module(), []
@@ -567,8 +535,7 @@ def trained(make_trainer):
         ]
         logger = CSVLogger(folder, name="", version="")
         options = {"logger": logger, "enable_checkpointing": True, "log_every_n_steps": 1, "default_root_dir": folder}
-        trainer = make_trainer(callbacks=[*searching, *watching], **options | case.options)
-        trainer.fit(module, train_loader(), case.loaders())
+        trainer = fit(*searching, *watching, module=module, val=case.loaders(), **options | case.options).trainer
         profiled = getattr(trainer.profiler, "recorded_durations", {})
         return {
             "weights": content(module.state_dict()),

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from itertools import product
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
-from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
 
-from lightning_roulette import (
-    LeastSquares,
-    Mask,
-    RouletteWheelPruning,
-    StopReason,
-    Tree,
-    Validation,
-    Wheel,
-    prunable_parameters,
-    sparsity,
-)
+from lightning_roulette import Tree, Wheel
 from tests.support import fits
-from tests.support.isolated import ON_ALL
-from tests.support.modules import Blobs, blobs, tiny_net, train_loader, val_loader
-from tests.support.results import equal, load
+from tests.support.modules import Blobs, BlobsData, tiny_net, train_loader, two_loaders, val_loader
+from tests.support.results import Sparsities, equal, load
 
 pruner = partial(fits.pruner, tolerance=1.0, tree=Tree(0.2, max_levels=2))
 
@@ -186,9 +171,6 @@ def test_networks_of_many_kinds(fit, tmp_path, name, at_epoch):
         {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 5},
         {"limit_val_batches": 2},
         {"limit_train_batches": 3},
-        {"precision": "bf16-mixed"},
-        {"precision": "bf16-true"},
-        {"precision": "64-true"},
         {"accumulate_grad_batches": 3},
         {"inference_mode": False},
         {"reload_dataloaders_every_n_epochs": 1},
@@ -205,62 +187,24 @@ def test_trainers_of_many_kinds(fit, options, at_epoch):
     assert_pruned(pruning, module, dataloaders=val_loader())
 
 
-def test_the_search_uses_all_validation_batches_whatever_the_sanity_check_took(fit):
-    class Counts(Blobs):
-        samples = 0
-
-        def validation_step(self, batch, batch_idx):
-            super().validation_step(batch, batch_idx)
-            self.samples += len(batch[0]) * (self.trainer.current_epoch == 2)
-
-    module = fit(pruner(validation=ON_ALL), module=Counts(), num_sanity_val_steps=1)
-    # All twice to find the metric and see that cut batches tell the same, one fold of 12 samples four times to see
-    # that it is taken, that it minds and what it is. Then all, for the dense network, two branches of two, the winner
-    # of each again, and the last once it is loaded.
-    assert module.samples == 2 * 200 + 4 * 12 + 200 * (1 + 2 * (2 + 1) + 1)
-
-
 class TwoLoaders(Blobs):
-    def __init__(self, *, apart: bool = True) -> None:
-        super().__init__()
-        self.apart = apart
+    """Logs one name for each loader: Lightning's, or its own."""
+
+    apart = True
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        scores = self(batch[0])
-        accuracy = (scores.argmax(1) == batch[1]).float().mean()
-        name = "val_acc" if self.apart else f"acc_{dataloader_idx}"
-        self.log(name, accuracy, add_dataloader_idx=self.apart)
-
-
-def two_loaders():
-    return [val_loader(), DataLoader(blobs(100, 3), batch_size=50)]
+        accuracy = (self(batch[0]).argmax(1) == batch[1]).float().mean()
+        self.log("val_acc" if self.apart else f"acc_{dataloader_idx}", accuracy, add_dataloader_idx=self.apart)
 
 
 @pytest.mark.parametrize(
     ("apart", "monitor"), [(True, "val_acc/dataloader_idx_1"), (False, "acc_1"), (True, "val_acc/dataloader_idx_0")]
 )
 def test_any_of_several_validation_loaders_may_judge(fit, apart, monitor):
-    pruning = pruner(monitor=monitor)
-    module = fit(pruning, module=TwoLoaders(apart=apart), val=two_loaders())
+    pruning, module = pruner(monitor=monitor), TwoLoaders()
+    module.apart = apart
+    fit(pruning, module=module, val=two_loaders())
     assert_pruned(pruning, module, dataloaders=two_loaders())
-
-
-def test_several_validation_loaders_without_a_monitor_are_refused_with_their_names(fit):
-    with pytest.raises(RuntimeError, match=r"'val_acc/dataloader_idx_0', 'val_acc/dataloader_idx_1'. Pass monitor="):
-        fit(pruner(), module=TwoLoaders(), val=two_loaders())
-
-
-class BlobsData(LightningDataModule):
-    def __init__(self, batch_size: int = 50) -> None:
-        super().__init__()
-        self.batch_size, self.asked = batch_size, 0
-
-    def train_dataloader(self):
-        return DataLoader(blobs(400, 1), batch_size=self.batch_size, shuffle=True)
-
-    def val_dataloader(self):
-        self.asked += 1
-        return val_loader()
 
 
 def test_a_datamodule_gives_the_data_and_is_asked_for_it_once(fit):
@@ -275,25 +219,11 @@ def test_a_module_may_bring_the_data_and_the_callback_itself(make_trainer):
         def configure_callbacks(self):
             return [pruning]
 
-        def train_dataloader(self):
-            return train_loader()
-
-        def val_dataloader(self):
-            return val_loader()
+        train_dataloader, val_dataloader = staticmethod(train_loader), staticmethod(val_loader)
 
     pruning, module = pruner(), Brings()
     make_trainer().fit(module)
     assert_pruned(pruning, module)
-
-
-def test_loader_workers_give_the_same_mask(fit):
-    masks = []
-    for options in ({}, {"num_workers": 1, "persistent_workers": True}):
-        pruning = pruner(tree=Tree(0.2, max_levels=1))
-        fit(pruning, module=Blobs(lr=0.0), val=val_loader(**options))
-        masks.append(pruning.mask)
-    assert masks[0] == masks[1]
-    assert masks[0].sparsity > 0
 
 
 @pytest.mark.parametrize(
@@ -301,112 +231,9 @@ def test_loader_workers_give_the_same_mask(fit):
 )
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_a_finder_that_fits_before_the_fit_does_not_search(fit, finder):
-    class Starts(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            sparsities.append(sparsity(prunable_parameters(pl_module)))
-
-    sparsities, pruning, module = [], pruner(), Blobs()
+    sparsities, pruning, module = Sparsities(), pruner(), Blobs()
     module.batch_size = 50
-    fit(finder(), pruning, Starts(), module=module, datamodule=BlobsData())
-    assert set(sparsities) == {0.0}
+    fit(finder(), pruning, sparsities, module=module, datamodule=BlobsData())
+    assert set(sparsities.found) == {0.0}
     assert_pruned(pruning, module, dataloaders=val_loader())
     assert len(pruning.report.levels) == 2
-
-
-# ---- LightningCLI
-
-CONFIG = """
-seed_everything: 1
-trainer:
-  accelerator: cpu
-  max_epochs: 2
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  callbacks:
-    - class_path: lightning_roulette.RouletteWheelPruning
-      init_args:
-        branches: 2
-        tolerance: 1.0
-        target_sparsity: 0.5
-        exclude: ["net.2.*"]
-        wheel:
-          sharpness: .inf
-          importance: lamp
-          scope: layer
-        refit:
-          batches: 3
-          damping: 0.01
-        tree:
-          pruning_rate: 0.25
-          max_levels: 2
-        validation:
-          keep_callbacks: [Says]
-        dirpath: null
-    - class_path: tests.trainer.test_modules.Says
-model:
-  lr: 0.01
-"""
-
-
-class Says(Callback):
-    pass
-
-
-@pytest.fixture
-def bare_command_line(monkeypatch):
-    """LightningCLI 2.6 warns where arguments are given twice, and of its own use of jsonargparse."""
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-
-
-@pytest.mark.usefixtures("bare_command_line")
-def test_a_yaml_file_builds_the_callback_with_its_groups(tmp_path):
-    (tmp_path / "config.yaml").write_text(CONFIG)
-    cli = LightningCLI(
-        Blobs, BlobsData, args=["--config", str(tmp_path / "config.yaml")], run=False, save_config_callback=None
-    )
-    (pruning,) = [one for one in cli.trainer.callbacks if isinstance(one, RouletteWheelPruning)]
-    assert pruning.wheel == Wheel(sharpness=float("inf"), importance="lamp", scope="layer")
-    assert pruning.tree == Tree(pruning_rate=0.25, max_levels=2)
-    assert pruning.refit == LeastSquares(batches=3, damping=0.01)
-    assert pruning.validation == Validation(keep_callbacks=("Says",))
-    assert (pruning.branches, pruning.tolerance, pruning.target_sparsity) == (2, 1.0, 0.5)
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    assert set(pruning.mask) == {"net.0.weight"}
-    assert pruning.report.stop_reason is StopReason.MAX_LEVELS
-    assert pruning.mask == Mask.of_nonzeros(prunable_parameters(cli.model, exclude=["net.2.*"]))
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [("sharpness: -1", "sharpness is -1"), ("sharpnes: 1", "sharpnes"), ("importance: size", "importance is 'size'")],
-)
-@pytest.mark.usefixtures("bare_command_line")
-def test_a_mistake_in_a_yaml_file_is_named(tmp_path, capsys, line, message):
-    (tmp_path / "config.yaml").write_text(CONFIG.replace("sharpness: .inf", line).replace("importance: lamp\n", "\n"))
-    with pytest.raises((SystemExit, ValueError)) as caught:
-        LightningCLI(Blobs, BlobsData, args=["--config", str(tmp_path / "config.yaml")], run=False)
-    assert message in f"{caught.value} {capsys.readouterr().err}"
-
-
-@pytest.mark.usefixtures("bare_command_line")
-def test_a_callback_given_on_the_command_line(tmp_path):
-    arguments = [
-        "--seed_everything=false",
-        "--trainer.callbacks+=lightning_roulette.RouletteWheelPruning",
-        "--trainer.callbacks.wheel.sharpness=2.0",
-        "--trainer.callbacks.at_epoch=1",
-        "--trainer.logger=false",
-        "--trainer.enable_checkpointing=false",
-        f"--trainer.default_root_dir={tmp_path}",
-        "--trainer.accelerator=cpu",
-    ]
-    cli = LightningCLI(Blobs, BlobsData, args=arguments, run=False, save_config_callback=None)
-    (pruning,) = [one for one in cli.trainer.callbacks if isinstance(one, RouletteWheelPruning)]
-    assert pruning.wheel == Wheel(sharpness=2.0)
-    assert pruning.at_epoch == 1
-    written = cli.parser.dump(cli.config)  # what Lightning saves beside a run
-    assert "sharpness: 2.0" in written
-    assert "pruning_rate: 0.1" in written

@@ -23,10 +23,7 @@ PRECISIONS = {  # options of the Trainer, and the type of the weights
     "bf16-true": (lambda: {"precision": "bf16-true"}, torch.bfloat16),
     "64-true": (lambda: {"precision": "64-true"}, torch.float64),
     "16-true": (lambda: {"precision": "16-true"}, torch.float16),
-    "16-mixed": (
-        lambda: {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]},
-        torch.float32,
-    ),
+    "16-mixed": (lambda: {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}, torch.float32),
 }
 
 

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 from torch import nn
-from torchmetrics import MeanMetric, MeanSquaredError, Metric, MetricCollection
+from torchmetrics import MeanMetric, MeanSquaredError, MetricCollection, SumMetric
 from torchmetrics.classification import (
     BinaryAccuracy,
     MulticlassAccuracy,
@@ -35,26 +35,17 @@ def whole(batches):
     return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
 
 
-def by_call(metric, scores, target):
-    metric(scores, target)
+GIVE = {
+    "by call": lambda metric, scores, target: metric(scores, target),
+    "by update": lambda metric, scores, target: metric.update(scores, target),
+    "by name": lambda metric, scores, target: metric(target=target, preds=scores),
+    "by name in part": lambda metric, scores, target: metric.update(scores, target=target),
+}
+BY_CALL = GIVE["by call"]
+ways = pytest.mark.parametrize("give", GIVE.values(), ids=GIVE)
 
 
-def by_update(metric, scores, target):
-    metric.update(scores, target)
-
-
-def by_name(metric, scores, target):
-    metric(target=target, preds=scores)
-
-
-def by_name_in_part(metric, scores, target):
-    metric.update(scores, target=target)
-
-
-ways = pytest.mark.parametrize("give", [by_call, by_update, by_name, by_name_in_part])
-
-
-def heard(metric, batches, give=by_call, module=None, given=None):
+def heard(metric, batches, give=BY_CALL, module=None, given=None):
     """The calls of one validation of `module`, in which `given` gets the batches."""
     with calls_of(metric, module or nn.ModuleDict({"metric": metric}), lambda: None) as calls:
         for batch in batches:
@@ -62,7 +53,7 @@ def heard(metric, batches, give=by_call, module=None, given=None):
     return calls
 
 
-def outcomes(metric, batches, give=by_call, sign=1):
+def outcomes(metric, batches, give=BY_CALL, sign=1):
     calls = heard(metric, batches, give)
     return outcomes_of(metric, calls, sign, float(metric.compute()))
 
@@ -204,18 +195,11 @@ def test_there_are_no_outcomes_if_an_earlier_call_was_not_recorded():
     assert outcomes(metric, batches) is None
 
 
-class Reweighted(Metric):
+class Reweighted(SumMetric):
     """Takes samples and one number for the whole batch."""
 
-    def __init__(self):
-        super().__init__()
-        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
-
     def update(self, scores, factor):
-        self.total += factor * scores.sum()
-
-    def compute(self):
-        return self.total
+        super().update(factor * scores)
 
 
 def test_there_are_no_outcomes_if_arguments_do_not_share_their_samples():
@@ -291,16 +275,12 @@ def test_computing_outcomes_does_not_change_the_metric():
 
 def collection():
     """`accuracy` and `follows` share their states, `auroc` has its own."""
-    metrics = {
-        "accuracy": MulticlassAccuracy(4, average="micro"),
-        "auroc": MulticlassAUROC(4),
-        "follows": MulticlassPrecision(4, average="micro"),
-    }
-    return MetricCollection(metrics)
+    accuracy, follows = MulticlassAccuracy(4, average="micro"), MulticlassPrecision(4, average="micro")
+    return MetricCollection({"accuracy": accuracy, "auroc": MulticlassAUROC(4), "follows": follows})
 
 
 @pytest.mark.parametrize("used", [False, True])
-@pytest.mark.parametrize("give", [by_call, by_update])
+@pytest.mark.parametrize("give", [BY_CALL, GIVE["by update"]])
 @pytest.mark.parametrize("name", ["accuracy", "follows"])
 def test_calls_in_a_collection_count_for_all_metrics_that_share_states(name, give, used):
     batches, metrics = classified(), collection()

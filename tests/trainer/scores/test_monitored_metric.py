@@ -7,14 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
-from torch.utils.data import DataLoader
 from torchmetrics import MeanSquaredError
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_roulette import RouletteWheelPruning, Tree, Validation
+from lightning_roulette import RouletteWheelPruning, Tree
 from lightning_roulette.trainer.scores.monitored_metric import find_metric, watched_in
 from lightning_roulette.trainer.validation.logged import Logged
-from tests.support.modules import Blobs, blobs, train_loader, val_loader
+from tests.support.modules import Blobs
 
 
 def logged(*names, rises=(), falls=()):
@@ -87,17 +86,14 @@ def test_a_metric_under_two_names_is_one_metric(loader):
     assert found(logged(f"val_loss{loader}", f"val_loss_epoch{loader}")).monitor == f"val_loss{loader}"
 
 
-def test_either_name_of_a_metric_may_be_passed_or_watched():
+def test_either_name_of_a_metric_may_be_logged_alone_passed_or_watched():
     both = logged("val_x", "val_x_epoch", "val_loss")
     rising = Logged(both.values, {"val_x": True})
     assert found(rising, monitor="val_x_epoch").mode == "max"
+    assert found(logged("val_acc_epoch", "val_loss")).monitor == "val_acc_epoch"
     for name in ("val_x", "val_x_epoch"):
         metric = found(both, trainer_with(ModelCheckpoint(monitor=name, mode="max")))
         assert (metric.monitor.removesuffix("_epoch"), metric.mode) == ("val_x", "max")
-
-
-def test_a_metric_logged_under_its_epoch_name_alone_is_found():
-    assert found(logged("val_acc_epoch", "val_loss")).monitor == "val_acc_epoch"
 
 
 def test_several_loaders_give_several_metrics():
@@ -292,55 +288,20 @@ class Logging(Blobs):
         self.log("val_loss", torch.nn.functional.cross_entropy(scores, batch[1]), on_step=self.forked, on_epoch=True)
 
 
-def searched(make_trainer, module, callbacks=(), **pruning):
-    """The report of a short search."""
-    pruning = RouletteWheelPruning(2, tree=Tree(0.2, max_levels=1, patience=1), **pruning)
-    trainer = make_trainer(callbacks=[pruning, *callbacks], max_epochs=1)
-    trainer.fit(module, train_loader(), val_loader())
-    return pruning.report
-
-
 def accuracy():
     return MulticlassAccuracy(10, average="micro")
-
-
-class Scheduled(Logging):
-    def configure_optimizers(self):
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "spread"}}
 
 
 @pytest.mark.parametrize(
     ("module", "options", "expected"),
     [
-        (Blobs, {}, ("val_acc", "max")),
         (lambda: Logging(hits=accuracy()), {}, ("hits", "max")),
         (lambda: Logging(spread=MeanSquaredError()), {"monitor": "spread"}, ("spread", "min")),
-        (lambda: Logging(hits=accuracy()), {"tolerance": 0.5}, ("hits", "max")),
         (lambda: Logging(forked=True, hits=accuracy()), {"tolerance": 0.5}, ("hits", "max")),
-        (
-            lambda: Logging(hits=accuracy(), score=MulticlassF1Score(10)),
-            {"callbacks": [EarlyStopping("score", mode="min")]},
-            ("score", "min"),
-        ),
-        (lambda: Scheduled(spread=MeanSquaredError()), {}, ("spread", "max")),
     ],
-    ids=["plain", "rises", "falls", "one name", "two names", "callback", "scheduler"],
+    ids=["rises", "falls", "two names"],
 )
-def test_a_search_is_judged_by_what_a_module_logs_or_the_trainer_watches(module, options, expected, make_trainer):
-    report = searched(make_trainer, module(), **options)
-    assert (report.monitor, report.mode) == expected
-
-
-@pytest.mark.parametrize("index", [0, 1])
-def test_a_loader_is_chosen_by_the_name_of_its_metric(index, make_trainer):
-    name = f"val_loss/dataloader_idx_{index}"
-    on_all = Validation(confirm=0, race=False)
-    pruning = RouletteWheelPruning(2, monitor=name, tree=Tree(0.2, max_levels=1, patience=1), validation=on_all)
-    trainer = make_trainer(callbacks=[pruning], max_epochs=1)
-    trainer.fit(Blobs(), train_loader(), [val_loader(), DataLoader(blobs(100, 3), 50)])
-    assert (pruning.report.monitor, pruning.report.mode) == (name, "min")
-    assert pruning.report.dense_score == pytest.approx(float(trainer.callback_metrics[name]), abs=1e-6)
-    other = float(trainer.callback_metrics[f"val_loss/dataloader_idx_{1 - index}"])
-    assert pruning.report.dense_score != pytest.approx(other, abs=1e-6)
+def test_a_metric_object_tells_its_direction_whatever_its_name(module, options, expected, fit):
+    pruning = RouletteWheelPruning(2, tree=Tree(0.2, max_levels=1, patience=1), **options)
+    fit(pruning, module=module(), max_epochs=1)
+    assert (pruning.report.monitor, pruning.report.mode) == expected

@@ -39,7 +39,7 @@ def pruning(validation=BY_DEFAULT, **options):
 
 @pytest.fixture
 def fit(fit):
-    """Fits with a progress bar."""
+    """As `fit`, with a progress bar; so do `at_hook` and `at_end`."""
     return partial(fit, enable_progress_bar=True)
 
 
@@ -67,46 +67,33 @@ def test_tqdm_shows_one_line_and_no_validation_of_a_candidate(fit, capsys, valid
     assert any("level 2" in frame and "best" in frame and f" {judged}/{judged}" in frame for frame in ours)
 
 
-def test_tqdm_never_calls_the_line_of_a_search_a_validation(fit, capsys):
-    shown = []
-
-    def search(trainer, module):
+def test_tqdm_never_calls_the_line_of_a_search_a_validation(at_hook, capsys):
+    def shown(trainer, module):
         capsys.readouterr()
         with Show(trainer, judged_by("val_acc")):
-            shown.extend(frames(capsys.readouterr().out))
+            return capsys.readouterr().out
 
-    fit(TQDMProgressBar(), within("on_train_epoch_start", search))
-    assert not [frame for frame in shown if "Validation" in frame]
+    assert not [out for out in at_hook("on_train_epoch_start", shown, TQDMProgressBar()) if "Validation" in out]
 
 
 @pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_validation_end", "on_train_end"])
-def test_tqdm_prints_nothing_for_an_isolated_validation(hook, fit, capsys):
-    printed = []
-
-    def search(trainer, module):
+def test_tqdm_prints_nothing_for_an_isolated_validation(hook, at_hook, capsys):
+    def printed(trainer, module):
         capsys.readouterr()
         one_level(trainer, module)
-        printed.append(capsys.readouterr())
+        return capsys.readouterr()
 
-    fit(within(hook, search), TQDMProgressBar())
-    assert printed
-    assert not any(stream for each in printed for stream in each)
+    assert not any(stream for each in at_hook(hook, printed, TQDMProgressBar()) for stream in each)
 
 
 def test_tqdm_bars_of_the_trainer_are_the_same_objects_after_a_search(fit):
-    found = []
+    def look(trainer, module):
+        if trainer.current_epoch == 1:
+            found.append((bar._train_progress_bar, bar._val_progress_bar))
 
-    class Watching(Callback):
-        def on_train_epoch_start(self, trainer, module):
-            if trainer.current_epoch == 1:
-                found.append((bar._train_progress_bar, bar._val_progress_bar))
-
-        def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            if trainer.current_epoch == 1:
-                found.append((bar._train_progress_bar, bar._val_progress_bar))
-
-    bar = TQDMProgressBar()
-    fit(bar, Watching(), pruning(at_epoch=1))
+    bar, found = TQDMProgressBar(), []
+    looks = [within(hook, look, times=99) for hook in ("on_train_epoch_start", "on_train_batch_start")]
+    fit(bar, *looks, pruning(at_epoch=1))
     assert len(found) == 9
     assert all(train is found[0][0] and val is found[0][1] for train, val in found)
 
@@ -138,10 +125,9 @@ class Between(Callback):
 
     def on_train_end(self, trainer, module):
         self.noted.append(shown_tasks(self.bar))
-
-    def on_fit_end(self, trainer, module):
-        self.noted.append(shown_tasks(self.bar))
         self.alive = self.bar.progress.live._refresh_thread.is_alive()
+
+    on_fit_end = on_train_end
 
 
 @pytest.mark.parametrize(("validation", "judged"), JUDGED)
@@ -176,8 +162,8 @@ def test_rich_shows_one_task_and_takes_it_away(fit, thread_errors, monkeypatch, 
 
 
 @pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_validation_end", "on_train_end"])
-def test_rich_can_refresh_within_an_isolated_validation_and_gets_no_task_from_it(hook, fit, thread_errors):
-    bar, found = rich_bar(), []
+def test_rich_can_refresh_within_an_isolated_validation_and_gets_no_task_from_it(hook, at_hook, thread_errors):
+    bar = rich_bar()
 
     def search(trainer, module):
         before = shown_tasks(bar)
@@ -185,22 +171,16 @@ def test_rich_can_refresh_within_an_isolated_validation_and_gets_no_task_from_it
             bar.progress.refresh()
             validation.run()
             bar.progress.refresh()
-        found.append((before, shown_tasks(bar), bar.progress.live._refresh_thread.is_alive()))
+        assert shown_tasks(bar) == before
+        assert bar.progress.live._refresh_thread.is_alive()
 
-    fit(within(hook, search), bar)
-    assert found
-    assert all(before == after and alive for before, after, alive in found)
+    at_hook(hook, search, bar)
     assert not thread_errors
 
 
-def test_rich_still_finds_its_own_tasks_after_a_search(fit, thread_errors):
-    class Reading(Callback):
-        def on_validation_batch_end(self, trainer, module, *_):
-            if not trainer.sanity_checking:
-                read.append(bar.val_progress_bar.description)
-
-    bar, read = rich_bar(), []
-    fit(bar, pruning(at_epoch=1), Reading())
+def test_rich_still_finds_its_own_tasks_after_a_search(at_hook, thread_errors):
+    bar, hook = rich_bar(), "on_validation_batch_end"
+    read = at_hook(hook, lambda *_: bar.val_progress_bar.description, bar, pruning(at_epoch=1), times=99)
     assert set(read) == {"Validation"}
     assert not thread_errors
 
@@ -211,11 +191,7 @@ def test_rich_still_finds_its_own_tasks_after_a_search(fit, thread_errors):
 class OtherBar(ProgressBar):
     """A bar of a kind we do not know."""
 
-    def disable(self):
-        pass
-
-    def enable(self):
-        pass
+    disable = enable = lambda self: None
 
 
 def disabled(bar):
@@ -242,34 +218,26 @@ def test_a_trainer_without_a_shown_bar_prints_nothing(bars, fit, capsys):
     assert "Pruning level" not in printed.err
 
 
-def test_the_line_is_that_of_the_bar_that_is_shown(fit):
-    kinds = []
-
+def test_the_line_is_that_of_the_bar_that_is_shown(at_end):
     def look(trainer, module):
         bars = len(tqdm._instances)
         line = line_of(trainer)
         line.show("Pruning", 1, 2)
         line.close()
         assert len(tqdm._instances) == bars
-        kinds.append(type(line).__name__)
+        return type(line).__name__
 
-    for bar in (TQDMProgressBar(), rich_bar(), OtherBar(), disabled(TQDMProgressBar())):
-        fit(bar, within("on_train_end", look))
+    kinds = [at_end(look, bar) for bar in (TQDMProgressBar(), rich_bar(), OtherBar(), disabled(TQDMProgressBar()))]
     assert kinds == ["TQDMLine", "RichLine", "Line", "Line"]
 
 
 @pytest.mark.parametrize("bar", [TQDMProgressBar, rich_bar])
 def test_the_line_is_taken_away_when_the_search_fails(bar, fit, monkeypatch):
     class Failing(Blobs):
-        armed = False
-
         def validation_step(self, batch, batch_idx):
-            if self.armed and 0 < sparsity({"": self.net[0].weight}) < 1:
+            if 0 < sparsity({"": self.net[0].weight}) < 1:
                 raise RuntimeError("in a candidate")
             super().validation_step(batch, batch_idx)
-
-    def arm(trainer, module):
-        module.armed = True
 
     closed, original = [], line_of
 
@@ -281,7 +249,7 @@ def test_the_line_is_taken_away_when_the_search_fails(bar, fit, monkeypatch):
 
     monkeypatch.setattr("lightning_roulette.trainer.show.bar.line_of", watched)
     with pytest.raises(RuntimeError, match="in a candidate"):
-        fit(within("on_train_end", arm), bar(), pruning(), module=Failing())
+        fit(bar(), pruning(), module=Failing())
     assert closed in (["TQDMLine"], ["RichLine"])
 
 

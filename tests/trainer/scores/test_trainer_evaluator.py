@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from functools import partial
 
 import pytest
@@ -22,31 +22,15 @@ from torchmetrics.classification import (
     MulticlassRecall,
 )
 
-from lightning_roulette import (
-    Mask,
-    RouletteWheelPruning,
-    Tree,
-    Validation,
-    apply_mask,
-    prunable_parameters,
-    sparsity,
-)
+from lightning_roulette import Mask, RouletteWheelPruning, Tree, Validation, apply_mask, prunable_parameters, sparsity
 from lightning_roulette.judge.certificate import samples_needed
 from lightning_roulette.judge.outcomes import Batches, Resamples, Singles
 from lightning_roulette.judge.race import rungs
 from lightning_roulette.report.records import Method
 from tests.support import fits
 from tests.support.callbacks import within
-from tests.support.isolated import (
-    ON_ALL,
-    IsolatedValidation,
-    PrunedWeights,
-    a_mask,
-    evaluator_of,
-    judged_by,
-    one_level,
-)
-from tests.support.modules import Blobs, Stream, blobs, train_loader, val_loader
+from tests.support.isolated import ON_ALL, IsolatedValidation, PrunedWeights, a_mask, evaluator_of, judged_by, one_level
+from tests.support.modules import Blobs, Stream, blobs, shuffled_loader, train_loader, two_loaders, val_loader
 from tests.support.state import changed, state_of
 
 pytestmark = [
@@ -141,6 +125,17 @@ class Hooked(Blobs):
         self.log("answer", outputs["answer"])
 
 
+class Keeps(Callback):
+    """A callback that is kept. Notes what its hooks get, and logs in one of them."""
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        module.noted += (("start", batch[1].tolist(), batch_idx),)
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+        module.noted += (("end", batch[1].tolist(), batch_idx),)
+        self.log("kept", batch[1].float().mean())
+
+
 class Together(Blobs):
     """Gets the batches of two loaders in one, or none of the shorter."""
 
@@ -165,20 +160,12 @@ class Transfers(Blobs):
         return self.note("after", batch, dataloader_idx)
 
 
-def two_loaders():
-    return [val_loader(), DataLoader(blobs(90, 3), 20)]
-
-
 def combined(mode):
     return lambda: CombinedLoader(dict(zip("ab", two_loaders(), strict=True)), mode)
 
 
 def stream():
     return DataLoader(Stream(200, 2), 64)
-
-
-def with_generator():
-    return val_loader(shuffle=True, generator=torch.Generator().manual_seed(3))
 
 
 TWO_BATCHES = {"limit_val_batches": 2}
@@ -195,6 +182,7 @@ CASES = {
     "at the end": (AtTheEnd, val_loader, {}),
     "no batch_idx": (Short, val_loader, {}),
     "hooks": (Hooked, val_loader, {}),
+    "kept callback": (Blobs, val_loader, {}),
     "transfer hooks": (Transfers, val_loader, {}),
     "bf16-mixed": (Blobs, val_loader, {"precision": "bf16-mixed"}),
     "bf16-true": (Blobs, val_loader, {"precision": "bf16-true"}),
@@ -203,7 +191,7 @@ CASES = {
     "no length": (Forked, stream, {}),
     "no length, limited": (Forked, stream, TWO_BATCHES),
     "shuffled": (Forked, partial(val_loader, shuffle=True), {}),
-    "shuffled and limited": (Forked, with_generator, TWO_BATCHES),
+    "shuffled and limited": (Forked, shuffled_loader, TWO_BATCHES),
     "two workers": (Blobs, partial(val_loader, num_workers=2), {}),
 }
 
@@ -211,10 +199,12 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_our_loop_logs_what_the_trainers_loop_logs_and_leaves_no_trace(at_end, name):
     kind, loaders, options = CASES[name]
+    module, kept = kind(), [Keeps()] * (name == "kept callback")
+    module.noted = ()
 
     def compare(trainer, module):
         found, before = [], state_of(trainer, module)
-        with IsolatedValidation(trainer, module) as validation:
+        with IsolatedValidation(trainer, module, ["Keeps"]) as validation:
             read = list(validation.read())
             ways = [validation.run, lambda: validation.run_on(read), lambda: validation.run_on(read)]
             for way in [*ways, lambda: validation.run_on(validation.read()), validation.run]:
@@ -222,7 +212,7 @@ def test_our_loop_logs_what_the_trainers_loop_logs_and_leaves_no_trace(at_end, n
                 found.append((way(), module.noted))
         return found, changed(before, state_of(trainer, module)) - {"module.noted", "module.transfers"}
 
-    ((expected, noted), *others), unequal = at_end(compare, module=kind(), val=loaders(), **options)
+    ((expected, noted), *others), unequal = at_end(compare, *kept, module=module, val=loaders(), **options)
     assert expected.values
     for logged, hooks in others:
         assert logged.values.keys() == expected.values.keys()
@@ -233,37 +223,13 @@ def test_our_loop_logs_what_the_trainers_loop_logs_and_leaves_no_trace(at_end, n
         assert logged.metrics.keys() == expected.metrics.keys()
         assert all(logged.metrics[metric] is one for metric, one in expected.metrics.items())
         assert hooks == noted
-    assert bool(noted) == (kind is Hooked)
+    assert ("kept" in expected.values) == bool(kept)
+    assert bool(noted) == (kind is Hooked or bool(kept))
     assert not unequal
     if name == "two loaders":
         names = {f"{metric}/dataloader_idx_{i}" for metric in ("val_acc", "val_loss") for i in (0, 1)}
         assert expected.values.keys() == names
         assert len({float(value) for value in expected.values.values()}) == 4
-
-
-def test_a_kept_callback_sees_every_batch_and_logs(at_end):
-    class Keeps(Callback):
-        noted = ()
-
-        def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
-            self.noted += (("start", batch[1].tolist(), batch_idx),)
-
-        def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
-            self.noted += (("end", batch[1].tolist(), batch_idx),)
-            self.log("kept", batch[1].float().mean())
-
-    def look(trainer, module):
-        found = []
-        with IsolatedValidation(trainer, module, ["Keeps"]) as validation:
-            for way in (validation.run, lambda: validation.run_on(validation.read())):
-                kept.noted = ()
-                found.append((float(way().values["kept"]), kept.noted))
-        return found
-
-    kept = Keeps()
-    first, second = at_end(look, kept)
-    assert first == second
-    assert [(kind, index) for kind, _, index in first[1]] == [(x, i) for i in range(4) for x in ("start", "end")]
 
 
 # ---- data is read once
@@ -280,11 +246,12 @@ def test_each_batch_is_transferred_once_in_a_search_and_in_eval_mode(at_end):
 
 
 class Counted(TensorDataset):
-    """Counts the samples that were taken."""
+    """Counts the samples that were taken; the callback `forgets` starts again from 0 when training ends."""
 
     def __init__(self, count):
         super().__init__(*blobs(count, 2).tensors)
         self.taken = 0
+        self.forgets = within("on_train_end", lambda *_: setattr(self, "taken", 0))
 
     def __getitem__(self, index):
         self.taken += 1
@@ -296,11 +263,10 @@ class Counted(TensorDataset):
     [(5, {}), (64, {}), (64, {"refit": "least_squares"}), (5, {"validation": ON_ALL}), (64, {"validation": ON_ALL})],
 )
 def test_a_search_takes_each_sample_once(searched, batch_size, options):
-    data, before = Counted(200), []
-    mark = within("on_train_end", lambda *_: before.append(data.taken))
-    pruning = searched(DataLoader(data, batch_size), None, mark, **options)
+    data = Counted(200)
+    pruning = searched(DataLoader(data, batch_size), None, data.forgets, **options)
     assert len(pruning.report.levels) == 2
-    assert data.taken - before[0] == 200
+    assert data.taken == 200
 
 
 def test_the_rehearsal_takes_a_few_batches(fit, searched):
@@ -337,10 +303,8 @@ def test_without_room_to_keep_them_batches_are_read_again_to_the_same_end(search
 
 
 def test_with_little_room_the_loader_is_read_once_for_each_part_of_a_race(searched):
-    data, before = Counted(192), []
-    mark = within("on_train_end", lambda *_: before.append(data.taken))
-    three_folds = Validation(cache_bytes=3 * SIZE // 16, confirm=0.25)
-    pruning = searched(DataLoader(data, 6), None, mark, branches=12, tree=ONE_LEVEL, validation=three_folds)
+    data, three_folds = Counted(192), Validation(cache_bytes=3 * SIZE // 16, confirm=0.25)
+    pruning = searched(DataLoader(data, 6), None, data.forgets, branches=12, tree=ONE_LEVEL, validation=three_folds)
     stages = rungs(12, 12, at_once=3)
     parts = sum(len(rung.parts) for rung in stages)
     judged = sum(rung.entrants * len(rung.parts) for rung in stages)
@@ -348,7 +312,7 @@ def test_with_little_room_the_loader_is_read_once_for_each_part_of_a_race(search
     # To deal, and to see what judges; the dense network on the data that ranks, and that confirms; twice each part;
     # the winner on both data, and on all.
     most = 2 + 2 + 2 * parts + 2 + 1
-    assert (data.taken - before[0]) / 192 <= most < judged
+    assert data.taken / 192 <= most < judged
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -416,21 +380,10 @@ def test_what_a_step_takes_out_of_a_batch_or_writes_into_it(
     assert first.report.score == second.report.score
 
 
-@dataclass
-class Held:
-    x: torch.Tensor
-    y: torch.Tensor
-
-
-@dataclass(slots=True)
-class Slotted(Held):
-    pass
-
-
-@dataclass(frozen=True)
-class Frozen:
-    x: torch.Tensor
-    y: torch.Tensor
+Held, Slotted, Frozen = (
+    make_dataclass(name, ["x", "y"], **options)
+    for name, options in {"Held": {}, "Slotted": {"slots": True}, "Frozen": {"frozen": True}}.items()
+)
 
 
 def reads(batch):
@@ -488,7 +441,7 @@ class Judged(Blobs):
         self.log("judged", self.metric)
 
 
-class Micro(Collected):
+class Micro(Blobs):
     def __init__(self):
         super().__init__()
         kinds = {"a": MulticlassPrecision(10, average="micro"), "b": MulticlassAccuracy(10, average="micro")}
@@ -513,8 +466,6 @@ class Apart(Blobs):
 
 
 class Means(Blobs):
-    """Keeps a mean."""
-
     def __init__(self):
         super().__init__()
         self.mean = MeanMetric()
@@ -605,11 +556,11 @@ def test_what_is_known_of_a_score_beside_the_score(at_end, name):
 def certified(fit):
     """A function that fits a module for two epochs with a search that certifies, and returns both."""
 
-    def search(samples=400, *callbacks, module=None, val=None, **options):
+    def search(samples=400, module=None, val=None, **options):
         usual = {"branches": 3, "confidence": 0.9, "tree": Tree(0.2, max_levels=3)}
         pruning = fits.pruner(**usual | options)
         val = DataLoader(blobs(samples, 2), 64) if val is None else val
-        return pruning, fit(*callbacks, pruning, module=module, val=val)
+        return pruning, fit(pruning, module=module, val=val)
 
     return search
 
@@ -642,31 +593,24 @@ def test_other_metrics_have_other_methods(certified, monitor, method):
     assert method.value.partition(":")[0] in str(pruning.report)
 
 
-class CountsSteps(Callback):
-    steps = 0
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.steps += 1
-
-
 @pytest.mark.parametrize(
     ("confirm", "samples", "tolerance"),
     [(0.5, 200, 0.02), (0.25, 400, 0.02), (0.25, 100, 0.02), (0.5, 2 * samples_needed(0.95, 0.1) - 2, 0.1)],
 )
 def test_too_few_samples_are_refused_before_training_with_the_number_needed(certified, confirm, samples, tolerance):
-    steps, needed = CountsSteps(), samples_needed(0.95, tolerance)
+    module, needed = Blobs(), samples_needed(0.95, tolerance)
     kept, needed_in_all = int(samples * confirm), math.ceil(needed / confirm)
     message = rf"but {kept} held-out samples can certify.*At least {needed}\b.*\b{needed_in_all} validation"
     options = {"tolerance": tolerance, "confidence": 0.95, "validation": Validation(confirm=confirm)}
     with pytest.raises(RuntimeError, match=message):
-        certified(samples, steps, **options)
-    assert steps.steps == 0
+        certified(samples, module, **options)
+    assert module.trainer.global_step == 0
 
 
 def test_as_many_samples_as_are_needed_are_let_train(certified):
-    steps, needed = CountsSteps(), samples_needed(0.95, 0.1)
-    pruning, _ = certified(2 * needed, steps, tolerance=0.1, confidence=0.95, tree=ONE_LEVEL)
-    assert steps.steps == 16
+    needed = samples_needed(0.95, 0.1)
+    pruning, module = certified(2 * needed, tolerance=0.1, confidence=0.95, tree=ONE_LEVEL)
+    assert module.trainer.global_step == 16
     assert pruning.report.samples == needed
 
 

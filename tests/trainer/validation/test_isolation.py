@@ -12,12 +12,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from lightning_roulette import Mask, Validation, apply_mask, prunable_parameters
 from lightning_roulette.trainer.data.folded_data import TrainerLoopData
-from lightning_roulette.trainer.processes import mean_over_processes
 from lightning_roulette.trainer.scores.trainer_evaluator import TrainerEvaluator
 from lightning_roulette.trainer.validation.logged import Logged
 from tests.support.callbacks import HOOKS, within
@@ -35,7 +33,8 @@ from tests.support.isolated import (
     one_level,
     values_of,
 )
-from tests.support.modules import Blobs, blobs, val_loader
+from tests.support.modules import Blobs, shuffled_loader, val_loader
+from tests.support.results import copied
 
 VAL_BATCHES = 4
 
@@ -90,18 +89,15 @@ def test_a_candidate_scores_what_validate_says_of_a_masked_copy(at_end, make_tra
     loader = val_loader(batch_size=11)  # So many batches are not regrouped: every sum is in the same order.
 
     def score(trainer, module):
-        ours, expected = {}, {}
         for share in (0.0, 0.5, 1.0):
             other, mask = Bare(), a_mask(module, share)
             other.load_state_dict(module.state_dict())
             apply_mask(other, mask)
-            (expected[share],) = make_trainer().validate(other, loader, verbose=False)
-            ours[share] = {name: values_of(trainer, module, mask, name)[0] for name in expected[share]}
-        return ours, expected
+            (expected,) = make_trainer().validate(other, loader, verbose=False)
+            assert {name: values_of(trainer, module, mask, name)[0] for name in expected} == expected
+            assert expected.keys() == {"val_loss", "val_acc", "held"}
 
-    ours, expected = at_end(score, module=Bare(), val=loader)
-    assert ours == expected
-    assert expected[0.5].keys() == {"val_loss", "val_acc", "held"}
+    at_end(score, module=Bare(), val=loader)
 
 
 def test_larger_scores_are_better_and_a_loss_ranks_or_breaks_ties(at_end):
@@ -128,11 +124,6 @@ def test_larger_scores_are_better_and_a_loss_ranks_or_breaks_ties(at_end):
     found, accuracy, loss = at_end(score)
     assert 0 < accuracy < loss
     assert found == [expected(accuracy, loss) for expected in metrics.values()]
-
-
-def shuffled_loader(**options):
-    """A loader with a generator of its own."""
-    return DataLoader(blobs(200, 2), 64, shuffle=True, generator=torch.Generator().manual_seed(3), **options)
 
 
 @pytest.mark.parametrize("loader", [shuffled_loader, lambda: val_loader(shuffle=True)], ids=["generator", "global"])
@@ -188,10 +179,7 @@ def test_what_one_candidate_logged_is_not_taken_for_the_next(at_end):
                 self.log("only_once", 1.0)
 
     def names(validate, trainer, module):
-        found = []
-        for module.once in (True, False):
-            found.append(set(validate().values))
-        return found
+        return [set(validate().values) for module.once in (True, False)]
 
     found = at_end(each_way(names), module=Once())
     assert found == {way: [{"val_loss", "val_acc", "only_once"}, {"val_loss", "val_acc"}] for way in WAYS}
@@ -303,44 +291,57 @@ def test_candidates_are_validated_in_eval_mode_and_without_gradients_as_within_f
     assert set(found) == {((False,) * 4, "fit", "validate")}
 
 
-@pytest.mark.parametrize("start", ["on_validation_model_eval", "on_validation_start", "on_validation_epoch_start"])
-def test_a_module_that_validates_other_weights_than_its_own_is_refused(start, fit):
-    """The module averages by hand: every candidate would score as the average, and be pruned further."""
+def swapping(keep, *hooks):
+    """A kind of module that averages by hand: it keeps an average in one hook, and swaps it in and out in others."""
 
-    class Averaging(Blobs):
-        def swap(self):
-            now = {name: value.clone() for name, value in self.net.state_dict().items()}
-            self.net.load_state_dict(self.average)
-            self.average = now
+    class Swaps(Blobs):
+        average = None
 
-        def on_fit_start(self):
-            self.average = {name: value.clone() for name, value in self.net.state_dict().items()}
+        def keep(self, *_):
+            self.average = copied(self.net)
 
-        def on_validation_end(self):
+        def swap(self, *_):
+            self.eval()  # One of the hooks is there to do this.
+            if self.average is not None:
+                now, self.average = self.average, copied(self.net)
+                self.net.load_state_dict(now)
+
+        def step(self, batch, batch_idx):
+            self.swap()
+            Blobs.validation_step(self, batch, batch_idx)
             self.swap()
 
-    def begin(self):
-        Blobs.on_validation_model_eval(self)
-        self.swap()
-
-    setattr(Averaging, start, begin)
-    with pytest.raises(RuntimeError, match="weights"):
-        fit(pruner(monitor="val_acc", refit="least_squares"), module=Averaging())
+    setattr(Swaps, keep, Swaps.keep)
+    for hook in hooks:
+        setattr(Swaps, hook, Swaps.step if hook == "validation_step" else Swaps.swap)
+    return Swaps
 
 
-def test_a_module_that_validates_another_network_than_it_trains_is_refused(fit):
+class Teaches(Blobs):
     """A mean teacher: no candidate would change the score, and the search would prune everything."""
 
-    class Teaching(Blobs):
-        def __init__(self):
-            super().__init__()
-            self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+    def __init__(self):
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
 
-        def forward(self, x):
-            return (self.net if self.training else self.teacher)(x)
+    def forward(self, x):
+        return (self.net if self.training else self.teacher)(x)
 
-    with pytest.raises(RuntimeError, match="weights"):
-        fit(pruner(monitor="val_acc", refit="least_squares"), module=Teaching())
+
+STARTS = ("on_validation_model_eval", "on_validation_start", "on_validation_epoch_start")
+SEES_OTHERS = {hook: swapping("on_fit_start", hook, "on_validation_end") for hook in STARTS} | {
+    "batch hooks": swapping("on_train_batch_end", "on_validation_batch_start", "on_validation_batch_end"),
+    "step": swapping("on_train_batch_end", "validation_step"),
+    "teacher": Teaches,
+}
+
+
+@pytest.mark.parametrize("kind", SEES_OTHERS.values(), ids=SEES_OTHERS)
+def test_a_module_that_validates_other_weights_than_those_it_trains_is_refused(kind, fit):
+    module = kind()
+    with pytest.raises(RuntimeError, match="logs the same with all prunable weights at zero"):
+        fit(pruner(monitor="val_acc", refit="least_squares"), module=module)
+    assert bool((module.net[0].weight != 0).all())
 
 
 # ---- callbacks that stay, and those that are muted
@@ -374,13 +375,18 @@ def test_a_kept_callback_is_the_users_own_object_and_sees_the_candidate(at_end):
 
 
 def test_a_search_by_a_metric_of_a_callback_needs_the_callback_kept(fit):
-    def search(*keep):
-        fit(LogsMargin(), pruning := pruner(monitor="margin", mode="max", validation=Validation(keep_callbacks=keep)))
-        return pruning
+    def search(module, *keep):
+        pruning = pruner(tolerance=1.0, monitor="margin", mode="max", validation=Validation(keep_callbacks=keep))
+        fit(LogsMargin(), pruning, module=module)
+        return pruning.report
 
-    with pytest.raises(RuntimeError, match=r"watches 'margin'.*keep_callbacks=\['LogsMargin'\]"):
-        search()
-    assert search("LogsMargin").report.monitor == "margin"
+    module = Blobs()
+    message = r"watches 'margin'.*Your callback LogsMargin logs it.*keep_callbacks=\['LogsMargin'\]"
+    with pytest.raises(RuntimeError, match=message):
+        search(module)
+    assert module.trainer.global_step == 0
+    report = search(Blobs(), "LogsMargin")
+    assert (report.monitor, report.score < report.dense_score) == ("margin", True)  # The sum of fewer weights.
 
 
 def test_muted_callbacks_and_loggers_still_tell_what_they_are(at_hook, tmp_path):
@@ -443,7 +449,3 @@ def test_processes_agree_on_the_mean_and_one_warning_says_if_they_logged_differe
     evaluate = TrainerEvaluator(trainer, None, validation, TrainerLoopData(), weights, judged_by("val_acc"))
     assert [evaluate(PrunedWeights(Mask.full(weights), weights), [0]).score for _ in range(3)] == [float(mean)] * 3
     assert ["sync_dist=True" in str(one.message) for one in recwarn] == [True] * (len(set(values)) > 1)
-
-
-def test_one_process_agrees_with_itself():
-    assert mean_over_processes(SimpleNamespace(world_size=1), torch.tensor(0.5)) == 0.5
