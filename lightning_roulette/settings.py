@@ -45,13 +45,13 @@ class Wheel:
               inputs. For a comparison with the optimal brain surgeon. Needs calibration inputs.
             - A function from `{name: weight}` to `{name: importance}` of the same shapes. For a measure of your own. It
               gets all weights, zero where the parent is pruned.
-        scope: Which weights compete with one another:
+        scope: Which weights compete with one another. A layer is one parameter here:
 
             - `"global"`: one wheel for all layers. Layers may end at different sparsities.
-            - `"layer"`: one wheel for each layer, all with the same pruning rate. For layers whose importance cannot be
-              compared.
+            - `"layer"`: one wheel for each layer, all with the same pruning rate. Use it if importances of different
+              layers cannot be compared.
         allocation: How much candidates differ in how they distribute pruning over the layers. Each candidate multiplies
-            the importance of each layer by a log-normal factor of this width, in addition to its parent's factors:
+            the importance of each parameter by a log-normal factor of this width, in addition to its parent's factors:
 
             - `None`: 0.3 with a least-squares refit and more than one candidate, otherwise 0.
             - `0`: no difference.
@@ -76,15 +76,16 @@ class Wheel:
 class Tree:
     """How one level follows another, and when the search ends.
 
-    A level whose winner misses the floor fails. It is tried again at half the pruning rate, which stays halved.
+    A level fails if its winner misses the floor. It is tried again at half the pruning rate. Later levels keep this
+    rate.
 
     Attributes:
         pruning_rate: Share of the current survivors that a level removes, in (0, 1). A smaller rate takes more levels
             to the same sparsity.
         max_levels: Stop after this many accepted levels. None: no such limit.
         patience: Stop after this many failed levels in a row.
-        smallest_rate: Stop when a failure would halve the rate below this value, whatever the patience. On a noisy
-            score ever smaller steps would pass, down to one weight at a time.
+        smallest_rate: Stop when a failure would halve the rate below this value, whatever the patience. Without this
+            limit, smaller and smaller steps could pass on a noisy score, down to one weight at a time.
     """
 
     pruning_rate: float = 0.1
@@ -159,7 +160,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Refit:
-    """A refit of running statistics: those of batch normalisations are computed again for the pruned network.
+    """A refit that computes the running statistics of batch normalisations again for the pruned network.
 
     Use it for networks with batch normalisation when weights must keep their values. It needs calibration batches, but
     no labels and no gradients.
@@ -189,7 +190,7 @@ class LeastSquares(Refit):
     """A refit of the remaining weights: each layer's outputs come as close as possible to the dense network's.
 
     The remaining weights and the bias of each layer are solved by least squares on its inputs. Running statistics are
-    computed again too. Use it to reach a high sparsity without training. It needs calibration batches, but no labels
+    also computed again. Use it to reach a high sparsity without training. It needs calibration batches, but no labels
     and no gradients. It refits Linear, Conv1d to Conv3d and the input projections of MultiheadAttention.
 
     Attributes:
@@ -211,7 +212,7 @@ class LeastSquares(Refit):
 
 
 def refit_of(refit: str | Refit | None) -> Refit | None:
-    """The settings of a refit.
+    """Return the settings of a refit; None without a refit.
 
     Args:
         refit: One of
