@@ -15,7 +15,7 @@ from lightning_roulette.refit.solvers.cholesky import inverse_diagonals
 
 
 def input_scales(kind: str, sums: Mapping[Layer, LayerSums], mask: Mask, damping: float) -> dict[str, Tensor]:
-    """Return what multiplies the magnitude of each weight; for the kinds see `Calibration.scales`.
+    """Return the factors that multiply the magnitudes; for the kinds see `Calibration.scales`.
 
     Raises:
         ValueError: If a layer's inputs or outputs are not finite.
