@@ -85,7 +85,7 @@ def _size(report: SearchReport) -> str:
 
 
 def _choice(report: SearchReport) -> list[str]:
-    """The scores that a search chose the winner by, and those on data that it did not use."""
+    """The scores that a search chose the winner by, and the scores on the held-out half."""
     data = "all validation data" if report.held_out_dense is None else "search half"
     return [
         f"{report.monitor}: dense {report.dense_score:.6g}, floor {report.floor:.6g}, "

@@ -147,7 +147,7 @@ def test_so_many_equal_samples_are_certified_and_no_fewer(confidence, tolerance,
     [(0.0, 0.1, 1), (1.0, 0.1, 1), (math.nan, 0.1, 1), (0.9, 0.0, 1), (0.9, -1, 1), (0.9, math.nan, 1), (0.9, 0.1, 0)],
 )
 def test_samples_needed_refuses(confidence, tolerance, width):
-    with pytest.raises(ValueError, match="allowed"):
+    with pytest.raises(ValueError, match="must"):
         samples_needed(confidence, tolerance, width)
 
 
@@ -438,7 +438,7 @@ def test_bounds_are_finite_and_in_order(bounds):
 
 
 def test_records_refuse_what_breaks_their_word():
-    with pytest.raises(ValueError, match=r"values hold 1.5.*allowed is \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"values hold 1.5.*must lie in \[0, 1\]"):
         Singles(torch.tensor([0.5, 1.5, 0.0]), 0, 1)
     with pytest.raises(ValueError, match="one dimension"):
         Singles(torch.zeros(3, 2), 0, 1)
