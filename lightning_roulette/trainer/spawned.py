@@ -2,7 +2,7 @@
 
 With `strategy="ddp_spawn"` or in a notebook, `fit` runs in other processes, on copies of the Trainer and its callbacks.
 Lightning brings back only weights and metrics, and calls no hook in the process that called `fit`. So the copy writes
-its result into a file, and the original reads the file when somebody asks for the result.
+its result into a file, and the original reads the file when the result is asked for.
 """
 
 from __future__ import annotations

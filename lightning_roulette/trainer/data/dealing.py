@@ -104,12 +104,13 @@ class SplitRows:
 def folds_of(count: int, folds: int, length: float, seed: int, loader: int) -> list[int]:
     """Return the fold of each of `count` batches.
 
-    Any two folds differ by at most one batch, and so do the two halves of the folds. No fold is smaller than the first.
+    Any two folds differ by at most one batch, and so do the two halves of the folds. The first fold is the smallest.
 
     Args:
         count: The number of batches.
         folds: The number of folds.
-        length: The length of the loader. If it is infinite, batches are dealt in turn, otherwise by a permutation.
+        length: The length of the loader. If it is infinite, batches go to the folds one after the other; otherwise
+            they are dealt by a permutation.
         seed: Seed of the permutation.
         loader: The number of the loader. Each loader has a permutation of its own.
     """

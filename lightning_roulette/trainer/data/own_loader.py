@@ -1,4 +1,4 @@
-"""A loader over the training data that shares only the data set with the fit: the fit draws and reads as before."""
+"""A loader over the training data that shares only the data set with the fit. The fit reads its data as before."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _own(loader: Any, seed: int) -> Iterable[Any]:
 
 
 def _batches(sampler: Any, data: Any, seed: int) -> Any:
-    """Plain batches in our own order. Another batch sampler has a reason for its batches, so a copy of it is used."""
+    """Plain batches in our own order. For other batch samplers a copy is used, to keep their choice of batches."""
     if type(sampler) is BatchSampler:
         return BatchSampler(_Reordered(sampler.sampler, data, seed), sampler.batch_size, sampler.drop_last)
     return _copied(sampler, data)

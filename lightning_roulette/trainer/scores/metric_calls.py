@@ -63,8 +63,8 @@ def calls_of(metric: Metric, module: nn.Module, loader: Callable[[], int | None]
         module: The module that holds it, alone or in a collection.
         loader: Returns the number of the loader that is being validated.
 
-    Returns:
-        A list. The calls are in it after the block.
+    Yields:
+        A list that holds the calls after the block.
     """
     group = _sharing(metric, module)
     found: dict[int, list[Call]] = {id(one): [] for one in group}
@@ -179,7 +179,7 @@ def _singles(metric: Metric, whole: Any, sign: int, value: float) -> Singles | N
 
 
 def is_mean(metric: Metric) -> bool:
-    """Return whether the metric is a mean over samples, each between 0 and 1, whatever the data."""
+    """Return whether the metric is a mean over samples with scores in [0, 1], for any data."""
     whole = getattr(metric, "multidim_average", None) == "global" and getattr(metric, "ignore_index", None) is None
     single = isinstance(metric, MulticlassAccuracy) or getattr(metric, "top_k", 1) == 1
     return type(metric) in _SAMPLEWISE and whole and single and getattr(metric, "average", "micro") == "micro"

@@ -74,7 +74,7 @@ class Watched:
     Attributes:
         name: The name of the metric, if there is one.
         mode: `"max"`, `"min"`, or None if unknown.
-        by: Who watches it, for the log.
+        by: What watches it, for the log.
     """
 
     name: str | None
@@ -135,12 +135,12 @@ def find_metric(
         watched: What callbacks and schedulers watch.
         monitor: The name of the metric, or None.
         mode: `"max"`, `"min"`, or None.
-        tolerance: The tolerance of the search. If it is above 0, a name must be unambiguous, as its units matter.
+        tolerance: The tolerance of the search. If it is above 0, its units matter, so the choice must be unambiguous.
         rank_by: The name of the metric that ranks, or None.
 
     Raises:
-        RuntimeError: If the metric was not logged or is not one number, if none or several could be meant, or if the
-            direction cannot be told. The message lists what was logged.
+        RuntimeError: If the metric was not logged or is not one number, or if the metric or its direction is ambiguous.
+            The message lists what was logged.
     """
     values = {name: value for name, value in logged.values.items() if _first_name(name, logged) == name}
     if monitor is None:
