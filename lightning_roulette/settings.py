@@ -56,6 +56,10 @@ class Wheel:
             - `None`: 0.3 with a least-squares refit and more than one candidate, otherwise 0.
             - `0`: no difference.
             - A positive number. It has no effect with `scope="layer"`.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is not allowed.
     """
 
     sharpness: float = 16.0
@@ -86,6 +90,10 @@ class Tree:
         patience: Stop after this many failed levels in a row.
         smallest_rate: Stop when a failure would halve the rate below this value, whatever the patience. Without this
             limit, smaller and smaller steps could pass on a noisy score, down to one weight at a time.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is not allowed.
     """
 
     pruning_rate: float = 0.1
@@ -137,6 +145,10 @@ class Validation:
             the loader is read again for every part of a race.
         keep_callbacks: Class names of your callbacks that stay active while candidates are validated. For a callback
             that logs the monitored metric.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is not allowed.
     """
 
     rank_by: str | None = None
@@ -172,6 +184,10 @@ class Refit:
             - `True`: before each level is compared with the floor. Reaches higher sparsity.
             - `False`: after the search, accepted levels only. Faster.
         finalists: Number of the best candidates of each level that are refitted and ranked again.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is not allowed.
     """
 
     batches: int = 100
@@ -202,6 +218,10 @@ class LeastSquares(Refit):
         finalists: Number of the best candidates of each level that are refitted and ranked again.
         damping: How strongly weights are pulled towards their dense values, in units of the mean square of a layer's
             inputs. Larger values are safer with few calibration batches.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is not allowed.
     """
 
     damping: float = 1e-3

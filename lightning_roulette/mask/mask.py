@@ -188,7 +188,7 @@ def apply_mask(module: nn.Module, mask: Mapping[str, Tensor] | str | os.PathLike
 
     Raises:
         TypeError: If a tensor of the mask is not bool. The module is unchanged.
-        ValueError: If the module lacks a name, or a shape differs. The module is unchanged.
+        ValueError: If the module lacks a name, a shape differs, or the file has no mask. The module is unchanged.
     """
     kept = Mask.load(mask) if isinstance(mask, str | os.PathLike) else Mask(mask)
     reshard(module)

@@ -1,4 +1,4 @@
-"""Pruning in turn with training: a level is cut, the network trains on, and only then is the level judged.
+"""Pruning between epochs: a level is cut, the network is trained further, and then the level is judged.
 
 The caller decides when the network is judged and cut. Each cut removes the same share of the survivors. With a target
 sparsity, cuts follow the cubic schedule of Zhu and Gupta instead (see `cubic`).
@@ -67,7 +67,7 @@ class Cuts:
 
 
 class Gradual:
-    """A network that is pruned in turn with its training.
+    """A network that is pruned between epochs of its training.
 
     The caller shows the network as training left it (`judge`). If its deepest level holds, it may be cut (`cut`). The
     first network shown is the dense one. Its score sets the floor for all that follow.
