@@ -87,6 +87,6 @@ def log_wealth(declines: Tensor, tolerance: float, confidence: float = 0.95) -> 
 
 
 def _bet(pace: Tensor, square: Tensor, tolerance: float) -> Tensor:
-    """The bet for a growth of the log wealth by `pace` per sample, before the upper limit."""
+    """Return the bet for a growth of the log wealth by `pace` per sample, before the upper limit."""
     bold = (2 * pace / square).sqrt()
     return torch.maximum(bold, pace.expm1() / tolerance) if tolerance > 0 else bold

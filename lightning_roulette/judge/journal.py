@@ -70,7 +70,7 @@ def _head(search: str) -> str:
 
 
 def _sound(lines: Sequence[bytes]) -> int:
-    """The number of lines before the first damaged line."""
+    """Return the number of lines before the first damaged line."""
     for number, line in enumerate(lines):
         try:
             found = json.loads(line)
@@ -203,7 +203,7 @@ class Noted(Evaluator):
         return Scores(*noted["scores"]), _outcomes(noted["outcomes"], score)
 
     def _digest(self, candidate: PrunedWeights) -> str:
-        """Digits that identify a pruned network; two networks share them with probability 2**-128."""
+        """Return digits that identify a pruned network; two networks share them with probability 2**-128."""
         if candidate.refitted and candidate.refitted is not self._refitted[0]:
             self._refitted = (candidate.refitted, fingerprint(candidate.refitted))
         return candidate.mask.digest.hex() + (self._refitted[1] if candidate.refitted else "")
@@ -255,7 +255,7 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def _plain(outcomes: Outcomes | None) -> dict[str, Any] | None:
-    """Outcomes as plain values for JSON."""
+    """Return outcomes as plain values for JSON."""
     match outcomes:
         case None:
             return None
@@ -268,7 +268,7 @@ def _plain(outcomes: Outcomes | None) -> dict[str, Any] | None:
 
 
 def _outcomes(plain: Mapping[str, Any] | None, score: Callable[[Tensor], float]) -> Outcomes | None:
-    """The outcomes that `_plain` wrote. Those of resamples use the given score."""
+    """Return the outcomes that `_plain` wrote. Those of resamples use the given score."""
     match plain and plain["kind"]:
         case "singles":
             return Singles(_read(plain["values"]), plain["low"], plain["high"])  # type: ignore[index]

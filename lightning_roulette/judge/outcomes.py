@@ -105,7 +105,7 @@ def size_of(outcomes: Outcomes) -> int:
 
 
 def alike(dense: Outcomes, pruned: Outcomes) -> bool:
-    """Whether two networks can be compared: their outcomes are of one kind, with equal size and bounds or weights."""
+    """Return whether outcomes can be compared: they are of one kind, with equal size and bounds or weights."""
     return _kind(dense) == _kind(pruned)
 
 
@@ -128,7 +128,7 @@ def float64(values: Tensor) -> Tensor:
 
 
 def _kind(outcomes: Outcomes) -> tuple[object, ...]:
-    """What the outcomes of two networks must share."""
+    """Return the properties that the outcomes of two networks must share."""
     match outcomes:
         case Singles(values, low, high):
             return (Singles, len(values), low, high)

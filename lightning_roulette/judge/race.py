@@ -215,12 +215,12 @@ class Race:
 
 
 def _in_the_lead(runners: Mapping[int, Runner]) -> list[Candidate]:
-    """The candidates that saw the most folds, without copies of others."""
+    """Return the candidates that saw the most folds, without copies of others."""
     return furthest(one.candidate for one in runners.values() if one.candidate.same_as is None)
 
 
 def _with_scores(candidate: Candidate, runners: Mapping[int, Runner]) -> Candidate:
-    """The candidate. A copy of another candidate gets the scores of the other."""
+    """Return the candidate. A copy of another candidate gets the scores of the other."""
     if candidate.same_as is None:
         return candidate
     return runners[candidate.same_as].candidate.twin(candidate.index)

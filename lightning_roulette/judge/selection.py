@@ -35,7 +35,7 @@ def best_few(candidates: Iterable[Candidate], count: int) -> list[Candidate]:
 
 
 def keeps_floor(score: float, floor: float) -> bool:
-    """Whether a score is at least the floor, up to the rounding of a float32."""
+    """Return whether a score is at least the floor, up to the rounding of a float32."""
     return score >= floor - _ROUNDING * abs(floor) if math.isfinite(floor) else score >= floor
 
 

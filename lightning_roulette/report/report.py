@@ -178,6 +178,6 @@ class SearchReport:
         return dense - score if self.mode == "max" else score - dense
 
     def _first_missed(self, dense: float) -> float:
-        """Decline of the first level that missed the held-out floor; NaN if there is none."""
+        """Return the decline of the first level that missed the held-out floor; NaN if there is none."""
         missed = (one.held_out_score for one in self.accepted if one.held is False)
         return self._worse(dense, next((score for score in missed if score is not None), math.nan))

@@ -127,7 +127,7 @@ class Result:
         return self.winner.weights_at(level)
 
     def is_of(self, module: LightningModule) -> bool:
-        """Whether `module` is the network that was pruned, and still has its zeros.
+        """Return whether `module` is the network that was pruned, and still has its zeros.
 
         A copy of the callback has no reference to the network. It recognises a network by its zeros.
         """

@@ -34,7 +34,7 @@ class Handover:
         weakref.finalize(self, _remove, self._inbox, self._process)
 
     def is_due(self, trainer: Trainer) -> bool:
-        """Whether this process was started for the fit of `trainer`, and is the first on its machine."""
+        """Return whether this process was started for the fit of `trainer`, and is the first on its machine."""
         spawns = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
         started = multiprocessing.parent_process() is not None
         original = self._outbox == self._inbox and os.getpid() == self._process

@@ -175,6 +175,6 @@ class Guess:
 
 
 def are_few(arcs: Mapping[str, HeldArc]) -> bool:
-    """Whether arcs have few weights in all and lie on one device, so that they can be joined."""
+    """Return whether arcs have few weights in all and lie on one device, so that they can be joined."""
     size, devices = sum(arc.size for arc in arcs.values()), {arc.device for arc in arcs.values()}
     return size <= limits().joint_weights and len(devices) == 1

@@ -96,7 +96,7 @@ def inverse_diagonals(gram: Tensor, kept: Tensor, damping: float) -> Tensor:
 
 
 def _corrected_diagonals(inverse: Tensor, pruned: Tensor) -> Tensor:
-    """Diagonals of the inverse after some inputs were removed, shape of `pruned`."""
+    """Return the diagonals of the inverse after some inputs were removed, shape of `pruned`."""
     whole = inverse.diagonal(dim1=1, dim2=2).unsqueeze(1).expand_as(pruned)
     removed = torch.zeros(pruned.shape, dtype=inverse.dtype, device=inverse.device).view(-1, inverse.shape[-1])
     for block in _blocks_of(inverse, pruned):

@@ -92,7 +92,7 @@ class SplitRows:
         return list(self.pools)
 
     def _cuts(self, folds: Sequence[int]) -> Iterator[tuple[Any, slice]]:
-        """The pool and the rows of each batch."""
+        """Yield the pool and the rows of each batch."""
         for pool, ends in zip(self.pools, self.ends, strict=True):
             for first, last in _neighbours(folds):
                 start, rows = ends[first], ends[last + 1] - ends[first]
@@ -144,7 +144,7 @@ def _order(count: int, seed: int, what: str) -> Tensor:
 
 
 def _neighbours(folds: Sequence[int]) -> list[tuple[int, int]]:
-    """The runs of neighbouring folds, each as its first and its last."""
+    """Return the runs of neighbouring folds, each as its first and its last."""
     runs: list[tuple[int, int]] = []
     for fold in sorted(folds):
         if runs and runs[-1][1] == fold - 1:

@@ -94,7 +94,7 @@ def rounding(trainer: Trainer) -> float:
 
 
 def _accepted(validation: IsolatedValidation, data: FoldedData) -> tuple[FoldedData, Logged]:
-    """The data, and what the module logs on it; in one fold if the module fails on regrouped samples."""
+    """Return the data, and what the module logs on it; in one fold if the module fails on regrouped samples."""
     if not data.regrouped or validation.trainer.world_size > 1:
         return data, data.validate(validation, data.first_tried)
     try:
@@ -106,7 +106,7 @@ def _accepted(validation: IsolatedValidation, data: FoldedData) -> tuple[FoldedD
 
 
 def _equal_in_all_processes(trainer: Trainer, data: FoldedData) -> FoldedData:
-    """The data, dealt so that all processes validate equally often. Each process has batches of its own."""
+    """Return the data, dealt so that all processes validate equally often. Each process has batches of its own."""
     if trainer.world_size == 1:
         return data
     least, most = least_and_most(trainer, [data.folds, int(data.regrouped), data.at_once, data.at_least])

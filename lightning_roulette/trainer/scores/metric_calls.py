@@ -110,7 +110,7 @@ def close(one: float, other: float) -> bool:
 
 
 def _sharing(metric: Metric, module: nn.Module) -> list[Metric]:
-    """The metric and the other metrics of its collection."""
+    """Return the metric and the other metrics of its collection."""
     for part in module.modules():
         if isinstance(part, MetricCollection) and any(one is metric for one in part.values(copy_state=False)):
             return [metric, *(one for one in part.values(copy_state=False) if one is not metric)]
@@ -154,7 +154,7 @@ def _recording(metric: Metric, calls: list[Call], loader: Callable[[], int | Non
 
 
 def _means(calls: Sequence[Call], sign: int, value: float) -> Outcomes | None:
-    """The outcomes of a mean over numbers that were given batch by batch."""
+    """Return the outcomes of a mean over numbers that were given batch by batch."""
     numbers = [[torch.as_tensor(one, dtype=torch.float64).cpu() for one in call.arguments.values()] for call in calls]
     if not numbers or any(one.dim() for call in numbers for one in call):
         return None
@@ -170,7 +170,7 @@ def batches_of(values: Tensor, weights: Tensor, sign: int, value: float) -> Batc
 
 
 def _singles(metric: Metric, whole: Any, sign: int, value: float) -> Singles | None:
-    """The score of each sample, for a metric that is their mean; None if their mean is not `value`."""
+    """Return the score of each sample, for a metric that is their mean; None if their mean is not `value`."""
     scores = _samplewise(metric, whole)
     if scores is None or not close(float(scores.mean()), value):
         return None
@@ -212,7 +212,7 @@ def _score(metric: Metric, whole: Any) -> float:
 
 
 def _split(whole: Mapping[int | str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments by position, and those by name."""
+    """Return the arguments by position, and those by name."""
     positional = [one for name, one in whole.items() if isinstance(name, int)]
     return positional, {name: one for name, one in whole.items() if isinstance(name, str)}
 

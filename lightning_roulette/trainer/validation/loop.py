@@ -147,7 +147,7 @@ def combined_like(combined: CombinedLoader, loaders: Any) -> CombinedLoader:
 
 
 def _samples(loader: Any, batches: float) -> int | None:
-    """The number of samples in the first batches of a loader; None if it is not a plain loader."""
+    """Return the number of samples in the first batches of a loader; None if it is not a plain loader."""
     sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
     if not isinstance(size, int) or not isinstance(sampler, Sized) or math.isinf(batches):
         return None
