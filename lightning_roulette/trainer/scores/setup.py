@@ -95,7 +95,7 @@ class ValidationSetup:
             ) from None
 
     def _callback_that_logs_it(self, logged: Logged) -> str | None:
-        """Return the class of a callback that logs the metric, if the metric is missing; None if no callback logs it."""
+        """Return the class of a callback that logs the missing metric; None if no callback logs it."""
         if self.monitor in logged.values or (self.monitor is None and logged.values):
             return None
         unlikely = (type(self.caller), Checkpoint, EarlyStopping, ProgressBar)
