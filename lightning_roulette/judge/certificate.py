@@ -69,8 +69,8 @@ def p_value(dense: Outcomes, pruned: Outcomes, tolerance: float, confidence: flo
 
     In simulations of the approximate ways at a true decline of exactly the tolerance (accuracy in batches, F1 of common
     and rare classes, 200 to 5,000 samples, confidence 0.95), 0 to 5 % of networks are certified. Without the reach up
-    to 39 % are certified in batches, and up to 84 % by the bootstrap, with quantiles of 2,000 resamples as well as with
-    the error of 200.
+    to 39 % are certified in batches, and up to 84 % by the bootstrap (with quantiles of 2,000 resamples, or with the
+    error of 200 resamples).
 
     Args:
         dense: Outcomes of the network before pruning.

@@ -95,8 +95,13 @@ def search(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, `weights` is empty, an importance is negative or not finite, the
-            dense score is NaN, the held-out half can certify nothing, or `evaluate` cannot be combined with a refit.
+        ValueError: In one of these cases:
+
+            - An argument is out of range, or `weights` is empty.
+            - An importance is negative or not finite.
+            - The dense score is not finite.
+            - The held-out half is too small for a certificate.
+            - A refit has no `calibration`, or `evaluate` is a function of a mask.
 
     Example:
         >>> weights = {"layer": Tensor([0.1, -2.0, 0.01, 3.0])}

@@ -144,7 +144,7 @@ def refuse_without_validation(trainer: Trainer, module: LightningModule) -> None
     if not is_overridden("validation_step", module):
         why = f"{type(module).__name__} has no validation_step, which judges the candidates. Define one."
     elif trainer.limit_val_batches == 0:
-        why = "limit_val_batches is 0, so that candidates cannot be judged. Allow some validation batches."
+        why = "limit_val_batches is 0, so candidates cannot be judged. Allow some validation batches."
     else:
         why = "there is no validation data to judge candidates on. Pass val_dataloaders to fit, or define them."
     raise RuntimeError(f"RouletteWheelPruning: {why}")

@@ -155,7 +155,7 @@ class LevelWheel:
             return [draws]
         shares = layer_shares(draws, [threshold.count for threshold in self._thresholds])
         if sum(shares) < draws:
-            raise ValueError(f"draws is {draws}, but each layer keeps a weight: at most {sum(shares)} can be pruned.")
+            raise ValueError(f"draws is {draws}, but must be at most {sum(shares)}, because each layer keeps a weight.")
         return shares
 
 
