@@ -417,7 +417,7 @@ def test_only_outcomes_alike_are_compared(other):
 
 def test_sizes_and_weights_are_compared():
     score = lambda index: 0.0  # noqa: E731
-    with pytest.raises(ValueError, match="Resamples of 4, dense is Resamples of 3"):
+    with pytest.raises(ValueError, match="Resamples of 4 and dense is Resamples of 3"):
         paired_error(Resamples(score, 3), Resamples(score, 4))
     with pytest.raises(ValueError, match="weights"):
         p_value(batches([1.0, 2.0]), batches([1.0, 2.0], [1.0, 2.0]), 0.1)
