@@ -45,7 +45,7 @@ def check_count(name: str, value: Any, *, at_least: int = 1) -> None:
 
     Raises:
         TypeError: If `value` is not a whole number.
-        ValueError: If `value` is smaller.
+        ValueError: If `value` is smaller than `at_least`.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} is {value!r}, but must be a whole number.")
@@ -66,7 +66,7 @@ def check_epochs(at_epoch: Any, confidence: float | None = None) -> None:
     """
     if at_epoch is None or not isinstance(at_epoch, Sequence) or isinstance(at_epoch, str):
         if isinstance(at_epoch, Iterable) and not isinstance(at_epoch, str):
-            raise TypeError(f"at_epoch is {at_epoch!r}, but must be a number, or a list or range of several.")
+            raise TypeError(f"at_epoch is {at_epoch!r}, but must be a number, or a list or range of numbers.")
         if at_epoch is not None:
             check_count("at_epoch", at_epoch, at_least=0)
         return
@@ -98,7 +98,7 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...], *, remedy: str
     """Check that `value` is one of the allowed words.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If `value` is another word.
     """
     if value not in allowed:
         words = ", ".join(repr(word) for word in allowed)
@@ -109,7 +109,7 @@ def check_words(name: str, value: Any, what: str) -> None:
     """Check that `value` is a sequence of strings. A single string is not allowed.
 
     Raises:
-        TypeError: If it is not.
+        TypeError: If `value` is anything else.
     """
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(word, str) for word in value):
         raise TypeError(f"{name} is {value!r}, but must be a list of {what}.")
@@ -119,7 +119,7 @@ def check_group(name: str, value: Any, group: type) -> None:
     """Check that `value` is an instance of a settings group.
 
     Raises:
-        TypeError: If it is not.
+        TypeError: If `value` is anything else.
     """
     if not isinstance(value, group):
         raise TypeError(f"{name} is {value!r}, but must be a {group.__name__}(...) of lightning_roulette.")

@@ -45,17 +45,21 @@ class Wheel:
               inputs. For a comparison with the optimal brain surgeon. Needs calibration inputs.
             - A function from `{name: weight}` to `{name: importance}` of the same shapes. For a measure of your own. It
               gets all weights, zero where the parent is pruned.
-        scope: Which weights compete with one another:
+        scope: Which weights compete with one another. A layer is one parameter here:
 
             - `"global"`: one wheel for all layers. Layers may end at different sparsities.
-            - `"layer"`: one wheel for each layer, all with the same pruning rate. For layers whose importance cannot be
-              compared.
+            - `"layer"`: one wheel for each layer, all with the same pruning rate. Use it if importances of different
+              layers cannot be compared.
         allocation: How much candidates differ in how they distribute pruning over the layers. Each candidate multiplies
-            the importance of each layer by a log-normal factor of this width, in addition to its parent's factors:
+            the importance of each parameter by a log-normal factor of this width, in addition to its parent's factors:
 
             - `None`: 0.3 with a least-squares refit and more than one candidate, otherwise 0.
             - `0`: no difference.
             - A positive number. It has no effect with `scope="layer"`.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is not allowed.
     """
 
     sharpness: float = 16.0
@@ -76,15 +80,20 @@ class Wheel:
 class Tree:
     """How one level follows another, and when the search ends.
 
-    A level whose winner misses the floor fails. It is tried again at half the pruning rate, which stays halved.
+    A level fails if its winner misses the floor. It is tried again at half the pruning rate. Later levels keep this
+    rate.
 
     Attributes:
         pruning_rate: Share of the current survivors that a level removes, in (0, 1). A smaller rate takes more levels
             to the same sparsity.
         max_levels: Stop after this many accepted levels. None: no such limit.
         patience: Stop after this many failed levels in a row.
-        smallest_rate: Stop when a failure would halve the rate below this value, whatever the patience. On a noisy
-            score ever smaller steps would pass, down to one weight at a time.
+        smallest_rate: Stop when a failure would halve the rate below this value, whatever the patience. Without this
+            limit, smaller and smaller steps could pass on a noisy score, down to one weight at a time.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is not allowed.
     """
 
     pruning_rate: float = 0.1
@@ -136,6 +145,10 @@ class Validation:
             the loader is read again for every part of a race.
         keep_callbacks: Class names of your callbacks that stay active while candidates are validated. For a callback
             that logs the monitored metric.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is not allowed.
     """
 
     rank_by: str | None = None
@@ -159,7 +172,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Refit:
-    """A refit of running statistics: those of batch normalisations are computed again for the pruned network.
+    """A refit that computes the running statistics of batch normalisations again for the pruned network.
 
     Use it for networks with batch normalisation when weights must keep their values. It needs calibration batches, but
     no labels and no gradients.
@@ -171,6 +184,10 @@ class Refit:
             - `True`: before each level is compared with the floor. Reaches higher sparsity.
             - `False`: after the search, accepted levels only. Faster.
         finalists: Number of the best candidates of each level that are refitted and ranked again.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is not allowed.
     """
 
     batches: int = 100
@@ -189,7 +206,7 @@ class LeastSquares(Refit):
     """A refit of the remaining weights: each layer's outputs come as close as possible to the dense network's.
 
     The remaining weights and the bias of each layer are solved by least squares on its inputs. Running statistics are
-    computed again too. Use it to reach a high sparsity without training. It needs calibration batches, but no labels
+    also computed again. Use it to reach a high sparsity without training. It needs calibration batches, but no labels
     and no gradients. It refits Linear, Conv1d to Conv3d and the input projections of MultiheadAttention.
 
     Attributes:
@@ -201,6 +218,10 @@ class LeastSquares(Refit):
         finalists: Number of the best candidates of each level that are refitted and ranked again.
         damping: How strongly weights are pulled towards their dense values, in units of the mean square of a layer's
             inputs. Larger values are safer with few calibration batches.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is not allowed.
     """
 
     damping: float = 1e-3
@@ -211,7 +232,7 @@ class LeastSquares(Refit):
 
 
 def refit_of(refit: str | Refit | None) -> Refit | None:
-    """The settings of a refit.
+    """Return the settings of a refit; None without a refit.
 
     Args:
         refit: One of

@@ -72,7 +72,7 @@ def test_a_number_out_of_bounds_is_refused_with_all_bounds(bounds, value, messag
         (check_count, ("n", 0), ValueError, "n is 0, but must be at least 1"),
         (check_epochs, (-1,), ValueError, "at_epoch is -1, but must be at least 0"),
         (check_epochs, (1.0,), TypeError, "at_epoch is 1.0, but must be a whole number"),
-        (check_epochs, ({1, 2},), TypeError, "at_epoch is {1, 2}, but must be a number, or a list or range of several"),
+        (check_epochs, ({1, 2},), TypeError, "at_epoch is {1, 2}, but must be a number, or a list or range of numbers"),
         (check_epochs, ([1, 0.5],), TypeError, "an epoch of at_epoch is 0.5, but must be a whole number"),
         (check_epochs, ([],), ValueError, "several epochs must rise"),
         (check_epochs, ([3, 3],), ValueError, "several epochs must rise"),

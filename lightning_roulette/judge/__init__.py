@@ -1,1 +1,1 @@
-"""What scores pruned networks, and what may be concluded from the scores."""
+"""Evaluators of pruned networks, and the conclusions that their scores allow."""

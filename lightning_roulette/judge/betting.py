@@ -16,10 +16,10 @@ _MARGIN = 1e-9  # added to the goal, so that rounding does not miss it
 
 
 def betting_p(dense: Singles, pruned: Singles, tolerance: float, confidence: float) -> float:
-    """Return `1 / wealth` of `log_wealth` for declines in units of the width of a score; 1 without a finite sample.
+    """Return the p-value `exp(-log_wealth)`. It is 1 if there are no samples, or if a sample is not finite.
 
-    Data may be in an order, for example by class. The bound needs an order that is independent of the samples, so they
-    are shuffled, always in the same way.
+    Data may be ordered, for example by class. The bound needs an order that is independent of the samples, so they are
+    shuffled, always in the same way.
     """
     declines, width = differences(dense, pruned), dense.high - dense.low
     if not len(declines) or not bool(torch.isfinite(declines).all()) or tolerance <= -width:
@@ -35,7 +35,7 @@ def log_wealth(declines: Tensor, tolerance: float, confidence: float = 0.95) -> 
 
     The wealth starts at 1. Each sample multiplies it by `1 + bet * (tolerance - decline)`, where the bet lies in
     `[0, 1 / (1 - tolerance)]` and is chosen before the sample is seen. If the mean decline is at least the tolerance,
-    the wealth is a non-negative supermartingale. It ever reaches `x` with probability at most `1 / x` (Ville), so its
+    the wealth is a non-negative supermartingale. It reaches `x` with probability at most `1 / x` (Ville), so its
     inverse is a p-value (Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting", JRSS-B
     2024).
 
@@ -87,6 +87,6 @@ def log_wealth(declines: Tensor, tolerance: float, confidence: float = 0.95) -> 
 
 
 def _bet(pace: Tensor, square: Tensor, tolerance: float) -> Tensor:
-    """The bet for a growth of the log wealth by `pace` per sample, before the upper limit."""
+    """Return the bet for a growth of the log wealth by `pace` per sample, before the upper limit."""
     bold = (2 * pace / square).sqrt()
     return torch.maximum(bold, pace.expm1() / tolerance) if tolerance > 0 else bold

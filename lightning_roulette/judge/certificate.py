@@ -1,8 +1,8 @@
 """Whether independent data certify that a pruned network declined by no more than the tolerance.
 
 - The *decline* of a network is the dense score minus its own score. Larger scores are better.
-- The *null hypothesis* says that the true decline exceeds the tolerance. The true decline is the one over all data from
-  which the recorded samples were drawn independently.
+- The *null hypothesis* says that the true decline exceeds the tolerance. The true decline is the decline on the
+  population, from which the recorded samples were drawn independently.
 - A p-value of at most `1 - confidence` certifies the network.
 - Networks that were chosen on other data may be tested in a fixed order, here the densest first, up to the first that
   is not certified. No correction for their number is needed: the last certified one truly exceeds the tolerance with
@@ -69,8 +69,8 @@ def p_value(dense: Outcomes, pruned: Outcomes, tolerance: float, confidence: flo
 
     In simulations of the approximate ways at a true decline of exactly the tolerance (accuracy in batches, F1 of common
     and rare classes, 200 to 5,000 samples, confidence 0.95), 0 to 5 % of networks are certified. Without the reach up
-    to 39 % are certified in batches, and up to 84 % by the bootstrap, with quantiles of 2,000 resamples as well as with
-    the error of 200.
+    to 39 % are certified in batches, and up to 84 % by the bootstrap (with quantiles of 2,000 resamples, or with the
+    error of 200 resamples).
 
     Args:
         dense: Outcomes of the network before pruning.
@@ -89,7 +89,7 @@ def p_value(dense: Outcomes, pruned: Outcomes, tolerance: float, confidence: flo
     _check_pair(dense, pruned)
     _check_confidence(confidence)
     if math.isnan(tolerance):
-        raise ValueError("tolerance is NaN; allowed is any other number: give the largest decline that is acceptable.")
+        raise ValueError("tolerance is NaN, but must be a number. Pass the largest decline that is acceptable.")
     match dense, pruned:
         case Singles() as one, Singles() as other:
             p = betting_p(one, other, tolerance, confidence)
@@ -119,8 +119,8 @@ def samples_needed(confidence: float, tolerance: float, width: float = 1.0) -> i
     _check_confidence(confidence)
     if not (tolerance > 0 and 0 < width < math.inf):
         raise ValueError(
-            f"tolerance and width are {tolerance} and {width}; allowed are positive numbers, the width finite: "
-            "without a tolerance no number of equal samples certifies a network."
+            f"tolerance is {tolerance} and width {width}, but both must be positive, and the width finite. Without a "
+            "tolerance no number of equal samples certifies a network."
         )
     if tolerance >= width:
         return 1
@@ -156,7 +156,7 @@ def too_few(samples: int, width: float | None, confidence: float, tolerance: flo
 
 def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; allowed is (0, 1): give a share such as 0.95.")
+        raise ValueError(f"confidence is {confidence}, but must lie in (0, 1). Pass a share such as 0.95.")
 
 
 def _check_pair(dense: Outcomes, pruned: Outcomes) -> None:

@@ -1,4 +1,4 @@
-"""Evaluators of pruned networks, and the judge through which a search asks one."""
+"""Evaluators of pruned networks, and the judge that a search asks for scores."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Evaluator:
     The folds are parts of one random sample: a search ranks candidates on some folds and confirms its result on the
     others. The evaluator puts the weights of a candidate into the network, and takes them out again.
 
-    A class that is not derived from this one may be used as well, if it has `folds` and is callable with the same
-    arguments. The other attributes are read from it if it has them.
+    An object of another class can be used too, if it has `folds` and is callable with the same arguments. Its
+    `at_once`, `at_least`, `undivided_because` and `recorded` are used if it has them.
 
     Attributes:
         folds: Number of folds.
         at_once: Largest number of folds that the evaluator prefers to see in one call; None if there is no limit.
-        at_least: Number of folds that take no longer than one fold.
+        at_least: Number of folds that take no longer to validate than one fold.
         undivided_because: Why the data could not be divided into folds; empty if it was divided.
         sees_weights: Whether scores depend on the candidate's weights; False if they depend on its mask alone.
 
@@ -50,15 +50,15 @@ class Evaluator:
 
         Args:
             candidate: Mask and weights of the network.
-            folds: Some of the numbers from 0 to `folds - 1`.
+            folds: Some of the numbers from 0 to `self.folds - 1`.
         """
         raise NotImplementedError
 
     def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, Outcomes | None]:
-        """Return the scores and the `Outcomes` behind `Scores.score`; None in their place if they are unknown.
+        """Return the scores, and the outcomes behind `Scores.score` (None if they are unknown).
 
-        Override it in an evaluator that knows the scores of single samples or batches. If it is not overridden, a
-        search takes the score of each fold as an outcome, and validates the folds one by one for it.
+        Outcomes are `Singles`, `Batches` or `Resamples`. Override this method in an evaluator that knows them. If it is
+        not overridden, a search validates the folds one by one, and takes the score of each fold as an outcome.
         """
         return self(candidate, folds), None
 
@@ -115,7 +115,7 @@ class _Foreign(Evaluator):
 
 
 def divided(folds: int, confirm: float) -> tuple[range, range]:
-    """Return the search folds and the held-out folds, the latter a share `confirm` of all.
+    """Return the search folds and the held-out folds, which are a share `confirm` of all folds.
 
     With `confirm > 0` there is at least one of each. A single fold is a search fold.
 
@@ -168,7 +168,7 @@ class Judge:
 
     @property
     def at_least(self) -> int:
-        """Number of folds that take the evaluator no longer than one fold."""
+        """Number of folds that take no longer to validate than one fold."""
         return self.evaluate.at_least
 
     @property
@@ -182,7 +182,7 @@ class Judge:
         return _finite(self.evaluate(network, folds))
 
     def recorded(self, network: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, Outcomes | None]:
-        """Return the scores and the outcomes behind them: those of the evaluator, or else the score of each fold."""
+        """Return the scores and the outcomes behind them. Without recorded outcomes, each fold is one outcome."""
         if self.records:
             self._seen += len(folds)
             scores, outcomes = self.evaluate.recorded(network, folds)

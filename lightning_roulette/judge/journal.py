@@ -52,7 +52,7 @@ def fingerprint(tensors: Mapping[str, Tensor], *facts: object) -> str:
 
 
 def lines_in(path: str, search: str) -> list[str]:
-    """Return the complete lines of a journal after the first; none if the file is missing or of another search.
+    """Return the complete lines of a journal after its first line; none for a missing file or another search.
 
     Args:
         path: Path of the file.
@@ -70,7 +70,7 @@ def _head(search: str) -> str:
 
 
 def _sound(lines: Sequence[bytes]) -> int:
-    """The number of lines before the first that is damaged."""
+    """Return the number of lines before the first damaged line."""
     for number, line in enumerate(lines):
         try:
             found = json.loads(line)
@@ -114,7 +114,7 @@ class Journal:
         return None
 
     def note(self, question: Mapping[str, Any], answer: Any) -> None:
-        """Step to the next question. If the journal does not hold this line, it replaces all lines that follow."""
+        """Step to the next question. If the journal holds another line here, the new line replaces all that follow."""
         line = json.dumps({"question": question, "answer": answer}, sort_keys=True)
         if self._waiting and self._agreed(self._waiting[0] == line):
             self._waiting.popleft()
@@ -203,7 +203,7 @@ class Noted(Evaluator):
         return Scores(*noted["scores"]), _outcomes(noted["outcomes"], score)
 
     def _digest(self, candidate: PrunedWeights) -> str:
-        """Digits that identify a network pruned from the dense one; two share them with probability 2**-128."""
+        """Return digits that identify a pruned network; two networks share them with probability 2**-128."""
         if candidate.refitted and candidate.refitted is not self._refitted[0]:
             self._refitted = (candidate.refitted, fingerprint(candidate.refitted))
         return candidate.mask.digest.hex() + (self._refitted[1] if candidate.refitted else "")
@@ -255,7 +255,7 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def _plain(outcomes: Outcomes | None) -> dict[str, Any] | None:
-    """Outcomes as plain values for JSON."""
+    """Return outcomes as plain values for JSON."""
     match outcomes:
         case None:
             return None
@@ -268,7 +268,7 @@ def _plain(outcomes: Outcomes | None) -> dict[str, Any] | None:
 
 
 def _outcomes(plain: Mapping[str, Any] | None, score: Callable[[Tensor], float]) -> Outcomes | None:
-    """The outcomes that `_plain` wrote. Those of resamples use the given score."""
+    """Return the outcomes that `_plain` wrote. Those of resamples use the given score."""
     match plain and plain["kind"]:
         case "singles":
             return Singles(_read(plain["values"]), plain["low"], plain["high"])  # type: ignore[index]

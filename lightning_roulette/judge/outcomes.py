@@ -23,7 +23,7 @@ class Singles:
 
     Raises:
         ValueError: If `values` does not have one dimension, if a finite value is outside the bounds, or if the bounds
-            are not finite and in order. The p-value is exact only within the bounds.
+            are not finite and in order. The p-value is exact only if all scores lie within the bounds.
     """
 
     values: Tensor
@@ -34,14 +34,14 @@ class Singles:
         _check_line("values", self.values)
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(
-                f"low and high are {self.low} and {self.high}; allowed are finite numbers, the smaller one first: "
-                "give the range of a sample's score, or record the metric as Resamples if it has no range."
+                f"low and high are {self.low} and {self.high}, but must be finite, the smaller one first. Pass the "
+                "range of a sample's score, or record the metric as Resamples if it has no range."
             )
         outside = torch.isfinite(self.values) & ((self.values < self.low) | (self.values > self.high))
         if bool(outside.any()):
             raise ValueError(
-                f"values hold {float(self.values[outside][0])}; allowed is [{self.low}, {self.high}]: "
-                "widen low and high to include every score that a sample could get."
+                f"values hold {float(self.values[outside][0])}, but must lie in [{self.low}, {self.high}]. Widen low "
+                "and high to include every score that a sample could get."
             )
 
 
@@ -50,7 +50,7 @@ class Resamples:
     """A metric of one network that is not a mean over samples, such as F1, AUROC or a correlation.
 
     Attributes:
-        score: Returns the metric on the recorded samples with these indices: int64, shape `(any,)`, with repetition.
+        score: Returns the metric on the recorded samples with these indices: int64, shape `(n,)`, may repeat.
         size: Number of recorded samples.
     """
 
@@ -85,14 +85,14 @@ class Batches:
         _check_line("values", self.values)
         if self.weights.shape != self.values.shape:
             raise ValueError(
-                f"weights have shape {tuple(self.weights.shape)}; allowed is the shape of values, "
-                f"{tuple(self.values.shape)}: give the size of every batch."
+                f"weights have shape {tuple(self.weights.shape)}, but must have the shape of values, "
+                f"{tuple(self.values.shape)}. Pass the size of every batch."
             )
         unfit = ~(torch.isfinite(self.weights) & (self.weights > 0))
         if bool(unfit.any()):
             raise ValueError(
-                f"weights hold {float(self.weights[unfit][0])}; allowed are positive, finite numbers: "
-                "leave out batches without samples."
+                f"weights hold {float(self.weights[unfit][0])}, but must be positive and finite. Leave out batches "
+                "without samples."
             )
 
 
@@ -105,15 +105,15 @@ def size_of(outcomes: Outcomes) -> int:
 
 
 def alike(dense: Outcomes, pruned: Outcomes) -> bool:
-    """Whether two networks can be compared: their outcomes are of one kind, with equal size and bounds or weights."""
+    """Return whether outcomes can be compared: they are of one kind, with equal size and bounds or weights."""
     return _kind(dense) == _kind(pruned)
 
 
 def unlike(dense: Outcomes, pruned: Outcomes) -> ValueError:
     """Return the error for outcomes that cannot be compared."""
     return ValueError(
-        f"pruned is {_words(pruned)}, dense is {_words(dense)}; allowed are outcomes of one kind on the same samples, "
-        "with equal bounds or weights: validate both networks in the same way."
+        f"pruned is {_words(pruned)} and dense is {_words(dense)}, but both must be of one kind on the same samples, "
+        "with equal bounds or weights. Validate both networks in the same way."
     )
 
 
@@ -128,7 +128,7 @@ def float64(values: Tensor) -> Tensor:
 
 
 def _kind(outcomes: Outcomes) -> tuple[object, ...]:
-    """What the outcomes of two networks must share."""
+    """Return the properties that the outcomes of two networks must share."""
     match outcomes:
         case Singles(values, low, high):
             return (Singles, len(values), low, high)
@@ -145,5 +145,5 @@ def _words(outcomes: Outcomes) -> str:
 def _check_line(name: str, values: Tensor) -> None:
     if values.ndim != 1:
         raise ValueError(
-            f"{name} have shape {tuple(values.shape)}; allowed is one dimension: give one number per sample or batch."
+            f"{name} have shape {tuple(values.shape)}, but must have one dimension. Pass a number per sample or batch."
         )

@@ -32,9 +32,9 @@ def rungs(branches: int, folds: int, at_once: int, at_least: int = 1, finalists:
     """Return the stages of successive halving: each time the number of folds doubles, half of the candidates go on.
 
     On branches of 20 candidates and 8 folds (two LeNets on MNIST, a perceptron on digits), the loss of the winner was
-    within one paired standard error of the best candidate's loss in 96 to 98 % of branches, with 52 of 160 single
-    folds. Two alternatives agreed as often, within the noise: a slower taper at the same work, and dropping candidates
-    by paired tests.
+    within one paired standard error of the best candidate's loss in 96 to 98 % of branches. A race judged 52 of 160
+    single folds. Two alternatives did equally well within the noise: a slower taper at the same work, and dropping
+    candidates by paired tests.
 
     Args:
         branches: Number of candidates at the start.
@@ -75,9 +75,10 @@ class Reference:
     whole: Scores
 
     def corrected(self, scores: Mapping[range, Scores]) -> Scores:
-        """Return the mean of a network's scores on some parts, plus the dense score on all folds minus that on them.
+        """Return the mean of a network's scores on some parts, corrected for the difficulty of these parts.
 
-        This is closer to the network's score on all folds than the mean, if the same parts are easy for both networks.
+        The correction is the dense score on all search folds minus the dense score on these parts. The result is closer
+        to the network's score on all search folds if the same parts are easy for both networks.
         """
         ours, dense = mean_of(scores), mean_of({part: self.parts[part] for part in scores})
         return Scores(
@@ -107,7 +108,7 @@ def mean_of(scores: Mapping[range, Scores]) -> Scores:
 
 
 class Masks:
-    """Masks of candidates. A mask is drawn when it is first needed, and kept within the memory limit of a branch.
+    """Masks of candidates. A mask is drawn when it is first needed, and kept up to `limits().branch_mask_bytes`.
 
     Args:
         spin: Returns the mask of a candidate, by its index. It may be called again for the same index.
@@ -163,8 +164,8 @@ class Race:
         spin: Returns the mask of a candidate, by its index.
         network: Returns the network of a mask.
         judge: Scores networks.
-        dense: Scores of the dense network. With them the scores of candidates are corrected for the difficulty of the
-            parts that they saw. None: they are not corrected.
+        dense: Scores of the dense network, by which candidates' scores are corrected for the difficulty of the parts
+            that they saw. None: no correction.
         tell: Called after each judgement with the number of judgements so far and the best candidate so far.
 
     Attributes:
@@ -187,7 +188,8 @@ class Race:
     def run(self, stages: Sequence[Rung]) -> list[Candidate]:
         """Return the candidates in the order given, with the mean of their scores on the parts that they saw.
 
-        Candidates that saw fewer folds dropped out. A mask that equals an earlier one gets its scores, unjudged.
+        Candidates that saw fewer folds dropped out. A candidate with the mask of an earlier candidate is not judged; it
+        gets the scores of the earlier one.
         """
         runners = {one.index: Runner(one) for one in self._candidates}
         owners: dict[bytes, int] = {}  # the first candidate with a mask, by the mask's digest
@@ -202,7 +204,7 @@ class Race:
         return [_with_scores(runner.candidate, runners) for runner in runners.values()]
 
     def _judged(self, runner: Runner, part: range, owners: dict[bytes, int]) -> Runner:
-        """Return the runner with its scores on a part. One whose mask another runner has is not judged."""
+        """Return the runner with its scores on a part. A runner with the mask of another is not judged."""
         candidate = runner.candidate
         if candidate.same_as is not None:
             return runner
@@ -213,12 +215,12 @@ class Race:
 
 
 def _in_the_lead(runners: Mapping[int, Runner]) -> list[Candidate]:
-    """The candidates that saw the most folds, without copies of others."""
+    """Return the candidates that saw the most folds, without copies of others."""
     return furthest(one.candidate for one in runners.values() if one.candidate.same_as is None)
 
 
 def _with_scores(candidate: Candidate, runners: Mapping[int, Runner]) -> Candidate:
-    """The candidate; a copy of another with the scores of that one."""
+    """Return the candidate. A copy of another candidate gets the scores of the other."""
     if candidate.same_as is None:
         return candidate
     return runners[candidate.same_as].candidate.twin(candidate.index)

@@ -12,18 +12,18 @@ _ROUNDING = 2.0**-21
 
 
 def best_of(candidates: Iterable[Candidate]) -> Candidate | None:
-    """Return the candidate with the best rank. Among equal ranks the larger tiebreak wins, then the earlier draw.
+    """Return the candidate with the best rank; None if every candidate has NaN as rank or score.
 
-    A candidate whose rank or score is NaN never wins. Returns None if there is no other candidate.
+    Among equal ranks the larger tiebreak wins, then the earlier draw.
     """
     fit = [one for one in candidates if not math.isnan(one.rank) and not math.isnan(one.score)]
     return max(fit, key=lambda one: (one.rank, _number_or_least(one.tiebreak), -one.index), default=None)
 
 
 def best_few(candidates: Iterable[Candidate], count: int) -> list[Candidate]:
-    """Return the `count` best candidates, or all if they are no more, in the order given. A NaN is never among them.
+    """Return the `count` best candidates in the order given. Candidates that score NaN are not among them.
 
-    If `count` does not exclude anyone, candidates without a number stay in the list.
+    If there are at most `count` candidates, all are returned, even those that score NaN.
     """
     entrants = list(candidates)
     if count >= len(entrants):
@@ -35,7 +35,7 @@ def best_few(candidates: Iterable[Candidate], count: int) -> list[Candidate]:
 
 
 def keeps_floor(score: float, floor: float) -> bool:
-    """Whether a score is at least the floor, up to the rounding of a float32."""
+    """Return whether a score is at least the floor, up to the rounding of a float32."""
     return score >= floor - _ROUNDING * abs(floor) if math.isfinite(floor) else score >= floor
 
 

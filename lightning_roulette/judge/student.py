@@ -71,7 +71,7 @@ def _tail(decline: float, error: float, degrees: int, tolerance: float) -> float
 
 
 def _sample_reach(outcomes: Resamples) -> float:
-    """The range of the scores with one sample left out, over at most 200 samples."""
+    """Return the range of the scores with one sample left out, over at most 200 samples."""
     everything, size = torch.arange(outcomes.size), outcomes.size
     chance = random_bits(stream(0, 0, 0, "left out"), torch.arange(_RESAMPLES)) % size
     left_out = everything if size <= _RESAMPLES else chance
@@ -80,13 +80,13 @@ def _sample_reach(outcomes: Resamples) -> float:
 
 
 def _batch_reach(values: Tensor, weights: Tensor) -> float:
-    """The range of the contributions of single batches to the weighted mean."""
+    """Return the range of the contributions of single batches to the weighted mean."""
     effects = weights * (values - mean_and_error(values, weights)[0]) / weights.sum()
     return float(effects.amax() - effects.amin()) if len(values) else math.nan
 
 
 def _incomplete_beta(x: float, a: float, b: float) -> float:
-    """The regularised incomplete beta function, for `x` of at most about `(a + 1) / (a + b + 2)`.
+    """Return the regularised incomplete beta function, for `x` of at most about `(a + 1) / (a + b + 2)`.
 
     It is computed by its continued fraction (Abramowitz and Stegun 26.5.8) with Lentz's method.
     """

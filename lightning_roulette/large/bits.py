@@ -22,7 +22,7 @@ _EIGHT_TIMES = 0x0101010101010101
 
 
 class Flags:
-    """A bool tensor of a mask, in memory as it is. The subclass `Bits` stores it packed and has the same operations.
+    """A bool tensor of a mask, stored unpacked. The subclass `Bits` stores it packed and has the same operations.
 
     Args:
         tensor: The bool tensor, not copied.
@@ -88,7 +88,7 @@ class Flags:
         return bool((~self.unpacked() | other.unpacked()).all())
 
     def digested(self) -> Any:
-        """A buffer of bytes that is the same for equal entries which are both plain or both packed."""
+        """Bytes to hash. Equal entries give equal bytes if both are plain or both are packed."""
         return numpy.packbits(self._tensor.cpu().numpy()).data
 
 
@@ -114,12 +114,12 @@ class Bits(Flags):
 
     @classmethod
     def empty(cls, shape: torch.Size, device: torch.device) -> Bits:
-        """Bits whose entries are not set yet."""
+        """Bits with entries that are not set yet."""
         return cls(torch.empty(-(-shape.numel() // 8), dtype=torch.uint8, device=device), shape)
 
     @classmethod
     def filled(cls, value: bool, shape: torch.Size, device: torch.device) -> Bits:
-        """Bits whose entries are all `value`. They usually share one byte of memory."""
+        """Bits in which every entry is `value`. They usually share one byte of memory."""
         size = shape.numel()
         packed = torch.full((1,), 255 if value else 0, dtype=torch.uint8, device=device).expand(-(-size // 8))
         if value and size % 8:
@@ -159,10 +159,10 @@ class Bits(Flags):
         return total
 
     def blocks(self, size: int | None = None) -> Iterator[tuple[int, int]]:
-        """Start and end of consecutive stretches of flat entries.
+        """Start and end of consecutive blocks of flat entries.
 
         Args:
-            size: Entries of a stretch, a multiple of 8; None: `limits().packed_entries`.
+            size: Entries of a block, a multiple of 8; None: `limits().packed_entries`.
         """
         size = limits().packed_entries if size is None else size
         return ((start, min(start + size, self.numel())) for start in range(0, self.numel(), size))
@@ -238,12 +238,12 @@ class Bits(Flags):
         return not bool(self.but(other).packed.any()) if isinstance(other, Bits) else super().within(other)
 
     def digested(self) -> Any:
-        """A buffer of bytes that is the same for equal entries which are packed."""
+        """Bytes to hash. Equal packed entries give equal bytes."""
         return self.packed.cpu().contiguous().numpy().data
 
 
 def as_stored(kept: Tensor | Bits) -> Flags:
-    """The operations of `Flags` on a bool tensor or on bits."""
+    """A bool tensor or bits as `Flags`."""
     return kept if isinstance(kept, Bits) else Flags(kept)
 
 

@@ -59,7 +59,7 @@ def _rows_before(tensor: Any) -> int:
 
 
 def part_of(kept: Flags, tensor: Tensor) -> Tensor:
-    """The part of a mask that belongs to the part of a tensor which this process holds: bool, of its shape.
+    """The part of a mask for the part of a tensor that this process holds. It is bool and has the shape of that part.
 
     Args:
         kept: The mask of the whole tensor.
@@ -70,7 +70,7 @@ def part_of(kept: Flags, tensor: Tensor) -> Tensor:
 
 
 def nonzeros(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor | Bits]:
-    """The mask of the entries that are not zero, for whole tensors in every process."""
+    """The mask of the entries that are not zero. Every process gets the masks of the whole tensors."""
     if (shards := Shards.of(tensors)) is None:
         return {name: tensor.detach() != 0 for name, tensor in tensors.items()}
     own = {name: tensor != 0 for name, tensor in shards.own(tensors).items()}
@@ -91,12 +91,12 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class Shards:
-    """The weights that this process answers for, and how it agrees with the other processes.
+    """The weights that this process owns, and how it agrees with the other processes.
 
-    Exactly one process answers for each weight. If all processes hold a weight, this is the first one.
+    Exactly one process owns each weight. If all processes hold a weight, the first process owns it.
 
     Attributes:
-        spans: Parameter name to the start and end of this process's weights in the flattened parameter.
+        spans: Parameter name to the start and end of the owned weights in the flattened parameter.
         rank: Number of this process.
         ranks: Number of processes.
         add: Returns the sum of a tensor over all processes. All processes must call it with the same shape and type.
@@ -136,7 +136,7 @@ class Shards:
         return cls({**spans, **others}, rank, mesh.size(), add)
 
     def own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights that this process answers for, flat; views where they are contiguous."""
+        """The weights that this process owns, flat; views where they are contiguous."""
         sizes = {name: stop - start for name, (start, stop) in self.spans.items()}
         return {
             name: local(weight.detach()).reshape(-1)[: sizes[name]] if sizes[name] else _none(local(weight))
@@ -144,7 +144,7 @@ class Shards:
         }
 
     def own_mask(self, mask: Mapping[str, Tensor | Bits]) -> dict[str, Tensor | Bits]:
-        """The part of a whole network's mask for these weights, flat; packed where the mask is packed."""
+        """The part of a whole network's mask for the owned weights, flat; packed where the mask is packed."""
         return {name: as_stored(kept).span(*self.spans[name]).stored for name, kept in mask.items()}
 
     def whole(self, own: Mapping[str, Tensor | Bits], shapes: Mapping[str, torch.Size]) -> dict[str, Bits]:
@@ -170,7 +170,7 @@ class Shards:
         }
 
     def each(self, values: Tensor) -> Tensor:
-        """The values of every process, by its number: shape `(ranks, *values.shape)`."""
+        """The values of every process, by process number: shape `(ranks, *values.shape)`."""
         table = values.new_zeros(self.ranks, *values.shape)
         table[self.rank] = values
         return self.add(table)
@@ -194,7 +194,7 @@ def reshard(module: nn.Module) -> None:
     """Make every module that FSDP2 shards use its shards again.
 
     After a forward without a backward, the outermost module keeps its gathered weights as parameters. Its next forward
-    would use these and ignore what was written to the shards.
+    would use these, and ignore values that were written to the shards.
     """
     for part in module.modules():
         if hasattr(part, "set_reshard_after_forward") and hasattr(part, "unshard"):

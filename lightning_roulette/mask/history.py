@@ -18,7 +18,7 @@ class History:
     Args:
         numbers: Parameter name to the number of the level that pruned each weight.
         level: The winner's level, to which `mask` belongs.
-        deepest: The last level; None: `level`.
+        deepest: The last level. None: the same as `level`.
 
     Attributes:
         most_levels: Largest number of levels that can be stored.

@@ -50,7 +50,7 @@ class LevelNumbers:
 
     @property
     def is_small(self) -> bool:
-        """Whether `state` stores one number a weight; otherwise it stores bits."""
+        """Whether `state` stores one number per weight; otherwise it stores bits."""
         return is_small(self.full)
 
     def pruned(self, kept: Bits, level: int) -> LevelNumbers:
@@ -82,11 +82,11 @@ class LevelNumbers:
         return LevelNumbers([plane.to("cpu") for plane in self.planes], self.full.to("cpu"))
 
     def state(self, dtype: torch.dtype) -> Tensor:
-        """One tensor that holds the numbers, for numbers on the CPU.
+        """One tensor that holds the numbers, which must be on the CPU.
 
         Returns:
-            For a small parameter the numbers, of type `dtype` and of the parameter's shape. For a large one the
-            planes, uint8, shape `(planes, bytes)`.
+            - For a small parameter: the numbers, of type `dtype` and of the parameter's shape.
+            - For a large parameter: the planes, uint8, shape `(planes, bytes)`.
         """
         if not self.is_small:
             rows = torch.empty(len(self.planes), len(self.full.packed), dtype=torch.uint8)

@@ -21,8 +21,8 @@ class Mask(Mapping[str, Tensor]):
 
     `child <= parent` tells whether `child` keeps only weights that `parent` keeps. A mask never changes.
 
-    Tensors with more than `limits().unpacked_entries` entries are packed at one bit a weight. They are unpacked at each
-    access.
+    Tensors with more than `limits().unpacked_entries` entries are packed at one bit per weight. They are unpacked at
+    each access.
 
     Args:
         kept: Parameter name to bool tensor or `Bits`.
@@ -163,7 +163,7 @@ class Mask(Mapping[str, Tensor]):
 
 
 def flags_of(mask: Mapping[str, Tensor | Bits]) -> Mapping[str, Flags]:
-    """The operations of `Flags` on each tensor of a mask, or of a plain mapping. Nothing is unpacked."""
+    """Each tensor of a mask, or of a plain mapping, as `Flags`. Nothing is unpacked."""
     return mask.flags if isinstance(mask, Mask) else {name: as_stored(kept) for name, kept in mask.items()}
 
 
@@ -182,13 +182,13 @@ def apply_mask(module: nn.Module, mask: Mapping[str, Tensor] | str | os.PathLike
     """Set the pruned weights of `module` to zero, in place. Parameters keep their identity and their names.
 
     Args:
-        module: Has a parameter for each name in the mask, of the same shape. A mask that was made for a LightningModule
-            fits that module, not a network inside it.
+        module: A module with a parameter of the same shape for each name in the mask. A mask that was made for a
+            LightningModule fits that module, not a network inside it.
         mask: Parameter name to bool tensor, True = kept; or the path of a file that `Mask.load` reads.
 
     Raises:
         TypeError: If a tensor of the mask is not bool. The module is unchanged.
-        ValueError: If the module lacks a name, or a shape differs. The module is unchanged.
+        ValueError: If the module lacks a name, a shape differs, or the file has no mask. The module is unchanged.
     """
     kept = Mask.load(mask) if isinstance(mask, str | os.PathLike) else Mask(mask)
     reshard(module)

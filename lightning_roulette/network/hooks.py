@@ -12,8 +12,8 @@ from torch import nn
 # Called before a module's forward: the module, its positional arguments, its keyword arguments.
 BeforeCall = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None]
 
-# Called after a module's forward: the module, its positional arguments, its output. What it returns, unless it is
-# None, replaces the output.
+# Called after a module's forward: the module, its positional arguments, its output. A result other than None replaces
+# the output.
 AfterCall = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 
 

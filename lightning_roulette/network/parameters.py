@@ -39,7 +39,7 @@ def prunable_parameters(
     - biases, normalisation layers, embeddings and weights tied to an embedding,
     - frozen parameters.
 
-    The following are never prunable, also if `include` names them:
+    The following are never prunable, even if `include` names them:
 
     - quantised, complex, parametrised, lazy, meta or empty parameters,
     - parameters of networks inside metrics.
@@ -87,7 +87,7 @@ def skipped_parameters(
 
 
 def aliases(module: nn.Module) -> dict[str, list[str]]:
-    """The first name of every parameter to all its names. A tied parameter has several names."""
+    """All names of every parameter, by its first name. A tied parameter has several names."""
     first = {id(parameter): name for name, parameter in module.named_parameters()}
     names: dict[str, list[str]] = {name: [] for name in first.values()}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -101,7 +101,7 @@ def has_lazy_parameters(module: nn.Module) -> bool:
 
 
 def _reasons(module: nn.Module, include: Patterns | None, exclude: Patterns | None) -> dict[str, str | None]:
-    """Name of each parameter to the reason why it is not prunable, or to None. Tied parameters are listed once."""
+    """The reason why each parameter is not prunable, by name; None if it is prunable. Tied ones are listed once."""
     parameters, names = dict(module.named_parameters()), aliases(module)
     _check_patterns("include", include, names)
     _check_patterns("exclude", exclude, names)
@@ -149,7 +149,7 @@ def _is_source(owner: nn.Module, own: str) -> bool:
 
 
 def owners_of(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Every name of every parameter to the module that has it and its name in that module."""
+    """The owner of every parameter and its name in the owner, by every name of the parameter."""
     return {
         f"{prefix}.{own}" if prefix else own: (owner, own)
         for prefix, owner in module.named_modules(remove_duplicate=False)
@@ -168,7 +168,7 @@ def _kind(owner: nn.Module, own: str) -> str | None:
 
 def parts_of_metrics(module: nn.Module) -> set[nn.Module]:
     """All modules inside the torchmetrics objects of a module."""
-    # torchmetrics is not imported here: if nobody imported it, there is no metric
+    # torchmetrics is not imported here: if it is not loaded, there is no metric
     metric = getattr(sys.modules.get("torchmetrics"), "Metric", None)
     metrics = [part for part in module.modules() if metric is not None and isinstance(part, metric)]
     return {part for one in metrics for part in one.modules()}

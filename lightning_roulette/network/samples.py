@@ -1,7 +1,7 @@
 """The samples of a batch: count them, take some of them, and join those of several batches.
 
-The containers of a batch are those of `torch.utils._pytree`. Its functions alone do not suffice: a list without tensors
-that has one entry for each sample is cut and joined like a tensor.
+Containers are handled by `torch.utils._pytree`. In addition, a list without tensors that has one entry for each sample
+is cut and joined like a tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def rows_of(batch: Any) -> int | None:
     Numbers, strings and None belong to all samples.
 
     Returns:
-        The number, or None if the tensors differ in it or if the batch has any other part.
+        The number; None if the tensors do not share their first dimension, or if the batch has parts of another kind.
     """
     sizes = {leaf.shape[0] if leaf.dim() else None for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
     size = next(iter(sizes)) if len(sizes) == 1 else None
@@ -78,7 +78,7 @@ def joined(batches: Sequence[Any]) -> Any | None:
         batches: Batches for which `rows_of` returns a number.
 
     Returns:
-        The batch, or None if the batches differ in structure, shape, dtype, device or in what belongs to all samples.
+        The batch; None if the batches differ in structure, shape, dtype, device, or in parts of all samples.
     """
     first, *others = batches
     try:
@@ -103,7 +103,7 @@ def _joined(leaves: Sequence[Any]) -> Any:
 
 
 def _is_plain(batch: Any, size: int) -> bool:
-    """Whether a batch can be built again from its parts, and every list without tensors has one entry a sample."""
+    """Whether a batch can be built again from its parts, and lists without tensors have one entry per sample."""
     if isinstance(batch, Tensor):
         return type(batch) is Tensor and not batch.is_nested and batch.layout == torch.strided
     if type(batch) is dict:

@@ -43,7 +43,7 @@ class ZeroFill:
         """Fill a tensor.
 
         Args:
-            tensor: Has the shape of the mask. Of a sparse tensor the stored entries are filled. None is ignored.
+            tensor: A tensor of the mask's shape. In a sparse tensor the stored entries are filled. None is ignored.
         """
         if tensor is None:
             return
@@ -63,7 +63,7 @@ def _fill_entries(sparse: Tensor, kept: Tensor) -> None:
 
 
 class _HeldWeight:
-    """A weight, its fill, and the version of its gradient when that was last filled."""
+    """A weight, its `ZeroFill`, and the version of its gradient after the last fill."""
 
     def __init__(self, parameter: nn.Parameter, fill: ZeroFill) -> None:
         self.parameter, self.fill = parameter, fill

@@ -1,4 +1,4 @@
-"""Outputs of the dense network's layers, which a refit comes close to."""
+"""Outputs of the dense network's layers, which a refit approximates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_roulette.large.limits import limits
 from lightning_roulette.refit.matrices import RowSampler, matrix_of
 from lightning_roulette.refit.traversal import Call, Given, Step, Traversal
 
-# For each layer of a step, the number of rows that the dense network gives it, and its outputs of the chosen rows.
+# For each layer of a step, the number of rows that the dense network gives it, and its outputs on the chosen rows.
 Outputs = tuple[tuple[int, Tensor], ...]
 
 

@@ -1,4 +1,4 @@
-"""Calibration: a network and batches of inputs, on which it is refitted and its layers' inputs are looked at."""
+"""Calibration: a network with batches of inputs, for refits and for importances that depend on inputs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from lightning_roulette.settings import LeastSquares, Refit, refit_of
 class Calibration:
     """A network and batches of inputs without labels, on which pruned versions of the network are refitted.
 
-    The network is changed during a call and is bit for bit what it was after it. In each call of a layer,
-    `rows / batches` rows of its input are used, but at least eight. If there are more, they are chosen at random. A row
-    is one position of one sample.
+    Each method changes the network while it runs, and restores it bit for bit. In each call of a layer,
+    `rows / batches` rows of its input are used, but at least eight. If the input has more rows, they are chosen at
+    random. A row is one position of one sample.
 
     Memory, in addition to the batches:
 
@@ -33,7 +33,7 @@ class Calibration:
     - the rows of one layer in one batch,
     - the Gram sums of one layer and of the first layer (`inputs ** 2` float64 numbers for each group),
     - linear systems of at most 2**26 bytes,
-    - outputs of the dense network, up to 2**29 bytes; those beyond are computed again for each refit.
+    - outputs of the dense network, up to 2**29 bytes. Further outputs are computed again for each refit.
 
     Args:
         module: The network. It must have its dense weights at each call.
@@ -42,8 +42,8 @@ class Calibration:
         run: Runs the network on the batch of a given number, in evaluation mode. None calls the network's forward on
             `batches`.
         pieces: Functions that each run the network on a few samples, for `"sensitivity"`, which needs the memory of a
-            training step. None uses the first 2,048 samples of `batches`, 256 at a time, if the first dimension is that
-            of samples; with `run`, it uses whole batches.
+            training step. None uses the first 2,048 samples of `batches`, 256 at a time, if the first dimension counts
+            samples; with `run`, it uses whole batches.
         rows: Number of rows of each layer's input, over all batches.
         seed: Seed of the choice of rows and of random directions.
 
@@ -81,21 +81,24 @@ class Calibration:
     def refit(self, mask: Mask, how: str | Refit = "least_squares") -> Refitted:
         """Return the network's values after pruning by a mask and a refit.
 
-        Layers whose weight the mask names are refitted in the order in which the network calls them. Each gets the
-        survivors, and the bias, whose outputs are closest to the dense network's outputs (see `Prepared.solve`), on
-        inputs from the pruned network with the layers before it already refitted. Running statistics of batch
-        normalisations become the mean and variance of their inputs.
+        The layers of the mask are refitted in the order in which the network calls them. The survivors and the bias of
+        a layer are solved so that its outputs are closest to the dense network's outputs (see `Prepared.solve`). Its
+        inputs come from the pruned network, in which the layers before it are already refitted. Running statistics of
+        batch normalisations become the mean and variance of their inputs.
 
-        The refit of a layer is not kept if it is not finite, or if it increases the error on rows that are held out
-        from it. The result depends only on the dense network, the mask and the batches.
+        The refit of a layer is not kept if it is not finite, or if it increases the error on rows that it was not
+        solved on. The result depends only on the dense network, the mask and the batches.
 
         Args:
             mask: Which weights are kept.
-            how: `"least_squares"`, or a `LeastSquares` with other choices; `"batch_norm"` changes running statistics
-                only.
+            how: One of
+
+                - `"least_squares"`, or a `LeastSquares` with other choices.
+                - `"batch_norm"`, or a `Refit`: only running statistics change.
 
         Raises:
-            ValueError: If the word is not one of these.
+            TypeError: If `how` is neither a word nor a `Refit`.
+            ValueError: If `how` is another word.
         """
         choices = refit_of(how)
         layerwise = self._prepared(mask, isinstance(choices, LeastSquares))
@@ -106,10 +109,7 @@ class Calibration:
             return Refitted({name: one.detach().clone() for name, one in layerwise.tensors.items()}, reasons)
 
     def others(self, mask: Mask, how: Refit) -> dict[str, Tensor]:
-        """Return copies of what `refit` may change in addition to the weights of the mask.
-
-        These are biases and running statistics.
-        """
+        """Return copies of the biases and running statistics that `refit` may change, by name."""
         tensors = self._prepared(mask, isinstance(how, LeastSquares)).tensors
         return {name: one.detach().clone() for name, one in tensors.items() if name not in mask}
 
@@ -120,18 +120,17 @@ class Calibration:
     def scales(
         self, kind: str, mask: Mask, values: Mapping[str, Tensor], damping: float = 1e-3
     ) -> Mapping[str, Tensor]:
-        """Return what multiplies the magnitude of each weight to give its importance.
+        """Return the factors that turn the magnitudes of weights into importances.
 
         Args:
-            kind: How much changes without the weight:
+            kind: The importance tells how much the removal of a weight changes
 
                 - `"sensitivity"`: the outputs of the network; see `Sensitivity.scales`.
-                - `"activation"`: the outputs of the layer. The scale is the root of the mean square of the weight's
-                  input.
+                - `"activation"`: the outputs of the layer. The factor is the root mean square of the weight's input.
                 - `"obs"`: the outputs of the layer after its other survivors are solved again. The square of the
                   importance is the growth of their mean squared error, as a share of their variance.
             mask: The mask of the pruned network.
-            values: Values that differ from the dense network, as a refit returns them.
+            values: Values that differ from the dense network, from `Refitted.values`.
             damping: Damping of the Gram matrix for `"obs"`; see `Cholesky`.
 
         Returns:
@@ -139,7 +138,7 @@ class Calibration:
 
         Raises:
             NoGradients: If the kind is `"sensitivity"` and the network has no derivatives.
-            ValueError: If the inputs of a weight are not known or not finite.
+            ValueError: If the inputs of a weight are unknown or not finite.
         """
         if kind == "sensitivity":
             return self._sensitivity(mask, values)
@@ -167,7 +166,7 @@ class Calibration:
         return {name: found[name].to(kept.device) for name, kept in mask.items()}
 
     def _written(self, layerwise: Layerwise) -> dict[str, Tensor]:
-        """Return all tensors that are written to: by a refit, and by the network itself."""
+        """Return all tensors that a refit or the network itself writes to."""
         return {**dict(self._module.named_buffers()), **layerwise.tensors}
 
     def _prepared(self, mask: Mask, layers: bool) -> Layerwise:

@@ -1,7 +1,7 @@
 """A pruned network refitted layer by layer, each layer on inputs from the layers that are already refitted.
 
-As in Dong, Chen and Pan, "Learning to prune deep neural networks via layer-wise optimal brain surgeon" (NeurIPS 2017),
-and in Frantar and Alistarh, "Optimal brain compression" (NeurIPS 2022). Which weights are kept is decided before.
+The order is that of Dong, Chen and Pan, "Learning to prune deep neural networks via layer-wise optimal brain surgeon"
+(NeurIPS 2017), and of Frantar and Alistarh, "Optimal brain compression" (NeurIPS 2022). The mask is given.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Layerwise:
 
         Args:
             mask: Which weights are kept.
-            solver: Solves for them.
+            solver: Solves for the kept weights.
             dense: Values of `tensors` in the dense network.
 
         Returns:
@@ -78,7 +78,7 @@ class Layerwise:
         return reasons
 
     def sums(self) -> dict[Layer, LayerSums]:
-        """Gram sums of each layer's inputs and outputs in the network as it is; no row is held out."""
+        """Return Gram sums of each layer's inputs and outputs in the network as it is. All rows are fitted."""
         found: dict[Layer, LayerSums] = {}
 
         def add(call: Call, given: Given) -> None:
@@ -93,7 +93,7 @@ class Layerwise:
     def _refit_steps(
         self, mask: Mask, solver: Solver, dense: Mapping[str, Tensor], reasons: dict[str, str]
     ) -> CallLoop[None]:
-        """See what each step is given, refit it, and go on to the next."""
+        """Collect the inputs of each step, refit it, and go on to the next step."""
         for step in self._traversal.order:
             if not step.layers:
                 yield from self._normalise(step)
@@ -178,7 +178,7 @@ def _check(sums: LayerSums, start: Tensor, refitted: Tensor) -> None:
         raise NotKept("its inputs or its solved weights are not finite")
     held_out = sums.held_out
     if held_out.rows and held_out.error(refitted) > held_out.error(start) + _ROUNDING * held_out.mean_square:
-        raise NotKept("it did not improve held-out inputs")
+        raise NotKept("it increased the error on inputs that it was not solved on")
 
 
 def _steps(module: nn.Module, layers: Sequence[Layer]) -> list[Step]:

@@ -44,7 +44,7 @@ class RowSampler:
     seed: int
 
     def rows(self, layer: Layer, call: Call, given: Given) -> Rows:
-        """Return rows of what a layer is given in a call."""
+        """Return rows of a layer's input in a call."""
         count = held_out = 0
         most = max(_HELD_OUT, self.most)
 

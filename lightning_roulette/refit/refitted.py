@@ -18,7 +18,7 @@ class Refitted:
     Attributes:
         values: All values that may differ from the dense network, by name: weights (zero where pruned), biases and
             running statistics. Empty if the network was not refitted.
-        undone: Names of the weights whose refit was not kept, with the reason. They are the dense weights, pruned.
+        undone: Reasons why a refit was not kept, by the name of the weight. Its survivors have their dense values.
     """
 
     values: Mapping[str, Tensor] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class Survivors:
     """Refitted values without the zeros of pruned weights, on the CPU.
 
     Attributes:
-        values: By name: of a pruned weight only the survivors, in order of index; of all others the whole tensor.
+        values: By name. Only the survivors of a pruned weight, in order of index; any other tensor whole.
     """
 
     values: Mapping[str, Tensor]
@@ -46,7 +46,7 @@ class Survivors:
 
         Args:
             mask: The mask of these survivors.
-            dense: The dense weights. Each pruned weight is new and on the device of its dense weight.
+            dense: The dense weights. Each pruned weight is a new tensor on the device of its dense weight.
         """
         found = {name: value for name, value in self.values.items() if name not in mask}
         for name in self.values.keys() & mask.keys():

@@ -15,7 +15,7 @@ from lightning_roulette.refit.solvers.cholesky import inverse_diagonals
 
 
 def input_scales(kind: str, sums: Mapping[Layer, LayerSums], mask: Mask, damping: float) -> dict[str, Tensor]:
-    """Return what multiplies the magnitude of each weight; for the kinds see `Calibration.scales`.
+    """Return the factors that multiply the magnitudes; for the kinds see `Calibration.scales`.
 
     Raises:
         ValueError: If a layer's inputs or outputs are not finite.
@@ -40,12 +40,12 @@ def input_scales(kind: str, sums: Mapping[Layer, LayerSums], mask: Mask, damping
 
 
 def _activation(sums: GramSums, kept: Tensor) -> Tensor:
-    """Root of the mean square of each input, shape `(groups, outputs, inputs)`."""
+    """Return the root mean square of each input, shape `(groups, outputs, inputs)`."""
     return (sums.gram.diagonal(dim1=1, dim2=2) / sums.rows).sqrt().unsqueeze(1).expand_as(kept)
 
 
 def _obs(sums: GramSums, kept: Tensor, damping: float, bias: bool) -> Tensor:
-    """Root of the growth of the mean squared error, as a share of the outputs' variance; zero for zero inputs."""
+    """Return the root of the error's growth as a share of the outputs' variance; zero for zero inputs."""
     diagonals = inverse_diagonals(sums.gram / sums.rows, kept, damping)
     scales = (diagonals * sums.output_variance(centred=bias)).rsqrt()
     return torch.where(sums.gram.diagonal(dim1=1, dim2=2).unsqueeze(1) > 0, scales, 0.0)

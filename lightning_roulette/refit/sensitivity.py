@@ -1,6 +1,6 @@
 """Sensitivity: how much a network's outputs depend on each layer, which makes weights of different layers comparable.
 
-No labels are needed. The derivatives are those of the outputs in random directions, not those of a loss.
+No labels are needed, because the outputs are differentiated in random directions, not a loss.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ class Sensitivity:
         }
 
     def scales(self) -> dict[str, Tensor]:
-        """Return what multiplies the magnitude of each weight, up to a factor that is the same for all.
+        """Return the factors that multiply the magnitudes, up to one factor that is the same for all weights.
 
         For the weight of a Linear or Conv layer from input `i` to output `j` it is
 
             rms(x_i) ** (1 / 2) * root of the sum of (dy / dz_j) ** 2
 
         - `x` is the layer's input and `z` its output.
-        - `y` are the outputs of the network: of those modules on which no other module with one of the weights depends.
+        - `y` are the outputs of the last modules, that is, no other module with one of the weights depends on them.
         - The sum is over all outputs, samples and positions. It is estimated in random directions, and exact in
           expectation.
 
         With the exponent 1, the square would be the diagonal of the Gauss-Newton matrix if inputs and derivatives were
-        independent (as in Martens and Grosse 2015). The exponent is 1 / 2 because the layer's other inputs, when they
-        are refitted, make up for a part of what a weight passes on.
+        independent (as in Martens and Grosse 2015). The exponent is 1 / 2 because a refit of the layer's other weights
+        replaces a part of what a weight passes on.
 
         Other cases:
 

@@ -1,4 +1,4 @@
-"""Which layer sees what: the calls of a network's layers and batch normalisations while it runs on batches."""
+"""The calls of a network's layers and batch normalisations while it runs on batches."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Call:
     number: int
 
 
-# What a call is given: positional and keyword arguments of the module's forward.
+# The arguments of a call: positional and keyword arguments of the module's forward.
 Given = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 # Called with every call of a step, before the step's forward.
@@ -51,8 +51,8 @@ Meet = Callable[[Call, Given], None]
 
 Result = TypeVar("Result")
 
-# A loop over calls. It yields the call that it needs next and is sent what that call is given, or None if the network
-# does not make the call. If it yields None, it goes on when the network does not run.
+# A loop over calls. It yields the call that it needs next and is sent the arguments of that call; None if the network
+# does not make the call. If it yields None, it continues when the network is not running.
 CallLoop = Generator[Call | None, Given | None, Result]
 
 
@@ -107,7 +107,7 @@ class Traversal:
         self.listen(batch, meet_step)
 
     def follow(self, loop: CallLoop[None]) -> None:
-        """Run the network as often as a loop over calls needs, and send the loop what its calls are given.
+        """Run the network as often as a loop over calls needs, and send the loop the arguments of its calls.
 
         The loop may change the weights of a step after it has seen the step's calls. A run goes on as long as it is
         valid: if a network calls each step once, a loop over its steps takes a single run on a single batch.
@@ -150,7 +150,7 @@ class _Reader:
         self.send(None)
 
     def send(self, given: Given | None) -> None:
-        """Send the loop what the call is given and let it go on to the next call that it needs."""
+        """Send the loop the arguments of its call, and let it go on to the next call that it needs."""
         try:
             self.wanted = self._loop.send(given)
         except StopIteration:
@@ -168,7 +168,7 @@ class _Reader:
 def _may_go_on(call: Call, wanted: Call) -> bool:
     """Whether the run that made a call can make the next wanted one.
 
-    When the loop asks for another step, it may have changed the weights of this one. Then the run is still valid if
-    this was the step's first call, as the hook comes before its forward.
+    When the loop asks for another step, it may have changed the weights of this step. The run is then still valid if
+    this was the step's first call, because the hook runs before the step's forward.
     """
     return wanted.batch == call.batch and (wanted.step is call.step or call.number == 0)

@@ -53,7 +53,7 @@ class Candidate:
     """One proposed mask, one level below its parent. It holds numbers only, no tensors.
 
     The mask can be drawn again. This needs the parent's weights and mask, the settings of the wheel, the report's seed,
-    the level, `index`, and the indices of the earlier winners, whose importance factors are passed on.
+    the level, `index`, and the indices of the earlier winners, because their importance factors are passed on.
 
     Attributes:
         index: Its number among all candidates of its level, retries included.
@@ -62,10 +62,10 @@ class Candidate:
         rank: Orders the branch. Larger is better.
         tiebreak: Orders equal ranks. Larger is better.
         folds: Number of search folds that it was judged on. It is smaller than the number of all search folds if the
-            candidate dropped out of the race. The scores are means over these folds; the winner's scores are those on
-            the union of all search folds.
+            candidate dropped out of the race. The scores are means over these folds, corrected for their difficulty.
+            The winner's scores are measured on the union of all search folds.
         same_as: Index of an identical candidate with the same scores; None if the candidate was validated itself.
-        refitted: Whether the scores are those after a refit.
+        refitted: Whether the scores were measured after a refit.
     """
 
     index: int
@@ -98,8 +98,8 @@ class Level:
         candidates: All candidates, in the order drawn.
         winner: Index of the best candidate; None if no score was a number.
         accepted: Whether the winner kept the floor on the search folds and became the next parent.
-        error: Paired standard error of `score` minus the dense score. For levels with an `epoch` it is that of `score`
-            minus the parent's score before the cut. NaN if it is unknown, and for cuts with one candidate.
+        error: Paired standard error of `score` minus the dense score; for levels with an `epoch`, of `score` minus the
+            parent's score before the cut. NaN if it is unknown, and for cuts with one candidate.
         held_out_score: Score on the held-out folds, in the metric's own units; None if the level was not judged there.
             It did not rank candidates, but it decided where the chain of accepted levels ends, and is therefore
             slightly optimistic.
@@ -110,7 +110,7 @@ class Level:
         held: Whether the level kept the floor on the held-out folds; None if it was not judged there.
         undone: Reasons why a refit was not kept, by the name of the weight.
         epoch: Number of epochs that were trained before the cut, for levels that are judged after further training.
-            `held_out_score` and `held` are then those of the network after this training. None for levels of a search.
+            `held_out_score` and `held` then belong to the network after this training. None for levels of a search.
     """
 
     level: int

@@ -134,7 +134,7 @@ class SearchReport:
         return most if math.isnan(missed) else max(most, min(self.tolerance, (most + missed) / 2))
 
     def in_metric(self, monitor: str, mode: str) -> SearchReport:
-        """Return the report of a search over larger-is-better scores in the units of the metric behind them."""
+        """Return a report of larger-is-better scores in the units of the metric."""
         if mode == "max":
             return replace(self, monitor=monitor)
         return replace(
@@ -153,7 +153,7 @@ class SearchReport:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> SearchReport:
-        """Return the report that `to_dict` wrote, in this version or an earlier one."""
+        """Return the report that `to_dict` of this or an earlier version wrote."""
         return cls(**plain.read(fields))
 
     def __str__(self) -> str:
@@ -178,6 +178,6 @@ class SearchReport:
         return dense - score if self.mode == "max" else score - dense
 
     def _first_missed(self, dense: float) -> float:
-        """Decline of the first level that missed the held-out floor; NaN if there is none."""
+        """Return the decline of the first level that missed the held-out floor; NaN if there is none."""
         missed = (one.held_out_score for one in self.accepted if one.held is False)
         return self._worse(dense, next((score for score in missed if score is not None), math.nan))

@@ -75,7 +75,7 @@ def _known(value: float | None, form: str) -> str:
 
 
 def _size(report: SearchReport) -> str:
-    """How many weights are kept."""
+    """Return the number of kept weights as a sentence."""
     level = report.winner.level if report.winner else 0
     kind = "pruned" if report.gradual else "accepted"
     return (
@@ -85,7 +85,7 @@ def _size(report: SearchReport) -> str:
 
 
 def _choice(report: SearchReport) -> list[str]:
-    """The scores that a search chose the winner by, and those on data that it did not use."""
+    """Return the scores that a search chose the winner by, and the scores on the held-out half."""
     data = "all validation data" if report.held_out_dense is None else "search half"
     return [
         f"{report.monitor}: dense {report.dense_score:.6g}, floor {report.floor:.6g}, "
@@ -99,7 +99,7 @@ def _loaded(report: SearchReport) -> str:
 
 
 def _gradual(report: SearchReport) -> list[str]:
-    """The scores of levels after the training that followed their cuts."""
+    """Return the scores after the training that followed the cuts."""
     if report.held_out_dense is None:
         return []
     found = report.winner.held_out_score if report.winner else None
@@ -112,7 +112,7 @@ def _gradual(report: SearchReport) -> list[str]:
 
 
 def _confirmation(report: SearchReport) -> list[str]:
-    """The scores on the held-out folds."""
+    """Return the scores on the held-out folds."""
     if report.held_out_dense is None:
         why = f" ({report.undivided_because})" if report.undivided_because else ""
         return [f"No validation data was held out{why}: the same data chose and judged the pruned network."]
@@ -141,7 +141,7 @@ def _certificate(report: SearchReport) -> list[str]:
 
 
 def _refits(report: SearchReport) -> list[str]:
-    """The importance and the refit, and which weights were not refitted."""
+    """Return the importance and the refit, and which weights were not refitted."""
     said = [f"Importance: {report.importance}."] if report.importance not in ("", "magnitude") else []
     if not report.refit:
         return said
@@ -153,7 +153,7 @@ def _refits(report: SearchReport) -> list[str]:
 
 
 def _by_reason(reasons: Mapping[str, str]) -> dict[str, str]:
-    """The names that share a reason, in one string."""
+    """Return the names that share a reason, in one string."""
     return {why: ", ".join(name for name, its in reasons.items() if its == why) for why in reasons.values()}
 
 

@@ -63,8 +63,8 @@ def check_network(
 
     Raises:
         TypeError: If `refit` has the wrong type.
-        ValueError: If there are no weights, or something is asked for that the weights, the evaluator or the missing
-            calibration inputs do not allow.
+        ValueError: If there are no weights, or if the weights, the evaluator or missing calibration inputs do not allow
+            an argument.
     """
     if not weights or not any(weight.numel() for weight in weights.values()):
         raise ValueError("weights is empty, but must name at least one tensor with entries.")
@@ -82,11 +82,11 @@ def check_network(
 
 
 def beyond_shards(importance: Importance | str | None, how: Refit | None) -> str:
-    """Why sharded weights cannot be pruned in some way, and what to do. Empty if they can.
+    """Why sharded weights cannot be pruned with this importance and refit, and what to do. Empty if they can.
 
     Args:
         importance: See `Wheel`.
-        how: Kind of refit.
+        how: Kind of refit. None: no refit.
     """
     if how is not None:
         return "a refit needs whole layers, and no process has them. Pass refit=None."

@@ -1,4 +1,4 @@
-"""What follows the levels of a search: refits at the end, and the held-out half."""
+"""The end of a search: refits of the accepted levels, and their confirmation on the held-out half."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def _held_out(run: Run, state: State, level: Level) -> Level:
 
 
 def _refitted(run: Run, state: State) -> State:
-    """Refit the accepted levels that are judged once more, so that they are judged as they will be used.
+    """Refit the accepted levels before they are judged on the held-out half.
 
-    Without a held-out half that is the last level alone. Its refit is kept if it improves the level.
+    Without a held-out half only the last level is refitted, and its refit is kept if it improves the level.
     """
     for place, level in enumerate(state.report.levels):
         if not level.accepted or not (run.judge.held_out_folds or level.level == state.history.level):

@@ -25,7 +25,7 @@ class Drawing:
 
     Args:
         wheel: How candidates are drawn.
-        refitter: Gives the networks, and what importances on inputs need.
+        refitter: Gives the networks, and the factors for importances on inputs.
         branches: Candidates per level.
         seed: Source of all chance.
         importance: Importance to use where the wheel names none. None: `"sensitivity"` where each level is refitted
@@ -68,7 +68,7 @@ class Drawing:
         self._parent = state.parent
 
     def spin(self, state: State, draws: int, candidate: int) -> Mask:
-        """Mask of one candidate: the parent's less `draws` weights.
+        """Mask of one candidate: the parent's mask without `draws` of its weights.
 
         Args:
             state: Where the search stands; `prepare` was called for it.
@@ -83,7 +83,7 @@ class Drawing:
         return level_wheel.spin(draws, seed=self._seed, level=state.next_level, candidate=candidate)
 
     def factors(self, state: State, candidate: int) -> Mapping[str, float]:
-        """Logarithm of what a candidate multiplies the importance of each parameter by."""
+        """Logarithm of a candidate's importance factor for each parameter."""
         if not self._allocation:
             return state.factors
         return {
@@ -104,7 +104,7 @@ class Drawing:
             return importance_of(weights, "magnitude")
 
     def _weights(self, state: State) -> Mapping[str, Tensor]:
-        """Weights of the parent. Copies that are zero where pruned, unless the dense values serve as well."""
+        """Weights of the parent: zero where pruned, or the dense weights if pruned values do not matter."""
         dense = self._refitter.weights
         if self._shards is not None:
             return self._shards.own(dense)

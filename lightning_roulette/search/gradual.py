@@ -1,4 +1,4 @@
-"""Pruning in turn with training: a level is cut, the network trains on, and only then is the level judged.
+"""Pruning between epochs: a level is cut, the network is trained further, and then the level is judged.
 
 The caller decides when the network is judged and cut. Each cut removes the same share of the survivors. With a target
 sparsity, cuts follow the cubic schedule of Zhu and Gupta instead (see `cubic`).
@@ -59,7 +59,7 @@ class Cuts:
     seed: int = 0
 
     def policy(self, place: int) -> Policy:
-        """What the cut of this number, from 1, tries."""
+        """Policy of the cut of this number. Numbers count from 1."""
         if self.target_sparsity is None:
             return Levels(self.tree, self.branches, self.wheel.scope)
         goal = cubic(self.target_sparsity, place / self.number)
@@ -67,7 +67,7 @@ class Cuts:
 
 
 class Gradual:
-    """A network that is pruned in turn with its training.
+    """A network that is pruned between epochs of its training.
 
     The caller shows the network as training left it (`judge`). If its deepest level holds, it may be cut (`cut`). The
     first network shown is the dense one. Its score sets the floor for all that follow.
@@ -76,9 +76,9 @@ class Gradual:
         cuts: How it is cut.
 
     Attributes:
-        report: What was done so far. None before a network was shown. A level that was cut is accepted. It held once
-            its score kept the floor. Its held-out score is the score when it was judged: on the held-out half, or on
-            all data where nothing is held out.
+        report: Report so far. None before a network was shown. A level that was cut is accepted. It held if its score
+            kept the floor at least once. Its held-out score is the score when it was judged: on the held-out half, or
+            on all data if nothing is held out.
         history: Masks of all levels. Its `level` is the slimmest that held. None before a network was shown.
     """
 
@@ -92,7 +92,7 @@ class Gradual:
 
     @property
     def found(self) -> tuple[SearchReport, History]:
-        """Report and history, of a network that was shown."""
+        """Report and history. A network must have been shown before."""
         assert self.report is not None
         assert self.history is not None
         return self.report, self.history
@@ -109,7 +109,7 @@ class Gradual:
         calibration: Calibration | None = None,
         observer: Observer | None = None,
     ) -> bool:
-        """Validate the network as it is, and note whether its deepest level holds.
+        """Validate the network as it is, and record whether its deepest level holds.
 
         Args:
             weights: Prunable weights as training left them, the pruned ones zero.
@@ -140,8 +140,8 @@ class Gradual:
         """Cut the network that was shown last.
 
         Args:
-            place: Number of the cut, from 1. It gives the place in the schedule of a target sparsity. The next cut
-                makes up for one that was left out.
+            place: Number of the cut, from 1. It gives the place in the schedule of a target sparsity. If a cut is left
+                out, the next one reaches the sparsity of the schedule.
             epoch: Number of trained epochs, for the report.
 
         Returns:
@@ -183,9 +183,9 @@ class Gradual:
         return {**self.history.state(), "importance_factors": dict(self._factors), "report": self.report.to_dict()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken. An empty state changes nothing."""
+        """Take over what `state` returned. An empty state changes nothing."""
         if state:
-            factors = state.get("importance_factors", state.get("leaning", {}))  # its name before version 0.2
+            factors = state.get("importance_factors", state.get("leaning", {}))  # its former name
             self.history, self._factors = History.from_state(state), dict(factors)
             self.report = SearchReport.from_dict(state["report"])
 
@@ -199,7 +199,7 @@ class Gradual:
         calibration: Calibration | None,
         observer: Observer,
     ) -> tuple[Run, State]:
-        """Validate the network, as the parent of a level whose verdict is deferred: there is no floor for it yet."""
+        """Validate the network as the parent of a level. The level is judged later, so there is no floor here."""
         cuts = self._cuts
         judge = Judge(evaluate, cuts.validation.confirm if cuts.branches > 1 else 0.0)
         refitter = Refitter(weights, cuts.refit, calibration)
@@ -220,7 +220,7 @@ class Gradual:
         )
 
     def _judged(self, now: float) -> bool:
-        """Note the score of the deepest level. One that held before keeps the score that it held with."""
+        """Record the score of the deepest level. A level that held before keeps its score unless it holds again."""
         report, history = self.found
         *before, level = report.levels or (None,)
         if level is None:

@@ -22,8 +22,8 @@ class Branch:
     """The candidates of one level after their race.
 
     Attributes:
-        candidates: In the order they were drawn.
-        best: The best of them. None if no score is a number.
+        candidates: Candidates in the order drawn.
+        best: The best candidate. None if no score is a number.
         refitted: Values that a refit gave the best candidate. Without a refit, those of the parent.
     """
 
@@ -33,7 +33,7 @@ class Branch:
 
 
 def try_level(run: Run, state: State, step: Step) -> State:
-    """Try one level, and tell the observer of the run.
+    """Try one level, and tell the observer about it.
 
     Args:
         run: What stays the same during the search.
@@ -41,7 +41,7 @@ def try_level(run: Run, state: State, step: Step) -> State:
         step: The level to try.
 
     Returns:
-        The state after it.
+        The state after the level.
     """
     survivors = state.parent.survivors - step.draws
     sparsity = 1 - survivors / state.parent.size
@@ -72,7 +72,7 @@ def try_level(run: Run, state: State, step: Step) -> State:
 
 
 def error_of(dense: Outcomes | None, pruned: Outcomes | None) -> float:
-    """Paired standard error of a score less the dense score. NaN if it is unknown."""
+    """Paired standard error of a score minus the dense score. NaN if it is unknown."""
     return math.nan if dense is None or pruned is None or not alike(dense, pruned) else paired_error(dense, pruned)
 
 
@@ -91,7 +91,7 @@ def _teller(run: Run, state: State, sparsity: float) -> Callable[[int, Candidate
 
 
 def _race(run: Run, state: State, step: Step, sparsity: float, tell: Callable[[int, Candidate | None], None]) -> Race:
-    """The candidates of one level, ready to run. Retries go on with the indices."""
+    """The race of one level's candidates. Retries of a level continue the numbering."""
     run.drawing.prepare(state)
     first = state.failures * step.branches
     candidates = [
@@ -108,7 +108,7 @@ def _race(run: Run, state: State, step: Step, sparsity: float, tell: Callable[[i
 
 
 def _refitted(run: Run, race: Race, branch: Branch, tell: Callable[[int, Candidate | None], None]) -> Branch:
-    """The branch with its best candidates refitted and judged again, and the best of these."""
+    """The branch with its best candidates refitted and judged again. Its `best` is one of these."""
     known = {one.index: one for one in branch.candidates}
     runners = [one for one in furthest(branch.candidates) if one.same_as is None and not math.isnan(one.rank)]
     best: Candidate | None = None

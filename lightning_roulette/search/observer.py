@@ -1,4 +1,4 @@
-"""What a search tells while it runs."""
+"""Observers, which are told of each step of a search."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning_roulette.search.winner import Winner
 class Observer:
     """Base class for objects that follow a search. Every method does nothing by default.
 
-    Scores are those of the evaluator: larger is better.
+    All scores are scores of the evaluator: larger is better.
     """
 
     def on_dense(self, so_far: Winner, work: float) -> None:
@@ -26,7 +26,7 @@ class Observer:
         Args:
             level: Number of the level, from 1.
             done: Validations of candidates of this level so far.
-            planned: About how many there will be.
+            planned: Expected number of these validations.
             best: Best candidate so far. None if no score is a number yet.
             sparsity: Sparsity of all candidates of the level.
         """

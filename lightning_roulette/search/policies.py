@@ -82,7 +82,7 @@ class Levels(Policy):
 
 @dataclass(frozen=True)
 class OneLevel(Policy):
-    """One level goes all the way to the target sparsity.
+    """A single level reaches the target sparsity.
 
     Attributes:
         levels: Gives the target, and when there is nothing to do.
@@ -112,7 +112,7 @@ def removable(parent: Mask, scope: str) -> int:
 
 
 def missing(parent: Mask, target_sparsity: float) -> int:
-    """Weights that must still be removed to reach a sparsity. Negative if it was passed."""
+    """Weights that must still be removed to reach a sparsity. Negative if it was exceeded."""
     goal = math.floor(target_sparsity * parent.size + 0.5)
     return goal - (parent.size - parent.survivors)
 

@@ -65,7 +65,7 @@ class Refitter:
         return self.calibration.left_alone(Mask.full(self.weights), self.how)
 
     def dense(self) -> dict[int, Survivors]:
-        """Under 0: dense values of everything that a refit changes apart from the weights. Empty without a refit."""
+        """Dense values of everything else that a refit changes, under the key 0. Empty without a refit."""
         if self.how is None or self.calibration is None:
             return {}
         full = Mask.full(self.weights)

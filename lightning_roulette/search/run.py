@@ -28,10 +28,10 @@ class Dense:
     """The dense network as it was validated.
 
     Attributes:
-        scores: On the search half.
-        outcomes: Outcomes behind its score there. None if they are unknown.
-        held_out: Score on the held-out half. None if there is none.
-        held_out_outcomes: Outcomes behind it. None if they are unknown.
+        scores: Scores on the search half.
+        outcomes: Outcomes behind the score on the search half. None if they are unknown.
+        held_out: Score on the held-out half. None if there is no held-out half.
+        held_out_outcomes: Outcomes behind the score on the held-out half. None if they are unknown.
     """
 
     scores: Scores
@@ -97,7 +97,7 @@ class Run:
         )
 
     def winner(self, state: State, reason: StopReason | None = None) -> Winner:
-        """What the search has found so far. Takes the arguments of `report`."""
+        """The winner so far. Takes the arguments of `report`."""
         history = state.history
         mask = state.parent if history.level == history.deepest else history.mask
         return Winner(mask, self.report(state, reason), self.refitter.weights, history, state.refits)
@@ -187,7 +187,7 @@ def _check_finite(score: float, refuse_nan: bool) -> None:
 
 
 def _promised(report: SearchReport, judge: Judge, dense: Dense, confidence: float) -> SearchReport:
-    """The report with the confidence, and the method that it rests on. Raises if nothing could be certified."""
+    """The report with the confidence and its method. Raises if nothing could be certified."""
     outcomes = dense.held_out_outcomes
     if outcomes is None:
         why = f" ({report.undivided_because})" if report.undivided_because else ""

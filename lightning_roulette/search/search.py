@@ -5,13 +5,13 @@ deep neural networks", Neural Computing and Applications 36:13915-13933 (2024), 
 
 The roulette wheel draws a branch of pruned networks from a trained network. Each is evaluated. The best becomes the
 parent of the next level, until accuracy would decline. The paper takes "the slimmest with the best accuracy". Here all
-candidates of one level are equally slim. So the best score decides within a level, and the winner of the tree is the
-last accepted level.
+candidates of one level are equally slim. The best rank decides within a level, and the winner of the tree is the last
+accepted level that holds on the held-out half.
 
 Only the abstract of the paper and public summaries were available. These choices are ours:
 
 - Odds are a power of importance (`Wheel.sharpness`).
-- A level must keep the dense score less a tolerance.
+- A level must keep the dense score minus a tolerance.
 - A level that fails is tried again at half the rate, `Tree.patience` times in a row, down to `Tree.smallest_rate`.
 """
 
@@ -59,18 +59,19 @@ def search(
     half, the densest first. The winner is the last level before one that misses the floor there.
 
     Args:
-        weights: Prunable weights of the dense network, by parameter name. They are never changed. DTensors, with rows
-            in several processes, are searched by all processes alike. They need `importance="magnitude"` and no refit.
-        evaluate: An `Evaluator`, or a function from a `Mask` to a score. Larger scores are better. A function counts as
-            an evaluator of one fold: nothing is held out, and it cannot be combined with a refit.
+        weights: Prunable weights of the dense network, by parameter name. They are never changed. With DTensors all
+            processes must make the same call, with `importance="magnitude"` or the default, and without a refit.
+        evaluate: An `Evaluator`, or a function from a `Mask` to a score. Larger scores are better. With a function
+            nothing is held out, and no refit is possible.
         branches: Candidates per level.
         tolerance: How far below the dense score a winner may be, in units of the score. `inf` disables the floor.
         target_sparsity: Sparsity at which the search ends, in (0, 1). The last level is cut to reach it exactly. None:
             the search ends when the score declines.
         confidence: Confidence of the certificate, in (0, 1). A level then holds only if its decline is at most
-            `tolerance` with this confidence. The decline is that on the population that the data are an i.i.d. sample
-            of. The levels were fixed without the held-out half and are tested in order up to the first failure, so no
-            correction is needed (fixed-sequence testing; Learn then Test, Angelopoulos et al. 2021, arXiv:2110.01052).
+            `tolerance` with this confidence. It is the decline on the population from which the data is an i.i.d.
+            sample. The levels were fixed without the held-out half and are tested in order up to the first failure, so
+            no correction is needed (fixed-sequence testing; Learn then Test, Angelopoulos et al. 2021,
+            arXiv:2110.01052).
             None: a level holds if its score on the held-out half keeps the floor.
         refit: What is done for accuracy after a level is drawn. The floor applies to the refitted network.
 
@@ -90,12 +91,17 @@ def search(
         observer: Is told of each step.
 
     Returns:
-        The last accepted level that held. The dense network if none did.
+        The last accepted level that held, or the dense network if no level held.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, `weights` is empty, an importance is negative or not finite, the
-            dense score is NaN, the held-out half can certify nothing, or `evaluate` cannot be combined with a refit.
+        ValueError: In one of these cases:
+
+            - An argument is out of range, or `weights` is empty.
+            - An importance is negative or not finite.
+            - The dense score is not finite.
+            - The held-out half is too small for a certificate.
+            - A refit has no `calibration`, or `evaluate` is a function of a mask.
 
     Example:
         >>> weights = {"layer": Tensor([0.1, -2.0, 0.01, 3.0])}

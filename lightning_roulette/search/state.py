@@ -22,7 +22,7 @@ class State:
         parent: Mask of the deepest accepted level. The next level is cut from it.
         refitted: Values that a refit gave the parent.
         factors: Logarithm of the parent's importance factor, by parameter name.
-        refits: Values that refits gave the accepted levels, by number of the level. Under 0: the dense values of
+        refits: Values that refits gave the accepted levels, by level number. The key 0 has the dense values of
             everything else that a refit changes.
         failures: Failed levels since the last accepted one.
         halvings: How often the pruning rate was halved.
@@ -68,5 +68,5 @@ class State:
 
 
 def kept(refits: Mapping[int, Survivors], level: int, mask: Mask, refitted: Refitted) -> Mapping[int, Survivors]:
-    """The refits of accepted levels, with those of one more level if a refit changed anything there."""
+    """The refits of accepted levels, with one more level if a refit changed anything there."""
     return {**refits, level: Survivors.of(mask, refitted.values)} if refitted.values else refits

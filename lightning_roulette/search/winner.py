@@ -1,4 +1,4 @@
-"""What a search returns: the winner and the levels before it."""
+"""The result of a search: the winner and the levels before it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Winner:
         report: Numbers of the search.
         dense: Weights that the search was given, not copied.
         history: Masks of all accepted levels.
-        refits: Values that refits changed, by number of the level: the survivors of each weight, and everything else
-            whole. Under 0: the dense values of everything else. They are on the CPU. All levels together have at most
+        refits: Values that refits changed, by level number, on the CPU: the survivors of each weight, and everything
+            else whole. The key 0 has the dense values of everything else. All levels together have at most
             `1 / pruning_rate` numbers per weight.
     """
 
@@ -60,7 +60,7 @@ class Winner:
         return network_at(level, self.mask_at(level), self.dense, self.refits).weights
 
     def cpu(self) -> Winner:
-        """The same on the CPU, with copies of the dense weights. More than a gibibyte goes to a temporary file."""
+        """The same winner on the CPU. Copies of dense weights beyond one gibibyte go to a temporary file."""
         return replace(self, mask=self.mask.cpu(), dense=copies_of(self.dense), history=self.history.cpu())
 
 
@@ -82,7 +82,7 @@ def load(module: nn.Module, winner: Winner) -> None:
 
     Args:
         module: The dense network, with the parameter names of the winner.
-        winner: Of a search over this network.
+        winner: Winner of a search over this network.
     """
     level = winner.history.level
     if level in winner.refits:

@@ -40,7 +40,7 @@ class BetweenEpochs:
 
     @property
     def goes_on(self) -> bool:
-        """Whether the network was judged for the first time, and training has not ended."""
+        """Whether the network was judged at least once, and training has not ended."""
         return not self.over and self.mask is not None
 
     def number_of_cut(self, epoch: int) -> int | None:
@@ -71,7 +71,7 @@ class BetweenEpochs:
         """Return all values of the slimmest network that held, on the CPU.
 
         Raises:
-            RuntimeError: If `level` is another one. Training went on from it, so that its weights are gone.
+            RuntimeError: If `level` is another level. Training has changed its weights since.
         """
         slimmest = self._history.level
         if level != slimmest or self._kept is None:
@@ -88,7 +88,7 @@ class BetweenEpochs:
         return {**self.gradual.state(), "kept": dict(self._kept.values), "over": self.over}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned. An empty one comes from a search that was made at once, and is over."""
+        """Take over what `state` returned. An empty state comes from a single search, which is over."""
         self.gradual.restore(state)
         self.over = bool(state.get("over", True))
         if state:

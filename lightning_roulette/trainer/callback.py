@@ -1,4 +1,4 @@
-"""RouletteWheelPruning: when a Trainer searches, and what becomes of the result."""
+"""RouletteWheelPruning: when a Trainer searches, and where the result goes."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ class RouletteWheelPruning(WithResult):
 
     After `fit`:
 
-    - `report` says what was done, and `print(pruning.report)` shows it as a table;
-    - `mask` is the mask of the kept weights, and `mask_at` and `weights_at` return earlier levels;
+    - `report` is a `SearchReport` of all levels. `print(pruning.report)` shows it as a table.
+    - `mask` is the winner's `Mask`. `mask_at` and `weights_at` return the masks and weights of other levels.
     - `best_model_path` is a checkpoint of the pruned network, `pruned.ckpt`. It loads into the unpruned class.
 
     Files of ModelCheckpoint that were written before the search hold unpruned weights; `last.ckpt` usually does. Files
     that were written after it hold pruned weights, and a fit that resumes from one of them holds their zeros.
 
-    A search that is killed can be resumed. It notes its validations in a file beside the checkpoints. A fit that
+    A search that is killed can be resumed. It records its validations in a file beside the checkpoints. A fit that
     resumes the training with `ckpt_path` repeats none of them, and finds the same network if training is deterministic.
     If training had ended without its search, resuming it runs the search.
 
@@ -81,27 +81,30 @@ class RouletteWheelPruning(WithResult):
             training helps more than the choice of a candidate.
         tolerance: How far the score of the winner may be below the dense score, in units of the metric: 0.005 is half a
             point of accuracy.
-        monitor: Name of the logged metric that judges. None: the first of these that is unique:
+        monitor: Name of the logged metric that is compared with the floor. None: the first of these that is unique:
 
             - the logged torchmetrics object with `higher_is_better=True`;
-            - the metric whose name is like an accuracy;
+            - the metric with a name like an accuracy;
             - the metric that a ModelCheckpoint, an EarlyStopping or a plateau scheduler watches;
             - the only metric.
-        mode: `"max"` if larger values are better, `"min"` if smaller ones are. None: the mode of the callback or
-            scheduler that watches the metric; else `higher_is_better` of the metric; else what its name suggests.
-        target_sparsity: A share of pruned weights, in (0, 1), at which the search also ends. None: only the score ends
-            it.
-        confidence: Probability in (0, 1), such as 0.95, for a certificate. The winner's true decline, on the population
-            that the validation data are an i.i.d. sample of, is then at most `tolerance` with this confidence. It needs
-            a positive `tolerance`, one device and thousands of samples; the fewest possible are checked before the
-            search. Samples are then dealt to the halves one by one; where batches cannot be split, their order must be
-            random. None: the winner is only compared with the floor on the held-out half.
+        mode: `"max"` if larger values are better, `"min"` if smaller values are better. None: the first of these:
+
+            - the mode of the callback or scheduler that watches the metric;
+            - `higher_is_better` of the metric;
+            - the direction that its name suggests.
+        target_sparsity: Sparsity, in (0, 1), at which the search ends even if the score keeps the floor. None: no such
+            end.
+        confidence: Probability in (0, 1), such as 0.95, for a certificate. The winner's true decline is then at most
+            `tolerance` with this confidence. It is the decline on the population from which the validation data is an
+            i.i.d. sample. A certificate needs a positive `tolerance`, one device and thousands of samples. Too few
+            samples are an error before the search. Samples are dealt to the halves one by one; if batches cannot be
+            split, their order must be random. None: the winner is only compared with the floor on the held-out half.
         at_epoch: When to prune.
 
-            - None: search when training ends.
-            - A number: search when so many epochs are trained. Training goes on with the pruned weights held at zero. A
-              run that stops earlier is searched at its end.
-            - Several numbers, such as `range(10, 30)`: prune and train in turn. Before each of these epochs the trained
+            - None: search after training.
+            - A number: search after this many epochs. Training goes on with the pruned weights held at zero. A run that
+              stops earlier is searched at its end.
+            - Several numbers, such as `range(10, 30)`: alternate pruning and training. Before each of these epochs the
               network is judged. If it keeps the floor, one more level is cut, and training goes on with it. Otherwise
               training goes on without a further cut, and the level is judged again before the next of these epochs.
               When training ends, the slimmest network that held is loaded, with the weights it had then.
@@ -132,7 +135,7 @@ class RouletteWheelPruning(WithResult):
             writes no checkpoints, nothing is written. Files of other runs are never overwritten.
 
     Raises:
-        TypeError: If an argument is of the wrong kind.
+        TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range.
 
     Example:
@@ -240,19 +243,19 @@ class RouletteWheelPruning(WithResult):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note that the epoch has begun."""
-        # Lightning does not call the hook of the epoch after a resume from a file that the last batch of an epoch wrote
+        # after a resume from a file that was written at an epoch's last batch, Lightning skips on_train_epoch_start
         if batch_idx == 0 and self._run.epoch != trainer.current_epoch:
             self.on_train_epoch_start(trainer, pl_module)
         self._run.phase = Phase.TRAINING
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do what follows training, if it was not done or if the network was trained since."""
+        """Search, end the cuts or measure, unless this was done and the network was not trained since."""
         super().on_train_end(trainer, pl_module)
         if self._run.searches and not self._run.is_concluded:
             self._conclude(self._run)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """If there was nothing left to train, do what follows training now, or warn."""
+        """If there was nothing left to train, search, end the cuts or measure now, or warn."""
         fit = self._run
         if not fit.searches or fit.trained:
             return
@@ -296,7 +299,7 @@ class RouletteWheelPruning(WithResult):
         return dict(self._result.state())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the search of a checkpoint. In validate, test and predict it does not replace one made here."""
+        """Take over the search of a checkpoint. In validate, test and predict a search made here is not replaced."""
         fit, result = self._fit, self._result
         if fit is not None and fit.phase is Phase.EVALUATING and result.history is not None:
             return
@@ -329,7 +332,7 @@ class RouletteWheelPruning(WithResult):
         return self._fit
 
     def _conclude(self, fit: FitState) -> None:
-        """Search; or if that was done, end the cuts, or measure what training has made of the winner."""
+        """Search, end the cuts, or measure the winner after further training, depending on the progress."""
         cuts, progress = fit.result.between_epochs, fit.result.progress
         with self._handing_over(fit.trainer):
             if cuts is not None and progress is Progress.CUTTING:

@@ -45,7 +45,7 @@ class Choices:
             given: Every argument of the constructor by its name.
 
         Raises:
-            TypeError: If an argument is of the wrong kind.
+            TypeError: If an argument has the wrong type.
             ValueError: If an argument is out of range.
         """
         check_epochs(given["at_epoch"], given["confidence"])
@@ -98,8 +98,8 @@ class Choices:
         """Return the keyword arguments of `search`.
 
         Args:
-            fast_dev_run: Whether the Trainer only tries whether everything works. The search then has one level of two
-                candidates, and no floor.
+            fast_dev_run: Whether the Trainer has `fast_dev_run`. The search then has one level of two candidates
+                and no floor.
         """
         limits: dict[str, Any] = {
             "branches": self.branches,

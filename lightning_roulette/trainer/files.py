@@ -40,8 +40,9 @@ class RunFiles:
         """Return paths at which no files exist yet; None if nothing is to be written. Rank 0 decides.
 
         - With `fast_dev_run` nothing is written.
-        - With a `dirpath` the files are there.
-        - Without one the files are beside the checkpoints of the Trainer. Nothing is written if it writes none.
+        - With a `dirpath` the files are in that folder.
+        - Without one the files are beside the checkpoints of the Trainer. If it writes no checkpoints, nothing is
+          written.
         """
         folder = _folder(trainer, dirpath)
         if folder is None:
@@ -145,7 +146,7 @@ def _equal(stored: Any, value: Any) -> bool:
 def save_accepted_levels(
     path: str, history: History, report: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write a file that `Mask.load` and `apply_mask` read. It is never left half written.
+    """Write a file that `Mask.load` and `apply_mask` read. If writing fails, no incomplete file has its name.
 
     Args:
         path: Path of the file.

@@ -1,6 +1,6 @@
 """The state of one run of a Trainer, from `setup` to `teardown`, and what each hook does in each phase.
 
-A run is in one `Phase`. How far the pruning is, which outlives the run, is the `Progress` of its `Result`.
+A run is in one `Phase`. The `Progress` of its `Result` tells how far the pruning is, and outlives the run.
 
 | hook | phase | what it does |
 |---|---|---|
@@ -20,7 +20,7 @@ A run is in one `Phase`. How far the pruning is, which outlives the run, is the 
 | `on_exception` | any | CUTTING: says in the report that training did not end. |
 | `teardown` | any | Hands over the result of a worker process; the run is dropped. |
 
-If `searches` is False, no hook refuses, searches or cuts; zeros are held all the same.
+If `searches` is False, no hook refuses, searches or cuts, but zeros are held.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class FitState:
 
     Attributes:
         trainer: The Trainer.
-        module: What it trains.
-        callback: The callback whose run this is.
+        module: The module that it trains.
+        callback: The callback that prunes.
         choices: The arguments of the callback.
-        result: What was found, in this run or before.
+        result: The result of this run or of an earlier one.
         zeros: Holds the zeros of the pruned network.
         phase: Where the run is.
         searches: Whether this run may search at all.
-        epoch: The epoch whose beginning was seen last.
+        epoch: The last epoch that has begun.
         metric: The metric that judges; None before it was found.
         files: Where this run writes; None before a search, and where nothing is written.
         writes_winner: Whether the checkpoint of the winner is being written now.
@@ -92,12 +92,12 @@ class FitState:
 
     @property
     def is_concluded(self) -> bool:
-        """Whether nothing is left to do after training: it was searched, and not trained since it was measured."""
+        """Whether nothing is left to do: the network was pruned, and was not trained since it was measured."""
         measured = self.trainer.global_step <= self.result.measured_at_step
         return self.result.progress is Progress.PRUNED and measured
 
     def search_is_due(self, epoch: int) -> bool:
-        """Whether the one search is to be made before this epoch."""
+        """Whether the single search is due before this epoch."""
         at_epoch = self.choices.at_epoch
         due = isinstance(at_epoch, int) and epoch >= at_epoch
         return self.searches and due and self.result.history is None

@@ -94,7 +94,7 @@ class ZeroHolder(Callback):
         self._zeros = Zeros()
 
     def held(self) -> Mask | None:
-        """Return the mask whose zeros are held; None if none are."""
+        """Return the mask whose zeros are held; None if no zeros are held."""
         raise NotImplementedError
 
     def on_train_batch_end(
@@ -157,6 +157,7 @@ class HoldZeros(ZeroHolder):
         Trainer(callbacks=[HoldZeros()], max_epochs=3).fit(model, data)
 
     Raises:
+        TypeError: If a tensor of the mask is not bool.
         ValueError: When training starts, if the module lacks a parameter of the mask, or has it in another shape.
     """
 

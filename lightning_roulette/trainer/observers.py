@@ -1,4 +1,4 @@
-"""Observers of a search: one that remembers what was found so far, and one that passes every step to several others."""
+"""Observers of a search: one remembers the winner so far, and one passes every step to several others."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lightning_roulette.search.winner import Winner
 
 
 class Latest(Observer):
-    """Remembers what the search would return if it ended now.
+    """Remembers the winner that the search would return if it ended now.
 
     Attributes:
-        so_far: That result; None before the dense network was judged.
+        so_far: This winner; None before the dense network was judged.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a search has found, and what a checkpoint keeps of it.
+"""The result of a search, and the part of it that a checkpoint keeps.
 
 A checkpoint holds one dictionary, `SavedState`. A worker process hands over the same dictionary, in which the report
 may also be None and the masks may be missing.
@@ -54,13 +54,13 @@ class Progress(Enum):
 
 
 class Result:
-    """What a search has found.
+    """The result of a search.
 
     Args:
         between_epochs: The state of pruning between epochs; None if one search was asked for.
 
     Attributes:
-        report: What was done; None before a search.
+        report: The report; None before a search.
         history: The masks of all levels; None before a search has ended.
         best_model_path: The checkpoint of the winner; empty if none was written.
         measured_at_step: The global step at which the winner was last measured.
@@ -127,7 +127,7 @@ class Result:
         return self.winner.weights_at(level)
 
     def is_of(self, module: LightningModule) -> bool:
-        """Whether `module` is the network that was pruned, and still has its zeros.
+        """Return whether `module` is the network that was pruned, and still has its zeros.
 
         A copy of the callback has no reference to the network. It recognises a network by its zeros.
         """
@@ -150,16 +150,16 @@ class Result:
         return state
 
     def handed_over(self) -> SavedState:
-        """Return what a worker process hands over: the same, and the report of a search that did not end."""
+        """Return what a worker process hands over: what `state` returns, and the report of an unfinished search."""
         state = self.state()
         state["report"] = None if self.report is None else self.report.to_dict()
         return state
 
     def take_over(self, state: Mapping[str, Any], between_epochs: BetweenEpochs | None) -> None:
-        """Become what `state` or `handed_over` returned.
+        """Take over what `state` or `handed_over` returned.
 
         Args:
-            state: What they returned. States of older versions may lack some keys.
+            state: The dictionary. Older versions may have left out some keys.
             between_epochs: A new state of pruning between epochs; None if one search was asked for.
         """
         self.forget(between_epochs)

@@ -19,10 +19,10 @@ from lightning_roulette.trainer.validation.muting import callbacks_of
 
 
 def refuse_foreign_trainer(trainer: Any) -> None:
-    """Raise for a Trainer of the `pytorch_lightning` package, whose classes are not the classes of `lightning`.
+    """Raise for a Trainer of the `pytorch_lightning` package, which has other classes than `lightning`.
 
     Raises:
-        TypeError: If it is one.
+        TypeError: If the Trainer is not from `lightning`.
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(
@@ -75,10 +75,10 @@ def refuse_sharding(
     importance: Importance | str | None,
     at_epoch: int | Sequence[int] | None,
 ) -> None:
-    """Raise if the strategy shards weights in a way that is not supported, or with arguments that need whole weights.
+    """Raise if the strategy shards weights and this is not supported.
 
     Raises:
-        RuntimeError: If it does.
+        RuntimeError: If the strategy is not supported, or if an argument needs whole weights.
     """
     strategy = trainer.strategy
     name = type(strategy).__name__
@@ -103,10 +103,10 @@ def refuse_sharding(
 
 
 def refuse_several_processes(trainer: Trainer, confidence: float | None) -> None:
-    """Raise if a certificate is asked for in a fit of several processes.
+    """Raise if a certificate cannot be given because there are several processes.
 
     Raises:
-        RuntimeError: If it is.
+        RuntimeError: If there is a `confidence` and more than one process.
     """
     if confidence is not None and trainer.world_size > 1:
         raise RuntimeError(
@@ -128,7 +128,7 @@ def nothing_to_do(trainer: Trainer) -> bool:
 
 
 def validates_before(trainer: Trainer, epochs: int | None) -> bool:
-    """Return whether the Trainer validates before so many epochs are trained; None: before training ends."""
+    """Return whether the Trainer validates within the first `epochs` epochs. None: before training ends."""
     every, last = trainer.check_val_every_n_epoch, trainer.max_epochs if epochs is None else epochs
     return every is None or last is None or last == -1 or every <= last
 
@@ -144,7 +144,7 @@ def refuse_without_validation(trainer: Trainer, module: LightningModule) -> None
     if not is_overridden("validation_step", module):
         why = f"{type(module).__name__} has no validation_step, which judges the candidates. Define one."
     elif trainer.limit_val_batches == 0:
-        why = "limit_val_batches is 0, so that candidates cannot be judged. Allow some validation batches."
+        why = "limit_val_batches is 0, so candidates cannot be judged. Allow some validation batches."
     else:
         why = "there is no validation data to judge candidates on. Pass val_dataloaders to fit, or define them."
     raise RuntimeError(f"RouletteWheelPruning: {why}")

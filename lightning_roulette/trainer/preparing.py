@@ -46,7 +46,7 @@ def rehearse(fit: FitState, batches: float) -> None:
 
 
 def judging_of(fit: FitState) -> ValidationSetup:
-    """Return what judges the network: after a search by the metric of that search, else by the metric asked for."""
+    """Return how the network is judged: by the metric of the last search, or else by the metric asked for."""
     choices, report = fit.choices, fit.result.report
     monitor, mode = choices.monitor, choices.mode
     if fit.result.history is not None and report is not None:
@@ -57,7 +57,7 @@ def judging_of(fit: FitState) -> ValidationSetup:
 
 
 def remember(fit: FitState, metric: MonitoredMetric) -> MonitoredMetric:
-    """Keep the metric for this run, and log which it is."""
+    """Keep the metric for this run, and log its name."""
     if metric != fit.metric and fit.trainer.is_global_zero:
         log.info(
             f"RouletteWheelPruning: judges candidates by {metric.monitor} ({metric.mode}, {metric.why}), and "
@@ -78,7 +78,7 @@ def ready(fit: FitState) -> CandidateValidation:
 def ready_between_epochs(fit: FitState) -> CandidateValidation:
     """Return what judges the trained network and the candidates of a cut.
 
-    With one candidate a cut nothing is ranked, and the validation data are not divided.
+    With one candidate per cut nothing is ranked, and the validation data is not divided.
     """
     if fit.choices.branches > 1:
         return ready(fit)

@@ -1,4 +1,4 @@
-"""How a fit goes on from a checkpoint: after a search, in the middle of one, or before one that was never made."""
+"""How a fit goes on from a checkpoint that was written before, during or after a search."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def ended_before(trainer: Trainer) -> bool:
 def as_training_ended(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Inside the block the module is as it is in `on_train_end`, a hook that was not called in this fit.
 
-    The module is on its device, from which Lightning has moved it, and has the weights of a `WeightAveraging`.
+    The module is on its device again, and has the averaged weights if there is a `WeightAveraging`.
     """
     for one in callbacks_of(trainer):
         if isinstance(one, WeightAveraging):
@@ -109,7 +109,7 @@ def warn_of_no_search(trainer: Trainer) -> bool:
 
 
 def say_what_is_held(fit: FitState) -> None:
-    """Log that this fit only trains on a network that was pruned before."""
+    """Log that this fit trains a network that was pruned before."""
     mask = fit.result.mask
     if mask is None or not mask.sparsity or fit.result.progress is Progress.CUTTING or not fit.trainer.is_global_zero:
         return
@@ -133,10 +133,10 @@ def warn_of_unpruned(fit: FitState) -> None:
 
 
 def refuse_other_schedule(state: Mapping[str, Any], at_epoch: int | Sequence[int] | None) -> None:
-    """Raise if a checkpoint was written while levels were cut between epochs, and `at_epoch` does not go on with that.
+    """Raise if `at_epoch` does not continue the cuts of a checkpoint.
 
     Raises:
-        ValueError: If that is so.
+        ValueError: If the checkpoint was written between cuts, and `at_epoch` does not name several epochs.
     """
     if not isinstance(at_epoch, Sequence) and not state.get("gradual", {}).get("over", True):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A search of the network of a Trainer: it is searched, the winner is loaded, measured and saved."""
+"""Searches the network of a Trainer, and loads, measures and saves the winner."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def save_dense(fit: FitState) -> None:
 
 @contextlib.contextmanager
 def noted(fit: FitState, judges: CandidateValidation) -> Iterator[Evaluator]:
-    """Inside the block the scores are noted in a journal. It is removed if the block ends without an error."""
+    """Record scores in a journal inside the block. The journal is removed if the block ends without an error."""
     metric = replace(judges.metric, why="")  # a resumed fit may find the same metric in another way
     facts = [fit.choices.of_search(fit.only_tries), *judges.weights, metric, judges.data.folds, judges.size]
     journal = journal_of(fit.trainer, fit.module, fit.files, facts)
@@ -122,7 +122,7 @@ def _load(fit: FitState, winner: Winner, metric: MonitoredMetric, data: FoldedDa
 
 
 def _must_save_dense(fit: FitState) -> bool:
-    """Whether no ModelCheckpoint keeps the dense weights; in further training it may remove the file that does."""
+    """Whether no ModelCheckpoint keeps the dense weights. In further training it may remove its files."""
     if fit.files is None:
         return False
     return fit.phase is Phase.EPOCH_BEGINS or not checkpoint_with_these_weights(fit.trainer, fit.module)

@@ -2,7 +2,7 @@
 
 With `strategy="ddp_spawn"` or in a notebook, `fit` runs in other processes, on copies of the Trainer and its callbacks.
 Lightning brings back only weights and metrics, and calls no hook in the process that called `fit`. So the copy writes
-its result into a file, and the original reads the file when somebody asks for the result.
+its result into a file, and the original reads the file when the result is asked for.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Handover:
         weakref.finalize(self, _remove, self._inbox, self._process)
 
     def is_due(self, trainer: Trainer) -> bool:
-        """Whether this process was started for the fit of `trainer`, and is the first on its machine."""
+        """Return whether this process was started for the fit of `trainer`, and is the first on its machine."""
         spawns = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
         started = multiprocessing.parent_process() is not None
         original = self._outbox == self._inbox and os.getpid() == self._process

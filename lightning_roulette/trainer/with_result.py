@@ -30,7 +30,7 @@ class WithResult(ZeroHolder):
 
     @property
     def report(self) -> SearchReport | None:
-        """What was done; None before a search."""
+        """Report of the search; None before a search."""
         return self._result.report
 
     @property
@@ -73,15 +73,15 @@ class WithResult(ZeroHolder):
 
     @property
     def _result(self) -> Result:
-        """What was found, also by a worker process since this was last asked."""
+        """The result. If a worker process has sent a result, it is taken over first."""
         if (found := self._handover.received()) is not None:
             self._found.take_over(found, Choices.of(self).between_epochs())
         return self._found
 
     def _handing_over(self, trainer: Trainer) -> contextlib.AbstractContextManager[None]:
-        """Inside the block, an error in a worker process hands over what was found."""
+        """If the block fails in a worker process, hand over the result."""
         return self._handover.if_it_fails(trainer, self._found.handed_over)
 
     def _hand_over(self, trainer: Trainer) -> None:
-        """Send what was found to the process that started this one, if one did."""
+        """If this is a worker process, send the result to the process that started it."""
         self._handover.send_if_due(trainer, self._found.handed_over)

@@ -21,16 +21,16 @@ from lightning_roulette.wheel.threshold import Threshold
 class AgreedThreshold(Threshold):
     """Finds the threshold that all processes agree on, digit by digit.
 
-    Each process makes the keys of its own weights. They are the keys that one process would make, because chance
-    depends on the index of a weight alone. All processes sum a histogram of the first 16 bits of all keys, which gives
+    Each process makes the keys of its own weights. A single process would make the same keys, because chance depends on
+    the index of a weight alone. All processes sum a histogram of the first 16 bits of all keys, which gives
     the first 16 bits of the threshold. Histograms of the few keys with these bits give the further bits. Keys equal to
     the threshold are drawn in order of parameter and index.
 
-    All processes must spin alike.
+    All processes must make the same spins.
 
     Args:
-        arcs: Parameter name to arc: the survivors that this process answers for.
-        shards: The weights that this process answers for.
+        arcs: Parameter name to arc: the survivors that this process owns.
+        shards: The weights that this process owns.
     """
 
     def __init__(self, arcs: Mapping[str, Arc], shards: Shards) -> None:
@@ -38,7 +38,7 @@ class AgreedThreshold(Threshold):
         self.count = int(shards.add(torch.tensor(sum(arc.count for arc in arcs.values()))))
 
     def spin(self, draws: int, streams: Mapping[str, int]) -> dict[str, Kept]:
-        """Return whether each weight that this process answers for stays, flat."""
+        """Return whether each weight that this process owns stays, flat."""
         if draws == 0:
             return {name: arc.cut({}, -math.inf, -math.inf).kept for name, arc in self._arcs.items()}
         ours = {name: moved(one, self._shards.spans[name][0]) for name, one in streams.items()}
@@ -82,13 +82,13 @@ class AgreedThreshold(Threshold):
 
 
 def agreed_arcs(importance: Mapping[str, Tensor], parent: Mask, sharpness: float, shards: Shards) -> Mapping[str, Arc]:
-    """Make the arcs of the weights that this process answers for.
+    """Make the arcs of the weights that this process owns.
 
     Args:
         importance: Importance of these weights alone, flat.
         parent: The mask of the whole network.
         sharpness: Exponent of the odds.
-        shards: The weights that this process answers for.
+        shards: The weights that this process owns.
 
     Raises:
         ValueError: In all processes, if an importance is negative or not finite in one of them.

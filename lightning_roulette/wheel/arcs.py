@@ -1,4 +1,4 @@
-"""Arcs: the survivors of one parameter, and what a search for the threshold asks of them."""
+"""Arcs: the survivors of one parameter, with the operations that a search for the threshold needs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Arc(ABC):
     """The survivors of one parameter, in order of index.
 
     Streams of chance are passed as a dictionary from parameter name to stream. It is empty if the sharpness is
-    infinite; keys then are the terms alone.
+    infinite. The keys are then the terms alone.
 
     Attributes:
         name: Name of the parameter.
@@ -65,7 +65,7 @@ class Cut(ABC):
     """One parameter after its keys were compared with two numbers, `low` and `high`.
 
     Attributes:
-        kept: Whether each weight stays: those with keys of at least `low`.
+        kept: Whether each weight stays. It stays if its key is at least `low`.
         places: Indices, in the flattened parameter, of the weights with keys from `low` to `high`.
         keys: Their keys.
     """
@@ -103,7 +103,7 @@ class HeldCut(Cut):
 
 @dataclass(frozen=True, eq=False)
 class HeldArc(Arc):
-    """An arc that holds the term and the index of each survivor: at most 16 bytes a survivor.
+    """An arc that holds the term and the index of each survivor: at most 16 bytes per survivor.
 
     Attributes:
         name: Name of the parameter.
@@ -179,7 +179,7 @@ class HeldArc(Arc):
 
 
 def only_here(value: float) -> float:
-    """Return the minimum of a number over one process."""
+    """Return the number itself, which is its minimum over one process."""
     return value
 
 
@@ -189,7 +189,7 @@ def held_arcs(
     sharpness: float,
     least_of: Callable[[float], float] = only_here,
 ) -> dict[str, HeldArc]:
-    """Make the arcs of a mask, each of which holds its terms.
+    """Make the arcs of a mask. Each arc holds its terms.
 
     Args:
         importance: Parameter name to tensor.

@@ -1,8 +1,8 @@
 """The search for the threshold on small wheels: later spins take their bracket from the first spin.
 
 On a small wheel most time goes into the number of operations and into logarithms. All parameters are therefore drawn
-as one tensor, and the bracket of the first spin is translated into uniform numbers: a later spin for as many draws
-compares its uniform numbers with these, and takes logarithms only of the few that lie between them.
+as one tensor, and the bracket of the first spin is translated into uniform numbers. A later spin with as many draws
+compares its uniform numbers with the bracket, and takes logarithms only of the few numbers inside it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class JointArc(HeldArc):
 class GuessedThreshold(Threshold):
     """Finds the threshold of few weights, from the second spin on with the bracket of the first.
 
-    It holds at most 48 bytes a survivor.
+    It holds at most 48 bytes per survivor.
 
     Args:
         arcs: Parameter name to arc, all on one device.
@@ -132,13 +132,13 @@ class Guess:
 
     @classmethod
     def of(cls, terms: Tensor, ascending: Tensor, rank: int, draws: int) -> Guess | None:
-        """Guess from one spin, None if it has too few keys on one side of its threshold.
+        """Guess from one spin; None if it has too few keys on one side of its threshold.
 
-        The number of keys below a given one differs between spins by about `sqrt(draws)` or less.
+        The number of keys below a given key differs between spins by about `sqrt(draws)` or less.
 
         Args:
             terms: The terms of all survivors.
-            ascending: The keys about the threshold, in ascending order.
+            ascending: The keys around the threshold, in ascending order.
             rank: Rank of the threshold among them, counted from 1.
             draws: Number of draws of the spin.
         """
@@ -175,6 +175,6 @@ class Guess:
 
 
 def are_few(arcs: Mapping[str, HeldArc]) -> bool:
-    """Whether arcs have few weights in all and lie on one device, so that they can be joined."""
+    """Return whether arcs have few weights in all and lie on one device, so that they can be joined."""
     size, devices = sum(arc.size for arc in arcs.values()), {arc.device for arc in arcs.values()}
     return size <= limits().joint_weights and len(devices) == 1

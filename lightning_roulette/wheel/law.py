@@ -77,7 +77,7 @@ class Law:
 
     @classmethod
     def of(cls, sharpness: float, smallest: float) -> Law:
-        """Return the law that puts zeros below all positive importances, of which `smallest` is the smallest."""
+        """Return the law that draws zeros before positive importances; `smallest` is the smallest positive one."""
         if not 0 < sharpness < math.inf:
             return cls(sharpness)
         lowest = min(0.0, sharpness * math.log(smallest))
@@ -105,7 +105,7 @@ def keys_of(terms: Tensor, stream: int | Tensor | None, index: Tensor) -> Tensor
 
 
 def smallest_of(keys: Sequence[Tensor], draws: int) -> list[Tensor]:
-    """For each tensor of keys, bool: True for the `draws` smallest keys of all tensors; earlier keys win ties."""
+    """Return a bool tensor for each tensor of keys: True for the `draws` smallest of all keys, ties in order."""
     joined = torch.cat([values.to(keys[0].device) for values in keys])
     if draws == 0:
         drawn = torch.zeros_like(joined, dtype=torch.bool)
@@ -119,7 +119,7 @@ def smallest_of(keys: Sequence[Tensor], draws: int) -> list[Tensor]:
 
 
 def smallest_positive(importance: Tensor) -> float:
-    """Return the smallest importance above zero, infinity if there is none."""
+    """Return the smallest importance above zero; infinity if there is none."""
     least = float(importance.min()) if importance.numel() else math.inf
     if least > 0:
         return least
@@ -149,7 +149,7 @@ def layer_shares(draws: int, survivors: Sequence[int]) -> list[int]:
 
 
 def check_importance(name: str, importance: Tensor) -> float:
-    """Return the smallest importance, infinity if there is none.
+    """Return the smallest importance; infinity if there is none.
 
     Raises:
         ValueError: If an importance is negative or not finite.
@@ -166,10 +166,10 @@ def check_importance(name: str, importance: Tensor) -> float:
 
 
 def check_draws(draws: int, survivors: int) -> None:
-    """Raise unless there are as many survivors as draws.
+    """Raise if a number of draws is not possible.
 
     Raises:
-        ValueError: If there are fewer.
+        ValueError: If `draws` is negative or exceeds the survivors.
     """
     if not 0 <= draws <= survivors:
         raise ValueError(f"draws is {draws}, but must lie between 0 and the {survivors} survivors.")

@@ -38,15 +38,20 @@ def spin(importance: Tensor, survivors: Tensor, draws: int, *, sharpness: float,
         survivors: Shape `(n,)`, bool. Only weights that are True can be drawn.
         draws: Number of distinct weights to draw, at most the number of survivors.
         sharpness: Exponent of the odds. 0 draws at random, 1 is the literal roulette, infinity draws the least
-            important weights (ties in order of index).
+            important weights. Equal importances are drawn in order of index.
         seed: Signed 64-bit number. Equal seeds draw equal weights on every device (up to ties of rounded logarithms).
 
     Returns:
         Shape `(n,)`, bool: True where a weight is drawn for pruning.
 
     Raises:
-        ValueError: If `draws` exceeds the survivors, `sharpness` is negative, or an importance is negative or not
-            finite.
+        TypeError: If `sharpness` is not a number, or `seed` is not a whole number.
+        ValueError: In one of these cases:
+
+            - `importance` and `survivors` are not vectors of one length, or `survivors` is not bool.
+            - `draws` is negative or exceeds the survivors.
+            - `sharpness` is negative, or `seed` needs more than 64 bits.
+            - An importance is negative or not finite.
 
     Example:
         >>> spin(torch.tensor([3.0, 1.0, 2.0]), torch.ones(3, dtype=torch.bool), 2, sharpness=math.inf, seed=0)
@@ -67,19 +72,21 @@ class LevelWheel:
 
     The memory that it holds depends on the number of weights of the network:
 
-    - Up to 2**20: at most 48 bytes a survivor. Spins after the first one are faster.
-    - Up to 2**24: 8 bytes a survivor, and 4 more if not all weights of its parameter survive.
+    - Up to 2**20: at most 48 bytes per survivor. Spins after the first one are faster.
+    - Up to 2**24: 8 bytes per survivor, and 4 more if not all weights of its parameter survive.
     - More: only `importance` and `parent`. Each spin makes all keys again.
 
     Args:
-        importance: Parameter name to tensor, non-negative and finite, one for each parameter of `parent`, of its
+        importance: Parameter name to tensor, non-negative and finite, for each parameter of `parent` and of the same
             shape. With `shards` it is the importance of `shards.own(weights)`.
         parent: The mask whose survivors are on the wheel.
         sharpness: Exponent of the odds.
-        scope: `"global"`: all parameters share the draws. `"layer"`: each parameter gives its own share, in proportion
-            to its survivors, see `layer_shares`.
-        shards: The weights that this process answers for, if the weights lie in several processes. Masks are always
-            those of the whole network. All processes must make and spin the wheel alike.
+        scope: One of
+
+            - `"global"`: all parameters share the draws.
+            - `"layer"`: each parameter has draws of its own, in proportion to its survivors; see `layer_shares`.
+        shards: The weights that this process owns, if the weights lie in several processes. Masks are always masks of
+            the whole network. All processes must make the same wheel and the same spins.
 
     Raises:
         ValueError: If an importance is negative or not finite, or `sharpness` is negative.
@@ -103,9 +110,9 @@ class LevelWheel:
     def spin(self, draws: int, *, seed: int, level: int, candidate: int) -> Mask:
         """Return the parent's mask with exactly `draws` weights fewer.
 
-        Beyond the new mask, a spin needs one byte for each weight of one parameter, one block of keys, and the few
-        keys near the threshold; for a parameter of few weights eight bytes a weight. With more than 2**24 weights, the
-        mask is packed at one bit a weight, and a spin needs one block in place of one parameter.
+        A spin needs memory for the new mask, one block of keys, the few keys near the threshold, and one byte for each
+        weight of one parameter (eight bytes if it has few weights). With more than 2**24 weights, the mask is packed at
+        one bit per weight, and a block takes the place of the parameter.
 
         Args:
             draws: Number of weights to prune, at most the number of survivors.
@@ -148,10 +155,10 @@ class LevelWheel:
             return [draws]
         shares = layer_shares(draws, [threshold.count for threshold in self._thresholds])
         if sum(shares) < draws:
-            raise ValueError(f"draws is {draws}, but each layer keeps a weight: at most {sum(shares)} can be pruned.")
+            raise ValueError(f"draws is {draws}, but must be at most {sum(shares)}, because each layer keeps a weight.")
         return shares
 
 
 def _with_float64(mask: Mask) -> Mask:
-    """Return the mask on a device that has float64, which Apple's MPS has not."""
+    """Return the mask on a device with float64: on the CPU instead of Apple's MPS."""
     return mask.cpu() if any(kept.device.type == "mps" for kept in mask.stored.values()) else mask

@@ -84,7 +84,7 @@ class LongArc(Arc):
         return LongCut(kept, torch.cat(near), torch.cat(near_keys))
 
     def smallest_positive(self) -> float:
-        """Return the smallest importance above zero of the survivors, infinity if there is none."""
+        """Return the smallest importance above zero of the survivors; infinity if there is none."""
         return min((smallest_positive(values) for _, _, _, values in self._blocks()), default=math.inf)
 
     def check(self) -> float:
@@ -128,7 +128,7 @@ def long_arcs(
     sharpness: float,
     least_of: Callable[[float], float] = only_here,
 ) -> dict[str, LongArc]:
-    """Make the arcs of a mask, none of which holds anything but importance and mask.
+    """Make the arcs of a mask. They hold only the importance and the mask.
 
     Args:
         importance: Parameter name to tensor.

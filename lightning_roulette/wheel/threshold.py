@@ -21,7 +21,7 @@ SIGMAS = 5.0  # the first bracket reaches this many standard deviations to eithe
 class Threshold(ABC):
     """Parameters that share their draws, and a way to find the threshold of their keys.
 
-    The threshold of a spin is the key that as many keys do not exceed as weights are drawn.
+    The threshold of a spin for `draws` weights is the key of rank `draws` in ascending order.
 
     Attributes:
         count: Number of survivors of all parameters, in all processes.

@@ -41,7 +41,7 @@ def test_the_needed_number_of_equal_samples_is_certified_and_one_fewer_is_not(co
     [(0.0, 0.1, 1), (1.0, 0.1, 1), (NAN, 0.1, 1), (0.9, 0.0, 1), (0.9, -1, 1), (0.9, NAN, 1), (0.9, 0.1, 0)],
 )
 def test_samples_needed_refuses(confidence, tolerance, width):
-    with pytest.raises(ValueError, match="allowed"):
+    with pytest.raises(ValueError, match="must"):
         samples_needed(confidence, tolerance, width)
 
 
@@ -109,7 +109,7 @@ SINGLES, RESAMPLES = Singles(torch.zeros(3), 0, 1), Resamples(lambda index: 0.0,
         (SINGLES, Singles(torch.zeros(3), -1, 1), "one kind on the same samples"),
         (SINGLES, Batches(torch.zeros(3), torch.ones(3)), "one kind on the same samples"),
         (SINGLES, RESAMPLES, "one kind on the same samples"),
-        (RESAMPLES, Resamples(lambda index: 0.0, 4), r"Resamples of \d, dense is Resamples of \d"),
+        (RESAMPLES, Resamples(lambda index: 0.0, 4), r"Resamples of \d and dense is Resamples of \d"),
         (batches([1.0, 2.0]), batches([1.0, 2.0], [1.0, 2.0]), "weights"),
     ],
 )
@@ -120,7 +120,7 @@ def test_only_outcomes_of_one_kind_on_the_same_samples_are_compared(one, other, 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [((NAN,), "tolerance is NaN"), ((0.1, 95), "confidence is 95; allowed is")]
+    ("arguments", "message"), [((NAN,), "tolerance is NaN"), ((0.1, 95), "confidence is 95, but must")]
 )
 def test_a_tolerance_or_confidence_without_a_meaning_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

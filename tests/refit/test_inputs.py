@@ -475,7 +475,7 @@ def noise(rows: int, shift: float = 0.0) -> tuple[nn.Module, Mask, list[torch.Te
 def test_a_fit_that_is_worse_on_rows_held_out_is_undone_but_not_those_after_it():
     net, mask, batches = noise(32)
     found = refit(net, batches, mask, LeastSquares(damping=1e-9))
-    assert found.undone == {"0.weight": "it did not improve held-out inputs"}
+    assert found.undone == {"0.weight": "it increased the error on inputs that it was not solved on"}
     assert_merely_pruned(net, mask, found, ["0.weight", "0.bias"])
     assert not torch.equal(found.values["2.weight"], changed(net, mask)[2].weight)
 

@@ -178,7 +178,7 @@ def test_no_layer_loses_its_last_weight():
     weights = network(a=(2,), b=(50,), c=(1,)) | {"empty": torch.empty(0)}
     wheel = full_wheel(weights, 0.0, scope="layer")
     assert [int(kept.sum()) for kept in wheel.spin(50, **PLACE).values()] == [1, 1, 1, 0]
-    with pytest.raises(ValueError, match="draws is 51, but each layer keeps a weight: at most 50 can be pruned"):
+    with pytest.raises(ValueError, match="draws is 51, but must be at most 50, because each layer keeps a weight"):
         wheel.spin(51, **PLACE)
 
 

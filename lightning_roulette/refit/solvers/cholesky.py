@@ -28,7 +28,7 @@ class Cholesky(Solver):
     - For outputs with few pruned inputs, the solution over all inputs is corrected (the Lagrange conditions of `w = 0`
       at these inputs). This is as exact, and the system is only as large as the number of pruned inputs.
 
-    Inputs that no row tells apart, or that are always zero, keep their values of `start` as far as the rows allow.
+    Weights that the rows do not determine (equal or zero inputs) stay as close to `start` as the rows allow.
 
     Attributes:
         damping: At least 0. The ridge is `damping` times the mean square of the group's inputs, summed over the rows.
@@ -96,7 +96,7 @@ def inverse_diagonals(gram: Tensor, kept: Tensor, damping: float) -> Tensor:
 
 
 def _corrected_diagonals(inverse: Tensor, pruned: Tensor) -> Tensor:
-    """Diagonals of the inverse after some inputs were removed, shape of `pruned`."""
+    """Return the diagonals of the inverse after some inputs were removed, shape of `pruned`."""
     whole = inverse.diagonal(dim1=1, dim2=2).unsqueeze(1).expand_as(pruned)
     removed = torch.zeros(pruned.shape, dtype=inverse.dtype, device=inverse.device).view(-1, inverse.shape[-1])
     for block in _blocks_of(inverse, pruned):
@@ -110,7 +110,7 @@ def _corrected_diagonals(inverse: Tensor, pruned: Tensor) -> Tensor:
 
 
 def _ridge(gram: Tensor, damping: float) -> Tensor:
-    """Return what is added to the diagonal of each group. It is tiny where all inputs are zero."""
+    """Return the number that is added to the diagonal of each group. It is tiny where all inputs are zero."""
     ridge = damping * gram.diagonal(dim1=1, dim2=2).mean(1)
     return torch.where(ridge > 0, ridge, _ZERO_INPUTS_RIDGE if damping > 0 else 0.0)
 
@@ -226,7 +226,7 @@ def _systems(matrix: Tensor, group: Tensor, where: Tensor) -> Tensor:
 
 
 def _solved(system: Tensor, right: Tensor) -> Tensor:
-    """Solve positive semidefinite systems: least norm if a solution is not unique, NaN if not finite."""
+    """Solve positive semidefinite systems: least norm if a solution is not unique, NaN if a system is not finite."""
     factor, info = torch.linalg.cholesky_ex(system)
     solved = torch.cholesky_solve(right, factor)
     finite = system.isfinite().flatten(1).all(1) & right.isfinite().flatten(1).all(1)

@@ -1,4 +1,4 @@
-"""What every solver does: prepare Gram sums once, then solve for one set of kept weights after another."""
+"""The base class of solvers. They prepare Gram sums once, then solve for one set of kept weights after another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Prepared(ABC):
 
     @abstractmethod
     def solve(self, kept: Tensor, start: Tensor) -> Tensor:
-        """Return the matrix with the smallest damped squared error among those that are zero where not kept.
+        """Return the matrix with the smallest damped squared error among matrices that are zero where not kept.
 
         Each output's row `w` minimises `sum((w . x - y) ** 2) + ridge * |w - start| ** 2` over the rows of the sums.
 

@@ -92,7 +92,7 @@ class SplitRows:
         return list(self.pools)
 
     def _cuts(self, folds: Sequence[int]) -> Iterator[tuple[Any, slice]]:
-        """The pool and the rows of each batch."""
+        """Yield the pool and the rows of each batch."""
         for pool, ends in zip(self.pools, self.ends, strict=True):
             for first, last in _neighbours(folds):
                 start, rows = ends[first], ends[last + 1] - ends[first]
@@ -104,12 +104,13 @@ class SplitRows:
 def folds_of(count: int, folds: int, length: float, seed: int, loader: int) -> list[int]:
     """Return the fold of each of `count` batches.
 
-    Any two folds differ by at most one batch, and so do the two halves of the folds. No fold is smaller than the first.
+    Any two folds differ by at most one batch, and so do the two halves of the folds. The first fold is the smallest.
 
     Args:
         count: The number of batches.
         folds: The number of folds.
-        length: The length of the loader. If it is infinite, batches are dealt in turn, otherwise by a permutation.
+        length: The length of the loader. If it is infinite, batches go to the folds one after the other; otherwise
+            they are dealt by a permutation.
         seed: Seed of the permutation.
         loader: The number of the loader. Each loader has a permutation of its own.
     """
@@ -143,7 +144,7 @@ def _order(count: int, seed: int, what: str) -> Tensor:
 
 
 def _neighbours(folds: Sequence[int]) -> list[tuple[int, int]]:
-    """The runs of neighbouring folds, each as its first and its last."""
+    """Return the runs of neighbouring folds, each as its first and its last."""
     runs: list[tuple[int, int]] = []
     for fold in sorted(folds):
         if runs and runs[-1][1] == fold - 1:

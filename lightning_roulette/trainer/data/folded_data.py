@@ -31,7 +31,7 @@ class FoldedData:
         folds: The number of folds.
         undivided_because: Why there is only one fold; empty if there are several.
         at_once: The number of folds that fit into memory.
-        at_least: The number of folds that make up no more than a single batch.
+        at_least: The number of folds that fit into a single batch.
     """
 
     folds = at_once = at_least = 1
@@ -52,7 +52,7 @@ class FoldedData:
 
     @property
     def first_tried(self) -> range:
-        """The folds of the first validation. After it, `altered` tells about these folds."""
+        """The folds of the first validation. Afterwards `altered` tells about these folds."""
         return range(1)
 
     def altered(self) -> bool:
@@ -280,14 +280,15 @@ def dealt(
 
     Args:
         read: Reads the loaders. It gives the same batches at each call.
-        lengths: The number of batches of each loader. A loader of unknown length, `inf`, is dealt in turn.
+        lengths: The number of batches of each loader; `inf` if unknown. Batches of such a loader go to the folds one
+            after the other.
         seed: Seed of the permutation by which the other loaders are dealt.
-        cache_bytes: The most memory for batches, in bytes. If they take more, the loaders are read again for each fold
-            that is not in memory.
+        cache_bytes: The largest memory for batches, in bytes. If they take more, the loaders are read again for each
+            fold that is not in memory.
         copies: Whether to give out copies of tensors, for a module that writes into its batches.
-        by_rows: Whether to deal single samples wherever batches can be split. Whole batches are no independent samples
-            if the data is ordered, for example by class.
-        undivided_because: Why the data shall be one fold; empty if it shall be divided.
+        by_rows: Whether to deal single samples if batches can be split. Whole batches are not independent samples if
+            the data is ordered, for example by class.
+        undivided_because: Why the data must be one fold; empty if it is to be divided.
     """
     kept: dict[int, list[Any]] = {loader: [] for loader in range(len(lengths))}
     sizes: dict[int, list[int]] = {loader: [] for loader in range(len(lengths))}

@@ -1,4 +1,4 @@
-"""A loader over the training data that shares only the data set with the fit: the fit draws and reads as before."""
+"""A loader over the training data that shares only the data set with the fit. The fit reads its data as before."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _own(loader: Any, seed: int) -> Iterable[Any]:
 
 
 def _batches(sampler: Any, data: Any, seed: int) -> Any:
-    """Plain batches in our own order. Another batch sampler has a reason for its batches, so a copy of it is used."""
+    """Return plain batches in our own order; for another batch sampler a copy, to keep its choice of batches."""
     if type(sampler) is BatchSampler:
         return BatchSampler(_Reordered(sampler.sampler, data, seed), sampler.batch_size, sampler.drop_last)
     return _copied(sampler, data)
@@ -109,7 +109,7 @@ class _Reordered(Sampler[int]):
 
 
 def _copied(sampler: Any, data: Any) -> Any:
-    """A copy of a sampler, over the same data, with random generators of its own in the same state."""
+    """Return a copy of a sampler, over the same data, with random generators of its own in the same state."""
     known: dict[int, Any] = {id(data): data}
     for holder in (sampler, getattr(sampler, "sampler", None)):
         for one in getattr(holder, "__dict__", {}).values():
@@ -120,7 +120,7 @@ def _copied(sampler: Any, data: Any) -> Any:
 
 
 def _without_workers(loader: DataLoader[Any]) -> Iterable[Any]:
-    """The same loader without workers, and with samplers and random generators of its own."""
+    """Return the same loader without workers, and with samplers and random generators of its own."""
     twin = copy.copy(loader)
     samplers = {name: _copied(getattr(loader, name), loader.dataset) for name in ("sampler", "batch_sampler")}
     alone = {"num_workers": 0, "timeout": 0, "persistent_workers": False, "_iterator": None, "generator": None}

@@ -1,4 +1,4 @@
-"""Reads the validation data of a Trainer into folds that its module validates alike."""
+"""Reads the validation data of a Trainer into folds. The module must log the same on them as on its own batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def folded(
     """Read the validation data into folds, and validate on it once.
 
     Args:
-        validation: Entered. All processes of its Trainer deal alike.
+        validation: Entered. All processes of its Trainer deal in the same way.
         seed: See `dealt`.
         cache_bytes: See `dealt`.
         by_rows: See `dealt`.
@@ -67,10 +67,10 @@ def whole_if_regrouping_matters(
 ) -> FoldedData:
     """Return the data in one fold if regrouping its samples changes what the module logs, else as it is.
 
-    Regrouping matters if the first dimension does not count samples, or if a value is no mean over samples.
+    Regrouping matters if the first dimension does not count samples, or if a value is not a mean over samples.
 
     Args:
-        validation: Entered. All processes of its Trainer decide alike.
+        validation: Entered. All processes of its Trainer make the same decision.
         data: As `folded` dealt it.
         logged: What the module logs on all of it.
         names: The logged values that are compared.
@@ -94,7 +94,7 @@ def rounding(trainer: Trainer) -> float:
 
 
 def _accepted(validation: IsolatedValidation, data: FoldedData) -> tuple[FoldedData, Logged]:
-    """The data, and what the module logs on it; in one fold if the module fails on regrouped samples."""
+    """Return the data, and what the module logs on it; in one fold if the module fails on regrouped samples."""
     if not data.regrouped or validation.trainer.world_size > 1:
         return data, data.validate(validation, data.first_tried)
     try:
@@ -106,7 +106,7 @@ def _accepted(validation: IsolatedValidation, data: FoldedData) -> tuple[FoldedD
 
 
 def _equal_in_all_processes(trainer: Trainer, data: FoldedData) -> FoldedData:
-    """The data as all processes can deal theirs: each has batches of its own, and all must validate equally often."""
+    """Return the data, dealt so that all processes validate equally often. Each process has batches of its own."""
     if trainer.world_size == 1:
         return data
     least, most = least_and_most(trainer, [data.folds, int(data.regrouped), data.at_once, data.at_least])

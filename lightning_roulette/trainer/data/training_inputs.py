@@ -145,7 +145,7 @@ def _see(validation: IsolatedValidation, batch: Any, spared: Sequence[Tensor]) -
 def _fewer(
     trainer: Trainer, validation: IsolatedValidation, module: LightningModule, batches: Sequence[Any]
 ) -> list[Any]:
-    """The same samples in fewer batches, if they can be joined and the network gives the same on them."""
+    """Return the same samples in fewer batches, if they can be joined and the network gives the same on them."""
     groups = _groups(batches)
     wholes = [_whole(group) for group in groups]
     first = next((pair for pair in zip(groups, wholes, strict=True) if len(pair[1]) < len(pair[0])), None)
@@ -154,7 +154,7 @@ def _fewer(
 
 
 def _groups(batches: Sequence[Any]) -> list[list[Any]]:
-    """Neighbouring batches that may be joined: of known numbers of samples, and not too large together."""
+    """Return neighbouring batches that may be joined: of known numbers of samples, and not too large together."""
     groups: list[list[Any]] = []
     size = 0
     for batch in batches:
@@ -174,7 +174,7 @@ def _whole(group: list[Any]) -> list[Any]:
 
 
 def _few_at_a_time(trainer: Trainer, validation: IsolatedValidation, batches: Sequence[Any]) -> list[Any]:
-    """The first samples in small batches, or in batches of the usual size if the module fails on small ones."""
+    """Return the first samples in small batches, or in batches of the usual size if the module fails on small ones."""
     pieces = pieces_of(batches)
     try:
         _see(validation, pieces[0], ())
@@ -189,7 +189,7 @@ def _few_at_a_time(trainer: Trainer, validation: IsolatedValidation, batches: Se
 def _gives_the_same(
     validation: IsolatedValidation, module: LightningModule, one: Sequence[Any], other: Sequence[Any]
 ) -> bool:
-    """Whether the sums of the outputs of each part agree on the same samples in other batches.
+    """Return whether the sums of the outputs of each part agree on the same samples in other batches.
 
     They do not if
 
@@ -208,7 +208,7 @@ def _gives_the_same(
 
 
 def _sums(validation: IsolatedValidation, module: LightningModule, batches: Sequence[Any]) -> dict[nn.Module, Tensor]:
-    """The sums of absolute values and of squares of the outputs of each part that has parameters of its own."""
+    """Return the sums of absolute values and of squares of the outputs of each part that has parameters of its own."""
     found: dict[nn.Module, Tensor] = {}
     others = parts_of_metrics(module)  # a loss or a metric is a mean over its batch
     parts = [one for one in module.modules() if one not in others and list(one.parameters(recurse=False))]

@@ -1,1 +1,1 @@
-"""Scores of pruned networks: which metric, on which data, for which samples."""
+"""Scores of pruned networks: the metric, its outcomes for single samples, and the evaluator."""

@@ -63,8 +63,8 @@ def calls_of(metric: Metric, module: nn.Module, loader: Callable[[], int | None]
         module: The module that holds it, alone or in a collection.
         loader: Returns the number of the loader that is being validated.
 
-    Returns:
-        A list. The calls are in it after the block.
+    Yields:
+        A list that holds the calls after the block.
     """
     group = _sharing(metric, module)
     found: dict[int, list[Call]] = {id(one): [] for one in group}
@@ -110,7 +110,7 @@ def close(one: float, other: float) -> bool:
 
 
 def _sharing(metric: Metric, module: nn.Module) -> list[Metric]:
-    """The metric and the other metrics of its collection."""
+    """Return the metric and the other metrics of its collection."""
     for part in module.modules():
         if isinstance(part, MetricCollection) and any(one is metric for one in part.values(copy_state=False)):
             return [metric, *(one for one in part.values(copy_state=False) if one is not metric)]
@@ -154,7 +154,7 @@ def _recording(metric: Metric, calls: list[Call], loader: Callable[[], int | Non
 
 
 def _means(calls: Sequence[Call], sign: int, value: float) -> Outcomes | None:
-    """The outcomes of a mean over numbers that were given batch by batch."""
+    """Return the outcomes of a mean over numbers that were given batch by batch."""
     numbers = [[torch.as_tensor(one, dtype=torch.float64).cpu() for one in call.arguments.values()] for call in calls]
     if not numbers or any(one.dim() for call in numbers for one in call):
         return None
@@ -170,7 +170,7 @@ def batches_of(values: Tensor, weights: Tensor, sign: int, value: float) -> Batc
 
 
 def _singles(metric: Metric, whole: Any, sign: int, value: float) -> Singles | None:
-    """The score of each sample, for a metric that is their mean; None if their mean is not `value`."""
+    """Return the score of each sample, for a metric that is their mean; None if their mean is not `value`."""
     scores = _samplewise(metric, whole)
     if scores is None or not close(float(scores.mean()), value):
         return None
@@ -179,7 +179,7 @@ def _singles(metric: Metric, whole: Any, sign: int, value: float) -> Singles | N
 
 
 def is_mean(metric: Metric) -> bool:
-    """Return whether the metric is a mean over samples, each between 0 and 1, whatever the data."""
+    """Return whether the metric is a mean over samples with scores in [0, 1], for any data."""
     whole = getattr(metric, "multidim_average", None) == "global" and getattr(metric, "ignore_index", None) is None
     single = isinstance(metric, MulticlassAccuracy) or getattr(metric, "top_k", 1) == 1
     return type(metric) in _SAMPLEWISE and whole and single and getattr(metric, "average", "micro") == "micro"
@@ -212,7 +212,7 @@ def _score(metric: Metric, whole: Any) -> float:
 
 
 def _split(whole: Mapping[int | str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments by position, and those by name."""
+    """Return the arguments by position, and those by name."""
     positional = [one for name, one in whole.items() if isinstance(name, int)]
     return positional, {name: one for name, one in whole.items() if isinstance(name, str)}
 

@@ -74,7 +74,7 @@ class Watched:
     Attributes:
         name: The name of the metric, if there is one.
         mode: `"max"`, `"min"`, or None if unknown.
-        by: Who watches it, for the log.
+        by: What watches it, for the log.
     """
 
     name: str | None
@@ -135,12 +135,12 @@ def find_metric(
         watched: What callbacks and schedulers watch.
         monitor: The name of the metric, or None.
         mode: `"max"`, `"min"`, or None.
-        tolerance: The tolerance of the search. If it is above 0, a name must be unambiguous, as its units matter.
+        tolerance: The tolerance of the search. If it is above 0, its units matter, so the choice must be unambiguous.
         rank_by: The name of the metric that ranks, or None.
 
     Raises:
-        RuntimeError: If the metric was not logged or is not one number, if none or several could be meant, or if the
-            direction cannot be told. The message lists what was logged.
+        RuntimeError: If the metric was not logged or is not one number, or if the metric or its direction is ambiguous.
+            The message lists what was logged.
     """
     values = {name: value for name, value in logged.values.items() if _first_name(name, logged) == name}
     if monitor is None:
@@ -207,19 +207,19 @@ def _direction(monitor: str, logged: Logged, watched: Sequence[Watched], argumen
 
 
 def _first_name(name: str, logged: Logged) -> str:
-    """The name `x` of a metric that is logged as `x` and `x_epoch`, as Lightning does for steps and epochs."""
+    """Return the name `x` of a metric that is logged as `x` and `x_epoch`, as Lightning does for steps and epochs."""
     stem, mark, loader = name.partition(LOADER)
     first = stem.removesuffix("_epoch") + mark + loader
     return first if first in logged.values else name
 
 
 def _plain(name: str) -> str:
-    """The name that was given to `self.log`, without the number of the loader that Lightning appends."""
+    """Return the name that was given to `self.log`, without the number of the loader that Lightning appends."""
     return name.partition(LOADER)[0]
 
 
 def _tells(name: str, words: Collection[str]) -> bool:
-    """Whether one of some words is in a name."""
+    """Return whether one of some words is in a name."""
     parts = [part for part in re.split(r"[^a-z0-9]+", _plain(name).lower()) if part]
     forms = {form for part in parts for form in (part, part.removesuffix("score"), part.rstrip("0123456789"))}
     return any(form in words or form.endswith(tuple(w for w in _ENDINGS if w in words)) for form in forms)

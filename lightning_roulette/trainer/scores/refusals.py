@@ -33,7 +33,7 @@ def refuse_if_blind(validation: IsolatedValidation, data: FoldedData, weights: _
     Args:
         validation: Entered.
         data: The validation data.
-        weights: The prunable parameters after training. Before it, a network may well be no better than zeros.
+        weights: The prunable parameters after training. Before training, a network may be no better than zeros.
 
     Raises:
         RuntimeError: If all values are equal on all folds.
@@ -53,7 +53,7 @@ def refuse_too_few_samples(
 
     Args:
         samples: The number of samples of all the validation data; None if unknown.
-        judged_by: The torchmetrics object that is monitored; None if a plain number is.
+        judged_by: The torchmetrics object that is monitored; None if a plain number is monitored.
         confidence: The confidence asked for.
         tolerance: The tolerance asked for.
         confirm: Share of the samples that is held out.

@@ -77,12 +77,12 @@ class ValidationSetup:
         """Find the metric among what a validation logged, outside an isolated validation.
 
         Raises:
-            RuntimeError: If the metric is not there, or cannot be told. If a callback logs it, the message says so.
+            RuntimeError: If the metric is missing or ambiguous. If a callback logs it, the message says so.
         """
         return self._find(logged, watched_in(self.trainer), contextlib.nullcontext)
 
     def _find(self, logged: Logged, watched: Sequence[Watched], leave: Callable[[], object]) -> MonitoredMetric:
-        """See `metric`. If it is not found, `leave` leaves the isolated validation: callbacks are then tried."""
+        """See `metric`. If it is not found, call `leave` to end the isolated validation, and try the callbacks."""
         try:
             return find_metric(logged, watched, self.monitor, self.mode, self.tolerance, self.choices.rank_by)
         except RuntimeError as error:
@@ -95,7 +95,7 @@ class ValidationSetup:
             ) from None
 
     def _callback_that_logs_it(self, logged: Logged) -> str | None:
-        """The class of a callback that logs the metric, if the metric is missing and one does."""
+        """Return the class of a callback that logs the missing metric; None if no callback logs it."""
         if self.monitor in logged.values or (self.monitor is None and logged.values):
             return None
         unlikely = (type(self.caller), Checkpoint, EarlyStopping, ProgressBar)

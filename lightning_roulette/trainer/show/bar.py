@@ -15,10 +15,10 @@ from lightning_roulette.trainer.show.display import Display
 
 
 class Line:
-    """A line in a progress bar; this one is for Trainers without a bar of a known kind, and shows nothing."""
+    """A line in a progress bar. This base class shows nothing; it is used if the Trainer has no known bar."""
 
     def show(self, text: str, done: int, total: int) -> None:
-        """Show `text`, and that `done` of `total` candidates are validated."""
+        """Show `text`, and `done` of `total` steps."""
 
     def close(self) -> None:
         """Remove the line."""
@@ -73,7 +73,7 @@ def line_of(trainer: Trainer) -> Line:
 
 
 class ProgressLine(Display):
-    """Shows the candidates of the present level in the progress bar.
+    """Shows the candidates of the current level in the progress bar.
 
     Args:
         trainer: The Trainer whose bar is used.

@@ -37,7 +37,7 @@ class Curves(Display):
     | `roulette/branch/min`, `/median`, `/max` | spread of the scores of the candidates |
     | `roulette/density/<parameter>` | share of the weights of a parameter that is kept |
 
-    TensorBoard also gets a layout of charts, and the report as a table in its text tab, with the failed levels.
+    TensorBoard also gets a layout of charts, and the report with all levels as a table in its text tab.
 
     Args:
         trainer: The Trainer whose loggers are used.

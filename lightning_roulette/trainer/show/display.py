@@ -1,4 +1,4 @@
-"""What may be shown of a search, one method for each step. A new display is a subclass, named in `show.py`."""
+"""The base class of displays, with one method for each step of a search. New displays are listed in `show.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_roulette.report.report import SearchReport
 
 
 class Display:
-    """Shows the steps of a search; this one shows nothing. All scores are in the units of the metric.
+    """Shows the steps of a search. This base class shows nothing. All scores are in the units of the metric.
 
     Args:
         trainer: The Trainer whose network is pruned.
@@ -25,7 +25,7 @@ class Display:
         Args:
             report: The report so far.
             mask: The mask of the dense network.
-            work: How many validations of one network on all folds a level will take.
+            work: Expected work of one level, in validations of one network on all folds.
         """
 
     def on_candidate(self, level: int, done: int, planned: int, best: float | None, sparsity: float) -> None:
@@ -33,9 +33,9 @@ class Display:
 
         Args:
             level: The number of the level.
-            done: How many judgements of the level are done.
-            planned: About how many there will be.
-            best: The best score so far; None if there is none.
+            done: Validations of candidates of this level so far.
+            planned: Expected number of these validations.
+            best: The best score so far; None if no score is a number yet.
             sparsity: The sparsity of every candidate of the level.
         """
 
@@ -51,7 +51,7 @@ class Display:
         Args:
             report: The report so far.
             mask: The mask of the slimmest network that held.
-            epoch: How many epochs are trained.
+            epoch: Number of trained epochs.
         """
 
     def on_cut(self, report: SearchReport, mask: Mask) -> None:
@@ -61,4 +61,4 @@ class Display:
         """The search has ended, and its winner was loaded."""
 
     def close(self) -> None:
-        """Nothing more will be shown, also after an error."""
+        """Nothing more will be shown. This is also called after an error."""

@@ -76,7 +76,7 @@ class LogLines(Display):
         self._say(f"cut to level {level.level}: sparsity {level.sparsity:.2%}, {report.monitor} {level.score:.6g}")
 
     def on_end(self, report: SearchReport) -> None:
-        """Say what came out, and why the search ended."""
+        """Say the result, and why the search ended."""
         for sentence in report.summary():
             self._say(sentence)
 

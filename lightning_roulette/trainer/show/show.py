@@ -27,7 +27,7 @@ class Show(Observer):
 
     Args:
         trainer: The Trainer whose network is pruned.
-        metric: What the scores mean.
+        metric: The metric of the scores.
     """
 
     def __init__(self, trainer: Trainer, metric: MonitoredMetric) -> None:
@@ -73,7 +73,7 @@ class Show(Observer):
 
 
 class ShowBetweenEpochs(Show):
-    """Shows the judgements and cuts between two epochs: the steps of the search behind a cut are not shown."""
+    """Shows the judgements and cuts between two epochs. The steps of a level's search are not shown."""
 
     def on_dense(self, so_far: Winner, work: float) -> None:
         """Show nothing: this is the network as trained, which may be pruned already."""

@@ -1,6 +1,6 @@
 """Validation of a network that is lent: loggers, callbacks and random state are left untouched.
 
-This room is the only place that touches what a Trainer keeps private. This file swaps `val_loop`, `_logger_connector`,
+Only this folder touches private attributes of a Trainer. This file swaps `val_loop`, `_logger_connector`,
 `_loggers`, `_last_val_time` and `_limits` of the loaders, and the module's `_current_fx_name`. The names are those of
 lightning 2.6. No public interface validates inside `fit`: `trainer.validate` ends the fit.
 """
@@ -119,7 +119,7 @@ class IsolatedValidation:
         return self._loop.lengths()
 
     def samples(self) -> int | None:
-        """Return the number of samples of all loaders, or None if one of them does not tell."""
+        """Return the number of samples of all loaders; None if it is unknown."""
         self._load()
         return self._loop.samples()
 
@@ -188,7 +188,7 @@ class IsolatedValidation:
         Args:
             batches: Each with the number of its loader, in the order of the loaders.
             recorded: Whether to record the values of each batch.
-            counts: The number of batches of each loader, for a module that asks. None: the number its loader gives.
+            counts: The number of batches of each loader, for a module that asks for it. None: the true numbers.
 
         Returns:
             What was logged.
@@ -278,7 +278,7 @@ class IsolatedValidation:
             surely(lambda: self._snapshot.restore_module(spared))
 
     def _collect_in(self, results: _ResultCollection) -> None:
-        """Have a validation log to a fresh connector. The module may read there what was logged before."""
+        """Let a validation log to a fresh connector. The module can read there what was logged before."""
         fresh = _LoggerConnector(self.trainer)
         fresh._callback_metrics = CallbackMetrics(self._users._callback_metrics)
         fresh._logged_metrics = dict(self._users._logged_metrics)

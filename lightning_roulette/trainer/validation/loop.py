@@ -89,16 +89,16 @@ class BorrowedLoop(_EvaluationLoop):
         return [min(counts) if self._combined_loader._mode == "min_size" else max(counts)]
 
     def samples(self) -> int | None:
-        """Return the number of samples of all loaders, or None if one of them does not tell."""
+        """Return the number of samples of all loaders; None if it is unknown."""
         counts = [_samples(loader, most) for loader, most in zip(self.loaders, self._max_batches, strict=True)]
         return None if None in counts else sum(count or 0 for count in counts)
 
     def at_most(self, batches: float) -> AbstractContextManager[None]:
-        """Inside the block the loop validates at most so many batches of each loader."""
+        """Inside the block the loop validates at most this many batches of each loader."""
         return self._with_lengths([min(count, batches) for count in self._max_batches])
 
     def telling(self, counts: Sequence[int] | None) -> AbstractContextManager[None]:
-        """Inside the block a module that asks for the number of batches gets these; None: the true ones."""
+        """Inside the block a module that asks for the numbers of batches gets `counts`. None: the true numbers."""
         if counts is None:
             return nullcontext()
         return self._with_lengths([*counts] if self._is_sequential else [*counts] * len(self._max_batches))
@@ -113,7 +113,7 @@ class BorrowedLoop(_EvaluationLoop):
             yield transferred(self.trainer, batch, loader), loader
 
     def close(self) -> None:
-        """End the workers of loaders that the user's loop does not share, as persistent workers would go on."""
+        """End the workers of loaders that the user's loop does not share. Persistent workers would go on."""
         if self._data_fetcher is not None and self._combined_loader is not self._shared:
             self._data_fetcher.teardown()
 
@@ -147,7 +147,7 @@ def combined_like(combined: CombinedLoader, loaders: Any) -> CombinedLoader:
 
 
 def _samples(loader: Any, batches: float) -> int | None:
-    """The samples in so many batches of a loader, if it is a plain one."""
+    """Return the number of samples in the first batches of a loader; None if it is not a plain loader."""
     sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
     if not isinstance(size, int) or not isinstance(sampler, Sized) or math.isinf(batches):
         return None

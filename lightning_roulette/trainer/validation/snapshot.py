@@ -1,4 +1,4 @@
-"""What a validation may change, and how it is put back: the module, learning rates, loaders and random states."""
+"""The state that a validation may change and that is put back: module, learning rates, loaders, random states."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Snapshot:
 class PlainAttributes:
     """The plain attributes of some objects, and the contents of the lists, dicts and sets in them.
 
-    Containers keep their identity. Copies by `copy` or by lightning-utilities do not: others may hold the same list.
+    Containers keep their identity, because other objects may hold the same list.
 
     Args:
         holders: The `vars` of each object. The attributes that `nn.Module` itself needs are left alone.
@@ -150,7 +150,7 @@ def _random_states() -> dict[str, Any]:
 
 
 def _with_inner(schedulers: Sequence[Any]) -> list[Any]:
-    """Learning rate schedulers, and the schedulers that they are made of."""
+    """Learning rate schedulers, and the schedulers inside them."""
     inner = [one for outer in schedulers for one in getattr(outer, "_schedulers", ())]
     return [*schedulers, *(_with_inner(inner) if inner else [])]
 

@@ -25,11 +25,11 @@ _HOOKS += ("on_validation_batch_end", "on_validation_epoch_end", "on_validation_
 
 
 class Steps:
-    """Takes the validation steps of a module. Runs only hooks that someone overrides.
+    """Takes the validation steps of a module. Runs only hooks that are overridden.
 
     Args:
-        trainer: A Trainer whose callbacks are muted.
-        loop: Its evaluation loop. Its loaders are known.
+        trainer: A Trainer with muted callbacks.
+        loop: Its evaluation loop, with known loaders.
     """
 
     def __init__(self, trainer: Trainer, loop: BorrowedLoop) -> None:
@@ -44,7 +44,7 @@ class Steps:
 
         Args:
             batches: Each with the number of its loader, in the order of the loaders.
-            counts: The number of batches of each loader that a step is told. None: the true ones.
+            counts: The number of batches of each loader that a step is told. None: the true numbers.
         """
         connector = self._trainer._logger_connector
         self._start()
