@@ -22,7 +22,7 @@ NAN, INF = math.nan, math.inf
             (lambda bounds=bounds: Singles(torch.zeros(3), *bounds), "low and high")
             for bounds in [(1, 0), (0, 0), (0, INF), (-INF, 0), (NAN, 1)]
         ),
-        (lambda: Singles(torch.tensor([0.5, 1.5, 0.0]), 0, 1), r"values hold 1.5.*allowed is \[0, 1\]"),
+        (lambda: Singles(torch.tensor([0.5, 1.5, 0.0]), 0, 1), r"values hold 1.5, but must lie in \[0, 1\]"),
         (lambda: Singles(torch.zeros(3, 2), 0, 1), "one dimension"),
         (lambda: Batches(torch.tensor(1.0), torch.tensor(1.0)), "one dimension"),
         (lambda: Batches(torch.zeros(3), torch.ones(2)), "weights have shape"),
