@@ -55,6 +55,9 @@ class FoldedData:
         """The folds of the first validation. Afterwards `altered` tells about these folds."""
         return range(1)
 
+    def fetch(self, folds: Sequence[int]) -> None:
+        """Read the batches of some folds into memory, if they fit. Call it before weights are lent."""
+
     def altered(self) -> bool:
         """Return whether a validation has written into a tensor that is kept."""
         return False
@@ -221,12 +224,17 @@ class StreamedData(FoldedData):
         self._tensors: list[Tensor] = []
         self._before: list[int] = []
 
+    def fetch(self, folds: Sequence[int]) -> None:
+        """See `FoldedData`."""
+        fits = sum(self._bytes[fold] for fold in folds) <= self._most
+        if fits and not self._kept.keys() >= set(folds):
+            self._keep(folds)
+
     def of(self, folds: Sequence[int]) -> Iterator[tuple[Any, int]]:
         """See `FoldedData`."""
+        self.fetch(folds)
         if not self._kept.keys() >= set(folds):
-            if sum(self._bytes[fold] for fold in folds) > self._most:
-                return ((batch, loader) for loader, _, batch in self._batches(folds))
-            self._keep(folds)
+            return ((batch, loader) for loader, _, batch in self._batches(folds))
         found = sorted((one for fold in folds for one in self._kept[fold]), key=lambda one: one[:2])
         return ((rebuilt(batch, self._copies), loader) for loader, _, batch in found)
 

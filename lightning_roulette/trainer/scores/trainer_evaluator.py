@@ -55,6 +55,7 @@ class TrainerEvaluator(Evaluator):
 
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
         """Return the scores of a candidate on the union of some folds."""
+        self._data.fetch(folds)  # reading restores the module, and must not see lent weights or metrics that are heard
         with self._as(candidate):
             return self._scores(self._data.validate(self._validation, folds))
 
@@ -100,6 +101,7 @@ class RecordingEvaluator(TrainerEvaluator):
         """Return the scores of a candidate, and the outcomes of single samples or of single batches, if known."""
         if self._trainer.world_size > 1:  # a process sees only its own samples
             return self(candidate, folds), None
+        self._data.fetch(folds)
         if (judged_by := self._judged_by) is None:
             with self._as(candidate):
                 logged = self._data.record(self._validation, folds)

@@ -774,3 +774,12 @@ def test_a_network_that_cannot_be_compared_with_the_dense_one_is_not_an_error(fi
     fit(pruning, module=Macro(), max_epochs=3)
     assert len(pruning.report.accepted) == 3
     assert all(level.error >= 0 for level in pruning.report.accepted)
+
+
+@pytest.mark.parametrize("cache_bytes", [2**31, 9_000, 0])  # all data, half of it and none of it is kept
+def test_samples_are_recorded_however_much_data_is_kept(make_trainer, cache_bytes):
+    how = Validation(cache_bytes=cache_bytes)
+    pruning = RouletteWheelPruning(3, refit=None, tolerance=1.0, tree=Tree(0.3, max_levels=1), validation=how)
+    make_trainer(callbacks=[pruning], max_epochs=1).fit(Blobs(), train_loader(), val_loader(batch_size=10))
+    assert pruning.report.samples == 100
+    assert pruning.report.levels[0].held_out_error >= 0
