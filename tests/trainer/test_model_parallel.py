@@ -163,7 +163,7 @@ def test_training_that_follows_a_search_holds_the_zeros(ranks, dense):
     assert found["report"]["trained_score"] is not None
     for weight, kept in found["mask"].items():
         assert torch.equal(found["weights"][weight] != 0, kept)
-        assert share_moved(found["weights"][weight], dense[weight], kept) > 0.8
+        assert share_moved(found["weights"][weight], dense[weight], kept) > 0.5
 
 
 def test_zeros_of_a_pruned_file_are_found_and_held(ranks):
@@ -172,7 +172,7 @@ def test_zeros_of_a_pruned_file_are_found_and_held(ranks):
     assert first["gradient"] == first["memory"] == 0.0
     for weight, kept in first["mask"].items():
         assert torch.equal(first["weights"][weight] != 0, kept)
-        assert share_moved(first["weights"][weight], first["before"][weight], kept) > 0.8
+        assert share_moved(first["weights"][weight], first["before"][weight], kept) > 0.5
 
 
 if __name__ == "__main__":
