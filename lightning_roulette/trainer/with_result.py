@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -11,7 +12,7 @@ from torch import Tensor
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.report.report import SearchReport
 from lightning_roulette.trainer.choices import Choices
-from lightning_roulette.trainer.hold_zeros import ZeroHolder
+from lightning_roulette.trainer.hold_zeros import ZeroHolder, Zeros
 from lightning_roulette.trainer.persistence import Result
 from lightning_roulette.trainer.spawned import Handover
 
@@ -69,7 +70,8 @@ class WithResult(ZeroHolder):
         return self._result.held
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_found": self._result}
+        # also for copy.copy, whose copy must not share what is found later
+        return {**vars(self), "_found": copy.copy(self._result), "_zeros": Zeros()}
 
     @property
     def _result(self) -> Result:

@@ -1,8 +1,8 @@
-"""Two ways to copy an object."""
+"""Ways to copy an object."""
 
 from __future__ import annotations
 
 import copy
 import pickle
 
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda one: pickle.loads(pickle.dumps(one))}
+COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda one: pickle.loads(pickle.dumps(one))}
