@@ -66,9 +66,6 @@ class Zeros:
     def __bool__(self) -> bool:
         return self._hold is not None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_hold": None}  # hooks belong to one run, so that a copy holds nothing
-
 
 def load_into_average(trainer: Trainer, module: LightningModule) -> None:
     """Make a WeightAveraging continue from the module as it is now, because it did not see that weights were loaded."""
@@ -92,6 +89,9 @@ class ZeroHolder(Callback):
 
     def __init__(self) -> None:
         self._zeros = Zeros()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_zeros": Zeros()}  # hooks belong to one run, so that a copy holds nothing
 
     def held(self) -> Mask | None:
         """Return the mask whose zeros are held; None if no zeros are held."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.report.report import SearchReport
 from lightning_roulette.trainer.choices import Choices
-from lightning_roulette.trainer.hold_zeros import ZeroHolder, Zeros
+from lightning_roulette.trainer.hold_zeros import ZeroHolder
 from lightning_roulette.trainer.persistence import Result
 from lightning_roulette.trainer.spawned import Handover
 
@@ -71,7 +71,7 @@ class WithResult(ZeroHolder):
 
     def __getstate__(self) -> dict[str, Any]:
         # also for copy.copy, whose copy must not share what is found later
-        return {**vars(self), "_found": copy.copy(self._result), "_zeros": Zeros()}
+        return {**super().__getstate__(), "_found": copy.copy(self._result)}
 
     @property
     def _result(self) -> Result:
