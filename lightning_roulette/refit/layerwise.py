@@ -95,19 +95,25 @@ class Layerwise:
     ) -> CallLoop[None]:
         """Collect the inputs of each step, refit it, and go on to the next step."""
         for step in self._traversal.order:
-            if not step.layers:
+            if step.layers:
+                yield from self._refit_layers(step, mask, solver, dense, reasons)
+            else:
                 yield from self._normalise(step)
-                continue
+
+    def _refit_layers(
+        self, step: Step, mask: Mask, solver: Solver, dense: Mapping[str, Tensor], reasons: dict[str, str]
+    ) -> CallLoop[None]:
+        """Collect the inputs of a step with layers, and refit them. The Gram sums are freed at the end."""
+        try:
+            sums = yield from self._sums_of(step, dense)
+        except NotKept as reason:
+            reasons |= {layer.name: str(reason) for layer in step.layers}
+            return
+        for layer, layer_sums in sums.items():
             try:
-                sums = yield from self._sums_of(step, dense)
+                self._fit(layer, layer_sums, mask, solver)
             except NotKept as reason:
-                reasons |= {layer.name: str(reason) for layer in step.layers}
-                continue
-            for layer, layer_sums in sums.items():
-                try:
-                    self._fit(layer, layer_sums, mask, solver)
-                except NotKept as reason:
-                    reasons[layer.name] = str(reason)
+                reasons[layer.name] = str(reason)
 
     def _normalise(self, step: Step) -> CallLoop[None]:
         """Set a batch normalisation's running statistics to the mean and variance of its inputs."""
@@ -135,10 +141,7 @@ class Layerwise:
                 outputs = self._computed_outputs(step, batch, dense)
             for number, wanted in enumerate(outputs):
                 call = Call(step, batch, number)
-                given = yield call
-                if given is None:
-                    raise NotKept("the pruned network does not call it as the dense network does")
-                self._add(sums, call, given, wanted)
+                self._add(sums, call, (yield call), wanted)
         if is_first and self._no_mask_changes_inputs_of(step):
             self._first_sums = sums
         return sums
@@ -148,7 +151,9 @@ class Layerwise:
             copy_into(self.tensors, {name: dense[name] for name in self.tensors})
             return self._dense_outputs.computed(self._traversal, step, batch)
 
-    def _add(self, sums: Mapping[Layer, LayerSums], call: Call, given: Given, outputs: Outputs) -> None:
+    def _add(self, sums: Mapping[Layer, LayerSums], call: Call, given: Given | None, outputs: Outputs) -> None:
+        if given is None:
+            raise NotKept("the pruned network does not call it as the dense network does")
         for (layer, layer_sums), (count, wanted) in zip(sums.items(), outputs, strict=True):
             rows = self._sampler.rows(layer, call, given)
             if rows.count != count:
