@@ -21,7 +21,8 @@ from lightning_roulette.wheel.level import LevelWheel
 class Drawing:
     """Draws the candidates of every level of a search.
 
-    Importance and wheel are computed once for each parent. All its candidates, and those of retries, share them.
+    Importance is computed once for each parent. All its candidates, and those of retries, share it. They share the
+    wheel too, unless each has its own importance factors.
 
     Args:
         wheel: How candidates are drawn.
@@ -42,7 +43,7 @@ class Drawing:
         self._fallback = ""
         self._parent: Mask | None = None
         self._importance: Mapping[str, Tensor] = {}
-        self._level_wheel: LevelWheel
+        self._level_wheel: LevelWheel | None = None
 
     @property
     def in_words(self) -> str:
@@ -50,7 +51,7 @@ class Drawing:
         return self._fallback or (self._kind if isinstance(self._kind, str) else "a function")
 
     def prepare(self, state: State) -> None:
-        """Compute importance and wheel of the parent, unless that was done.
+        """Compute the importance of the parent, and the wheel if candidates share it, unless that was done.
 
         Raises:
             ValueError: If the importance that the user asked for needs derivatives, and there are none.
@@ -58,13 +59,7 @@ class Drawing:
         if self._parent is state.parent:
             return
         self._importance = self._importance_of(state)
-        self._level_wheel = LevelWheel(
-            self._importance,
-            state.parent,
-            sharpness=self._wheel.sharpness,
-            scope=self._wheel.scope,
-            shards=self._shards,
-        )
+        self._level_wheel = None if self._allocation else self._wheel_of(self._importance, state.parent)
         self._parent = state.parent
 
     def spin(self, state: State, draws: int, candidate: int) -> Mask:
@@ -76,10 +71,9 @@ class Drawing:
             candidate: Index of the candidate among all of its level.
         """
         level_wheel = self._level_wheel
-        if self._allocation:
+        if level_wheel is None:
             factors = {name: math.exp(value) for name, value in self.factors(state, candidate).items()}
-            importance = weighed(self._importance, factors)
-            level_wheel = LevelWheel(importance, state.parent, sharpness=self._wheel.sharpness, shards=self._shards)
+            level_wheel = self._wheel_of(weighed(self._importance, factors), state.parent)
         return level_wheel.spin(draws, seed=self._seed, level=state.next_level, candidate=candidate)
 
     def factors(self, state: State, candidate: int) -> Mapping[str, float]:
@@ -90,6 +84,10 @@ class Drawing:
             name: before + self._allocation * normal(stream(self._seed, state.next_level, candidate, name))
             for name, before in state.factors.items()
         }
+
+    def _wheel_of(self, importance: Mapping[str, Tensor], parent: Mask) -> LevelWheel:
+        wheel = self._wheel
+        return LevelWheel(importance, parent, sharpness=wheel.sharpness, scope=wheel.scope, shards=self._shards)
 
     def _importance_of(self, state: State) -> Mapping[str, Tensor]:
         weights = self._weights(state)
