@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lightning_roulette.mask.history import History
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.network.lending import copy_into, named_tensors
+from lightning_roulette.report.report import SearchReport
 from lightning_roulette.trainer.between_epochs import BetweenEpochs
 from lightning_roulette.trainer.fit_state import FitState
 from lightning_roulette.trainer.hold_zeros import load_into_average
@@ -62,9 +64,7 @@ def _take_judgement(
     fit: FitState, cuts: BetweenEpochs, held: bool, metric: MonitoredMetric, shown: ShowBetweenEpochs
 ) -> None:
     """Take over the report. Keep and save a network that held; the first is the dense one."""
-    report, history = cuts.gradual.found
-    report = metric.units_of(report)
-    fit.result.report, fit.result.history = report, history
+    report, history = _take_report(fit, cuts, metric)
     shown.on_judged(report, history.mask, fit.trainer.current_epoch)
     if not held:
         return
@@ -82,8 +82,13 @@ def _train_on(
     copy_into(named_tensors(fit.module), network.weights)
     if network.refitted:
         load_into_average(fit.trainer, fit.module)
-    report, history = cuts.gradual.found
-    report = metric.units_of(report)
-    fit.result.report, fit.result.history = report, history
+    report, _ = _take_report(fit, cuts, metric)
     shown.on_cut(report, network.mask)
     fit.hold_zeros()
+
+
+def _take_report(fit: FitState, cuts: BetweenEpochs, metric: MonitoredMetric) -> tuple[SearchReport, History]:
+    """Take over the report, in units of the metric, and the masks of all levels. Return both."""
+    report, history = cuts.gradual.found
+    fit.result.report, fit.result.history = metric.units_of(report), history
+    return fit.result.report, history
