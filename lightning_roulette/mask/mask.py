@@ -32,9 +32,8 @@ class Mask(Mapping[str, Tensor]):
     """
 
     def __init__(self, kept: Mapping[str, Tensor | Bits]) -> None:
-        for name, tensor in {}.items() if isinstance(kept, Mask) else kept.items():
-            if isinstance(tensor, Tensor) and tensor.dtype != torch.bool:
-                raise TypeError(f"the mask of {name!r} is {tensor.dtype}, but must be torch.bool (True = kept).")
+        if not isinstance(kept, Mask):
+            _check_types(kept)
         self._flags = {name: packed_if_large(flags) for name, flags in flags_of(kept).items()}
         self._counts: dict[str, int] | None = None
         self._digest = b""
@@ -165,6 +164,12 @@ class Mask(Mapping[str, Tensor]):
 def flags_of(mask: Mapping[str, Tensor | Bits]) -> Mapping[str, Flags]:
     """Each tensor of a mask, or of a plain mapping, as `Flags`. Nothing is unpacked."""
     return mask.flags if isinstance(mask, Mask) else {name: as_stored(kept) for name, kept in mask.items()}
+
+
+def _check_types(kept: Mapping[str, Tensor | Bits]) -> None:
+    for name, tensor in kept.items():
+        if isinstance(tensor, Tensor) and tensor.dtype != torch.bool:
+            raise TypeError(f"the mask of {name!r} is {tensor.dtype}, but must be torch.bool (True = kept).")
 
 
 def sparsity(tensors: Mapping[str, Tensor]) -> float:

@@ -111,20 +111,21 @@ def search(
     """
     check_search(branches, tolerance, target_sparsity, confidence, wheel, tree, validation, seed)
     check_network(weights, evaluate, refit, calibration, wheel)
+    branches, seed = int(branches), int(seed)
     judge = Judge(evaluate, validation.confirm)
     refitter = Refitter(weights, refit_of(refit), calibration)
     run, state = begin(
         judge,
         refitter,
-        Drawing(wheel, refitter, branches, int(seed)),
+        Drawing(wheel, refitter, branches, seed),
         observer or Observer(),
-        branches=int(branches),
+        branches=branches,
         tolerance=float(tolerance),
         confidence=confidence,
         race=validation.race,
-        seed=int(seed),
+        seed=seed,
     )
-    policy = policy or Levels(tree, int(branches), wheel.scope, target_sparsity)
+    policy = policy or Levels(tree, branches, wheel.scope, target_sparsity)
     while isinstance(step := policy.next(state), Step):
         state = try_level(run, state, step)
     return run.winner(confirm(run, state), reason=step)
