@@ -8,7 +8,7 @@ from dataclasses import fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from lightning_roulette.report.records import Candidate, Level, Method, StopReason
+from lightning_roulette.report.records import Candidate, Level, Method, Skipped, StopReason
 
 if TYPE_CHECKING:
     from lightning_roulette.report.report import SearchReport
@@ -22,7 +22,7 @@ RENAMED = {
 }
 
 
-def written(record: SearchReport | Level | Candidate) -> dict[str, Any]:
+def written(record: SearchReport | Level | Candidate | Skipped) -> dict[str, Any]:
     """Return the fields of a record as plain values. NaN and infinities become strings, enum members their names."""
     return {one.name: _plain(getattr(record, one.name)) for one in fields(record)}
 
@@ -30,7 +30,7 @@ def written(record: SearchReport | Level | Candidate) -> dict[str, Any]:
 def read(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a `SearchReport` from the dictionary that `written` returned."""
     record = _renamed(record)
-    numbers = _numbers(record, "dense_score", "tolerance", "score", "trained_score", "held_out_dense")
+    numbers = _numbers(record, "dense_score", "tolerance", "score", "trained_score", "held_out_dense", "dense_measured")
     return {
         **record,
         **numbers,
@@ -38,11 +38,13 @@ def read(record: Mapping[str, Any]) -> dict[str, Any]:
         "stop_reason": StopReason[record["stop_reason"]] if record["stop_reason"] else None,
         "method": Method[record["method"]] if record.get("method") else None,
         "folds": tuple(record["folds"]),
+        "skipped": tuple(Skipped(**{**one, "names": tuple(one["names"])}) for one in record.get("skipped", ())),
+        "notes": tuple(record.get("notes", ())),
     }
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Candidate | Level):
+    if isinstance(value, Candidate | Level | Skipped):
         return written(value)
     if isinstance(value, Enum):
         return value.name

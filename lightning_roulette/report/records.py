@@ -34,6 +34,21 @@ class StopReason(Enum):
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """Parameters that are not prunable for the same reason.
+
+    Attributes:
+        names: Names of the parameters.
+        weights: Number of their weights.
+        why: The reason, in a few words.
+    """
+
+    names: tuple[str, ...]
+    weights: int
+    why: str
+
+
+@dataclass(frozen=True)
 class Scores:
     """The scores of one network. Larger is better for all of them, and NaN never wins.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_roulette.report import plain, table
-from lightning_roulette.report.records import Level, Method, StopReason, negated
+from lightning_roulette.report.records import Level, Method, Skipped, StopReason, negated
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class SearchReport:
         refit: Refit that was applied to the levels, in words; empty if there was none.
         left_alone: Reasons why a prunable weight was not refitted, by its name.
         gradual: Whether the network was trained after each cut before the level was judged.
+        matrices: Number of weights in all parameters with at least two dimensions; 0 if it is unknown.
+        skipped: The parameters among them that are not prunable, largest first.
+        dense_measured: Metric of the dense network on all validation data, like `score`; None if it was not measured.
+        notes: What else the reader of the report must know, in sentences.
     """
 
     monitor: str
@@ -66,6 +70,10 @@ class SearchReport:
     refit: str = ""
     left_alone: Mapping[str, str] = field(default_factory=dict, hash=False)
     gradual: bool = False
+    matrices: int = 0
+    skipped: tuple[Skipped, ...] = ()
+    dense_measured: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def floor(self) -> float:

@@ -51,7 +51,7 @@ def end_cuts(fit: FitState, cuts: BetweenEpochs) -> None:
         cuts.load_kept(fit.module)
         load_into_average(fit.trainer, fit.module)
         cuts.over = True
-        report = judges.metric.units_of(cuts.gradual.ended())
+        report = fit.report_of(cuts.gradual.ended(), judges.metric)
         fit.hold_zeros()
         report = result.report = replace(report, score=measured(fit, report.monitor, judges.data))
         result.measured_at_step = fit.trainer.global_step
@@ -90,5 +90,5 @@ def _train_on(
 def _take_report(fit: FitState, cuts: BetweenEpochs, metric: MonitoredMetric) -> tuple[SearchReport, History]:
     """Take over the report, in units of the metric, and the masks of all levels. Return both."""
     report, history = cuts.gradual.found
-    fit.result.report, fit.result.history = metric.units_of(report), history
+    fit.result.report, fit.result.history = fit.report_of(report, metric), history
     return fit.result.report, history

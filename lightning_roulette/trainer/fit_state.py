@@ -26,12 +26,14 @@ If `searches` is False, no hook refuses, searches or cuts, but zeros are held.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_roulette.report.report import SearchReport
 from lightning_roulette.trainer.choices import Choices
+from lightning_roulette.trainer.facts import Facts
 from lightning_roulette.trainer.files import RunFiles
 from lightning_roulette.trainer.hold_zeros import Zeros
 from lightning_roulette.trainer.persistence import Progress, Result
@@ -64,6 +66,7 @@ class FitState:
         epoch: The last epoch that has begun.
         metric: The metric that judges; None before it was found.
         files: Where this run writes; None before a search, and where nothing is written.
+        facts: What the report says beyond the search.
         writes_winner: Whether the checkpoint of the winner is being written now.
     """
 
@@ -78,6 +81,7 @@ class FitState:
     epoch: int | None = None
     metric: MonitoredMetric | None = None
     files: RunFiles | None = None
+    facts: Facts = field(default_factory=Facts)
     writes_winner: bool = False
 
     @property
@@ -128,6 +132,10 @@ class FitState:
             return
         self.zeros.hold(self.trainer, self.module, mask, afresh)
         self.result.module = weakref.ref(self.module)
+
+    def report_of(self, found: SearchReport, metric: MonitoredMetric) -> SearchReport:
+        """Return the report of a search in the units of the metric, with all that this run knows."""
+        return self.facts.added_to(metric.units_of(found))
 
     def know_files(self) -> None:
         """Choose the files of this run, if they are not chosen yet."""

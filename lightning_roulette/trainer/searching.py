@@ -108,7 +108,7 @@ def _load(fit: FitState, winner: Winner, metric: MonitoredMetric, data: FoldedDa
     load(fit.module, winner)
     if pruned:
         load_into_average(fit.trainer, fit.module)
-    result.report = metric.units_of(winner.report)
+    result.report = fit.report_of(winner.report, metric)
     result.history, result.module = result.winner.history, weakref.ref(fit.module)
     try:
         result.report = replace(result.report, score=measured(fit, metric.monitor, data))
@@ -132,7 +132,7 @@ def _keep_accepted(fit: FitState, so_far: Winner | None, metric: MonitoredMetric
     """Keep the report of a search that did not end, and write its masks into a file."""
     if so_far is None:
         return
-    report: SearchReport = replace(metric.units_of(so_far.report), stop_reason=reason)
+    report: SearchReport = replace(fit.report_of(so_far.report, metric), stop_reason=reason)
     fit.result.report = report
     if fit.files is not None and report.accepted and fit.trainer.is_global_zero:
         weights = so_far.weights if so_far.refits else {}
