@@ -49,6 +49,11 @@ class Mask(Mapping[str, Tensor]):
         return cls({name: _uniform(False, weight) for name, weight in weights.items()})
 
     @classmethod
+    def thinned(cls, weights: Mapping[str, Tensor]) -> Mask:
+        """The mask that keeps all but every eighth weight."""
+        return cls({name: _thinned(weight) for name, weight in weights.items()})
+
+    @classmethod
     def of_nonzeros(cls, weights: Mapping[str, Tensor]) -> Mask:
         """The mask that keeps the weights which are not zero."""
         return cls(nonzeros(weights))
@@ -244,6 +249,15 @@ def fill_pruned(tensors: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> No
 
 def _uniform(value: bool, weight: Tensor) -> Tensor | Bits:
     return filled(value, weight) if is_small(weight) else Bits.filled(value, weight.shape, device_for_bits(weight))
+
+
+def _thinned(weight: Tensor) -> Tensor | Bits:
+    if is_small(weight):
+        kept = filled(True, weight).flatten()
+        kept[::8] = False
+        return kept.view(weight.shape)
+    every = Bits.filled(True, weight.shape, device_for_bits(weight))
+    return Bits(every.packed & 0b11111110, weight.shape)
 
 
 def _some(names: Mapping[str, object], most: int = 8) -> str:

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
 from lightning_roulette.report.report import SearchReport
 from lightning_roulette.trainer.choices import Choices
@@ -66,6 +67,7 @@ class FitState:
         epoch: The last epoch that has begun.
         metric: The metric that judges; None before it was found.
         files: Where this run writes; None before a search, and where nothing is written.
+        restless: Parameters that are not prunable and that validation changes.
         facts: What the report says beyond the search.
         writes_winner: Whether the checkpoint of the winner is being written now.
     """
@@ -81,6 +83,7 @@ class FitState:
     epoch: int | None = None
     metric: MonitoredMetric | None = None
     files: RunFiles | None = None
+    restless: list[nn.Parameter] = field(default_factory=list)
     facts: Facts = field(default_factory=Facts)
     writes_winner: bool = False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from lightning_roulette.refit.inputs import Calibration
@@ -40,6 +42,8 @@ def rehearse(fit: FitState, batches: float) -> None:
             remedy = "refit=None" if choices.refit is not None else "wheel=Wheel(importance='magnitude')"
             refuse_blind_to_training(fit.trainer, validation, choices.seed, remedy)
     metric = remember(fit, judging.metric(logged))
+    if not searched:
+        judging.rehearse(metric, prunable(fit), batches)
     if choices.confidence is not None and not searched and not fit.only_tries:
         judged_by = logged.metrics.get(metric.monitor)
         refuse_too_few_samples(samples, judged_by, choices.confidence, choices.tolerance, choices.validation.confirm)
@@ -52,7 +56,16 @@ def judging_of(fit: FitState) -> ValidationSetup:
     if fit.result.history is not None and report is not None:
         monitor, mode = report.monitor, report.mode
     return ValidationSetup(
-        fit.trainer, fit.module, choices.validation, monitor, mode, choices.tolerance, choices.seed, fit.callback
+        fit.trainer,
+        fit.module,
+        choices.validation,
+        monitor,
+        mode,
+        math.inf if fit.only_tries else choices.tolerance,
+        choices.seed,
+        fit.callback,
+        fit.restless,
+        fit.facts.note,
     )
 
 

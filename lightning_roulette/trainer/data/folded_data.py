@@ -55,6 +55,11 @@ class FoldedData:
         """The folds of the first validation. Afterwards `altered` tells about these folds."""
         return range(1)
 
+    @property
+    def first_folds(self) -> range:
+        """The first fold, and as many more as take no longer to validate."""
+        return range(min(self.folds, self.at_least))
+
     def fetch(self, folds: Sequence[int]) -> None:
         """Read the batches of some folds into memory, if they fit. Call it before weights are lent."""
 

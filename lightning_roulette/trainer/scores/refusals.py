@@ -1,12 +1,14 @@
-"""What is refused once the module can be validated: a validation that is blind to the weights, and too few samples."""
+"""What is refused once the module can be validated: a validation that cannot judge candidates, and too few samples."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -17,33 +19,147 @@ from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.lending import applied
 from lightning_roulette.trainer.data.dealing import FOLDS
 from lightning_roulette.trainer.data.folded_data import FoldedData
+from lightning_roulette.trainer.data.reading import rounding
+from lightning_roulette.trainer.processes import in_any_process, mean_over_processes
 from lightning_roulette.trainer.scores.metric_calls import is_mean
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
+from lightning_roulette.trainer.scores.trial import Trial, tried
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
+from lightning_roulette.trainer.validation.logged import Logged
 
 _Weights = Mapping[str, nn.Parameter]
+_AGREE = 0.01  # two validations of one network agree if they differ by at most this share of the tolerance
 
 
-def refuse_if_blind(validation: IsolatedValidation, data: FoldedData, weights: _Weights) -> None:
-    """Raise if validation does not depend on the prunable weights.
+@dataclass(frozen=True, eq=False)
+class Suitability:
+    """Tells whether a validation can judge pruned candidates.
 
-    Every candidate would get the same score, and the search would prune everything. A module may, for example, validate
-    averaged weights of its own. The logged values are compared with those at zero weights: first on one fold, and on
-    all folds if they are equal there.
-
-    Args:
-        validation: Entered.
-        data: The validation data.
-        weights: The prunable parameters after training. Before training, a network may be no better than zeros.
-
-    Raises:
-        RuntimeError: If all values are equal on all folds.
+    Attributes:
+        trainer: The Trainer.
+        module: Its module.
+        weights: The prunable parameters.
+        metric: The metrics that judge, rank, and break ties.
+        tolerance: The tolerance of the search.
     """
-    if all(_logs_the_same_at_zero(weights, validation, data, folds) for folds in (range(1), range(data.folds))):
+
+    trainer: Trainer
+    module: LightningModule
+    weights: _Weights
+    metric: MonitoredMetric
+    tolerance: float
+
+    def tried(self, run: Callable[[], Logged]) -> Trial:
+        """Return a trial of the validation, see `scores.trial.tried`.
+
+        Args:
+            run: Validates the network as it is, always on the same data.
+
+        Raises:
+            RuntimeError: If equal weights do not give equal results, or if validation changes prunable weights.
+        """
+        trial = tried(self.module, self.weights, run)
+        names = dict.fromkeys(name for name in (self.metric.monitor, self.metric.rank_by, self.metric.tiebreak) if name)
+        for name in names:
+            self._refuse_unequal(name, trial.dense.value(name), trial.again.value(name))
+        return trial
+
+    def refuse(self, trial: Trial, validation: IsolatedValidation, data: FoldedData, learned: bool) -> None:
+        """Raise if validation cannot tell the network from one with all prunable weights at zero.
+
+        A search would then prune everything. What was seen in a trial on some data is confirmed on all data.
+
+        Args:
+            trial: A trial on the first folds, after training. Before training, a network may be no better than zeros.
+            validation: Entered.
+            data: The validation data.
+            learned: Whether the network must be better than zeros by more than the tolerance.
+
+        Raises:
+            RuntimeError: If it cannot.
+        """
+        every = range(data.folds)
+        if self._is_blind(trial.dense, trial.at_zero, validation, data) and self._is_blind(
+            data.validate(validation, every), None, validation, data, every
+        ):
+            raise RuntimeError(f"RouletteWheelPruning: {_BLIND} {_UNTRAINED if trial.called else _AVERAGED}")
+        if learned and self._keeps_floor_at_zero(trial.dense, trial.at_zero):
+            self._refuse_no_better_than_zero(validation, data, every)
+
+    def _refuse_unequal(self, name: str, first: Tensor, again: Tensor) -> None:
+        one, other = (mean_over_processes(self.trainer, value) for value in (first, again))
+        allowed = _AGREE * self.tolerance if name == self.metric.monitor and math.isfinite(self.tolerance) else 0.0
+        exact = name == self.metric.monitor and self.trainer.strategy.root_device.type == "cpu"
+        relative = 1e-6 if exact else rounding(self.trainer)
+        if not math.isfinite(one) or abs(one - other) <= max(allowed, relative * max(abs(one), abs(other))):
+            return
         raise RuntimeError(
-            "RouletteWheelPruning: validation logs the same with all prunable weights at zero, so it cannot judge "
-            "pruned candidates. Does the module validate other weights than these, for example averaged ones? Leave "
-            "averaging to a callback such as lightning's WeightAveraging, or name the weights with include."
+            "RouletteWheelPruning: validation is not a function of the weights. The same network was validated twice "
+            f"on the same batches, and {name!r} was {one:.6g} and then {other:.6g}. In between, other weights were "
+            "validated. Candidates cannot be compared in this way. Likely causes: (1) Something carries over from one "
+            "validation to the next, such as a smoothed metric, or a list that only a training hook clears. Reset it "
+            "in on_validation_epoch_start. (2) Validation writes into its batches or into other tensors. Let it work "
+            "on copies. (3) Validation draws random numbers from a generator of its own. Seed it in "
+            "on_validation_epoch_start."
         )
+
+    def _is_blind(
+        self,
+        dense: Logged,
+        at_zero: Logged | None,
+        validation: IsolatedValidation,
+        data: FoldedData,
+        folds: range | None = None,
+    ) -> bool:
+        """Whether all processes log the same with all prunable weights at zero."""
+        folds = data.first_folds if folds is None else folds
+        if at_zero is not None:
+            same = _equal_and_finite(dense.values, at_zero.values)
+        else:
+            some: list[_Weights] = []
+            if sum(weight.numel() for weight in self.weights.values()) > limits().held_weights:
+                # one by one first, as otherwise copies of all weights would be held at once
+                some = [{name: weight} for name, weight in self.weights.items()]
+            same = all(_logs_at_zero(dense.values, ours, validation, data, folds) for ours in (*some, self.weights))
+        return not in_any_process(self.trainer, not same)
+
+    def _keeps_floor_at_zero(self, dense: Logged, at_zero: Logged | None) -> bool:
+        """Whether the network with all prunable weights at zero keeps the floor."""
+        if at_zero is None or not math.isfinite(self.tolerance) or self.metric.monitor not in at_zero.values:
+            return False
+        score, zero = (self._score(logged) for logged in (dense, at_zero))
+        return zero >= score - self.tolerance  # False if one is NaN
+
+    def _score(self, logged: Logged) -> float:
+        return self.metric.sign * mean_over_processes(self.trainer, logged.value(self.metric.monitor))
+
+    def _refuse_no_better_than_zero(self, validation: IsolatedValidation, data: FoldedData, folds: range) -> None:
+        dense = data.validate(validation, folds)
+        with applied(Mask.nothing(self.weights), self.weights):
+            at_zero = data.validate(validation, folds)
+        if not self._keeps_floor_at_zero(dense, at_zero):
+            return
+        name, sign = self.metric.monitor, self.metric.sign
+        score, zero = (sign * self._score(logged) for logged in (dense, at_zero))
+        numbers = f"{name} is {score:.6g}, and {zero:.6g} with all prunable weights at zero"
+        if sign * zero >= sign * score:
+            raise RuntimeError(f"RouletteWheelPruning: {numbers}. {_UNTRAINED}")
+        raise RuntimeError(
+            f"RouletteWheelPruning: tolerance is {self.tolerance:g}, in units of the metric, but {numbers}. The floor "
+            f"is {score - sign * self.tolerance:.6g}, so a search would prune everything. Pass a tolerance below "
+            f"{abs(score - zero):.2g}: for a score in [0, 1], 0.005 is half a point. Infinity disables the floor."
+        )
+
+
+_BLIND = "validation logs the same with all prunable weights at zero, so it cannot judge pruned candidates."
+_UNTRAINED = (
+    "The network has not learned anything yet that validation could tell. Train it longer, or validate on more data. "
+    "To try out a script, pass fast_dev_run=True to the Trainer: the search then has no floor."
+)
+_AVERAGED = (
+    "Does the module validate other weights than these, for example averaged ones? Leave averaging to a callback such "
+    "as lightning's WeightAveraging, or name the weights with include."
+)
 
 
 def refuse_too_few_samples(
@@ -68,15 +184,6 @@ def refuse_too_few_samples(
         raise RuntimeError(f"RouletteWheelPruning: {why}")
 
 
-def _logs_the_same_at_zero(weights: _Weights, validation: IsolatedValidation, data: FoldedData, folds: range) -> bool:
-    seen = data.validate(validation, folds).values
-    some: list[_Weights] = []
-    if sum(weight.numel() for weight in weights.values()) > limits().held_weights:
-        # one by one first, as otherwise copies of all weights would be held at once
-        some = [{name: weight} for name, weight in weights.items()]
-    return all(_logs_at_zero(seen, ours, validation, data, folds) for ours in (*some, weights))
-
-
 def _logs_at_zero(
     seen: Mapping[str, Tensor], weights: _Weights, validation: IsolatedValidation, data: FoldedData, folds: range
 ) -> bool:
@@ -87,9 +194,10 @@ def _logs_at_zero(
             unseen = data.validate(validation, folds).values
     except Exception:  # a validation that fails on zeros depends on the weights
         return False
-    # the search reports values that are not finite
-    return all(bool(value.isfinite().all()) for value in seen.values()) and _equal(seen, unseen)
+    return _equal_and_finite(seen, unseen)
 
 
-def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def _equal_and_finite(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether values are equal. The search itself reports values that are not finite."""
+    finite = all(bool(value.isfinite().all()) for value in one.values())
+    return finite and one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
@@ -15,8 +15,9 @@ from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.data.reading import folded, undivided, whole_if_regrouping_matters
 from lightning_roulette.trainer.processes import mean_over_processes
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric, Watched, find_metric, watched_in
-from lightning_roulette.trainer.scores.refusals import refuse_if_blind
+from lightning_roulette.trainer.scores.refusals import Suitability
 from lightning_roulette.trainer.scores.trainer_evaluator import RecordingEvaluator, TrainerEvaluator
+from lightning_roulette.trainer.scores.trial import Trial
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from lightning_roulette.trainer.validation.logged import Logged
 from lightning_roulette.trainer.validation.muting import callbacks_of
@@ -58,6 +59,8 @@ class ValidationSetup:
         tolerance: The `tolerance` that the user passed.
         seed: Seed by which the data is dealt.
         caller: The callback that searches. It logs no metric.
+        restless: Parameters that are not prunable and that validation changes. They are put back after each validation.
+        note: Takes a sentence for the report.
     """
 
     trainer: Trainer
@@ -68,10 +71,12 @@ class ValidationSetup:
     tolerance: float
     seed: int
     caller: Callback
+    restless: list[nn.Parameter] = field(default_factory=list)
+    note: Callable[[str], None] = lambda sentence: None
 
     def isolated(self) -> IsolatedValidation:
         """Return a validation to enter. Loggers, callbacks and random state are left untouched."""
-        return IsolatedValidation(self.trainer, self.module, self.choices.keep_callbacks)
+        return IsolatedValidation(self.trainer, self.module, self.choices.keep_callbacks, self.restless)
 
     def metric(self, logged: Logged) -> MonitoredMetric:
         """Find the metric among what a validation logged, outside an isolated validation.
@@ -126,10 +131,54 @@ class ValidationSetup:
             metric, prunable = self._find(logged, watched, leave=stack.close), weights()
             data = whole_if_regrouping_matters(validation, data, logged, {metric.monitor, metric.rank_by})
             if first:
-                refuse_if_blind(validation, data, prunable)
+                self._try(validation, data, prunable, metric)
             size = validation.size()
         evaluate = RecordingEvaluator(self.trainer, self.module, validation, data, prunable, metric)
         return CandidateValidation(validation, data, metric, prunable, evaluate, size)
+
+    def rehearse(self, metric: MonitoredMetric, weights: _Weights, batches: float) -> None:
+        """Try validation on a few batches before training, on the network as it is.
+
+        Args:
+            metric: The metric that judges.
+            weights: The prunable weights.
+            batches: How many batches of each loader are validated.
+
+        Raises:
+            RuntimeError: If validation is not a function of the weights, or changes prunable weights.
+        """
+        with self.isolated() as validation:
+            trial = self._suitability(metric, weights).tried(lambda: validation.run(batches))
+        self._keep_restless(trial)
+
+    def _try(
+        self,
+        validation: IsolatedValidation,
+        data: FoldedData,
+        weights: _Weights,
+        metric: MonitoredMetric,
+        between_epochs: bool = False,
+    ) -> None:
+        """Refuse a validation that cannot judge candidates, after training."""
+        data.fetch(data.first_folds)
+        suitability = self._suitability(metric, weights)
+        trial = suitability.tried(lambda: data.validate(validation, data.first_folds))
+        self._keep_restless(trial)
+        suitability.refuse(trial, validation, data, learned=not between_epochs)
+
+    def _suitability(self, metric: MonitoredMetric, weights: _Weights) -> Suitability:
+        return Suitability(self.trainer, self.module, weights, metric, self.tolerance)
+
+    def _keep_restless(self, trial: Trial) -> None:
+        """Let later validations put back the parameters that a trial saw changed."""
+        found = dict(self.module.named_parameters())
+        known = {id(one) for one in self.restless}
+        names = [name for name in trial.restless if id(found[name]) not in known]
+        self.restless.extend(found[name] for name in names)
+        if names:
+            self.note(
+                f"Validation changes {', '.join(names)}, which is not prunable. It is put back after every validation."
+            )
 
     def undivided(self, metric: MonitoredMetric, weights: _Weights, first: bool) -> CandidateValidation:
         """Read the validation data into one fold, for networks that are not ranked.
@@ -146,7 +195,7 @@ class ValidationSetup:
             why = "a cut has one candidate, so nothing is ranked"
             data = undivided(validation, self.seed, self.choices.cache_bytes, why)
             if first:
-                refuse_if_blind(validation, data, weights)
+                self._try(validation, data, weights, metric, between_epochs=True)
             size = validation.size()
         evaluate = TrainerEvaluator(self.trainer, self.module, validation, data, weights, metric)
         return CandidateValidation(validation, data, metric, weights, evaluate, size)

@@ -29,6 +29,7 @@ from lightning_roulette.trainer.validation.loop import BorrowedLoop, transferred
 from lightning_roulette.trainer.validation.muting import callbacks_of, muted_callbacks, muted_logger
 from lightning_roulette.trainer.validation.snapshot import PlainAttributes, Snapshot, seed_global_generators
 from lightning_roulette.trainer.validation.steps import Steps
+from lightning_roulette.trainer.validation.writers import muted_writers
 
 _ABSENT = object()
 
@@ -39,6 +40,7 @@ class IsolatedValidation:
     Inside the block
 
     - callbacks and loggers are muted copies, except the callbacks in `keep_callbacks`;
+    - so are loggers and writers that the module keeps in its attributes;
     - the profiler is off;
     - an evaluation loop and a logger connector of our own replace the Trainer's.
 
@@ -55,13 +57,20 @@ class IsolatedValidation:
         trainer: A Trainer in `fit`, but not inside a validation batch.
         module: Its LightningModule.
         keep_callbacks: Names of callback classes that stay active.
+        restless: Parameters that a validation may change. They are put back like buffers.
 
     Attributes:
         trainer: See above.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, keep_callbacks: Collection[str] = ()) -> None:
-        self.trainer, self._module, self._keep = trainer, module, frozenset(keep_callbacks)
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        keep_callbacks: Collection[str] = (),
+        restless: Sequence[Tensor] = (),
+    ) -> None:
+        self.trainer, self._module, self._keep, self._restless = trainer, module, frozenset(keep_callbacks), restless
         self._stack = ExitStack()
         self._running = False
         # set on entry
@@ -76,7 +85,7 @@ class IsolatedValidation:
         reshard(self._module)
         self._users = trainer._logger_connector
         self._loop = BorrowedLoop(trainer)
-        self._snapshot = Snapshot(trainer, self._module)
+        self._snapshot = Snapshot(trainer, self._module, self._restless)
         self._snapshot.watch(self._loop.loaders)
         self._results, self._steps = Results(), None
         with ExitStack() as stack:
@@ -108,6 +117,7 @@ class IsolatedValidation:
             (trainer.state, "status", trainer.state.status),
             (trainer.fit_loop.epoch_loop, "val_loop", loop),
             (self._module, "_current_fx_name", self._module._current_fx_name),  # `self.log` files values under it
+            *muted_writers(self._module, trainer.loggers),
             *limits,  # the public setter does not accept None
         ]
 

@@ -37,18 +37,18 @@ def muted_callbacks(callbacks: Sequence[Callback], keep: Collection[str] = ()) -
 def muted_logger(logger: Logger) -> Logger:
     """Return a twin of a logger that has the same directories and writes nothing."""
     silent = dict.fromkeys(_WRITING, _do_nothing) | {"experiment": property(lambda self: DummyLogger().experiment)}
-    twin = _twin(logger, silent)
+    twin = twin_with(logger, silent)
     return DummyLogger() if twin is None else twin
 
 
 def _muted_callback(callback: Callback) -> Callback | None:
     # a property takes precedence over a hook in the instance's own dict, where LambdaCallback keeps its hooks
     hooks = dict.fromkeys((name for name in dir(callback) if name.startswith("on_")), property(lambda self: None))
-    twin: Callback | None = _twin(callback, hooks)
+    twin: Callback | None = twin_with(callback, hooks)
     return twin
 
 
-def _twin(original: Any, overrides: Mapping[str, Any]) -> Any:
+def twin_with(original: Any, overrides: Mapping[str, Any]) -> Any:
     """Return an instance of a subclass that shares the attributes of `original`; None if that is not possible."""
     kind = type(original)
     try:

@@ -35,9 +35,10 @@ class Snapshot:
     Args:
         trainer: A Trainer in `fit`.
         module: Its module.
+        restless: Parameters that a validation may change.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, restless: Sequence[Tensor] = ()) -> None:
         self._module = module
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         schedulers = _with_inner([config.scheduler for config in trainer.lr_scheduler_configs])
@@ -48,7 +49,7 @@ class Snapshot:
         holders: list[dict[str, Any]] = [one for part in parts for one in (part._buffers, part._modules)]
         self._members = [(holder, dict(holder)) for holder in holders]
         buffers = {id(one): one for part in parts for one in part._buffers.values() if _has_values(one)}
-        self._values = [(one, one.detach().clone()) for one in (*buffers.values(), *rates)]
+        self._values = [(one, one.detach().clone()) for one in (*buffers.values(), *rates, *restless)]
         objects = [part for part in parts if isinstance(part, Metric | MetricCollection | MetricTracker)]
         self._metrics = [one for one in objects if isinstance(one, Metric)]
         self._attributes = PlainAttributes([*groups, *(vars(one) for one in (*schedulers, *objects))])
