@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from functools import partial
 
@@ -53,7 +54,7 @@ class Notes(Sparsities):
 
 
 def test_levels_are_cut_between_epochs_and_zeros_held_in_between(fit):
-    pruning, notes = pruner(tolerance=1.0), Notes()
+    pruning, notes = pruner(tolerance=math.inf), Notes()
     module = fit(pruning, notes)
     levels = pruning.report.levels
     assert [level.epoch for level in levels] == list(EPOCHS)
@@ -99,7 +100,7 @@ def test_where_no_level_holds_the_dense_network_comes_back(fit):
 
 
 def test_a_target_sparsity_is_reached_by_the_cubic_schedule(fit):
-    pruning = pruner(target_sparsity=0.9, tolerance=1.0)
+    pruning = pruner(target_sparsity=0.9, tolerance=math.inf)
     fit(pruning)
     goals = [0.9 * (1 - (1 - place / 4) ** 3) for place in (1, 2, 3, 4)]
     assert [level.sparsity for level in pruning.report.levels] == pytest.approx(goals, abs=1 / 624)
@@ -129,8 +130,8 @@ RESUMED = {
     "between cuts": ("epoch=3-step=32", CUTS, Blobs),
     "after the last cut": ("epoch=6-step=56", CUTS, Blobs),
     "with a refit": ("epoch=4-step=40", CUTS | {"refit": "least_squares"}, Blobs),
-    "from the last step of an epoch": ("step=24", {"tolerance": 1.0}, Blobs),
-    "with LBFGS": ("epoch=3-step=32", {"tolerance": 1.0, "at_epoch": [2]}, Quasi),
+    "from the last step of an epoch": ("step=24", {"tolerance": math.inf}, Blobs),
+    "with LBFGS": ("epoch=3-step=32", {"tolerance": math.inf, "at_epoch": [2]}, Quasi),
 }
 
 
@@ -147,7 +148,7 @@ def test_a_run_resumed_from_any_file_ends_as_the_whole_one(fit, tmp_path, file, 
 
 
 def test_a_run_resumed_from_a_level_that_held_ends_as_the_whole_one(fit):
-    whole, stopped, resumed = (pruner(tolerance=1.0) for _ in range(3))
+    whole, stopped, resumed = (pruner(tolerance=math.inf) for _ in range(3))
     module = fit(whole)
     with pytest.raises(RuntimeError, match="power cut"):
         fit(stopped, PowerCut(4, 3))
@@ -168,7 +169,7 @@ def test_a_checkpoint_keeps_what_its_name_says(fit, make_trainer, tmp_path):
 
 def test_a_run_that_stops_before_the_first_cut_searches_at_its_end(fit):
     stop = EarlyStopping("val_loss", patience=1, mode="min", min_delta=100.0)
-    pruning = pruner(tree=Tree(pruning_rate=0.4, max_levels=1), tolerance=1.0)
+    pruning = pruner(tree=Tree(pruning_rate=0.4, max_levels=1), tolerance=math.inf)
     module = fit(stop, pruning)
     assert not pruning.report.gradual
     assert nonzeros(module) == pruning.mask
@@ -176,7 +177,7 @@ def test_a_run_that_stops_before_the_first_cut_searches_at_its_end(fit):
 
 
 def test_a_run_that_stops_between_cuts_judges_the_last_level(fit):
-    pruning = pruner(tolerance=1.0)
+    pruning = pruner(tolerance=math.inf)
     fit(pruning, max_steps=26)
     assert [level.held for level in pruning.report.levels] == [True, True]
 
@@ -213,7 +214,12 @@ class Breaks(Callback):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_training_that_broke_off_says_so_until_it_is_resumed(fit, tmp_path, error):
-    reasons, first, resumed, path = [], pruner(tolerance=1.0), pruner(tolerance=1.0), tmp_path / "broken off.ckpt"
+    reasons, first, resumed, path = (
+        [],
+        pruner(tolerance=math.inf),
+        pruner(tolerance=math.inf),
+        tmp_path / "broken off.ckpt",
+    )
     with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
         fit(Breaks(error, first, path), first)
     assert first.report.stop_reason is StopReason.BROKEN_OFF
@@ -225,7 +231,7 @@ def test_a_training_that_broke_off_says_so_until_it_is_resumed(fit, tmp_path, er
 
 
 def test_a_resume_with_another_tolerance_keeps_the_floor_and_says_so(fit, tmp_path):
-    first, second = pruner(tolerance=1.0), pruner(tolerance=0.0)
+    first, second = pruner(tolerance=math.inf), pruner(tolerance=0.0)
     fit(SavesAtEnd(tmp_path / "begun.ckpt", 3), first)
     with pytest.warns(UserWarning, match=r"tolerance is 0\.0, but .* keeps the floor of its own tolerance 1\.0"):
         fit(second, ckpt_path=tmp_path / "begun.ckpt")
@@ -255,7 +261,7 @@ def test_one_candidate_a_cut_takes_two_validations_of_data_that_is_read_once(fit
                 counts.append((len(seen), len(read)))
 
     counts, data = [], Reads(*blobs(200, 2).tensors)
-    pruning = pruner(branches=1, tolerance=1.0, wheel=Wheel(importance="magnitude"))
+    pruning = pruner(branches=1, tolerance=math.inf, wheel=Wheel(importance="magnitude"))
     fit(BetweenEpochs(), pruning, module=Counts(), val=DataLoader(data, batch_size=64))
     once, nothing = len(val_loader()), [(0, 0)] * 2
     # before the first cut it is also seen that validation sees the weights
@@ -269,7 +275,7 @@ def test_a_killed_cut_leaves_a_journal_that_its_resume_takes_away(fit, tmp_path)
                 raise RuntimeError("power cut")
             super().validation_step(*arguments)
 
-    choices = {"monitor": None, "branches": 1, "tolerance": 1.0, "tree": Tree(0.5), "refit": None}
+    choices = {"monitor": None, "branches": 1, "tolerance": math.inf, "tree": Tree(0.5), "refit": None}
     with pytest.raises(RuntimeError, match="power cut"):
         fit(pruner(**choices), ModelCheckpoint(tmp_path, save_top_k=-1), module=Fails())
     assert len(list(tmp_path.glob("search-*.jsonl"))) == 1
@@ -319,7 +325,7 @@ def test_layers_that_freeze_or_thaw_while_levels_are_cut(fit, thaws):
             if trainer.current_epoch == 3:
                 pl_module.net[0].weight.requires_grad_(thaws)
 
-    pruning = pruner(tolerance=1.0)
+    pruning = pruner(tolerance=math.inf)
     fit(Turns(), pruning)
     assert list(pruning.mask) == ["net.2.weight"] if thaws else ["net.0.weight", "net.2.weight"]
     assert len(pruning.report.levels) == 4
@@ -344,14 +350,14 @@ def test_buffers_that_were_replaced_come_back_with_the_winner(fit, now):
 
 def test_a_run_that_has_not_ended_is_only_resumed_with_its_epochs(fit, make_trainer, tmp_path):
     path = tmp_path / "begun.ckpt"
-    fit(pruner(tolerance=1.0), SavesAtEnd(path, 3))
+    fit(pruner(tolerance=math.inf), SavesAtEnd(path, 3))
     with pytest.raises(ValueError, match="Pass the same at_epoch as in that training"):
         fit(pruner(at_epoch=None), ckpt_path=path)
     make_trainer(callbacks=[pruner(at_epoch=None)]).validate(Blobs(), val_loader(), ckpt_path=path, verbose=False)
 
 
 def test_the_same_module_made_dense_again_is_pruned_again(fit):
-    pruning, module = pruner(tolerance=1.0), Blobs()
+    pruning, module = pruner(tolerance=math.inf), Blobs()
     dense = copied(module)
     with pytest.raises(RuntimeError, match="power cut"):
         fit(pruning, PowerCut(2, 0), module=module)
@@ -361,7 +367,7 @@ def test_the_same_module_made_dense_again_is_pruned_again(fit):
 
 
 def test_by_default_one_candidate_is_drawn_by_sensitivity_and_nothing_refitted(fit):
-    pruning = RouletteWheelPruning(at_epoch=EPOCHS, tolerance=1.0)
+    pruning = RouletteWheelPruning(at_epoch=EPOCHS, tolerance=math.inf)
     fit(pruning)
     assert (pruning.branches, pruning.refit) == (1, None)
     assert (pruning.report.importance, pruning.report.refit) == ("sensitivity", "")
@@ -378,7 +384,7 @@ def test_a_module_that_training_data_does_not_fit_is_told_what_to_do(fit):
 
     with pytest.raises(RuntimeError, match=re.escape("or pass wheel=Wheel(importance='magnitude')")):
         fit(RouletteWheelPruning(at_epoch=EPOCHS), module=Picky())
-    plain = RouletteWheelPruning(at_epoch=EPOCHS, tolerance=1.0, wheel=Wheel(importance="magnitude"))
+    plain = RouletteWheelPruning(at_epoch=EPOCHS, tolerance=math.inf, wheel=Wheel(importance="magnitude"))
     fit(plain, module=Picky())
     assert plain.report.importance == "magnitude"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 
 import pytest
@@ -149,27 +150,27 @@ def test_importance_may_be_a_function_of_all_weights(fit):
     def first_layer_matters(weights):
         return {name: torch.full_like(one, 1e6 if name == "net.0.weight" else 1.0) for name, one in weights.items()}
 
-    pruning = pruner(wheel=Wheel(importance=first_layer_matters), tolerance=1.0)
+    pruning = pruner(wheel=Wheel(importance=first_layer_matters), tolerance=math.inf)
     fit(pruning)
     assert pruning.mask.densities["net.0.weight"] == 1
     assert pruning.mask.densities["net.2.weight"] < 0.1
 
 
 def test_the_target_sparsity_is_reached_exactly_and_ends_the_search(fit):
-    pruning = pruner(target_sparsity=0.5, tree=Tree(pruning_rate=0.4), tolerance=1.0)
+    pruning = pruner(target_sparsity=0.5, tree=Tree(pruning_rate=0.4), tolerance=math.inf)
     fit(pruning)
     assert pruning.mask.survivors == 312
     assert pruning.report.stop_reason is StopReason.TARGET_REACHED
 
 
 def test_include_replaces_the_default_choice_and_exclude_subtracts(fit):
-    pruning = pruner(include=["net.*"], exclude=["*.0.weight", "net.2.bias"], tolerance=1.0)
+    pruning = pruner(include=["net.*"], exclude=["*.0.weight", "net.2.bias"], tolerance=math.inf)
     module = fit(pruning)
     assert set(pruning.mask) == {"net.2.weight", "net.0.bias"}
     assert bool((module.net[0].weight != 0).all())
 
 
-JUDGES = [({}, ("val_acc", "max")), ({"mode": "min", "tolerance": 1.0}, ("val_acc", "min"))]
+JUDGES = [({}, ("val_acc", "max")), ({"mode": "min", "tolerance": math.inf}, ("val_acc", "min"))]
 JUDGES += [
     ({"monitor": "val_loss"}, ("val_loss", "min")),
     ({"monitor": "val_loss", "mode": "max"}, ("val_loss", "max")),
@@ -193,7 +194,7 @@ def test_monitor_and_mode_choose_what_judges(fit, make_trainer, arguments, expec
 
 
 def test_a_branch_is_ranked_by_the_loss_and_the_floor_kept_by_the_metric(fit, make_trainer):
-    pruning = pruner(branches=6, tree=Tree(pruning_rate=0.6, max_levels=1), tolerance=1.0, validation=ON_ALL)
+    pruning = pruner(branches=6, tree=Tree(pruning_rate=0.6, max_levels=1), tolerance=math.inf, validation=ON_ALL)
     module = fit(pruning)
     (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
     report, (level,) = pruning.report, pruning.report.levels
@@ -263,7 +264,7 @@ def test_equal_seeds_give_equal_masks_whatever_the_global_seed(fit):
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 def test_at_epoch_searches_before_that_epoch_and_trains_on_without_the_weights(fit, make_trainer, epoch):
-    notes, pruning = Sparsities(), pruner(at_epoch=epoch, tolerance=1.0)
+    notes, pruning = Sparsities(), pruner(at_epoch=epoch, tolerance=math.inf)
     module = fit(notes, pruning, max_epochs=3)
     slim = pruning.report.sparsity
     assert slim == pytest.approx(0.36, abs=0.01)

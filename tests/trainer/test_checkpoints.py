@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from functools import partial
@@ -165,7 +166,7 @@ def test_a_winner_that_cannot_be_written_is_not_lost_and_names_no_file(fit, monk
 
 @pytest.mark.parametrize("at_epoch", [1, 2])
 def test_a_checkpoint_keeps_what_its_name_says(fit, make_trainer, tmp_path, at_epoch):
-    pruning = pruner(at_epoch=at_epoch, tree=Tree(pruning_rate=0.7, max_levels=1), tolerance=1.0)
+    pruning = pruner(at_epoch=at_epoch, tree=Tree(pruning_rate=0.7, max_levels=1), tolerance=math.inf)
     every = ModelCheckpoint(save_top_k=-1, monitor="val_acc", filename="{epoch}-{val_acc:.5f}")
     module = fit(pruning, every, max_epochs=3)
     found = {path.name: path for path in tmp_path.glob("checkpoints/epoch=*.ckpt")}

@@ -319,6 +319,6 @@ def test_an_untrained_network_that_is_as_good_as_none_is_not_refused(fit):
             self.val_acc(torch.zeros(len(y), 10) if untrained else self(x), y)
             self.log("val_acc", self.val_acc)
 
-    callback = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=1))
+    callback = RouletteWheelPruning(2, tolerance=math.inf, tree=Tree(0.2, max_levels=1))
     fit(callback, module=Constant())
     assert callback.report.sparsity > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 
 import pytest
@@ -31,7 +32,7 @@ def holding(kind: str):
     """The callback, and the epoch from which on zeros are to be there."""
     if kind == "HoldZeros":
         return HoldZeros(half_mask(Blobs())), 0
-    return RouletteWheelPruning(2, tolerance=1.0, tree=Tree(pruning_rate=0.5, max_levels=1), at_epoch=1), 1
+    return RouletteWheelPruning(2, tolerance=math.inf, tree=Tree(pruning_rate=0.5, max_levels=1), at_epoch=1), 1
 
 
 class Leaks(Callback):
@@ -316,7 +317,7 @@ def test_hold_zeros_that_finds_no_zeros_says_so(fit):
 
 
 def test_hold_zeros_holds_those_of_a_checkpoint_that_is_resumed_and_reads_the_mask_of_a_file(fit, tmp_path):
-    pruning = RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.2, max_levels=2), dirpath=tmp_path)
+    pruning = RouletteWheelPruning(2, tolerance=math.inf, tree=Tree(0.2, max_levels=2), dirpath=tmp_path)
     fit(pruning)
     path = pruning.best_model_path
     resumed, dense = fit(HoldZeros(), max_epochs=4, ckpt_path=path), fit(HoldZeros(path))

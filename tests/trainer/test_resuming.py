@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from pathlib import Path
 
@@ -75,7 +76,7 @@ SETTINGS = {
     "refit": {"refit": "least_squares"},
     "no race": {"validation": ON_ALL},
     "certified": {"confidence": 0.8, "tolerance": 0.4},
-    "by loss": {"monitor": "val_loss", "tolerance": 5.0},
+    "by loss": {"monitor": "val_loss", "tolerance": math.inf},
 }
 
 

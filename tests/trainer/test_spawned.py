@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import sys
@@ -212,7 +213,7 @@ def test_a_single_process_hands_nothing_over(fit, tmp_path, monkeypatch):
 
 
 def test_the_report_of_cuts_that_a_worker_did_not_finish_says_so(fit):
-    original = pruner(at_epoch=[1, 2, 3], tolerance=1.0)
+    original = pruner(at_epoch=[1, 2, 3], tolerance=math.inf)
     worker = pickle.loads(pickle.dumps(original))
     trainer = fit(worker, max_epochs=4).trainer
     found = worker.state_dict()

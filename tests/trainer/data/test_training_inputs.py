@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import sys
 import threading
@@ -241,7 +242,7 @@ def test_a_refit_is_drawn_by_sensitivity(searched):
 
 @pytest.mark.parametrize("options", [{}, {"refit": None, "at_epoch": [1], "branches": None}])
 def test_biases_that_are_included_are_pruned(fit, options):
-    pruning = pruner(**{"include": ["net.*.weight", "net.*.bias"], "tolerance": 1.0} | options)
+    pruning = pruner(**{"include": ["net.*.weight", "net.*.bias"], "tolerance": math.inf} | options)
     module = fit(pruning, module=Blobs(), max_epochs=2)
     assert pruning.report.importance == "sensitivity"
     parameters = dict(module.named_parameters())
@@ -283,7 +284,7 @@ class Buffered(Blobs):
 def test_buffers_of_other_layouts_are_given_back(searched, kind, options):
     module = Buffered(kind)
     held, before = module.held, module.held.to_dense().clone()
-    pruning = searched(module, tolerance=1.0, max_epochs=2, **options)
+    pruning = searched(module, tolerance=math.inf, max_epochs=2, **options)
     assert module.held is held
     assert torch.equal(module.held.to_dense(), before)
     assert pruning.report.winner is not None

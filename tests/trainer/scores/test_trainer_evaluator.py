@@ -419,7 +419,9 @@ def test_batches_may_be_data_classes_of_any_kind_that_a_step_changes(searched, k
 
     module, (x, y) = Takes(), val_loader().dataset.tensors
     loaders = {"val": val_loader(10, collate_fn=collate), "train": train_loader(collate_fn=collate)}
-    pruning = searched(**loaders, module=module, branches=2, tolerance=1.0, refit="least_squares", monitor="val_acc")
+    pruning = searched(
+        **loaders, module=module, branches=2, tolerance=math.inf, refit="least_squares", monitor="val_acc"
+    )
     with torch.no_grad():
         right = (module(x if step is reads else 0.5 * x).argmax(1) == y).float().mean()
     assert pruning.report.folds == (8, 8)
@@ -586,7 +588,7 @@ def test_other_metrics_have_other_methods(certified, monitor, method):
             super().validation_step(batch, batch_idx)
 
     module = Both(MulticlassF1Score(10, average="macro"))
-    pruning, _ = certified(module=module, monitor=monitor, tolerance=1.0, tree=ONE_LEVEL)
+    pruning, _ = certified(module=module, monitor=monitor, tolerance=math.inf, tree=ONE_LEVEL)
     assert pruning.report.method is method
     assert pruning.report.samples == (200 if method is Method.BOOTSTRAP else 8)
     assert pruning.report.levels[0].p_value is not None
@@ -733,7 +735,7 @@ FOLDS = {
         WHOLE,
         FAILS,
     ),
-    "loaders side by side": (Together, side_by_side, {"monitor": "val_loss", "tolerance": 9.0}, HALVES, ""),
+    "loaders side by side": (Together, side_by_side, {"monitor": "val_loss", "tolerance": math.inf}, HALVES, ""),
     "130 samples, never one alone": (Squeezes, lambda: DataLoader(blobs(130, 2), 32), {}, HALVES, ""),
     "131 samples, never one alone": (Squeezes, lambda: DataLoader(blobs(131, 2), 32), {}, HALVES, ""),
     **{
@@ -753,7 +755,7 @@ FOLDS = {
 def test_data_is_divided_into_folds_where_the_module_takes_it_so(searched, name):
     kind, loader, options, folds, shared = FOLDS[name]
     module = kind()
-    usual = {"monitor": "val_acc", "branches": 2, "tolerance": 1.0, "tree": ONE_LEVEL}
+    usual = {"monitor": "val_acc", "branches": 2, "tolerance": math.inf, "tree": ONE_LEVEL}
     pruning = searched(loader(), module, **usual | options)
     report = pruning.report
     assert report.folds == folds
@@ -770,7 +772,7 @@ def test_a_network_that_cannot_be_compared_with_the_dense_one_is_not_an_error(fi
             super().__init__()
             self.val_acc = MulticlassAccuracy(10)
 
-    pruning = RouletteWheelPruning(3, monitor="val_acc", tolerance=1.0, tree=Tree(0.5, max_levels=3))
+    pruning = RouletteWheelPruning(3, monitor="val_acc", tolerance=math.inf, tree=Tree(0.5, max_levels=3))
     fit(pruning, module=Macro(), max_epochs=3)
     assert len(pruning.report.accepted) == 3
     assert all(level.error >= 0 for level in pruning.report.accepted)
@@ -779,7 +781,7 @@ def test_a_network_that_cannot_be_compared_with_the_dense_one_is_not_an_error(fi
 @pytest.mark.parametrize("cache_bytes", [2**31, 9_000, 0])  # all data, half of it and none of it is kept
 def test_samples_are_recorded_however_much_data_is_kept(make_trainer, cache_bytes):
     how = Validation(cache_bytes=cache_bytes)
-    pruning = RouletteWheelPruning(3, refit=None, tolerance=1.0, tree=Tree(0.3, max_levels=1), validation=how)
+    pruning = RouletteWheelPruning(3, refit=None, tolerance=math.inf, tree=Tree(0.3, max_levels=1), validation=how)
     make_trainer(callbacks=[pruning], max_epochs=1).fit(Blobs(), train_loader(), val_loader(batch_size=10))
     assert pruning.report.samples == 100
     assert pruning.report.levels[0].held_out_error >= 0

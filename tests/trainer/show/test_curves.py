@@ -77,7 +77,7 @@ def rounded(curves) -> dict[str, list[tuple[int, float]]]:
 ACCEPTED = [
     ({}, [True] * 3),
     ({"at_epoch": 1}, [True] * 3),
-    ({"monitor": "val_loss", "tolerance": 1.0}, [True] * 3),
+    ({"monitor": "val_loss", "tolerance": math.inf}, [True] * 3),
     ({"tolerance": 0.05, "tree": Tree(pruning_rate=0.8, max_levels=1, patience=4)}, [False, True]),
     ({"tolerance": 0.0, "wheel": Wheel(0.0), "tree": Tree(pruning_rate=0.95, patience=1)}, [False]),
 ]
@@ -141,7 +141,7 @@ def test_the_text_tab_has_the_report_as_a_table(fit, tmp_path):
 
 
 def test_the_curves_of_levels_cut_between_epochs_are_in_the_event_files(fit, tmp_path):
-    pruning, logger = pruner(tolerance=1.0, at_epoch=[2, 3, 4, 5], tree=Tree(0.4)), TensorBoardLogger(tmp_path)
+    pruning, logger = pruner(tolerance=math.inf, at_epoch=[2, 3, 4, 5], tree=Tree(0.4)), TensorBoardLogger(tmp_path)
     fit(pruning, logger=logger, max_epochs=8)
     found, report = scalars(logger), pruning.report
     assert found["roulette/sparsity"] == [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import re
 import threading
 from functools import partial
@@ -34,7 +35,7 @@ JUDGED = [
 
 
 def pruning(validation=BY_DEFAULT, **options):
-    return RouletteWheelPruning(5, tolerance=1.0, tree=LEVELS, refit=None, validation=validation, **options)
+    return RouletteWheelPruning(5, tolerance=math.inf, tree=LEVELS, refit=None, validation=validation, **options)
 
 
 @pytest.fixture

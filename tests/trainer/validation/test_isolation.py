@@ -376,7 +376,7 @@ def test_a_kept_callback_is_the_users_own_object_and_sees_the_candidate(at_end):
 
 def test_a_search_by_a_metric_of_a_callback_needs_the_callback_kept(fit):
     def search(module, *keep):
-        pruning = pruner(tolerance=1.0, monitor="margin", mode="max", validation=Validation(keep_callbacks=keep))
+        pruning = pruner(tolerance=math.inf, monitor="margin", mode="max", validation=Validation(keep_callbacks=keep))
         fit(LogsMargin(), pruning, module=module)
         return pruning.report
 
