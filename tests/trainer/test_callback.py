@@ -173,7 +173,7 @@ def test_include_replaces_the_default_choice_and_exclude_subtracts(fit):
 JUDGES = [({}, ("val_acc", "max")), ({"mode": "min", "tolerance": math.inf}, ("val_acc", "min"))]
 JUDGES += [
     ({"monitor": "val_loss"}, ("val_loss", "min")),
-    ({"monitor": "val_loss", "mode": "max"}, ("val_loss", "max")),
+    ({"monitor": "val_loss", "mode": "max", "tolerance": math.inf}, ("val_loss", "max")),
 ]
 
 
@@ -240,7 +240,7 @@ HINTS = {
 
 @pytest.mark.parametrize(("module", "callbacks", "expected"), HINTS.values(), ids=HINTS)
 def test_without_a_monitor_the_module_and_its_callbacks_tell(fit, caplog, module, callbacks, expected):
-    pruning = pruner(tolerance=0.0, tree=Tree(0.2, max_levels=1, patience=1))
+    pruning = pruner(tolerance=math.inf, tree=Tree(0.2, max_levels=1, patience=1))
     writes = any(isinstance(one, ModelCheckpoint) for one in callbacks)
     with caplog.at_level(logging.INFO, "lightning_roulette"):
         fit(pruning, *callbacks, module=module, enable_checkpointing=writes)
@@ -252,7 +252,7 @@ def test_without_a_monitor_the_module_and_its_callbacks_tell(fit, caplog, module
 def test_equal_seeds_give_equal_masks_whatever_the_global_seed(fit):
     masks = []
     for seed, world in ((5, 1), (5, 2), (6, 1)):
-        pruning = pruner(seed=seed)
+        pruning = pruner(seed=seed, tolerance=math.inf)
         fit(pruning, module=Blobs(lr=0.0), seed=world)
         masks.append(pruning.mask)
     assert masks[0].sparsity > 0

@@ -128,7 +128,7 @@ class Suitability:
         if at_zero is None or not math.isfinite(self.tolerance) or self.metric.monitor not in at_zero.values:
             return False
         score, zero = (self._score(logged) for logged in (dense, at_zero))
-        return zero >= score - self.tolerance  # False if one is NaN
+        return math.isfinite(score) and math.isfinite(zero) and zero >= score - self.tolerance
 
     def _score(self, logged: Logged) -> float:
         return self.metric.sign * mean_over_processes(self.trainer, logged.value(self.metric.monitor))

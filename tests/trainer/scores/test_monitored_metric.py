@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -296,8 +297,8 @@ def accuracy():
     ("module", "options", "expected"),
     [
         (lambda: Logging(hits=accuracy()), {}, ("hits", "max")),
-        (lambda: Logging(spread=MeanSquaredError()), {"monitor": "spread"}, ("spread", "min")),
-        (lambda: Logging(forked=True, hits=accuracy()), {"tolerance": 0.5}, ("hits", "max")),
+        (lambda: Logging(spread=MeanSquaredError()), {"monitor": "spread", "tolerance": math.inf}, ("spread", "min")),
+        (lambda: Logging(forked=True, hits=accuracy()), {"tolerance": math.inf}, ("hits", "max")),
     ],
     ids=["rises", "falls", "two names"],
 )

@@ -275,7 +275,7 @@ def test_the_rehearsal_takes_a_few_batches(fit, searched):
     fit(plain, val=DataLoader(data, 10), max_epochs=1)
     data.taken = 0
     searched(DataLoader(data, 10), None, ours)
-    assert taken[0] < taken[1] <= 2 * taken[0]
+    assert taken[0] < taken[1] <= 7 * taken[0]
 
 
 SIZE = 192 * (16 * 4 + 8)  # Bytes of 192 samples.
@@ -588,7 +588,7 @@ def test_other_metrics_have_other_methods(certified, monitor, method):
             super().validation_step(batch, batch_idx)
 
     module = Both(MulticlassF1Score(10, average="macro"))
-    pruning, _ = certified(module=module, monitor=monitor, tolerance=math.inf, tree=ONE_LEVEL)
+    pruning, _ = certified(module=module, monitor=monitor, tolerance=0.4, tree=ONE_LEVEL)
     assert pruning.report.method is method
     assert pruning.report.samples == (200 if method is Method.BOOTSTRAP else 8)
     assert pruning.report.levels[0].p_value is not None
