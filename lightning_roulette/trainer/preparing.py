@@ -19,7 +19,9 @@ from lightning_roulette.trainer.preflight import find_prunable
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from lightning_roulette.trainer.scores.refusals import refuse_too_few_samples
 from lightning_roulette.trainer.scores.setup import CandidateValidation, ValidationSetup
+from lightning_roulette.trainer.scores.trial import refuse_changed
 from lightning_roulette.trainer.show.log import log
+from lightning_roulette.trainer.validation.guard import Guard
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 
 
@@ -36,14 +38,18 @@ def rehearse(fit: FitState, batches: float) -> None:
     """
     choices, judging = fit.choices, judging_of(fit)
     searched = fit.result.history is not None
+    guard = Guard(fit.module)
     with judging.isolated() as validation:
-        logged, samples = validation.run(batches), validation.samples()
+        with guard.watching(in_use=False):
+            logged, samples = validation.run(batches), validation.samples()
         if choices.needs_inputs and not searched:
             remedy = "refit=None" if choices.refit is not None else "wheel=Wheel(importance='magnitude')"
-            refuse_blind_to_training(fit.trainer, validation, choices.seed, remedy)
+            with (calibrating := Guard(fit.module)).watching():
+                refuse_blind_to_training(fit.trainer, validation, choices.seed, remedy)
+            refuse_changed(calibrating.changed, prunable(fit), "a step on training data, which a refit takes,")
     metric = remember(fit, judging.metric(logged))
     if not searched:
-        judging.rehearse(metric, prunable(fit), batches)
+        judging.rehearse(guard, metric, prunable(fit), batches)
     if choices.confidence is not None and not searched and not fit.only_tries:
         judged_by = logged.metrics.get(metric.monitor)
         refuse_too_few_samples(samples, judged_by, choices.confidence, choices.tolerance, choices.validation.confirm)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -23,7 +23,8 @@ from lightning_roulette.trainer.data.reading import rounding
 from lightning_roulette.trainer.processes import in_any_process, mean_over_processes
 from lightning_roulette.trainer.scores.metric_calls import is_mean
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
-from lightning_roulette.trainer.scores.trial import Trial, tried
+from lightning_roulette.trainer.scores.trial import Trial, refuse_changed, tried
+from lightning_roulette.trainer.validation.guard import Guard
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from lightning_roulette.trainer.validation.logged import Logged
 
@@ -37,14 +38,14 @@ class Suitability:
 
     Attributes:
         trainer: The Trainer.
-        module: Its module.
+        guard: Guards the parameters of its module.
         weights: The prunable parameters.
         metric: The metrics that judge, rank, and break ties.
         tolerance: The tolerance of the search.
     """
 
     trainer: Trainer
-    module: LightningModule
+    guard: Guard
     weights: _Weights
     metric: MonitoredMetric
     tolerance: float
@@ -58,7 +59,8 @@ class Suitability:
         Raises:
             RuntimeError: If equal weights do not give equal results, or if validation changes prunable weights.
         """
-        trial = tried(self.module, self.weights, run)
+        refuse_changed(self.guard.changed, self.weights)
+        trial = tried(self.guard, self.weights, run)
         names = dict.fromkeys(name for name in (self.metric.monitor, self.metric.rank_by, self.metric.tiebreak) if name)
         for name in names:
             self._refuse_unequal(name, trial.dense.value(name), trial.again.value(name))
@@ -78,6 +80,10 @@ class Suitability:
         Raises:
             RuntimeError: If it cannot.
         """
+        with self.guard.watching(in_use=False):
+            self._refuse(trial, validation, data, learned)
+
+    def _refuse(self, trial: Trial, validation: IsolatedValidation, data: FoldedData, learned: bool) -> None:
         every = range(data.folds)
         if self._is_blind(trial.dense, trial.at_zero, validation, data) and self._is_blind(
             data.validate(validation, every), None, validation, data, every

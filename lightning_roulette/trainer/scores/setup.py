@@ -17,7 +17,7 @@ from lightning_roulette.trainer.processes import mean_over_processes
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric, Watched, find_metric, watched_in
 from lightning_roulette.trainer.scores.refusals import Suitability
 from lightning_roulette.trainer.scores.trainer_evaluator import RecordingEvaluator, TrainerEvaluator
-from lightning_roulette.trainer.scores.trial import Trial
+from lightning_roulette.trainer.validation.guard import Guard
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from lightning_roulette.trainer.validation.logged import Logged
 from lightning_roulette.trainer.validation.muting import callbacks_of
@@ -127,19 +127,23 @@ class ValidationSetup:
         watched = watched_in(self.trainer)
         with contextlib.ExitStack() as stack:
             validation = stack.enter_context(self.isolated())
-            data, logged = folded(validation, self.seed, self.choices.cache_bytes, by_rows=by_rows)
+            guard = Guard(self.module) if first else None
+            with _guarded(guard):
+                data, logged = folded(validation, self.seed, self.choices.cache_bytes, by_rows=by_rows)
             metric, prunable = self._find(logged, watched, leave=stack.close), weights()
-            data = whole_if_regrouping_matters(validation, data, logged, {metric.monitor, metric.rank_by})
-            if first:
-                self._try(validation, data, prunable, metric)
+            with _guarded(guard):
+                data = whole_if_regrouping_matters(validation, data, logged, {metric.monitor, metric.rank_by})
+            if guard is not None:
+                self._try(guard, validation, data, prunable, metric)
             size = validation.size()
         evaluate = RecordingEvaluator(self.trainer, self.module, validation, data, prunable, metric)
         return CandidateValidation(validation, data, metric, prunable, evaluate, size)
 
-    def rehearse(self, metric: MonitoredMetric, weights: _Weights, batches: float) -> None:
+    def rehearse(self, guard: Guard, metric: MonitoredMetric, weights: _Weights, batches: float) -> None:
         """Try validation on a few batches before training, on the network as it is.
 
         Args:
+            guard: Guards the parameters of the module.
             metric: The metric that judges.
             weights: The prunable weights.
             batches: How many batches of each loader are validated.
@@ -148,11 +152,12 @@ class ValidationSetup:
             RuntimeError: If validation is not a function of the weights, or changes prunable weights.
         """
         with self.isolated() as validation:
-            trial = self._suitability(metric, weights).tried(lambda: validation.run(batches))
-        self._keep_restless(trial)
+            self._suitability(guard, metric, weights).tried(lambda: validation.run(batches))
+        self._keep_restless(guard)
 
     def _try(
         self,
+        guard: Guard,
         validation: IsolatedValidation,
         data: FoldedData,
         weights: _Weights,
@@ -161,23 +166,24 @@ class ValidationSetup:
     ) -> None:
         """Refuse a validation that cannot judge candidates, after training."""
         data.fetch(data.first_folds)
-        suitability = self._suitability(metric, weights)
+        suitability = self._suitability(guard, metric, weights)
         trial = suitability.tried(lambda: data.validate(validation, data.first_folds))
-        self._keep_restless(trial)
+        self._keep_restless(guard)
         suitability.refuse(trial, validation, data, learned=not between_epochs)
 
-    def _suitability(self, metric: MonitoredMetric, weights: _Weights) -> Suitability:
-        return Suitability(self.trainer, self.module, weights, metric, self.tolerance)
+    def _suitability(self, guard: Guard, metric: MonitoredMetric, weights: _Weights) -> Suitability:
+        return Suitability(self.trainer, guard, weights, metric, self.tolerance)
 
-    def _keep_restless(self, trial: Trial) -> None:
-        """Let later validations put back the parameters that a trial saw changed."""
-        found = dict(self.module.named_parameters())
-        known = {id(one) for one in self.restless}
-        names = [name for name in trial.restless if id(found[name]) not in known]
+    def _keep_restless(self, guard: Guard) -> None:
+        """Let later validations put back the parameters that validation changes."""
+        found, known = dict(self.module.named_parameters()), {id(one) for one in self.restless}
+        names = [name for name in guard.changed if id(found[name]) not in known]
         self.restless.extend(found[name] for name in names)
         if names:
+            are = "is" if len(names) == 1 else "are"
             self.note(
-                f"Validation changes {', '.join(names)}, which is not prunable. It is put back after every validation."
+                f"Validation changes {', '.join(names)}, which {are} not prunable and {are} put back after every "
+                "validation."
             )
 
     def undivided(self, metric: MonitoredMetric, weights: _Weights, first: bool) -> CandidateValidation:
@@ -195,7 +201,7 @@ class ValidationSetup:
             why = "a cut has one candidate, so nothing is ranked"
             data = undivided(validation, self.seed, self.choices.cache_bytes, why)
             if first:
-                self._try(validation, data, weights, metric, between_epochs=True)
+                self._try(Guard(self.module), validation, data, weights, metric, between_epochs=True)
             size = validation.size()
         evaluate = TrainerEvaluator(self.trainer, self.module, validation, data, weights, metric)
         return CandidateValidation(validation, data, metric, weights, evaluate, size)
@@ -210,3 +216,7 @@ class ValidationSetup:
         with self.isolated() as validation:
             logged = (data or FoldedData()).validate_all(validation)
             return mean_over_processes(self.trainer, logged.value(monitor))
+
+
+def _guarded(guard: Guard | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if guard is None else guard.watching(in_use=False)

@@ -1,0 +1,101 @@
+"""Guards the parameters of a module: tells which of them a validation changes, and puts them back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from lightning_roulette.large.copies import copies_of
+from lightning_roulette.large.digests import digest_of
+from lightning_roulette.large.shards import any_sharded, local
+from lightning_roulette.network.hooks import every_call_seen
+from lightning_roulette.network.lending import copy_into, surely
+from lightning_roulette.network.parameters import owners_of
+
+_IN_USE = "it has other values when the network runs than before"
+_AFTERWARDS = "it has other values afterwards than before"
+
+
+class Guard:
+    """Guards the values of a module's parameters, by a copy and by digests.
+
+    Args:
+        module: The module. Parameters without values are not guarded.
+
+    Attributes:
+        changed: Names of parameters that had other values when the network ran, or had other values afterwards, each
+            with a clause that says when.
+        called: Names of parameters whose modules were called.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = {name: one for name, one in module.named_parameters() if _has_values(one)}
+        self._before = copies_of(self._parameters)
+        self._owned = _owned(module, self._parameters)
+        self.changed: dict[str, str] = {}
+        self.called: dict[str, None] = {}
+
+    @contextmanager
+    def watching(self, in_use: bool = True) -> Iterator[None]:
+        """Watch the parameters while the network runs inside the block, and put back those that changed.
+
+        They are compared at the end of the block with their values at its beginning, which may be lent. After an error
+        all parameters are put back.
+
+        Args:
+            in_use: Whether each parameter is also compared when the module that owns it is first called. This finds
+                weights that a validation swaps for others and then swaps back. Compiled code runs uncompiled then.
+        """
+        lent = {name: digest_of(local(one)) for name, one in self._parameters.items()}
+
+        def compare(names: Mapping[str, Tensor], when: str) -> None:
+            for name, one in names.items():
+                if digest_of(local(one)) != lent[name]:
+                    self.changed.setdefault(name, when)
+
+        try:
+            with ExitStack() as stack:
+                if in_use and not any_sharded(self._parameters.values()):  # a forward gathers shards elsewhere
+                    stack.enter_context(every_call_seen())
+                    self._listen(stack, compare)
+                yield
+            compare(self._parameters, _AFTERWARDS)
+        except BaseException:
+            surely(lambda: copy_into(self._parameters, self._before))
+            raise
+        surely(lambda: copy_into(self._parameters, {name: self._before[name] for name in self.changed}))
+
+    def _listen(self, stack: ExitStack, compare: Callable[[Mapping[str, Tensor], str], None]) -> None:
+        for part, its in self._owned.items():
+            stack.callback(part.register_forward_pre_hook(self._at_first_call(its, compare)).remove)
+
+    def _at_first_call(
+        self, its: Mapping[str, Tensor], compare: Callable[[Mapping[str, Tensor], str], None]
+    ) -> Callable[..., None]:
+        waits = True
+
+        def before(*_: Any) -> None:
+            nonlocal waits
+            if waits:
+                waits = False
+                self.called |= dict.fromkeys(its)
+                compare(its, _IN_USE)
+
+        return before
+
+
+def _has_values(parameter: nn.Parameter) -> bool:
+    return not isinstance(parameter, UninitializedParameter) and not parameter.is_meta
+
+
+def _owned(module: nn.Module, parameters: Mapping[str, Tensor]) -> dict[nn.Module, dict[str, Tensor]]:
+    """Return the parameters of each module that owns some of them."""
+    found: dict[nn.Module, dict[str, Tensor]] = {}
+    for name, (owner, _) in owners_of(module).items():
+        if name in parameters:
+            found.setdefault(owner, {})[name] = parameters[name]
+    return found
