@@ -23,7 +23,9 @@ from lightning_roulette.trainer.preparing import calibration_of, measured, ready
 from lightning_roulette.trainer.resuming import journal_of
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from lightning_roulette.trainer.scores.setup import CandidateValidation
+from lightning_roulette.trainer.scores.trial import refuse_moved
 from lightning_roulette.trainer.show.show import Show
+from lightning_roulette.trainer.validation.guard import digests_by_name
 
 
 def search_network(fit: FitState) -> None:
@@ -93,10 +95,13 @@ def noted(fit: FitState, judges: CandidateValidation) -> Iterator[Evaluator]:
 
 
 def _searched(fit: FitState, judges: CandidateValidation, evaluate: Evaluator, observer: Several) -> Winner:
+    before = digests_by_name(judges.weights)
     with judges.validation:
         calibration = calibration_of(fit, judges.validation)
         settings = fit.choices.of_search(fit.only_tries)
-        return search(judges.weights, evaluate, calibration=calibration, observer=observer, **settings)
+        winner = search(judges.weights, evaluate, calibration=calibration, observer=observer, **settings)
+    refuse_moved(before, judges.weights)
+    return winner
 
 
 def _load(fit: FitState, winner: Winner, metric: MonitoredMetric, data: FoldedData) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -213,9 +214,18 @@ class ValidationSetup:
             monitor: The metric.
             data: Data that may be in memory. If it is not, the Trainer's loop reads the loaders.
         """
+        guard = Guard(self.module)
         with self.isolated() as validation:
-            logged = (data or FoldedData()).validate_all(validation)
-            return mean_over_processes(self.trainer, logged.value(monitor))
+            with guard.watching(in_use=False):
+                logged = (data or FoldedData()).validate_all(validation)
+            score = mean_over_processes(self.trainer, logged.value(monitor))
+        if guard.changed and self.trainer.is_global_zero:
+            warnings.warn(
+                f"RouletteWheelPruning: validation changes {', '.join(guard.changed)}. The old values were put back. "
+                "The score is theirs.",
+                stacklevel=2,
+            )
+        return score
 
 
 def _guarded(guard: Guard | None) -> contextlib.AbstractContextManager[None]:

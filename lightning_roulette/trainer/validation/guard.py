@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_roulette.large.copies import copies_of
-from lightning_roulette.large.digests import digest_of
+from lightning_roulette.large.digests import digests_of
 from lightning_roulette.large.shards import any_sharded, local
 from lightning_roulette.network.hooks import every_call_seen
 from lightning_roulette.network.lending import copy_into, surely
@@ -50,12 +50,12 @@ class Guard:
             in_use: Whether each parameter is also compared when the module that owns it is first called. This finds
                 weights that a validation swaps for others and then swaps back. Compiled code runs uncompiled then.
         """
-        lent = {name: digest_of(local(one)) for name, one in self._parameters.items()}
+        lent = digests_by_name(self._parameters)
 
         def compare(names: Mapping[str, Tensor], when: str) -> None:
-            for name, one in names.items():
-                if digest_of(local(one)) != lent[name]:
-                    self.changed.setdefault(name, when)
+            now = digests_by_name(names)
+            for name in (one for one, digest in now.items() if digest != lent[one]):
+                self.changed.setdefault(name, when)
 
         try:
             with ExitStack() as stack:
@@ -86,6 +86,11 @@ class Guard:
                 compare(its, _IN_USE)
 
         return before
+
+
+def digests_by_name(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the digest of each tensor, or of this process's shard of it."""
+    return dict(zip(tensors, digests_of(local(one) for one in tensors.values()), strict=True))
 
 
 def _has_values(parameter: nn.Parameter) -> bool:
