@@ -121,6 +121,6 @@ def refuse_moved(before: Mapping[str, int], weights: _Weights) -> None:
     if moved:
         raise RuntimeError(
             f"RouletteWheelPruning: {', '.join(moved)} changed while the search validated candidates, so the scores "
-            "are of other networks than the masks. Nothing was pruned. Load the network from a checkpoint of the training, "
-            "and find what writes these weights in validation."
+            "are of other networks than the masks. Nothing was pruned. Load the network from a checkpoint of the "
+            "training, and find what writes these weights in validation."
         )

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_roulette.large.copies import copies_of
 from lightning_roulette.large.digests import digests_of
-from lightning_roulette.large.shards import any_sharded, local
+from lightning_roulette.large.shards import any_sharded, local, reshard
 from lightning_roulette.network.hooks import every_call_seen
 from lightning_roulette.network.lending import copy_into, surely
 from lightning_roulette.network.parameters import owners_of
@@ -33,6 +33,7 @@ class Guard:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        reshard(module)  # otherwise gathered weights would be guarded, which have no memory between forwards
         self._parameters = {name: one for name, one in module.named_parameters() if _has_values(one)}
         self._before = copies_of(self._parameters)
         self._owned = _owned(module, self._parameters)
