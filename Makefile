@@ -4,12 +4,15 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --co
 
 MNIST = $(if $(DATA),--data $(DATA))
 
-.PHONY: demo test check bench clean
+.PHONY: demo test coverage check bench clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/quickstart.py
 
 test: check
+	$(VENV)/bin/python -m pytest --numprocesses=2
+
+coverage: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest --numprocesses=2 --cov --cov-report=term
 
 check: $(VENV)/.dev
