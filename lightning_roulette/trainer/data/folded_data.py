@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
-from lightning_roulette.network.samples import bytes_of, tensors_of
-from lightning_roulette.trainer.data.containers import rebuilt, write_counts
+from lightning_roulette.network.samples import bytes_of
+from lightning_roulette.trainer.data.checksums import Checksums, checksums_of
+from lightning_roulette.trainer.data.containers import rebuilt
 from lightning_roulette.trainer.data.dealing import (
     FOLDS,
     SplitRows,
@@ -23,6 +22,13 @@ from lightning_roulette.trainer.validation.logged import Logged
 # Reads the loaders from the first batch to the last, each batch with the number of its loader.
 Read = Callable[[], Iterator[tuple[Any, int]]]
 
+_OTHER_BATCHES = (
+    "RouletteWheelPruning: loader {} of the validation data gives another batch {} than when it was first read. Then "
+    "equal networks do not get equal scores. Batches are read again because cache_bytes does not hold the data. Pass "
+    "validation=Validation(cache_bytes=...) with more memory, or let the data set give the same samples at each pass: "
+    "transforms must draw from the global random generators, and a stream must begin anew at each `__iter__`."
+)
+
 
 class FoldedData:
     """Validation data in folds.
@@ -36,6 +42,7 @@ class FoldedData:
 
     folds = at_once = at_least = 1
     undivided_because = ""
+    _checksums: Checksums | None = None
 
     def of(self, folds: Sequence[int]) -> Iterator[tuple[Any, int]]:
         """Return the batches of some folds, each with the number of its loader, in the order of the loaders."""
@@ -61,11 +68,31 @@ class FoldedData:
         return range(min(self.folds, self.at_least))
 
     def fetch(self, folds: Sequence[int]) -> None:
-        """Read the batches of some folds into memory, if they fit. Call it before weights are lent."""
+        """Read the batches of some folds into memory, if they fit. Call it before weights are lent.
+
+        Raises:
+            RuntimeError: If a batch in memory has been written to, and the check of it is due.
+        """
+        if self._checksums is not None:
+            self._checksums.check_if_due()
 
     def altered(self) -> bool:
-        """Return whether a validation has written into a tensor that is kept."""
-        return False
+        """Return whether a validation has written into a batch that is kept."""
+        return self._checksums is not None and self._checksums.altered()
+
+    def check(self) -> None:
+        """Compare the batches in memory with what they were.
+
+        Raises:
+            RuntimeError: If one has been written to.
+        """
+        if self._checksums is not None:
+            self._checksums.check()
+
+    def check_only_when_told(self) -> None:
+        """Let `fetch` check nothing. Processes must do the same at the same time."""
+        if self._checksums is not None:
+            self._checksums.by_time = False
 
     def undivided(self, why: str) -> FoldedData:
         """Return the batches of the loaders in one fold.
@@ -137,8 +164,13 @@ class KeptData(FoldedData):
         self.folds = self.at_once = 1 if self.undivided_because else FOLDS
         self._portions = {loader: self._dealt(loader, found, by_rows) for loader, found in batches.items()}
         self.at_least = min((one.at_least for one in self._portions.values()), default=1)
-        self._tensors = tensors_of([one.contents() for one in self._portions.values()])
-        self._before = write_counts(self._tensors)
+        self._checksums = Checksums(
+            {
+                f"loader {loader}, batch {place}" if isinstance(one, WholeBatches) else f"loader {loader}": batch
+                for loader, one in self._portions.items()
+                for place, batch in enumerate(one.contents())
+            }
+        )
         split = any(isinstance(one, SplitRows) for one in self._portions.values())
         self._original: Mapping[int, list[Any]] | None = batches if split else None
 
@@ -167,10 +199,6 @@ class KeptData(FoldedData):
         """All folds."""
         return range(self.folds)
 
-    def altered(self) -> bool:
-        """See `FoldedData`."""
-        return write_counts(self._tensors) != self._before
-
     def undivided(self, why: str) -> KeptData:
         """See `FoldedData`."""
         batches = self._original or {loader: one.contents() for loader, one in self._portions.items()}
@@ -195,6 +223,7 @@ class StreamedData(FoldedData):
     Args:
         read: See `dealt`.
         sizes: The size of each batch of each loader, in bytes.
+        sums: The checksums of each batch of each loader, as they were first read.
         lengths: See `dealt`.
         seed: See `dealt`.
         cache_bytes: See `dealt`.
@@ -206,13 +235,15 @@ class StreamedData(FoldedData):
         self,
         read: Read,
         sizes: Mapping[int, list[int]],
+        sums: Mapping[int, list[object]],
         lengths: Sequence[float],
         seed: int,
         cache_bytes: int,
         copies: bool = False,
         undivided_because: str = "",
     ) -> None:
-        self._arguments = (read, sizes, lengths, seed, cache_bytes, copies)
+        self._arguments = (read, sizes, sums, lengths, seed, cache_bytes, copies)
+        self._sums = sums
         self._read, self._most, self._copies = read, cache_bytes, copies
         self.folds = 1 if undivided_because else min(FOLDS, max(1, min(len(found) for found in sizes.values())))
         alone = "a loader gives a single batch, and cache_bytes does not hold the data"
@@ -226,11 +257,16 @@ class StreamedData(FoldedData):
                 self._bytes[fold] += size
         self.at_once = max(1, min(self.folds, cache_bytes // max(1, *self._bytes)))
         self._kept: dict[int, list[tuple[int, int, Any]]] = {}
-        self._tensors: list[Tensor] = []
-        self._before: list[int] = []
+        self._by_time = True
+
+    def check_only_when_told(self) -> None:
+        """See `FoldedData`."""
+        self._by_time = False
+        super().check_only_when_told()
 
     def fetch(self, folds: Sequence[int]) -> None:
         """See `FoldedData`."""
+        super().fetch(folds)
         fits = sum(self._bytes[fold] for fold in folds) <= self._most
         if fits and not self._kept.keys() >= set(folds):
             self._keep(folds)
@@ -247,10 +283,6 @@ class StreamedData(FoldedData):
         """See `FoldedData`."""
         return [sum(fold in folds for fold in found) for found in self._fold_of.values()]
 
-    def altered(self) -> bool:
-        """See `FoldedData`."""
-        return write_counts(self._tensors) != self._before
-
     def undivided(self, why: str) -> StreamedData:
         """See `FoldedData`."""
         return StreamedData(*self._arguments, undivided_because=why)
@@ -261,20 +293,29 @@ class StreamedData(FoldedData):
         for fold in following:
             if fold not in wanted and (size := size + self._bytes[fold]) <= self._most:
                 wanted.append(fold)
-        self._kept, self._tensors = {}, []  # freed before the next batches are read
+        self._kept, self._checksums = {}, None  # freed before the next batches are read
         kept: dict[int, list[tuple[int, int, Any]]] = {fold: [] for fold in wanted}
         for loader, place, batch in self._batches(wanted):
             kept[self._fold_of[loader][place]].append((loader, place, batch))
-        self._kept, self._tensors = kept, tensors_of(kept)
-        self._before = write_counts(self._tensors)
+        self._kept = kept
+        found = sorted((one for ours in kept.values() for one in ours), key=lambda one: one[:2])
+        self._checksums = Checksums({f"loader {loader}, batch {place}": batch for loader, place, batch in found})
+        self._checksums.by_time = self._by_time
 
     def _batches(self, folds: Collection[int]) -> Iterator[tuple[int, int, Any]]:
         """Yield the loader, the place in it, and the batch, for each batch of these folds."""
         place = dict.fromkeys(self._fold_of, -1)
         for batch, loader in self._read():
             place[loader] += 1
-            if self._fold_of[loader][place[loader]] in folds:
-                yield loader, place[loader], batch
+            at = place[loader]
+            if at >= len(self._sums[loader]):
+                raise RuntimeError(_OTHER_BATCHES.format(loader, at))
+            if self._fold_of[loader][at] in folds:
+                if checksums_of([batch])[0] != self._sums[loader][at]:
+                    raise RuntimeError(_OTHER_BATCHES.format(loader, at))
+                yield loader, at, batch
+        if any(at + 1 < len(self._sums[loader]) for loader, at in place.items()):
+            raise RuntimeError(_OTHER_BATCHES.format(*min(place.items())))
 
 
 def dealt(
@@ -305,9 +346,11 @@ def dealt(
     """
     kept: dict[int, list[Any]] = {loader: [] for loader in range(len(lengths))}
     sizes: dict[int, list[int]] = {loader: [] for loader in range(len(lengths))}
+    sums: dict[int, list[object]] = {loader: [] for loader in range(len(lengths))}
     total = 0
     for batch, loader in read():
         sizes[loader].append(bytes_of(batch))
+        sums[loader] += checksums_of([batch])
         total += sizes[loader][-1]
         if total <= cache_bytes:
             kept[loader].append(batch)
@@ -315,4 +358,4 @@ def dealt(
             kept = {loader: [] for loader in kept}
     if total <= cache_bytes:
         return KeptData(kept, lengths, seed, copies, undivided_because, by_rows)
-    return StreamedData(read, sizes, lengths, seed, cache_bytes, copies, undivided_because)
+    return StreamedData(read, sizes, sums, lengths, seed, cache_bytes, copies, undivided_because)

@@ -109,6 +109,7 @@ def _equal_in_all_processes(trainer: Trainer, data: FoldedData) -> FoldedData:
     """Return the data, dealt so that all processes validate equally often. Each process has batches of its own."""
     if trainer.world_size == 1:
         return data
+    data.check_only_when_told()
     least, most = least_and_most(trainer, [data.folds, int(data.regrouped), data.at_once, data.at_least])
     if least[:2] != most[:2]:
         data = data.undivided("the processes cannot deal their batches to folds in the same way")
