@@ -96,7 +96,7 @@ def leaves_of(batch: Any) -> Iterator[Any]:
 
 def _inside(one: Any) -> list[Any]:
     if isinstance(one, Mapping):
-        return list(one.values()) + [part for part in attributes_of(one).values() if part is not one]
+        return list((parts_of(one) or one).values())
     if isinstance(one, list | tuple | set | frozenset | deque):
         return list(one)
     if isinstance(one, np.ndarray):

@@ -239,4 +239,3 @@ def _bytes(leaf: Any) -> int:
     if callable(bands := getattr(leaf, "getbands", None)) and isinstance(size := getattr(leaf, "size", None), tuple):
         return int(np.prod(size)) * len(bands())
     return 0
-

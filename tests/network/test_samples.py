@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, UserDict, namedtuple
+from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
 

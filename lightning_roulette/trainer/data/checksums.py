@@ -83,7 +83,7 @@ def checksums_of(batches: list[list[Any]]) -> list[tuple[object, ...]]:
 
 
 def _buffers(batch: Any) -> list[Any]:
-    """What in a batch can be written to: tensors, arrays and byte arrays. Entries of an object array are looked into."""
+    """What in a batch can be written to: tensors, arrays and byte arrays. Object arrays count by their entries."""
     return [one for one in leaves_of(batch) if isinstance(one, Tensor | np.ndarray | bytearray | memoryview)]
 
 

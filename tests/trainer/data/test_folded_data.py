@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_roulette.judge.race import rungs
 from lightning_roulette.network.samples import bytes_of, tensors_of
 from lightning_roulette.trainer.data.dealing import FOLDS, folds_of
-from lightning_roulette.trainer.data.folded_data import FoldedData, KeptData, StreamedData, dealt
+from lightning_roulette.trainer.data.folded_data import FoldedData, KeptData
+from lightning_roulette.trainer.data.streamed_data import StreamedData, dealt
 
 PLENTY = 2**40
 EVERY = range(FOLDS)
