@@ -250,6 +250,7 @@ class IsolatedValidation:
             seed: Seed of the global random generators while the batches are read.
         """
         self._prepared()
+        self._snapshot.watch_streams([loader])
         self._snapshot.begin()
         try:
             seed_global_generators(seed)

@@ -28,8 +28,7 @@ class Position:
     - plain attributes, the contents of small containers and the values of tensors in them, and iterators that can be
       copied;
     - the positions of open files;
-    - what `state_dict` returns, by `load_state_dict`, if the stream has both and the state differs after the rest is put
-      back. To load the state of a finished pass would let some data sets begin the next pass at its end.
+    - what `state_dict` returns, by `load_state_dict`, if the stream has both and the state still differs. To load the state of a finished pass would let some data sets begin the next pass at its end.
 
     Objects that the stream holds are streams too, if they are data sets or iterators.
 
@@ -57,7 +56,7 @@ class Position:
                 self._contents[id(one)] = one, copy.copy(one)
                 waiting += one.values() if isinstance(one, dict) else one
         known = {id(one) for one, _ in self._files}
-        self.lost = [
+        self.lost: list[str] = [
             f"{type(stream).__name__}.{name}"
             for name, one in self._before.items()
             if _moves(one) and id(one) not in known and name not in self._copies and not self._has_loadable_state

@@ -67,6 +67,10 @@ class Snapshot:
                 self._generators.setdefault(generator, generator.get_state())
             if hasattr(holder, "set_epoch") and isinstance(epoch := getattr(holder, "epoch", None), int):
                 self._epochs.setdefault(holder, epoch)
+        self.watch_streams(loaders)
+
+    def watch_streams(self, loaders: Iterable[Any]) -> None:
+        """Add the positions alone of loaders that are not in the snapshot yet."""
         for stream in streams_of(loaders):
             if id(stream) not in self._positions:
                 self._positions[id(stream)] = Position(stream)

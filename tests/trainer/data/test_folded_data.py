@@ -456,5 +456,5 @@ def test_a_validation_that_writes_into_what_is_kept_is_noticed_and_copies_preven
 def test_the_bytes_of_a_batch_are_those_of_its_tensors():
     x = torch.zeros(3, 5)
     assert bytes_of(UserDict(x=x, y=[x.double()])) == 60 + 120
-    assert bytes_of([x, {"y": (x.double(), "text", 3, None)}, Pair(x.bool(), x.half())]) == 60 + 120 + 15 + 30
+    assert bytes_of([x, {"y": (x.double(), None)}, Pair(x.bool(), x.half())]) == 60 + 120 + 15 + 30
     assert bytes_of("text") == 0
