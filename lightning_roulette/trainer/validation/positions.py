@@ -28,7 +28,8 @@ class Position:
     - plain attributes, the contents of small containers and the values of tensors in them, and iterators that can be
       copied;
     - the positions of open files;
-    - what `state_dict` returns, by `load_state_dict`, if the stream has both and the state still differs. To load the state of a finished pass would let some data sets begin the next pass at its end.
+    - what `state_dict` returns, by `load_state_dict`, if the stream has both, and it still differs or the rest cannot be
+      put back. Otherwise it is not loaded, as some data sets begin the next pass at the end of a finished one then.
 
     Objects that the stream holds are streams too, if they are data sets or iterators.
 
@@ -56,17 +57,13 @@ class Position:
                 self._contents[id(one)] = one, copy.copy(one)
                 waiting += one.values() if isinstance(one, dict) else one
         known = {id(one) for one, _ in self._files}
-        self.lost: list[str] = [
-            f"{type(stream).__name__}.{name}"
-            for name, one in self._before.items()
-            if _moves(one) and id(one) not in known and name not in self._copies and not self._has_loadable_state
-        ] + [name for inner in self._inner for name in inner.lost]
+        moving = [name for name, one in self._before.items() if _moves(one) and id(one) not in known]
+        moving = [name for name in moving if name not in self._copies]
+        self._must_load = bool(moving) and self._state is not None
+        self.lost = [] if self._must_load else [f"{type(stream).__name__}.{name}" for name in moving]
+        self.lost += [name for inner in self._inner for name in inner.lost]
         if isinstance(stream, GeneratorType) or (isinstance(stream, Iterator) and not self._before and not self._state):
             self.lost.append(type(stream).__name__)
-
-    @property
-    def _has_loadable_state(self) -> bool:
-        return self._state is not None
 
     def restore(self) -> None:
         """Put the stream back."""
@@ -84,7 +81,7 @@ class Position:
                 file.seek(at)
         for inner in self._inner:
             inner.restore()
-        if self._has_loadable_state and not _equal(self._stream.state_dict(), self._state):
+        if self._must_load or (self._state is not None and not _equal(self._stream.state_dict(), self._state)):
             self._stream.load_state_dict(copy.deepcopy(self._state))
 
 

@@ -57,7 +57,9 @@ class Dense:
 
 
 register_pytree_node(
-    Dense, lambda one: ([*one.values.values()], [*one.values]), lambda parts, names: Dense(dict(zip(names, parts)), ())
+    Dense,
+    lambda one: ([*one.values.values()], [*one.values]),
+    lambda parts, names: Dense(dict(zip(names, parts, strict=True)), ()),
 )
 
 MAKE = {
@@ -86,12 +88,14 @@ class Taking(Blobs):
         super().__init__()
         self.met: set[tuple[type, Any]] = set()
 
-    def training_step(self, batch, i):
-        return super().training_step(both(batch), i)
-
     def validation_step(self, batch, i):
         self.met.add((type(batch), getattr(batch, "note", None)))
-        super().validation_step(both(batch), i)
+        x, y = both(batch)
+        self.log("val_acc", (self(x).argmax(1) == y).float().mean(), batch_size=len(y))
+
+    def training_step(self, batch, i):
+        x, y = both(batch)
+        return torch.nn.functional.cross_entropy(self(x), y)
 
     def transfer_batch_to_device(self, batch, *_):
         return batch
@@ -152,7 +156,7 @@ def test_a_late_write_ends_the_search_and_the_network_is_dense(make_trainer):
         def validation_step(self, batch, i):
             self.steps += not self.trainer.sanity_checking
             super().validation_step(batch, i)
-            if self.steps > 150:
+            if self.steps > 60:
                 batch[0].numpy()[:] = 0
 
     module = Late()
