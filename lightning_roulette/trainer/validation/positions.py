@@ -28,7 +28,7 @@ class Position:
     - plain attributes, the contents of small containers and the values of tensors in them, and iterators that can be
       copied;
     - the positions of open files;
-    - what `state_dict` returns, by `load_state_dict`, if the stream has both, and it still differs or the rest cannot be
+    - what `state_dict` returns, by `load_state_dict`, if the stream has both, and it differs or the rest cannot be
       put back. Otherwise it is not loaded, as some data sets begin the next pass at the end of a finished one then.
 
     Objects that the stream holds are streams too, if they are data sets or iterators.
