@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_roulette import Validation
+from lightning_roulette.trainer.data.streamed_data import dealt
 from tests.support.fits import fit, pruner
 from tests.support.modules import blobs
 
@@ -101,21 +101,19 @@ def test_a_stream_goes_back_to_its_position(make_trainer, kind):
     assert places(pruner()) == places()
 
 
-@pytest.mark.filterwarnings("default:RouletteWheelPruning")
-def test_a_generator_is_said(make_trainer):
+def test_a_generator_is_refused(make_trainer):
     stream = (batch(number) for number in itertools.count())
-    with pytest.warns(UserWarning, match=r"goes on where it stopped, and generator"):
+    with pytest.raises(RuntimeError, match="not a function of the weights"):
         fit(make_trainer, pruner(), val=stream, max_epochs=1, limit_val_batches=COUNT)
 
 
-def test_batches_that_differ_when_they_are_read_again_are_refused(make_trainer):
-    class Drifting(IterableDataset):
-        passes = itertools.count()
+def test_batches_that_differ_when_they_are_read_again_are_refused():
+    passes = itertools.count()
 
-        def __iter__(self):
-            shift = next(Drifting.passes)
-            return ([batch(number)[0] + shift, batch(number)[1]] for number in range(COUNT))
+    def read():
+        shift = next(passes)
+        return (([batch(number)[0] + shift, batch(number)[1]], 0) for number in range(COUNT))
 
-    pruning = pruner(validation=Validation(cache_bytes=3000))
+    data = dealt(read, [COUNT], seed=0, cache_bytes=3000)
     with pytest.raises(RuntimeError, match=r"another batch .* than when it was first read"):
-        fit(make_trainer, pruning, val=DataLoader(Drifting(), batch_size=None), max_epochs=1)
+        list(data.of([0]))
