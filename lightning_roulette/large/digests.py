@@ -59,7 +59,7 @@ def digests_of(tensors: Iterable[Tensor]) -> list[int]:
 def _digest(tensor: Tensor) -> Tensor:
     """The digest as int64 without dimensions, on the device of the tensor."""
     with torch._C.DisableTorchFunctionSubclass():
-        parts = _strided_parts(tensor.detach())
+        parts = strided_parts(tensor.detach())
         digests = [_digest_of_strided(part) for part in parts]
     seed = crc32(repr((tensor.dtype, () if tensor.is_nested else tuple(tensor.shape))).encode())
     total = torch.full((), seed, dtype=torch.int64, device=digests[0].device)
@@ -68,7 +68,7 @@ def _digest(tensor: Tensor) -> Tensor:
     return total
 
 
-def _strided_parts(tensor: Tensor) -> list[Tensor]:
+def strided_parts(tensor: Tensor) -> list[Tensor]:
     """The plain tensors that hold the values of a sparse, nested, quantised or wrapped tensor; else the tensor."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = cast(Any, tensor).__tensor_flatten__()
@@ -85,7 +85,7 @@ def _strided_parts(tensor: Tensor) -> list[Tensor]:
         parts = [tensor.int_repr(), *_scales(tensor)]
     else:
         return [tensor]
-    return [inner for part in parts for inner in _strided_parts(part.detach())] or [torch.zeros(0)]
+    return [inner for part in parts for inner in strided_parts(part.detach())] or [torch.zeros(0)]
 
 
 def _scales(tensor: Tensor) -> list[Tensor]:

@@ -100,6 +100,7 @@ def _searched(fit: FitState, judges: CandidateValidation, evaluate: Evaluator, o
         calibration = calibration_of(fit, judges.validation)
         settings = fit.choices.of_search(fit.only_tries)
         winner = search(judges.weights, evaluate, calibration=calibration, observer=observer, **settings)
+        judges.data.check()
     refuse_moved(before, judges.weights)
     return winner
 

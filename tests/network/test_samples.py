@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, UserDict, namedtuple
+from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,9 +89,6 @@ def test_a_batch_whose_tensors_share_no_first_dimension_has_no_samples(batch):
     "part",
     [
         *(["a", "b"], ("a", "b", "c", "d"), [], [[1, 2], [3, 4]], b"bytes", {1, 2, 3}, object()),
-        Plain(torch.zeros(3)),
-        OrderedDict(x=torch.zeros(3)),
-        UserDict(x=torch.zeros(3)),
         nn.Parameter(torch.zeros(3)),
         torch.zeros(3).as_subclass(Tagged),
         torch.zeros(3, 3).to_sparse(),

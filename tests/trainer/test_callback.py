@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.nn.functional import cross_entropy
 
 from lightning_roulette import RouletteWheelPruning, StopReason, Tree, Validation, Wheel, apply_mask
-from lightning_roulette.trainer.data.folded_data import dealt
+from lightning_roulette.trainer.data.streamed_data import dealt
 from tests.support import fits
 from tests.support.callbacks import within
 from tests.support.isolated import ON_ALL

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Sequence
-from dataclasses import is_dataclass
 from typing import Any
 
 from torch import Tensor
 
-from lightning_roulette.network.samples import attributes_of
+from lightning_roulette.network.containers import parts_of, with_parts
 
 
 def rebuilt(batch: Any, copies: bool) -> Any:
@@ -25,21 +23,12 @@ def rebuilt(batch: Any, copies: bool) -> Any:
     """
     if isinstance(batch, Tensor):
         return batch.clone() if copies else batch
-    if type(batch) in (dict, OrderedDict, UserDict, defaultdict):
-        twin = copy.copy(batch)
-        twin.update({key: rebuilt(value, copies) for key, value in batch.items()})
-        return twin
-    if type(batch) in (list, tuple):
-        return type(batch)(rebuilt(value, copies) for value in batch)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(rebuilt(value, copies) for value in batch))
-    if copies:
-        return copy.deepcopy(batch)
-    twin = copy.copy(batch)
-    if is_dataclass(twin):
-        for name, value in attributes_of(batch).items():
-            object.__setattr__(twin, name, rebuilt(value, copies))  # works for a frozen dataclass too
-    return twin
+    if (parts := parts_of(batch)) is not None:
+        try:
+            return with_parts(batch, {key: rebuilt(part, copies) for key, part in parts.items()})
+        except Exception:  # a class that takes no assignments
+            return copy.deepcopy(batch) if copies else copy.copy(batch)
+    return copy.deepcopy(batch) if copies else copy.copy(batch)
 
 
 def write_counts(tensors: Sequence[Tensor]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from functools import partial
 
@@ -9,7 +10,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_roulette.trainer.data.folded_data import FoldedData, TrainerLoopData, dealt
+from lightning_roulette.trainer.data.folded_data import FoldedData, TrainerLoopData
+from lightning_roulette.trainer.data.streamed_data import dealt
 from lightning_roulette.trainer.processes import in_any_process, least_and_most
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from lightning_roulette.trainer.validation.logged import Logged
@@ -33,6 +35,7 @@ def folded(
         RuntimeError: If there is no data.
     """
     lengths = validation.lengths()
+    _warn_of_lost_positions(validation)
     if validation.hands_over_iterator:
         return TrainerLoopData(), validation.run()
     deal = partial(dealt, validation.read, lengths, seed, cache_bytes, by_rows=by_rows)
@@ -93,6 +96,16 @@ def rounding(trainer: Trainer) -> float:
     return max([1e-3, *(2 * torch.finfo(one).eps for one in numbers)])
 
 
+def _warn_of_lost_positions(validation: IsolatedValidation) -> None:
+    if (lost := validation.lost_positions()) and validation.trainer.is_global_zero:
+        warnings.warn(
+            f"RouletteWheelPruning: the validation data is a stream that goes on where it stopped, and {lost[0]} "
+            "cannot be put back. The search reads from it, so your next validation starts at a later sample. Let the "
+            "stream begin anew at each __iter__, or give it state_dict and load_state_dict.",
+            stacklevel=2,
+        )
+
+
 def _accepted(validation: IsolatedValidation, data: FoldedData) -> tuple[FoldedData, Logged]:
     """Return the data, and what the module logs on it; in one fold if the module fails on regrouped samples."""
     if not data.regrouped or validation.trainer.world_size > 1:
@@ -109,6 +122,7 @@ def _equal_in_all_processes(trainer: Trainer, data: FoldedData) -> FoldedData:
     """Return the data, dealt so that all processes validate equally often. Each process has batches of its own."""
     if trainer.world_size == 1:
         return data
+    data.check_only_when_told()
     least, most = least_and_most(trainer, [data.folds, int(data.regrouped), data.at_once, data.at_least])
     if least[:2] != most[:2]:
         data = data.undivided("the processes cannot deal their batches to folds in the same way")

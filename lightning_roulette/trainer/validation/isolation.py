@@ -137,6 +137,10 @@ class IsolatedValidation:
         """Return the number of batches of each loader, and the number of samples if known."""
         return tuple(self.lengths()), self.samples()
 
+    def lost_positions(self) -> list[str]:
+        """Return names of what the loaders remember between passes and cannot be put back, such as generators."""
+        return self._snapshot.lost_positions()
+
     @property
     def loader(self) -> int | None:
         """The number of the loader that is being validated, if there are several."""
@@ -246,6 +250,7 @@ class IsolatedValidation:
             seed: Seed of the global random generators while the batches are read.
         """
         self._prepared()
+        self._snapshot.watch_streams([loader])
         self._snapshot.begin()
         try:
             seed_global_generators(seed)

@@ -20,6 +20,7 @@ from torchmetrics import Metric, MetricCollection, MetricTracker
 
 from lightning_roulette.large.shards import reshard
 from lightning_roulette.network.lending import write
+from lightning_roulette.trainer.validation.positions import Position, streams_of
 
 _MODULE_PARTS = frozenset(vars(nn.Module()))
 _CONTAINERS = (list, dict, set, deque, defaultdict, OrderedDict)
@@ -55,15 +56,28 @@ class Snapshot:
         self._attributes = PlainAttributes([*groups, *(vars(one) for one in (*schedulers, *objects))])
         self._generators: dict[torch.Generator, Tensor] = {}
         self._epochs: dict[Any, int] = {}
+        self._positions: dict[int, Position] = {}  # by the id of the stream
         self._random, self._grad = _random_states(), torch.is_grad_enabled()
 
     def watch(self, loaders: Iterable[Any]) -> None:
-        """Add the random generators and the epochs of loaders that are not in the snapshot yet."""
+        """Add the random generators, epochs and positions of loaders that are not in the snapshot yet."""
+        loaders = list(loaders)
         for holder in (part for loader in loaders for part in _parts_of(loader)):
             if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
                 self._generators.setdefault(generator, generator.get_state())
             if hasattr(holder, "set_epoch") and isinstance(epoch := getattr(holder, "epoch", None), int):
                 self._epochs.setdefault(holder, epoch)
+        self.watch_streams(loaders)
+
+    def watch_streams(self, loaders: Iterable[Any]) -> None:
+        """Add the positions alone of loaders that are not in the snapshot yet."""
+        for stream in streams_of(loaders):
+            if id(stream) not in self._positions:
+                self._positions[id(stream)] = Position(stream)
+
+    def lost_positions(self) -> list[str]:
+        """Return names of what loaders remember between passes and cannot be put back."""
+        return [name for position in self._positions.values() for name in position.lost]
 
     def begin(self) -> None:
         """Put back the random states, and reset the metrics: each validation begins like this."""
@@ -76,6 +90,8 @@ class Snapshot:
         self.restore_module()
         for holder, epoch in self._epochs.items():
             holder.epoch = epoch
+        for position in self._positions.values():
+            position.restore()
         self._restore_random_states()
 
     def restore_module(self, but: Collection[Tensor] = ()) -> None:

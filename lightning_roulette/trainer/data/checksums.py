@@ -1,0 +1,96 @@
+"""Checksums of batches that are kept: a change that no version counter of torch sees is found by them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_roulette.large.digests import digests_of
+from lightning_roulette.network.containers import leaves_of
+from lightning_roulette.trainer.data.containers import write_counts
+
+_SHARE = 0.005  # of the time, for checks
+
+
+class Checksums:
+    """The checksums of batches that are kept, which are compared with the batches now and then.
+
+    A check reads all batches once. It is due when the last one is so long ago that checks take less than 0.5 % of the
+    time.
+
+    Args:
+        contents: The batches, by names for error messages.
+
+    Attributes:
+        by_time: Whether checks become due. With several processes they must not, as each has a clock of its own.
+    """
+
+    by_time = True
+
+    def __init__(self, contents: Mapping[str, Any]) -> None:
+        began = time.monotonic()
+        self._leaves = {name: _buffers(batch) for name, batch in contents.items()}
+        self._sums = checksums_of(list(self._leaves.values()))
+        self._tensors = [one for found in self._leaves.values() for one in found if isinstance(one, Tensor)]
+        self._counts = write_counts(self._tensors)
+        self._checked, self._clock = time.monotonic(), time.strftime("%H:%M:%S")
+        self._seconds = self._checked - began
+
+    def altered(self) -> bool:
+        """Return whether a batch has been written to."""
+        return write_counts(self._tensors) != self._counts or bool(self._changed())
+
+    def check(self) -> None:
+        """Compare all batches.
+
+        Raises:
+            RuntimeError: If a batch has been written to since the last check.
+        """
+        before, self._clock = self._clock, time.strftime("%H:%M:%S")
+        began = time.monotonic()
+        changed = self._changed()
+        self._checked = time.monotonic()
+        self._seconds = self._checked - began
+        if changed:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise RuntimeError(
+                f"RouletteWheelPruning: {changed[0]}{more} of the validation data was written to between {before} and "
+                f"{self._clock}, in a way that no validation before did. Scores since {before} cannot be trusted, so "
+                "the search ends. The network is dense, as before the search. Let the step write into a copy, for "
+                "example with x = x.clone() before x.numpy(), x.data or an operation in place."
+            )
+
+    def check_if_due(self) -> None:
+        """Do the same as `check`, but only if it is due."""
+        if self.by_time and time.monotonic() - self._checked > self._seconds / _SHARE:
+            self.check()
+
+    def _changed(self) -> list[str]:
+        now = checksums_of(list(self._leaves.values()))
+        return [name for name, one, other in zip(self._leaves, self._sums, now, strict=True) if one != other]
+
+
+def checksums_of(batches: list[list[Any]]) -> list[tuple[object, ...]]:
+    """Return the checksums of the tensors, arrays and byte arrays in each batch."""
+    found = [_buffers(batch) for batch in batches]
+    digests = iter(digests_of([one for batch in found for one in batch if isinstance(one, Tensor)]))
+    return [tuple(next(digests) if isinstance(one, Tensor) else _digest(one) for one in batch) for batch in found]
+
+
+def _buffers(batch: Any) -> list[Any]:
+    """What in a batch can be written to: tensors, arrays and byte arrays. Object arrays count by their entries."""
+    return [one for one in leaves_of(batch) if isinstance(one, Tensor | np.ndarray | bytearray | memoryview)]
+
+
+def _digest(one: Any) -> object:
+    if not isinstance(one, np.ndarray):
+        return blake2b(bytes(one), digest_size=8).digest()
+    if one.dtype.hasobject:
+        return one.shape
+    raw = np.ascontiguousarray(one).reshape(-1).view(np.uint8)
+    return one.dtype.str, one.shape, blake2b(raw.data, digest_size=8).digest()
