@@ -23,9 +23,7 @@ from lightning_roulette.trainer.preparing import calibration_of, measured, ready
 from lightning_roulette.trainer.resuming import journal_of
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from lightning_roulette.trainer.scores.setup import CandidateValidation
-from lightning_roulette.trainer.scores.trial import refuse_moved
 from lightning_roulette.trainer.show.show import Show
-from lightning_roulette.trainer.validation.guard import digests_by_name
 
 
 def search_network(fit: FitState) -> None:
@@ -95,13 +93,12 @@ def noted(fit: FitState, judges: CandidateValidation) -> Iterator[Evaluator]:
 
 
 def _searched(fit: FitState, judges: CandidateValidation, evaluate: Evaluator, observer: Several) -> Winner:
-    before = digests_by_name(judges.weights)
     with judges.validation:
         calibration = calibration_of(fit, judges.validation)
         settings = fit.choices.of_search(fit.only_tries)
         winner = search(judges.weights, evaluate, calibration=calibration, observer=observer, **settings)
         judges.data.check()
-    refuse_moved(before, judges.weights)
+    judges.evaluate.unmoved.check()
     return winner
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_roulette.large.digests import digests_of
 from lightning_roulette.network.containers import leaves_of
 from lightning_roulette.trainer.data.containers import write_counts
+from lightning_roulette.trainer.pace import Pace
 
 _SHARE = 0.005  # of the time, for checks
 
@@ -27,19 +28,17 @@ class Checksums:
         contents: The batches, by names for error messages.
 
     Attributes:
-        by_time: Whether checks become due. With several processes they must not, as each has a clock of its own.
+        pace: Tells when a check is due.
     """
 
-    by_time = True
-
     def __init__(self, contents: Mapping[str, Any]) -> None:
-        began = time.monotonic()
+        self.pace = Pace(_SHARE)
         self._leaves = {name: _buffers(batch) for name, batch in contents.items()}
-        self._sums = checksums_of(list(self._leaves.values()))
+        with self.pace.measured():
+            self._sums = checksums_of(list(self._leaves.values()))
         self._tensors = [one for found in self._leaves.values() for one in found if isinstance(one, Tensor)]
         self._counts = write_counts(self._tensors)
-        self._checked, self._clock = time.monotonic(), time.strftime("%H:%M:%S")
-        self._seconds = self._checked - began
+        self._clock = time.strftime("%H:%M:%S")
 
     def altered(self) -> bool:
         """Return whether a batch has been written to."""
@@ -52,10 +51,8 @@ class Checksums:
             RuntimeError: If a batch has been written to since the last check.
         """
         before, self._clock = self._clock, time.strftime("%H:%M:%S")
-        began = time.monotonic()
-        changed = self._changed()
-        self._checked = time.monotonic()
-        self._seconds = self._checked - began
+        with self.pace.measured():
+            changed = self._changed()
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise RuntimeError(
@@ -67,7 +64,7 @@ class Checksums:
 
     def check_if_due(self) -> None:
         """Do the same as `check`, but only if it is due."""
-        if self.by_time and time.monotonic() - self._checked > self._seconds / _SHARE:
+        if self.pace.is_due:
             self.check()
 
     def _changed(self) -> list[str]:

@@ -105,7 +105,7 @@ class StreamedData(FoldedData):
         self._kept = kept
         found = sorted((one for ours in kept.values() for one in ours), key=lambda one: one[:2])
         self._checksums = Checksums({f"loader {loader}, batch {place}": batch for loader, place, batch in found})
-        self._checksums.by_time = self._by_time
+        self._checksums.pace.by_time = self._by_time
 
     def _batches(self, folds: Collection[int]) -> Iterator[tuple[int, int, Any]]:
         """Yield the loader, the place in it, and the batch, for each batch of these folds."""

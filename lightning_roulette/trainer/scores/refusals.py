@@ -106,7 +106,8 @@ class Suitability:
             "validation to the next, such as a smoothed metric, or a list that only a training hook clears. Reset it "
             "in on_validation_epoch_start. (2) Validation writes into its batches or into other tensors. Let it work "
             "on copies. (3) Validation draws random numbers from a generator of its own. Seed it in "
-            "on_validation_epoch_start."
+            "on_validation_epoch_start. (4) A data set goes on where it stopped. Let it begin anew at each "
+            "__iter__, or give it state_dict and load_state_dict."
         )
 
     def _is_blind(

@@ -22,6 +22,7 @@ from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.processes import mean_over_processes
 from lightning_roulette.trainer.scores.metric_calls import Call, batches_of, calls_of, outcomes_of
 from lightning_roulette.trainer.scores.monitored_metric import LOADER, MonitoredMetric
+from lightning_roulette.trainer.validation.guard import Unmoved
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from lightning_roulette.trainer.validation.logged import Logged
 
@@ -36,6 +37,9 @@ class TrainerEvaluator(Evaluator):
         data: The validation data.
         weights: The prunable parameters of the module, by name.
         metric: The metrics that rank, judge, and break ties.
+
+    Attributes:
+        unmoved: Checks that the weights keep their values.
     """
 
     def __init__(
@@ -51,10 +55,12 @@ class TrainerEvaluator(Evaluator):
         self._data, self._weights, self._metric = data, weights, metric
         self.folds, self.undivided_because = data.folds, data.undivided_because
         self.at_once, self.at_least = data.at_once, data.at_least
+        self.unmoved = Unmoved(weights, by_time=trainer.world_size == 1)
         self._warned = not trainer.is_global_zero
 
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
         """Return the scores of a candidate on the union of some folds."""
+        self.unmoved.check_if_due()
         self._data.fetch(folds)  # reading restores the module, and must not see lent weights or metrics that are heard
         with self._as(candidate):
             return self._scores(self._data.validate(self._validation, folds))

@@ -12,7 +12,7 @@ from lightning_roulette.large.limits import limits
 from lightning_roulette.large.shards import any_sharded
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.lending import applied
-from lightning_roulette.trainer.validation.guard import Guard, digests_by_name
+from lightning_roulette.trainer.validation.guard import Guard
 from lightning_roulette.trainer.validation.logged import Logged
 
 _Weights = Mapping[str, nn.Parameter]
@@ -104,23 +104,3 @@ def refuse_changed(changed: Mapping[str, str], prunable: Iterable[str], what: st
         "(2) The network normalises or clips its weights in place when it runs. Let it compute with a changed copy "
         f"instead, or pass exclude=[{found[0]!r}]."
     )
-
-
-def refuse_moved(before: Mapping[str, int], weights: _Weights) -> None:
-    """Raise if weights are not what they were before a search.
-
-    Args:
-        before: Digests of the weights before the search.
-        weights: The weights now.
-
-    Raises:
-        RuntimeError: If one of them differs.
-    """
-    now = digests_by_name(weights)
-    moved = [name for name, digest in before.items() if now[name] != digest]
-    if moved:
-        raise RuntimeError(
-            f"RouletteWheelPruning: {', '.join(moved)} changed while the search validated candidates, so the scores "
-            "are of other networks than the masks. Nothing was pruned. Load the network from a checkpoint of the "
-            "training, and find what writes these weights in validation."
-        )

@@ -15,7 +15,9 @@ from lightning_roulette.large.shards import any_sharded, local, reshard
 from lightning_roulette.network.hooks import every_call_seen
 from lightning_roulette.network.lending import copy_into, surely
 from lightning_roulette.network.parameters import owners_of
+from lightning_roulette.trainer.pace import Pace
 
+_SHARE = 0.005  # of the time, for checks
 _IN_USE = "it has other values when the network runs than before"
 _AFTERWARDS = "it has other values afterwards than before"
 
@@ -51,10 +53,10 @@ class Guard:
             in_use: Whether each parameter is also compared when the module that owns it is first called. This finds
                 weights that a validation swaps for others and then swaps back. Compiled code runs uncompiled then.
         """
-        lent = digests_by_name(self._parameters)
+        lent = _digests(self._parameters)
 
         def compare(names: Mapping[str, Tensor], when: str) -> None:
-            now = digests_by_name(names)
+            now = _digests(names)
             for name in (one for one, digest in now.items() if digest != lent[one]):
                 self.changed.setdefault(name, when)
 
@@ -89,7 +91,42 @@ class Guard:
         return before
 
 
-def digests_by_name(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+class Unmoved:
+    """Checks that weights keep their values while networks are validated.
+
+    Args:
+        weights: The weights, by name.
+        by_time: See `Pace`.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], by_time: bool) -> None:
+        self._weights, self._pace = weights, Pace(_SHARE, by_time)
+        with self._pace.measured():
+            self._before = _digests(weights)
+
+    def check(self) -> None:
+        """Compare the weights with their values at the beginning.
+
+        Raises:
+            RuntimeError: If one of them differs.
+        """
+        with self._pace.measured():
+            now = _digests(self._weights)
+        moved = [name for name, digest in self._before.items() if now[name] != digest]
+        if moved:
+            raise RuntimeError(
+                f"RouletteWheelPruning: {', '.join(moved)} changed while candidates were validated. The scores do not "
+                "belong to the masks, so the search ends, and nothing is pruned. Load the network from a checkpoint of "
+                "the training, and find what writes these weights in validation."
+            )
+
+    def check_if_due(self) -> None:
+        """Do the same as `check`, but only if it is due."""
+        if self._pace.is_due:
+            self.check()
+
+
+def _digests(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Return the digest of each tensor, or of this process's shard of it."""
     return dict(zip(tensors, digests_of(local(one) for one in tensors.values()), strict=True))
 

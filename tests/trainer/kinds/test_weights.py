@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -272,6 +273,23 @@ def test_a_large_weight_that_the_network_changes_only_when_pruned_is_refused_and
         fit(pruner(), module=module)
     assert module.trainer.global_step == 0
     assert equal(copied(module.net), copied(Renormalises().net))
+
+
+def test_weights_that_are_written_late_end_the_search_before_anything_is_pruned(fit):
+    class Late(Blobs):
+        times = 0
+
+        def on_validation_epoch_end(self):
+            self.times += self.trainer.global_step > 0
+            if self.times > 16:
+                with torch.no_grad():
+                    self.net[0].weight.mul_(2)
+
+    pruning, module = pruner(tolerance=math.inf), Late()
+    with limited(unpacked_entries=16), pytest.raises(RuntimeError, match=r"net\.0\.weight changed while candidates"):
+        fit(pruning, module=module)
+    assert bool((module.net[0].weight != 0).all())
+    assert pruning.mask is None
 
 
 # ---- what pruned networks must not break
