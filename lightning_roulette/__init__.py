@@ -8,6 +8,7 @@ from lightning_roulette.judge.evaluator import Evaluator
 from lightning_roulette.judge.outcomes import Batches, Resamples, Singles
 from lightning_roulette.mask.mask import Mask, apply_mask, sparsity
 from lightning_roulette.mask.pruned import PrunedWeights
+from lightning_roulette.network.kinds import register_layer
 from lightning_roulette.network.parameters import prunable_parameters, skipped_parameters
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.refitted import Refitted
@@ -51,6 +52,7 @@ __all__ = [
     "Winner",
     "apply_mask",
     "prunable_parameters",
+    "register_layer",
     "search",
     "skipped_parameters",
     "sparsity",

@@ -13,7 +13,9 @@ from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_roulette.large.devices import with_float64
+from lightning_roulette.network.kinds import affine_kind_of
 from lightning_roulette.network.parameters import CONVOLUTIONS, LINEAR_MAPS, aliases, owners_of, parts_of_metrics
+from lightning_roulette.network.ties import ties_of
 
 # Takes the positional and the keyword arguments of a module's forward. Returns the input of one of its layers.
 Inputs = Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
@@ -27,10 +29,11 @@ class Layer:
         name: Name of the parameter that holds `W`.
         module: The module that applies the map.
         bias: Name of the parameter that holds `b`; None if there is no bias or if it must not change.
-        outputs: The part of the weight's first dimension that belongs to this layer.
+        outputs: The outputs of the weight that belong to this layer.
         offsets: The part of the bias that belongs to this layer.
         groups: Number of maps. Each has its own inputs.
         inputs: Returns the layer's input from the arguments of the module's forward.
+        transposed: Whether the weight is a matrix of shape `(inputs, outputs)`.
     """
 
     name: str
@@ -40,10 +43,15 @@ class Layer:
     offsets: slice
     groups: int
     inputs: Inputs
+    transposed: bool = False
+
+    def part(self, weight: Tensor) -> Tensor:
+        """The part of a weight that belongs to this layer, a view with outputs as its first dimension."""
+        return (weight.detach().mT if self.transposed else weight.detach())[self.outputs]
 
     def matrices(self, weight: Tensor) -> Tensor:
         """`W` as matrices, shape `(groups, outputs, inputs)`; a view if `weight` is contiguous."""
-        part = weight.detach()[self.outputs]
+        part = self.part(weight)
         return part.reshape(self.groups, len(part) // self.groups, -1)
 
     def rows(self, arguments: tuple[Any, ...], named: Mapping[str, Any], chosen: Callable[[int], Tensor]) -> Tensor:
@@ -73,7 +81,8 @@ def layers_of(module: nn.Module, names: Collection[str]) -> tuple[list[Layer], d
 
     - Linear,
     - Conv1d, Conv2d and Conv3d,
-    - the projections of queries, keys and values in MultiheadAttention.
+    - the projections of queries, keys and values in MultiheadAttention,
+    - transformers' `Conv1D`, and classes that `register_layer` names.
 
     Subclasses count if they do not override `forward`.
 
@@ -86,6 +95,7 @@ def layers_of(module: nn.Module, names: Collection[str]) -> tuple[list[Layer], d
         - The other parameters by name, each with the reason why it is not the weight of a layer.
     """
     shared = {name for known in aliases(module).values() if len(known) > 1 for name in known}
+    shared |= {name for tie in ties_of(module) for name in tie.names}
     found: list[Layer] = []
     for prefix, part in module.named_modules():
         path = f"{prefix}." if prefix else ""
@@ -108,8 +118,10 @@ def _why_not(owner: nn.Module, own: str, shared: bool) -> str:
 
 
 def _computes_as_usual(part: nn.Module) -> bool:
-    """Whether a module computes what its torch class computes, because nothing overrides `forward`."""
-    usual = next((kind for kind in (*LINEAR_MAPS, nn.MultiheadAttention) if isinstance(part, kind)), None)
+    """Whether a module computes what its known class computes, because nothing overrides `forward`."""
+    affine = affine_kind_of(part)
+    kinds = (*LINEAR_MAPS, nn.MultiheadAttention) if affine is None else (affine.kind,)
+    usual = next((kind for kind in kinds if isinstance(part, kind)), None)
     if usual is None:
         return True
     names = ("forward", "_conv_forward")
@@ -149,6 +161,10 @@ _ALL = slice(0, None)
 def _layers(part: nn.Module, path: str, shared: Collection[str]) -> list[Layer]:
     if not _computes_as_usual(part):
         return []
+    if (kind := affine_kind_of(part)) is not None:
+        bias = None if kind.bias is None else _free(part, path, kind.bias, shared)
+        inputs = _argument(0, kind.argument)
+        return [Layer(f"{path}{kind.weight}", part, bias, _ALL, _ALL, 1, inputs, kind.transposed)]
     if isinstance(part, LINEAR_MAPS):
         groups = 1 if isinstance(part, nn.Linear) else part.groups
         bias = _free(part, path, "bias", shared)

@@ -13,6 +13,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from lightning_roulette.checks import check_words
+from lightning_roulette.network.kinds import affine_kind_of
+from lightning_roulette.network.ties import Tie, ties_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -32,7 +34,8 @@ def prunable_parameters(
 
     - Linear, Conv1d to Conv3d and their transposed forms,
     - attention projections,
-    - recurrent layers.
+    - recurrent layers,
+    - transformers' `Conv1D`, and layers of your own that `register_layer` names.
 
     The following are never prunable by default:
 
@@ -42,9 +45,11 @@ def prunable_parameters(
     The following are never prunable, even if `include` names them:
 
     - quantised, complex, parametrised, lazy, meta or empty parameters,
-    - parameters of networks inside metrics.
+    - parameters of networks inside metrics,
+    - parameters that share a part of their memory with another parameter.
 
-    A tied weight is listed once, under its first name.
+    A tied weight is listed once, under its first name. Different parameters over the same memory, such as a weight and
+    its transpose, are tied too: the first that covers the others is listed.
 
     Args:
         module: Any module.
@@ -56,7 +61,7 @@ def prunable_parameters(
 
     Raises:
         TypeError: If `include` or `exclude` is not a list of patterns.
-        ValueError: If a pattern matches no parameter.
+        ValueError: If a pattern matches no parameter, or a layer is not as its class was registered.
 
     Example:
         >>> list(prunable_parameters(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 1)), exclude=["2.*"]))
@@ -71,6 +76,8 @@ def skipped_parameters(
 ) -> dict[str, str]:
     """The parameters that `prunable_parameters` leaves out.
 
+    A search also leaves out weights that validation does not use, which is known only after training.
+
     Args:
         module: Any module.
         include: Glob patterns over parameter names that replace the default choice.
@@ -81,7 +88,7 @@ def skipped_parameters(
 
     Raises:
         TypeError: If `include` or `exclude` is not a list of patterns.
-        ValueError: If a pattern matches no parameter.
+        ValueError: If a pattern matches no parameter, or a layer is not as its class was registered.
     """
     return {n: reason for n, reason in _reasons(module, include, exclude).items() if reason is not None}
 
@@ -107,23 +114,35 @@ def _reasons(module: nn.Module, include: Patterns | None, exclude: Patterns | No
     _check_patterns("exclude", exclude, names)
     owners = owners_of(module)
     inside_metrics = {id(one) for part in parts_of_metrics(module) for one in part.parameters(recurse=False)}
+    ties = {name: tie for tie in ties_of(module) for name in tie.names}
 
     def reason(name: str) -> str | None:
-        parameter = parameters[name]
-        if id(parameter) in inside_metrics:
+        tie = ties.get(name, Tie((name,), name))
+        if tie.whole != name:
+            return _tied(name, tie)
+        ours = [parameters[one] for one in tie.names]
+        if any(id(one) in inside_metrics for one in ours):
             return "belongs to a metric"
-        if (unfit := _unfit(parameter, *owners[name])) is not None:
-            return unfit
-        if exclude is not None and _matches(names[name], exclude):
+        unfit = (_unfit(one, *owners[own]) for one, own in zip(ours, tie.names, strict=True))
+        if (why := next(filter(None, unfit), None)) is not None:
+            return why
+        known = [alias for one in tie.names for alias in names[one]]
+        if exclude is not None and _matches(known, exclude):
             return "excluded"
         if include is not None:
-            return None if _matches(names[name], include) else "not included"
-        if not parameter.requires_grad:
+            return None if _matches(known, include) else "not included"
+        if not all(one.requires_grad for one in ours):
             return "frozen"
-        kinds = (_kind(*owners[alias]) for alias in names[name])
-        return next((kind for kind in kinds if kind is not None), None)
+        return next(filter(None, (_kind(*owners[alias]) for alias in known)), None)
 
     return {name: reason(name) for name in parameters}
+
+
+def _tied(name: str, tie: Tie) -> str:
+    """The reason why a parameter that shares memory with others is not prunable itself."""
+    if tie.whole is not None:
+        return f"tied to {tie.whole}"
+    return f"shares a part of its memory with {next(one for one in tie.names if one != name)}"
 
 
 def _unfit(parameter: nn.Parameter, owner: nn.Module, own: str) -> str | None:
@@ -163,7 +182,8 @@ def _kind(owner: nn.Module, own: str) -> str | None:
     weight = own == "weight" and isinstance(owner, (*LINEAR_MAPS, *TRANSPOSED))
     projection = own in _ATTENTION_PROJECTIONS and isinstance(owner, nn.MultiheadAttention)
     recurrent = own.startswith("weight_") and isinstance(owner, nn.RNNBase | nn.RNNCellBase)
-    return None if weight or projection or recurrent else f"{own} of {type(owner).__name__}"
+    affine = (kind := affine_kind_of(owner)) is not None and own == kind.weight
+    return None if weight or projection or recurrent or affine else f"{own} of {type(owner).__name__}"
 
 
 def parts_of_metrics(module: nn.Module) -> set[nn.Module]:

@@ -65,7 +65,8 @@ class RowSampler:
 
 def matrix_of(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return a layer's weight, and its bias as a last column, float64, shape `(groups, outputs, inputs)`."""
-    matrix = layer.matrices(with_float64(tensors[layer.name])).to(torch.float64)
+    # a copy, as the weight may be written to while the matrix is needed
+    matrix = layer.matrices(with_float64(tensors[layer.name])).to(torch.float64, copy=True)
     if layer.bias is None:
         return matrix
     bias = tensors[layer.bias].detach()[layer.offsets].to(matrix)
@@ -84,7 +85,7 @@ def kept_in_matrix(layer: Layer, mask: Mapping[str, Tensor]) -> Tensor:
 @torch.no_grad()
 def write_matrix(layer: Layer, tensors: Mapping[str, Tensor], matrix: Tensor) -> None:
     """Write a layer's matrix into its weight and bias."""
-    outputs = tensors[layer.name][layer.outputs]
+    outputs = layer.part(tensors[layer.name])
     outputs.copy_(matrix[..., : outputs[0].numel()].reshape(outputs.shape))
     if layer.bias is not None:
         tensors[layer.bias][layer.offsets].copy_(matrix[..., -1].flatten())

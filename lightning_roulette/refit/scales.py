@@ -32,7 +32,7 @@ def input_scales(kind: str, sums: Mapping[Layer, LayerSums], mask: Mask, damping
             scales = _activation(layer_sums.fit, kept)
         else:
             scales = _obs(layer_sums.fit, kept, damping, layer.bias is not None)
-        part = found[layer.name][layer.outputs]
+        part = layer.part(found[layer.name])
         part.copy_(scales[..., : part[0].numel()].reshape(part.shape))
         if layer.bias in found:
             found[layer.bias][layer.offsets] = scales[..., -1].flatten()

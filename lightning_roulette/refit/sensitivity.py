@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from lightning_roulette.large.devices import with_float64
 from lightning_roulette.network.hooks import Enough, run_with_hooks
+from lightning_roulette.network.kinds import affine_kind_of
 from lightning_roulette.network.parameters import CONVOLUTIONS, LINEAR_MAPS, TRANSPOSED, aliases, owners_of
+from lightning_roulette.network.ties import ties_of
 from lightning_roulette.wheel.chance import random_bits, stream
 
 _INPUT_EXPONENT = 1 / 2  # see Sensitivity.scales
@@ -45,11 +47,11 @@ class Sensitivity:
         self._shapes = {name: module.get_parameter(name).shape for name in names}
         self._owners = _owners(module, names)
         parts = dict(module.named_modules(remove_duplicate=False))
-        around = [parts[path] for own in self._owners.values() for prefix, _ in own for path in _outwards(prefix)]
+        around = [parts[path] for own in self._owners.values() for prefix, *_ in own for path in _outwards(prefix)]
         self._calls = [_calls_in(piece, around) for piece in pieces]
         called = {part for calls in self._calls for part in calls}
         self._observed = {
-            name: [part for prefix, _ in owners if (part := _nearest(prefix, parts, called)) is not None]
+            name: [part for prefix, *_ in owners if (part := _nearest(prefix, parts, called)) is not None]
             for name, owners in self._owners.items()
         }
 
@@ -107,7 +109,7 @@ class Sensitivity:
 
     def _scale(self, name: str, sums: Mapping[nn.Module, _ChannelSums]) -> Tensor | None:
         """Return the scale of a weight. If several modules use it, it is the root of the sum of squares."""
-        owners = {owner for _, owner in self._owners[name]}
+        owners = {owner for _, owner, shaped in self._owners[name] if shaped}
         squares: Tensor | None = None
         for part in self._observed[name]:
             if part in sums and (here := sums[part].square(part, self._shapes[name], part in owners)) is not None:
@@ -153,13 +155,18 @@ class _ChannelSums:
         if self.derivatives is None:
             return None
         inputs, derivatives = (self.inputs / self.rows).sqrt(), self.derivatives
-        if not owned or not isinstance(part, LINEAR_MAPS):
+        kind = affine_kind_of(part)
+        if not owned or not (kind is not None or isinstance(part, LINEAR_MAPS)):
             return derivatives.mean() * inputs.mean() ** (2 * _INPUT_EXPONENT)
         if len(shape) == 1:
             return derivatives  # a bias, whose input is 1
-        groups = 1 if isinstance(part, nn.Linear) else part.groups
+        groups = part.groups if isinstance(part, CONVOLUTIONS) else 1
         by_output = inputs.view(groups, -1).repeat_interleave(len(derivatives) // groups, 0)
         squares = derivatives.view(-1, 1).mul(by_output ** (2 * _INPUT_EXPONENT))
+        if kind is not None and kind.matrix(squares).shape == shape:
+            return kind.matrix(squares)
+        if kind is not None:  # another parameter of the module
+            return squares.mean()
         return squares.view(len(derivatives), -1, *[1] * (len(shape) - 2))
 
 
@@ -242,11 +249,21 @@ def _first_floating(values: Any) -> tuple[int | None, Tensor | None]:
     return None, None
 
 
-def _owners(module: nn.Module, names: Sequence[str]) -> dict[str, list[tuple[str, nn.Module]]]:
-    """For each weight, return paths and modules of all its owners; a tied weight has several."""
+def _owners(module: nn.Module, names: Sequence[str]) -> dict[str, list[tuple[str, nn.Module, bool]]]:
+    """For each weight, return the owners: path, module, and whether it has the weight in the same shape.
+
+    A tied weight has several owners. If it is another view of the same memory, its shape may be another.
+    """
     known, owner_of = aliases(module), owners_of(module)
     first = {alias: name for name, all_names in known.items() for alias in all_names}
-    return {name: [(alias.rpartition(".")[0], owner_of[alias][0]) for alias in known[first[name]]] for name in names}
+    views = {name: tie.names for tie in ties_of(module) for name in tie.names}
+
+    def of(name: str) -> list[tuple[str, nn.Module, bool]]:
+        own = first[name]
+        every = [(alias, one == own) for one in dict.fromkeys((own, *views.get(own, ()))) for alias in known[one]]
+        return [(alias.rpartition(".")[0], owner_of[alias][0], same) for alias, same in every]
+
+    return {name: of(name) for name in names}
 
 
 def _outwards(path: str) -> Iterator[str]:

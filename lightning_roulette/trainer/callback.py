@@ -26,6 +26,7 @@ from lightning_roulette.trainer.preflight import (
     refuse_trainer,
     refuse_without_validation,
     validates_before,
+    warn_of_little,
 )
 from lightning_roulette.trainer.preparing import rehearse
 from lightning_roulette.trainer.resuming import (
@@ -55,6 +56,10 @@ class RouletteWheelPruning(WithResult):
        below the floor.
     5. The accepted levels are judged once on the held-out half. The slimmest that keeps the floor there is loaded in
        place.
+
+    Before the search, a log line says which share of the weights is prunable, and what is skipped and why. Weights are
+    skipped if neither the monitored nor the ranking metric depends on them, such as a head that only training uses.
+    Layers of your own become prunable by `register_layer`.
 
     The method: Chan, Yiu, Guo and Jiang 2024, doi:10.1007/s00521-024-09719-6.
 
@@ -125,7 +130,7 @@ class RouletteWheelPruning(WithResult):
             A refit needs training data from a DataLoader. It runs the module's `calibration_step(batch)` if there is
             one, else its `validation_step`, on training batches.
         include: Glob patterns over parameter names. Only matching parameters are prunable. None: the default choice,
-            see `prunable_parameters`.
+            see `prunable_parameters`, without weights that validation does not use.
         exclude: Glob patterns over parameter names that are not prunable.
         wheel: How candidates are drawn: which weights are likely to go. See `Wheel`.
         tree: How levels follow one another: the pruning rate, and when the search ends. See `Tree`.
@@ -209,6 +214,8 @@ class RouletteWheelPruning(WithResult):
         """Refuse a module or data that cannot be searched."""
         if self._run.searches:
             find_prunable(pl_module, self.include, self.exclude)
+            if self._run.phase is Phase.FRESH:
+                warn_of_little(pl_module, self.include, self.exclude)
             refuse_without_validation(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -29,6 +29,14 @@ class Facts:
         if sentence not in self.notes:
             self.notes.append(sentence)
 
+    def go_on_from(self, report: SearchReport) -> None:
+        """Take over what the report of an earlier run says, where this run knows nothing."""
+        if not self.matrices:
+            self.matrices, self.skipped = report.matrices, report.skipped
+        if self.dense_measured is None:
+            self.dense_measured = report.dense_measured
+        self.notes[:] = dict.fromkeys([*report.notes, *self.notes])
+
     def added_to(self, report: SearchReport) -> SearchReport:
         """Return the report with these facts."""
         return replace(

@@ -138,6 +138,8 @@ class FitState:
 
     def report_of(self, found: SearchReport, metric: MonitoredMetric) -> SearchReport:
         """Return the report of a search in the units of the metric, with all that this run knows."""
+        if self.result.history is not None and self.result.report is not None:
+            self.facts.go_on_from(self.result.report)
         return self.facts.added_to(metric.units_of(found))
 
     def know_files(self) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_roulette.large.shards import Shards
+from lightning_roulette.network.coverage import coverage_of, largest_class
 from lightning_roulette.network.parameters import has_lazy_parameters, prunable_parameters, skipped_parameters
+from lightning_roulette.report.names import shortened
 from lightning_roulette.search.arguments import beyond_shards
 from lightning_roulette.settings import Importance, LeastSquares, refit_of
 from lightning_roulette.trainer.validation.muting import callbacks_of
@@ -161,9 +164,49 @@ def find_prunable(
     found = prunable_parameters(module, include=include, exclude=exclude)
     if not found and not has_lazy_parameters(module):
         skipped = skipped_parameters(module, include=include, exclude=exclude)
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:8]) or "it has no parameters"
-        raise ValueError(
-            f"no parameter of {type(module).__name__} is prunable ({reasons}). Pass include=[...] to name some."
-        )
+        raise ValueError(f"no parameter of {type(module).__name__} is prunable. {_why_nothing(module, skipped)}")
     Shards.of(found)
     return found
+
+
+def warn_of_little(module: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None) -> None:
+    """Warn if less than half of the network is prunable, and the user named no parameters.
+
+    Frozen weights do not count, as the user chose not to change them.
+    """
+    if include is not None or exclude is not None or has_lazy_parameters(module):
+        return
+    coverage = coverage_of(module, skipped_parameters(module))
+    if 2 * coverage.prunable < coverage.matrices - coverage.frozen:
+        rank_zero_warn(
+            f"RouletteWheelPruning: {coverage.sentence} The sparsity is a share of the prunable weights only. To prune "
+            "others too, name all weights to prune with include=[...], or call register_layer for a class of linear "
+            "layers of your own. If this is as you want it, name what is skipped with exclude=[...].",
+            stacklevel=3,
+        )
+
+
+def _why_nothing(module: nn.Module, skipped: Mapping[str, str]) -> str:
+    """Return sentences that name the class with most weights first, and say what to do."""
+    largest = largest_class(module)
+    if largest is None:
+        return "It has no weights in matrices. Pass include=[...] to name other parameters."
+    kind, share, names = largest
+    why = skipped[names[0]]
+    head = f"{share:.0%} of its weights in matrices belong to {kind.__name__} ({shortened(names)}: {why})."
+    reasons = "; ".join(f"{name}: {other}" for name, other in list(skipped.items())[:8])
+    return f"{head} {_remedy(why, kind, names[0])} All reasons: {reasons}."
+
+
+def _remedy(why: str, kind: type[nn.Module], name: str) -> str:
+    """Return what to do about a parameter that is skipped."""
+    patterns = f"include=['*.{name.rpartition('.')[2]}']" if "." in name else f"include=[{name!r}]"
+    if why == "frozen":
+        return f"Unfreeze them, or pass {patterns} to prune frozen weights."
+    if why in ("excluded", "not included"):
+        return "Change include or exclude."
+    if why.endswith(f" of {(word := kind.__name__)}"):
+        own = kind.__module__.partition(".")[0] != "torch" and not issubclass(kind, nn.Embedding)
+        register = f"If {word} multiplies its input with a matrix, call register_layer({word}). " if own else ""
+        return f"{register}Pass {patterns} to prune them by name."
+    return "Such parameters cannot be pruned. Pass include=[...] to name others."

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from torch import nn
 
+from lightning_roulette.network.coverage import coverage_of
+from lightning_roulette.network.parameters import skipped_parameters
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.settings import Refit, refit_of
 from lightning_roulette.trainer.data.folded_data import FoldedData
@@ -72,6 +75,7 @@ def judging_of(fit: FitState) -> ValidationSetup:
         fit.callback,
         fit.restless,
         fit.facts.note,
+        named=choices.include is not None,
     )
 
 
@@ -91,6 +95,8 @@ def ready(fit: FitState) -> CandidateValidation:
     by_rows, first = fit.choices.confidence is not None, fit.result.history is None
     found = judging_of(fit).dealt(lambda: prunable(fit), by_rows, first)
     remember(fit, found.metric)
+    if first:
+        say_prunable(fit, found.unused)
     return found
 
 
@@ -106,7 +112,24 @@ def ready_between_epochs(fit: FitState) -> CandidateValidation:
         with judging.isolated() as validation:
             logged = validation.run(1)
         metric = remember(fit, judging.metric(logged))
-    return judging.undivided(metric, prunable(fit), fit.result.history is None)
+    found = judging.undivided(metric, prunable(fit), first := fit.result.history is None)
+    if first:
+        say_prunable(fit, found.unused)
+    return found
+
+
+def say_prunable(fit: FitState, unused: Mapping[str, str]) -> None:
+    """Log what is prunable and what is skipped, and keep it for the report.
+
+    Args:
+        fit: The run.
+        unused: The parameters that are skipped because validation does not use them, with the reason.
+    """
+    skipped = skipped_parameters(fit.module, include=fit.choices.include, exclude=fit.choices.exclude)
+    coverage = coverage_of(fit.module, {**skipped, **unused})
+    fit.facts.matrices, fit.facts.skipped = coverage.matrices, coverage.skipped
+    if fit.trainer.is_global_zero:
+        log.info(f"RouletteWheelPruning: {coverage.sentence}")
 
 
 def prunable(fit: FitState) -> dict[str, nn.Parameter]:

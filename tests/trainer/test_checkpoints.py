@@ -280,9 +280,9 @@ def test_after_a_search_a_checkpoint_of_another_network_can_be_validated(fit, tm
 
 
 # Validations before the search judges the dense network. On all the data: to find the metric, and on the batches as
-# they were read. On one fold: to see that it is taken, as the network is, with all weights at zero, and to see what is
-# logged as the metric.
-REHEARSALS = 6
+# they were read. On one fold: to see that it is taken, as the network is, with all weights at zero, to see which
+# weights are used, and to see what is logged as the metric. On one batch: as the network is, and without either weight.
+REHEARSALS = 12
 # Then come, on all the data: the dense network; of each level two candidates, and the winner of them again.
 
 

@@ -164,7 +164,7 @@ AT_THE_START = {
         RouletteWheelPruning(),
         NothingPrunable,
         {},
-        "no parameter of NothingPrunable is prunable.*net.0.weight: frozen.*Pass include=",
+        "no parameter of NothingPrunable is prunable.*Linear .*: frozen.*pass include=",
     ),
     "limit": (RouletteWheelPruning(), Blobs, {"limit_val_batches": 0}, "limit_val_batches is 0.*Allow some validation"),
     "no data": (

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
 from torch import nn
 
+from lightning_roulette.judge.evaluator import divided
 from lightning_roulette.settings import Validation
 from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.data.reading import folded, undivided, whole_if_regrouping_matters
@@ -18,6 +19,7 @@ from lightning_roulette.trainer.processes import mean_over_processes
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric, Watched, find_metric, watched_in
 from lightning_roulette.trainer.scores.refusals import Suitability
 from lightning_roulette.trainer.scores.trainer_evaluator import RecordingEvaluator, TrainerEvaluator
+from lightning_roulette.trainer.scores.unused import unused_weights
 from lightning_roulette.trainer.validation.guard import Guard
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from lightning_roulette.trainer.validation.logged import Logged
@@ -37,6 +39,7 @@ class CandidateValidation:
         weights: The prunable parameters.
         evaluate: The evaluator.
         size: The number of batches of each loader, and the number of samples if known.
+        unused: The prunable parameters that were left out because validation does not use them, with the reason.
     """
 
     validation: IsolatedValidation
@@ -45,6 +48,7 @@ class CandidateValidation:
     weights: _Weights
     evaluate: TrainerEvaluator
     size: tuple[object, ...]
+    unused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +66,7 @@ class ValidationSetup:
         caller: The callback that searches. It logs no metric.
         restless: Parameters that are not prunable and that validation changes. They are put back after each validation.
         note: Takes a sentence for the report.
+        named: Whether the user named the prunable weights. They are then pruned even if validation does not use them.
     """
 
     trainer: Trainer
@@ -74,6 +79,7 @@ class ValidationSetup:
     caller: Callback
     restless: list[nn.Parameter] = field(default_factory=list)
     note: Callable[[str], None] = lambda sentence: None
+    named: bool = False
 
     def isolated(self) -> IsolatedValidation:
         """Return a validation to enter. Loggers, callbacks and random state are left untouched."""
@@ -136,9 +142,12 @@ class ValidationSetup:
                 data = whole_if_regrouping_matters(validation, data, logged, {metric.monitor, metric.rank_by})
             if guard is not None:
                 self._try(guard, validation, data, prunable, metric)
+            with _guarded(guard):
+                unused = self._unused(validation, data, prunable, metric) if first else {}
             size = validation.size()
-        evaluate = RecordingEvaluator(self.trainer, self.module, validation, data, prunable, metric)
-        return CandidateValidation(validation, data, metric, prunable, evaluate, size)
+        used = {name: one for name, one in prunable.items() if name not in unused}
+        evaluate = RecordingEvaluator(self.trainer, self.module, validation, data, used, metric)
+        return CandidateValidation(validation, data, metric, used, evaluate, size, unused)
 
     def rehearse(self, guard: Guard, metric: MonitoredMetric, weights: _Weights, batches: float) -> None:
         """Try validation on a few batches before training, on the network as it is.
@@ -201,11 +210,30 @@ class ValidationSetup:
         with self.isolated() as validation:
             why = "a cut has one candidate, so nothing is ranked"
             data = undivided(validation, self.seed, self.choices.cache_bytes, why)
-            if first:
-                self._try(Guard(self.module), validation, data, weights, metric, between_epochs=True)
+            guard = Guard(self.module) if first else None
+            if guard is not None:
+                self._try(guard, validation, data, weights, metric, between_epochs=True)
+            with _guarded(guard):
+                unused = self._unused(validation, data, weights, metric) if first else {}
             size = validation.size()
-        evaluate = TrainerEvaluator(self.trainer, self.module, validation, data, weights, metric)
-        return CandidateValidation(validation, data, metric, weights, evaluate, size)
+        used = {name: one for name, one in weights.items() if name not in unused}
+        evaluate = TrainerEvaluator(self.trainer, self.module, validation, data, used, metric)
+        return CandidateValidation(validation, data, metric, used, evaluate, size, unused)
+
+    def _unused(
+        self, validation: IsolatedValidation, data: FoldedData, weights: _Weights, metric: MonitoredMetric
+    ) -> dict[str, str]:
+        """Return the weights to leave out because validation does not use them, with the reason."""
+        if self.named:
+            return {}
+        unused = unused_weights(validation, data, weights, metric, divided(data.folds, self.choices.confirm)[0])
+        if len(unused) == len(weights):
+            raise RuntimeError(
+                f"RouletteWheelPruning: no prunable weight has an effect on {metric.monitor} or {metric.rank_by}, so "
+                "they cannot judge pruned candidates. Pass monitor=... to judge by another metric, or name the weights "
+                "with include."
+            )
+        return unused
 
     def measured(self, monitor: str, data: FoldedData | None = None) -> float:
         """Return a metric of the network as it is, on all the validation data.

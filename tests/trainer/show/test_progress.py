@@ -271,8 +271,9 @@ def test_a_search_says_its_floor_each_level_and_its_end_in_units_of_the_metric(m
     fit(ours, enable_progress_bar=False)
     lines, report = said(), ours.report
     assert all(line.startswith("RouletteWheelPruning: ") for line in lines)
-    judged, dense, *levels = (line.removeprefix("RouletteWheelPruning: ") for line in lines)
+    judged, prunable, dense, *levels = (line.removeprefix("RouletteWheelPruning: ") for line in lines)
     assert judged == f"judges candidates by {monitor} ({mode}, as asked), and ranks them by val_loss."
+    assert prunable == "624 of 624 weights in matrices are prunable (100.0%)."
     kept = ", 8 of 16 folds held out" if halves else ""
     assert dense.startswith(f"dense network: {monitor} {report.dense_score:.6g}, floor {report.floor:.6g}{kept}. ")
     assert re.search(r"A level of 5 candidates will take about \d+\.\d s\.$", dense)

@@ -1,0 +1,30 @@
+"""Many names in a few words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_MOST = 3  # this many names are listed
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Return names of parameters in a few words.
+
+    Example:
+        >>> shortened(["head.weight", "head.bias"])
+        'head.weight, head.bias'
+        >>> shortened([f"blocks.{i}.{one}.weight" for i in range(4) for one in ("up", "down")])
+        'blocks.*.up.weight, blocks.*.down.weight'
+    """
+    patterns = list(dict.fromkeys(".".join("*" if one.isdigit() else one for one in name.split(".")) for name in names))
+    if len(names) <= _MOST or len(patterns) <= _MOST:
+        return ", ".join(names if len(names) <= _MOST else patterns)
+    parts = [name.split(".")[:-1] for name in names]
+    shared = []
+    for ones in zip(*parts, strict=False):
+        if len(set(ones)) > 1:
+            break
+        shared.append(ones[0])
+    if shared:
+        return f"{'.'.join(shared)}.* ({len(names)} parameters)"
+    return f"{', '.join(patterns[: _MOST - 1])} and others ({len(names)} parameters)"
