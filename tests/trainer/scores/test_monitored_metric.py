@@ -252,16 +252,20 @@ UNWATCHED = trainer_with(CHECKPOINT, STOPPING, plateau=PLATEAU)
         ),
         (EACH, {}, r"'each', which has shape \(10,\), but must be one number.*'val_loss'"),
         (EACH, {"monitor": "each"}, r"'each', which has shape \(10,\), but must be one number.*'val_loss'"),
-        (EACH, {"monitor": "val_acc", "rank_by": "each"}, r"watches 'each', which has shape \(10,\).* pass rank_by="),
+        (
+            EACH,
+            {"monitor": "val_acc", "rank_by": "each"},
+            r"rank_by is 'each', which has shape \(10,\).* pass rank_by=",
+        ),
         (
             EACH,
             {"monitor": "val_acc", "rank_by": "val_los"},
-            r"watches 'val_los', which .* did not log\. Logged: .*'val_loss'.* Pass rank_by=\.\.\.",
+            r"rank_by is 'val_los', which .* did not log\. .*Did you mean 'val_loss'\? Pass validation=Validation\(rank_by=",
         ),
         (
             EACH,
             {"monitor": "val_acc", "rank_by": "surprise"},
-            "larger values of 'surprise' are better. Rank by another metric",
+            "rank_by is 'surprise', but it cannot tell whether larger values .* are better. Rank by another metric",
         ),
     ],
 )
