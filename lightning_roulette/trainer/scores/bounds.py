@@ -62,8 +62,9 @@ def refuse_low_floor(logged: Logged, metric: MonitoredMetric, tolerance: float) 
 
 
 def _refuse(judged_by: Metric, metric: MonitoredMetric, tolerance: float, low: float, high: float, why: str) -> None:
+    kind = type(judged_by).__name__
     raise RuntimeError(
-        f"RouletteWheelPruning: tolerance is {tolerance:g}, in units of {metric.monitor!r}, a "
-        f"{type(judged_by).__name__} with values from {low:g} to {high:g}. {why} Pass a smaller tolerance: of a score in [0, 1], 0.005 is half a "
-        "point. Infinity disables the floor."
+        f"RouletteWheelPruning: tolerance is {tolerance:g}, in units of {metric.monitor!r}, a {kind} with values from "
+        f"{low:g} to {high:g}. {why} Pass a smaller tolerance: of a score in [0, 1], 0.005 is half a point. Infinity "
+        "disables the floor."
     )
