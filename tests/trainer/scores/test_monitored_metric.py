@@ -114,10 +114,9 @@ def test_several_loaders_give_several_metrics():
 @pytest.mark.parametrize(
     ("what", "trainer", "monitor", "mode"),
     [
-        # that of the callback or scheduler that watches it, before what the metric says of itself
-        (logged(rises=["val_acc"]), trainer_with(ModelCheckpoint(monitor="val_acc", mode="min")), "val_acc", "min"),
-        (logged("val_loss"), trainer_with(EarlyStopping("val_loss", mode="max")), "val_loss", "max"),
-        (logged("val_loss"), trainer_with(plateau=("val_loss", "max")), "val_loss", "max"),
+        # that of the callback or scheduler that watches it
+        (logged("y"), trainer_with(EarlyStopping("y", mode="max")), "y", "max"),
+        (logged("y"), trainer_with(plateau=("y", "max")), "y", "max"),
         (logged("x"), trainer_with(ModelCheckpoint(monitor="x", mode="max"), plateau=("x", "min")), "x", "max"),
         # not that of those who watch something else
         (logged("val_loss"), trainer_with(ModelCheckpoint(monitor="val_acc", mode="max")), "val_loss", "min"),
@@ -133,8 +132,40 @@ def test_the_first_rule_that_tells_a_direction_decides(what, trainer, monitor, m
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_an_explicit_mode_comes_before_all_else(mode):
     watched = trainer_with(ModelCheckpoint(monitor="val_acc", mode="max"), EarlyStopping("val_acc", mode="min"))
-    assert found(logged(rises=["val_acc"]), watched, monitor="val_acc", mode=mode).mode == mode
-    assert found(logged(rises=["val_acc"]), watched, mode=mode).sign == {"max": 1, "min": -1}[mode]
+    assert found(logged("val_acc"), watched, monitor="val_acc", mode=mode).mode == mode
+    assert found(logged("val_acc"), watched, mode=mode).sign == {"max": 1, "min": -1}[mode]
+
+
+CONTRADICTIONS = [
+    (logged(rises=["x"]), trainer_with(), {"mode": "min"}, "mode is 'min', but .*'x' has higher_is_better=True.*'max'"),
+    (
+        logged(falls=["x"]),
+        trainer_with(),
+        {"mode": "max"},
+        "mode is 'max', but .*'x' has higher_is_better=False.*'min'",
+    ),
+    (
+        logged(rises=["x"]),
+        trainer_with(ModelCheckpoint(monitor="x")),
+        {},
+        "ModelCheckpoint watches 'x' with mode='min', but its torchmetrics object .*True. Pass mode='max' to it",
+    ),
+    (
+        logged("val_acc"),
+        trainer_with(ModelCheckpoint(monitor="val_acc")),
+        {},
+        "ModelCheckpoint watches 'val_acc' with mode='min', but its name.* or mode='min' to RouletteWheelPruning",
+    ),
+    (logged("val_loss"), trainer_with(plateau=("val_loss", "max")), {}, "a learning rate scheduler watches 'val_loss'"),
+]
+
+
+@pytest.mark.parametrize(("what", "trainer", "options", "message"), CONTRADICTIONS)
+def test_a_direction_that_contradicts_the_metric_is_refused(what, trainer, options, message):
+    (name,) = what.values
+    with pytest.raises(RuntimeError, match=message):
+        found(what, trainer, monitor=name, **options)
+    found(what, trainer, monitor=name, mode="max" if "True" in message or name == "val_acc" else "min")
 
 
 RISING = """val_acc acc valAcc val/accuracy valid-ACC top5_acc val_acc1 balanced_accuracy MulticlassAccuracy val_f1
