@@ -86,8 +86,8 @@ def search(
             training inputs. Labels are not used.
         wheel: How candidates are drawn. A `Wheel`, or a dict of its fields.
         tree: How levels follow one another. A `Tree`, or a dict of its fields.
-        validation: How candidates are judged. A `Validation`, or a dict of its fields. Only `confirm` and `race` are read
-            here.
+        validation: How candidates are judged. A `Validation`, or a dict of its fields. Only `confirm` and `race` are
+            read here.
         seed: Source of all chance, a signed 64-bit number. Equal seeds and scores give equal masks.
         policy: Decides which level is tried next, and when the search ends. Its steps have at most `branches`
             candidates. None: `Levels`, which follows `tree` and `target_sparsity`.

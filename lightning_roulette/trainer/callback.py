@@ -90,8 +90,8 @@ class RouletteWheelPruning(WithResult):
             - the only metric.
         mode: `"max"` if larger values are better, `"min"` if smaller values are better. None: the first of these:
 
+            - `higher_is_better` of the metric, which `mode` must not contradict;
             - the mode of the callback or scheduler that watches the metric;
-            - `higher_is_better` of the metric;
             - the direction that its name suggests.
         target_sparsity: Sparsity, in (0, 1), at which the search ends even if the score keeps the floor. None: no such
             end.

@@ -41,11 +41,11 @@ def refuse_trainer(
             Trainer.
         RuntimeError: If the Trainer has another callback that prunes.
     """
-    kinds = [{base.__name__ for base in type(one).__mro__} for one in callbacks_of(trainer)]
-    if (number := sum("RouletteWheelPruning" in bases for bases in kinds)) > 1:
+    bases = [{base.__name__ for base in type(one).__mro__} for one in callbacks_of(trainer)]
+    if (number := sum("RouletteWheelPruning" in names for names in bases)) > 1:
         raise RuntimeError(
-            f"RouletteWheelPruning: the Trainer has {number} of these callbacks, but only one search can prune a network "
-            "at a time. Keep one of them. To choose layers, pass include. To prune in several steps, pass several "
+            f"RouletteWheelPruning: the Trainer has {number} of these callbacks, but only one search can prune a "
+            "network at a time. Keep one of them. To choose layers, pass include. To prune in several steps, pass several "
             "epochs as at_epoch."
         )
     kinds = [type(one).__name__ for one in callbacks_of(trainer) if one is not callback]

@@ -139,7 +139,8 @@ def say_how_to_search(fit: FitState) -> None:
         log.info(
             "RouletteWheelPruning: nothing is pruned here, because the search is a part of Trainer.fit. To prune a "
             "network without further training, resume a training that has ended, with the same max_epochs: "
-            "trainer.fit(module, ..., ckpt_path='last.ckpt'). Without such a checkpoint, call lightning_roulette.search."
+            "trainer.fit(module, ..., ckpt_path='last.ckpt'). Without such a checkpoint, call "
+            "lightning_roulette.search."
         )
 
 

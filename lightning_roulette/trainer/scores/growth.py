@@ -17,6 +17,7 @@ from lightning_roulette.network.lending import applied
 from lightning_roulette.network.samples import rows_of
 from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.processes import in_any_process, mean_over_processes
+from lightning_roulette.trainer.scores.bounds import bounds_of
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from lightning_roulette.trainer.validation.logged import Logged
@@ -30,8 +31,8 @@ _ALIKE = 0.1  # the same for a mean: a random step draws other numbers on the se
 class Growth:
     """Finds how the values of a metric grow with the data.
 
-    A part of the data is validated once, and once more with each of its batches given twice. A mean stays the same. A
-    sum doubles.
+    Lightning tells it of values that are logged batch by batch. Of others, a part of the data is validated once, and
+    once more with each of its batches given twice. A mean stays the same. A sum doubles.
 
     Attributes:
         validation: Entered.
@@ -52,21 +53,20 @@ class Growth:
         """
         if self.data.folds == 1:
             return metric
-        names = list(dict.fromkeys(one for one in (metric.monitor, metric.rank_by, metric.tiebreak) if one))
-        ratios = self._ratios(names)
-        kinds = {name: self._kind(name, ratios[name]) for name in names}
+        names = dict.fromkeys(one for one in (metric.monitor, metric.rank_by, metric.tiebreak) if one)
+        kinds = {name: self._known(name) for name in names}
+        if unknown := [name for name, kind in kinds.items() if not kind]:
+            kinds |= {name: _kind(ratio) for name, ratio in self._ratios(unknown).items()}
         sums, others = (tuple(name for name in names if kinds[name] == kind) for kind in ("sum", "other"))
         return replace(metric, sums=sums, others=others)
 
-    def _kind(self, name: str, ratio: float | None) -> str:
-        reduction = self.logged.reductions.get(name, "")
-        if reduction in ("max", "min"):
-            return "other"
-        if ratio is None:
-            return "sum" if reduction == "sum" else "mean"
-        if abs(ratio - 2) <= _EXACT or (reduction == "sum" and abs(ratio - 2) <= _ALIKE):
-            return "sum"
-        return "mean" if abs(ratio - 1) <= _ALIKE else "other"
+    def _known(self, name: str) -> str:
+        """Return the kind of a value that needs no test: of a reduction over batches, or with bounds on both sides."""
+        if reduction := self.logged.reductions.get(name):
+            return "other" if reduction in ("max", "min") else reduction
+        judged_by = self.logged.metrics.get(name)
+        bounded = judged_by is not None and all(math.isfinite(bound) for bound in bounds_of(judged_by))
+        return "mean" if bounded else ""
 
     def _ratios(self, names: Sequence[str]) -> dict[str, float | None]:
         """Return each value on a fold given twice, relative to its value on the fold. None: it cannot be known."""
@@ -121,6 +121,12 @@ def _samples(data: FoldedData, fold: int) -> int | None:
 
 def _number(size: int | None) -> Tensor:
     return torch.tensor(float(size or 0), dtype=torch.float64)
+
+
+def _kind(ratio: float | None) -> str:
+    if ratio is not None and abs(ratio - 2) <= _EXACT:
+        return "sum"
+    return "mean" if ratio is None or abs(ratio - 1) <= _ALIKE else "other"
 
 
 def _ratio(once: float, twice: float) -> float | None:

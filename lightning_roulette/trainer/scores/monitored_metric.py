@@ -137,8 +137,8 @@ def find_metric(
     Its direction is the first of these:
 
     1. `mode`, if it is given;
-    2. the mode of the first in `watched` that watches the metric;
-    3. its `higher_is_better`;
+    2. its `higher_is_better`, which `mode` must not contradict;
+    3. the mode of the first in `watched` that watches the metric;
     4. the direction that its name tells.
 
     A branch is ranked by the first of these:
@@ -211,7 +211,7 @@ def _choice(values: Mapping[str, Any], logged: Logged, watched: Sequence[Watched
 
 
 def _direction(name: str, logged: Logged, watched: Sequence[Watched], argument: str, asked: str | None = None) -> str:
-    """Return the direction of a metric: `asked`, or that of what watches it, or its own, or that of its name."""
+    """Return the direction of a metric: `asked`, or its own, or that of what watches it, or that of its name."""
     rises = logged.higher_is_better.get(_plain(name))
     own = None if rises is None else "max" if rises else "min"
     larger, smaller = _tells(name, _LARGER), _tells(name, _SMALLER)
@@ -223,28 +223,23 @@ def _direction(name: str, logged: Logged, watched: Sequence[Watched], argument: 
                 f"higher_is_better={rises}. Pass mode={own!r}, or leave mode out."
             )
         return asked
+    if own is not None:
+        return own
     for one in watched:
         if one.name is not None and _first_name(one.name, logged) == name and one.mode in ("min", "max"):
-            _refuse_contradiction(one, name, own, by_name, rises)
+            if (one.mode, by_name) == ("min", "max"):  # "min" is the default of all that watch
+                raise RuntimeError(
+                    f"RouletteWheelPruning: {one.by} watches {name!r} with mode='min', its default, but larger values "
+                    "seem to be better. Pass mode='max' to it, or mode='min' to RouletteWheelPruning."
+                )
             return one.mode
-    if (found := own or by_name) is not None:
-        return found
+    if by_name is not None:
+        return by_name
     if argument == "mode":
         why, remedy = "RouletteWheelPruning", "Pass mode='max' or mode='min'."
     else:
         why, remedy = f"RouletteWheelPruning: rank_by is {name!r}, but it", "Rank by another metric."
     raise RuntimeError(f"{why} cannot tell whether larger values of {name!r} are better. {remedy}")
-
-
-def _refuse_contradiction(one: Watched, name: str, own: str | None, by_name: str | None, rises: bool | None) -> None:
-    """Raise if a callback that watches a metric contradicts it. ModelCheckpoint has mode='min' by default."""
-    if one.mode in (own, None) or (own is None and by_name in (None, one.mode)):
-        return
-    says = f"its torchmetrics object has higher_is_better={rises}" if own else "its name says the opposite"
-    raise RuntimeError(
-        f"RouletteWheelPruning: {one.by} watches {name!r} with mode={one.mode!r}, but {says}. Pass "
-        f"mode={own or by_name!r} to it{'' if own else f', or mode={one.mode!r} to RouletteWheelPruning'}."
-    )
 
 
 def _first_name(name: str, logged: Logged) -> str:

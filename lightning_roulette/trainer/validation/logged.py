@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
 from torch import Tensor
 from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric, SumMetric
-from torchmetrics.utilities import dim_zero_sum
 
 # Their `higher_is_better` is wrong in torchmetrics 1.9.
 _MISTAKEN = frozenset({"DaviesBouldinScore", "SpectralDistortionIndex", "WordInfoPreserved"})
@@ -173,19 +172,13 @@ def _rises(metric: Metric) -> bool | None:
 
 
 def _reduction(result: _ResultMetric) -> str:
-    """Return how a value is made of those of the batches; empty if it is unknown."""
-    if result.is_tensor:
-        kinds = ("mean", "sum", "max", "min")
-        return next((kind for kind in kinds if getattr(result.meta, f"is_{kind}_reduction")), "")
-    found = (kind for base, kind in _AGGREGATIONS.items() if isinstance(result.value, base))
-    return next(found, "sum" if _is_one_sum(result.value) else "")
-
-
-def _is_one_sum(metric: Metric) -> bool:
-    """Return whether a torchmetrics object has one number as its state, which is summed and not divided."""
-    states = [getattr(metric, name) for name in metric._reductions]
-    summed = all(one is dim_zero_sum for one in metric._reductions.values())
-    return summed and len(states) == 1 and isinstance(states[0], Tensor)
+    """Return how a value is made of those of the batches; empty if it is unknown, as for what is logged once."""
+    if not result.is_tensor:
+        return next((kind for base, kind in _AGGREGATIONS.items() if isinstance(result.value, base)), "")
+    if "epoch" in result.meta.fx:
+        return ""
+    kinds = ("mean", "sum", "max", "min")
+    return next((kind for kind in kinds if getattr(result.meta, f"is_{kind}_reduction")), "")
 
 
 def _copied(value: Any) -> Any:
