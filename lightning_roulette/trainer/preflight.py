@@ -45,8 +45,8 @@ def refuse_trainer(
     if (number := sum("RouletteWheelPruning" in names for names in bases)) > 1:
         raise RuntimeError(
             f"RouletteWheelPruning: the Trainer has {number} of these callbacks, but only one search can prune a "
-            "network at a time. Keep one of them. To choose layers, pass include. To prune in several steps, pass several "
-            "epochs as at_epoch."
+            "network at a time. Keep one of them. To choose layers, pass include. To prune in several steps, pass "
+            "several epochs as at_epoch."
         )
     kinds = [type(one).__name__ for one in callbacks_of(trainer) if one is not callback]
     for name in keep_callbacks:
