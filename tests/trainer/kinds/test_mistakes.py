@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_roulette import LeastSquares, RouletteWheelPruning, Tree, Validation, Wheel, search
@@ -27,7 +28,7 @@ class WithObject(Blobs):
 BEFORE_TRAINING = {
     "tolerance in percent": (
         {"tolerance": 5},
-        "tolerance is 5, .*'val_acc'.* values from 0 to 1.*0.005 is half a point",
+        "tolerance is 5, .*values from 0 to 1.*0.005 is half a point",
     ),
     "tolerance of the range": ({"tolerance": 1.0}, "tolerance is 1, .*No network can be worse"),
     "wrong direction": ({"monitor": "val_acc", "mode": "min"}, "mode is 'min', but .*higher_is_better=True.*'max'"),
@@ -65,7 +66,7 @@ def test_a_misspelt_field_of_a_dict_is_refused_with_those_there_are(argument):
     with pytest.raises(TypeError, match=f"{argument} has the field 'sharpnes', but a .* has "):
         RouletteWheelPruning(**{argument: {"sharpnes": 1}})
     with pytest.raises(TypeError, match=f"{argument} has the field 'sharpnes', but a .* has "):
-        search({}, lambda mask: 0.0, **{argument: {"sharpnes": 1}})
+        search({"w": torch.ones(4)}, lambda mask: 0.0, **{argument: {"sharpnes": 1}})
 
 
 @pytest.mark.parametrize("how", ["validate", "test", "predict"])
