@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
 from itertools import pairwise
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
+
+_Group = TypeVar("_Group")
 
 
 def check_number(
@@ -115,11 +119,23 @@ def check_words(name: str, value: Any, what: str) -> None:
         raise TypeError(f"{name} is {value!r}, but must be a list of {what}.")
 
 
-def check_group(name: str, value: Any, group: type) -> None:
-    """Check that `value` is an instance of a settings group.
+def as_group(name: str, value: Any, group: type[_Group]) -> _Group:
+    """Return a settings group, which may be given as a mapping from its fields to their values.
 
     Raises:
-        TypeError: If `value` is anything else.
+        TypeError: If `value` is anything else, or if the mapping has a field that the group does not have.
     """
-    if not isinstance(value, group):
-        raise TypeError(f"{name} is {value!r}, but must be a {group.__name__}(...) of lightning_roulette.")
+    if isinstance(value, group):
+        return value
+    kind = group.__name__
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"{name} is {value!r}, but must be a {kind}(...) of lightning_roulette, or a dict of its fields."
+        )
+    allowed = [one.name for one in fields(group)]  # type: ignore[arg-type]
+    for field in value:
+        if field not in allowed:
+            close = get_close_matches(str(field), allowed, n=1)
+            meant = f" Did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{name} has the field {field!r}, but a {kind} has {', '.join(allowed)}.{meant}")
+    return group(**value)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from lightning_roulette.checks import check_choice, check_count, check_number, check_words
+from lightning_roulette.checks import as_group, check_choice, check_count, check_number, check_words
 
 Importance = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
@@ -231,7 +232,7 @@ class LeastSquares(Refit):
         check_number("damping", self.damping, at_least=0)
 
 
-def refit_of(refit: str | Refit | None) -> Refit | None:
+def refit_of(refit: str | Refit | Mapping[str, Any] | None) -> Refit | None:
     """Return the settings of a refit; None without a refit.
 
     Args:
@@ -241,6 +242,7 @@ def refit_of(refit: str | Refit | None) -> Refit | None:
             - `"batch_norm"`: the default `Refit`.
             - `"least_squares"`: the default `LeastSquares`.
             - A `Refit` or `LeastSquares`, which is returned.
+            - A mapping from fields of `LeastSquares` to their values.
 
     Raises:
         TypeError: If `refit` is none of these types.
@@ -248,7 +250,21 @@ def refit_of(refit: str | Refit | None) -> Refit | None:
     """
     if refit is None or isinstance(refit, Refit):
         return refit
+    if isinstance(refit, Mapping):
+        return as_group("refit", refit, LeastSquares)
     if not isinstance(refit, str):
         raise TypeError(f"refit is {refit!r}, but must be None, one of {', '.join(REFITS)}, or a LeastSquares(...).")
     check_choice("refit", refit, REFITS, remedy="Or pass a LeastSquares(...), or None.")
     return LeastSquares() if refit == "least_squares" else Refit()
+
+
+def groups_of(
+    wheel: Wheel | Mapping[str, Any], tree: Tree | Mapping[str, Any], validation: Validation | Mapping[str, Any]
+) -> tuple[Wheel, Tree, Validation]:
+    """Return three groups, each of which may be given as a mapping from its fields to their values.
+
+    Raises:
+        TypeError: If one is neither, or has a field that there is not, or a value has the wrong type.
+        ValueError: If a value is not allowed.
+    """
+    return as_group("wheel", wheel, Wheel), as_group("tree", tree, Tree), as_group("validation", validation, Validation)

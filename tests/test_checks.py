@@ -11,10 +11,10 @@ import torch
 
 from lightning_roulette import Tree, Wheel
 from lightning_roulette.checks import (
+    as_group,
     check_choice,
     check_count,
     check_epochs,
-    check_group,
     check_number,
     check_seed,
     check_words,
@@ -34,7 +34,8 @@ def test_what_is_allowed_passes():
     check_choice("mode", "max", ("max", "min"))
     for words in ([], ["a"], ("a", "b")):
         check_words("names", words, "names")
-    check_group("tree", Tree(), Tree)
+    assert as_group("tree", Tree(), Tree) == as_group("tree", {}, Tree) == Tree()
+    assert as_group("wheel", {"sharpness": 4}, Wheel) == Wheel(4)
 
 
 @pytest.mark.parametrize("value", [True, "4", None, torch.tensor(4.0), [1]])
@@ -93,8 +94,19 @@ def test_a_number_out_of_bounds_is_refused_with_all_bounds(bounds, value, messag
         (check_words, ("names", "net", "patterns"), TypeError, "names is 'net', but must be a list of patterns"),
         (check_words, ("names", [1], "patterns"), TypeError, r"names is \[1\], but must be a list of patterns"),
         (check_words, ("names", None, "patterns"), TypeError, "names is None, but must be a list of patterns"),
-        (check_group, ("tree", Wheel(), Tree), TypeError, r"tree is Wheel\(.*\), but must be a Tree\(\.\.\.\) of"),
-        (check_group, ("wheel", {"sharpness": 1}, Wheel), TypeError, "wheel is {'sharpness': 1}, but must be a Wheel"),
+        (as_group, ("tree", Wheel(), Tree), TypeError, r"tree is Wheel\(.*\), but must be a Tree\(\.\.\.\) of"),
+        (
+            as_group,
+            ("wheel", 4, Wheel),
+            TypeError,
+            r"wheel is 4, but must be a Wheel\(\.\.\.\) .* or a dict of its fields",
+        ),
+        (
+            as_group,
+            ("wheel", {"sharpnes": 1}, Wheel),
+            TypeError,
+            "wheel has the field 'sharpnes', but a Wheel has sharpness, .*Did you mean 'sharpness'",
+        ),
     ],
 )
 def test_a_mistake_is_named(check, arguments, error, message):

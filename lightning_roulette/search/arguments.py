@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
-from lightning_roulette.checks import check_count, check_group, check_number, check_seed
+from lightning_roulette.checks import as_group, check_count, check_number, check_seed
 from lightning_roulette.judge.evaluator import Evaluator, as_evaluator
 from lightning_roulette.large.shards import Shards
 from lightning_roulette.mask.mask import Mask
@@ -44,9 +45,8 @@ def check_search(
     check_number("tolerance", tolerance, at_least=0, remedy="It is in the metric's own units: 0.005 is half a point.")
     if target_sparsity is not None:
         check_number("target_sparsity", target_sparsity, above=0, below=1)
-    check_group("wheel", wheel, Wheel)
-    check_group("tree", tree, Tree)
-    check_group("validation", validation, Validation)
+    for name, value, group in (("wheel", wheel, Wheel), ("tree", tree, Tree), ("validation", validation, Validation)):
+        as_group(name, value, group)
     check_seed(seed)
     if confidence is not None:
         _check_confidence(confidence, tolerance, validation)
@@ -55,7 +55,7 @@ def check_search(
 def check_network(
     weights: Mapping[str, Tensor],
     evaluate: Evaluator | Callable[[Mask], float],
-    refit: str | LeastSquares | None,
+    refit: str | LeastSquares | Mapping[str, Any] | None,
     calibration: Calibration | None,
     wheel: Wheel,
 ) -> None:

@@ -18,6 +18,7 @@ Only the abstract of the paper and public summaries were available. These choice
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -33,7 +34,7 @@ from lightning_roulette.search.policies import Levels, Policy, Step
 from lightning_roulette.search.refitter import Refitter
 from lightning_roulette.search.run import begin
 from lightning_roulette.search.winner import Winner
-from lightning_roulette.settings import LeastSquares, Tree, Validation, Wheel, refit_of
+from lightning_roulette.settings import LeastSquares, Tree, Validation, Wheel, groups_of, refit_of
 
 
 def search(
@@ -44,11 +45,11 @@ def search(
     tolerance: float = 0.0,
     target_sparsity: float | None = None,
     confidence: float | None = None,
-    refit: str | LeastSquares | None = None,
+    refit: str | LeastSquares | Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
-    wheel: Wheel = Wheel(),
-    tree: Tree = Tree(),
-    validation: Validation = Validation(),
+    wheel: Wheel | Mapping[str, Any] = Wheel(),
+    tree: Tree | Mapping[str, Any] = Tree(),
+    validation: Validation | Mapping[str, Any] = Validation(),
     seed: int = 0,
     policy: Policy | None = None,
     observer: Observer | None = None,
@@ -77,14 +78,16 @@ def search(
 
             - None: nothing.
             - `"batch_norm"`: compute running statistics again. For networks with batch normalisation.
-            - `"least_squares"` or a `LeastSquares`: also solve for the survivors of each layer. Usually the slimmest.
+            - `"least_squares"`, a `LeastSquares` or a dict of its fields: also solve for the survivors of each layer.
+              Usually the slimmest.
 
             The last two need `calibration`.
         calibration: The network of the weights, with inputs. Needed for a refit and for importances on inputs. Pass
             training inputs. Labels are not used.
-        wheel: How candidates are drawn.
-        tree: How levels follow one another.
-        validation: How candidates are judged. Only `confirm` and `race` are read here.
+        wheel: How candidates are drawn. A `Wheel`, or a dict of its fields.
+        tree: How levels follow one another. A `Tree`, or a dict of its fields.
+        validation: How candidates are judged. A `Validation`, or a dict of its fields. Only `confirm` and `race` are
+            read here.
         seed: Source of all chance, a signed 64-bit number. Equal seeds and scores give equal masks.
         policy: Decides which level is tried next, and when the search ends. Its steps have at most `branches`
             candidates. None: `Levels`, which follows `tree` and `target_sparsity`.
@@ -109,6 +112,7 @@ def search(
         >>> winner.mask["layer"]
         tensor([False,  True, False,  True])
     """
+    wheel, tree, validation = groups_of(wheel, tree, validation)
     check_search(branches, tolerance, target_sparsity, confidence, wheel, tree, validation, seed)
     check_network(weights, evaluate, refit, calibration, wheel)
     branches, seed = int(branches), int(seed)

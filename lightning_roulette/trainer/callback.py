@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from lightning_roulette.trainer.preparing import rehearse
 from lightning_roulette.trainer.resuming import (
     as_training_ended,
     refuse_other_schedule,
+    say_how_to_search,
     say_what_is_held,
     warn_of_no_search,
     warn_of_other_tolerance,
@@ -94,8 +95,8 @@ class RouletteWheelPruning(WithResult):
             - the only metric.
         mode: `"max"` if larger values are better, `"min"` if smaller values are better. None: the first of these:
 
+            - `higher_is_better` of the metric, which `mode` must not contradict;
             - the mode of the callback or scheduler that watches the metric;
-            - `higher_is_better` of the metric;
             - the direction that its name suggests.
         target_sparsity: Sparsity, in (0, 1), at which the search ends even if the score keeps the floor. None: no such
             end.
@@ -121,9 +122,9 @@ class RouletteWheelPruning(WithResult):
         refit: How the surviving weights of a level are adapted, without gradients or labels, before it is judged.
 
             - `"auto"`: `"least_squares"` in a search, None between epochs.
-            - `"least_squares"`, or a `LeastSquares` with finer choices: the survivors and the bias of each layer are
-              solved so that its outputs on training inputs are as close as possible to those of the dense network. The
-              running statistics of batch normalisation layers are computed again.
+            - `"least_squares"`, or a `LeastSquares` or a dict with finer choices: the survivors and the bias of each
+              layer are solved so that its outputs on training inputs are as close as possible to those of the dense
+              network. The running statistics of batch normalisation layers are computed again.
             - `"batch_norm"`: only these running statistics are computed again.
             - None: survivors stay as they are.
 
@@ -132,9 +133,11 @@ class RouletteWheelPruning(WithResult):
         include: Glob patterns over parameter names. Only matching parameters are prunable. None: the default choice,
             see `prunable_parameters`, without weights that validation does not use.
         exclude: Glob patterns over parameter names that are not prunable.
-        wheel: How candidates are drawn: which weights are likely to go. See `Wheel`.
-        tree: How levels follow one another: the pruning rate, and when the search ends. See `Tree`.
-        validation: How candidates are judged: on which metric and on which share of the data. See `Validation`.
+        wheel: How candidates are drawn: which weights are likely to go. A `Wheel`, or a dict of its fields.
+        tree: How levels follow one another: the pruning rate, and when the search ends. A `Tree`, or a dict of its
+            fields.
+        validation: How candidates are judged: on which metric and on which share of the data. A `Validation`, or a dict
+            of its fields.
         seed: Seed of all random choices of the search.
         dirpath: Folder for the files of the search. None: the folder of the Trainer's checkpoints; if the Trainer
             writes no checkpoints, nothing is written. Files of other runs are never overwritten.
@@ -159,12 +162,12 @@ class RouletteWheelPruning(WithResult):
         target_sparsity: float | None = None,
         confidence: float | None = None,
         at_epoch: int | Sequence[int] | None = None,
-        refit: str | LeastSquares | None = "auto",
+        refit: str | LeastSquares | Mapping[str, Any] | None = "auto",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
-        wheel: Wheel = Wheel(),
-        tree: Tree = Tree(),
-        validation: Validation = Validation(),
+        wheel: Wheel | Mapping[str, Any] = Wheel(),
+        tree: Tree | Mapping[str, Any] = Tree(),
+        validation: Validation | Mapping[str, Any] = Validation(),
         seed: int = 0,
         dirpath: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -193,6 +196,16 @@ class RouletteWheelPruning(WithResult):
         self.wheel, self.tree, self.dirpath = choices.wheel, choices.tree, choices.dirpath
         super().__init__(choices)
         self._fit: FitState | None = None
+
+    @property
+    def state_key(self) -> str:
+        """The key of the state in checkpoints: the name of the class.
+
+        Before the first run, when there is no state, each callback has a key of its own. A Trainer with two of them can
+        then be made, and `setup` says what is wrong with it.
+        """
+        begun = self._fit is not None or self._result.history is not None
+        return super().state_key if begun else f"{super().state_key} {id(self)}"
 
     # ---- hooks: see the table in fit_state.py
 
@@ -275,16 +288,19 @@ class RouletteWheelPruning(WithResult):
             self._conclude(fit)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if unpruned weights were loaded to be validated."""
+        """Warn if unpruned weights were loaded to be validated, and say if nothing was searched yet."""
         warn_of_unpruned(self._run)
+        say_how_to_search(self._run)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if unpruned weights were loaded to be tested."""
+        """Warn if unpruned weights were loaded to be tested, and say if nothing was searched yet."""
         warn_of_unpruned(self._run)
+        say_how_to_search(self._run)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if unpruned weights were loaded to predict."""
+        """Warn if unpruned weights were loaded to predict, and say if nothing was searched yet."""
         warn_of_unpruned(self._run)
+        say_how_to_search(self._run)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say in the report that training with cuts did not end. The run is kept for a checkpoint of the error."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from lightning_roulette.checks import check_choice, check_epochs, check_words
 from lightning_roulette.search.arguments import check_search
 from lightning_roulette.search.gradual import Cuts
-from lightning_roulette.settings import CALIBRATED, LeastSquares, Tree, Validation, Wheel, refit_of
+from lightning_roulette.settings import CALIBRATED, LeastSquares, Tree, Validation, Wheel, groups_of, refit_of
 from lightning_roulette.trainer.between_epochs import BetweenEpochs
 from lightning_roulette.trainer.files import refuse_dirpath
 
@@ -48,6 +48,9 @@ class Choices:
             TypeError: If an argument has the wrong type.
             ValueError: If an argument is out of range.
         """
+        given |= dict(zip(_GROUPS, groups_of(*(given[name] for name in _GROUPS)), strict=True))
+        if isinstance(given["refit"], Mapping):
+            given["refit"] = refit_of(given["refit"])
         check_epochs(given["at_epoch"], given["confidence"])
         several = isinstance(given["at_epoch"], Sequence)
         if given["branches"] is None:
@@ -114,6 +117,7 @@ class Choices:
         return limits | {name: getattr(self, name) for name in same}
 
 
+_GROUPS = ("wheel", "tree", "validation")
 _NUMBERS: dict[str, type] = {"branches": int, "at_epoch": int, "seed": int}
 _NUMBERS |= dict.fromkeys(("tolerance", "target_sparsity", "confidence"), float)
 

@@ -42,13 +42,14 @@ def refuse_trainer(
     Raises:
         ValueError: If an epoch of `at_epoch` lies beyond `max_epochs`, or `keep_callbacks` names no callback of the
             Trainer.
-        RuntimeError: If another callback has the same state key.
+        RuntimeError: If the Trainer has another callback that prunes.
     """
-    twins = [one for one in callbacks_of(trainer) if one.state_key == callback.state_key]
-    if len(twins) > 1:
+    bases = [{base.__name__ for base in type(one).__mro__} for one in callbacks_of(trainer)]
+    if (number := sum("RouletteWheelPruning" in names for names in bases)) > 1:
         raise RuntimeError(
-            f"the Trainer has {len(twins)} callbacks with the state key {callback.state_key!r}, but a checkpoint can "
-            "hold the state of one only. Keep one of them."
+            f"RouletteWheelPruning: the Trainer has {number} of these callbacks, but only one search can prune a "
+            "network at a time. Keep one of them. To choose layers, pass include. To prune in several steps, pass "
+            "several epochs as at_epoch."
         )
     kinds = [type(one).__name__ for one in callbacks_of(trainer) if one is not callback]
     for name in keep_callbacks:

@@ -84,8 +84,10 @@ def remember(fit: FitState, metric: MonitoredMetric) -> MonitoredMetric:
     if metric != fit.metric and fit.trainer.is_global_zero:
         log.info(
             f"RouletteWheelPruning: judges candidates by {metric.monitor} ({metric.mode}, {metric.why}), and "
-            f"ranks them by {metric.rank_by}."
+            f"ranks them by {metric.rank_by}.{''.join(f' {note}' for note in metric.notes)}"
         )
+    for note in metric.notes:
+        fit.facts.note(note)
     fit.metric = metric
     return metric
 

@@ -18,7 +18,7 @@ from lightning_roulette.mask.mask import breaks, fits
 from lightning_roulette.trainer.files import RunFiles
 from lightning_roulette.trainer.fit_state import FitState, Phase
 from lightning_roulette.trainer.persistence import Progress
-from lightning_roulette.trainer.show.log import log
+from lightning_roulette.trainer.show.log import log, speak_up
 from lightning_roulette.trainer.validation.muting import callbacks_of
 
 
@@ -129,6 +129,18 @@ def warn_of_unpruned(fit: FitState) -> None:
         where = f"The pruned weights are in {path}." if path else "The pruned weights were not written to a file."
         warnings.warn(
             f"RouletteWheelPruning: the checkpoint that was loaded holds unpruned weights. {where}", stacklevel=3
+        )
+
+
+def say_how_to_search(fit: FitState) -> None:
+    """Say how to prune without training, if a Trainer validates, tests or predicts and nothing was searched before."""
+    if fit.phase is Phase.EVALUATING and fit.result.history is None and fit.trainer.is_global_zero:
+        speak_up()
+        log.info(
+            "RouletteWheelPruning: nothing is pruned here, because the search is a part of Trainer.fit. To prune a "
+            "network without further training, resume a training that has ended, with the same max_epochs: "
+            "trainer.fit(module, ..., ckpt_path='last.ckpt'). Without such a checkpoint, call "
+            "lightning_roulette.search."
         )
 
 

@@ -164,7 +164,7 @@ def test_the_example_trains_and_prunes(cli, tmp_path, capsys):
         "trainer.enable_progress_bar": "false",
         "trainer.callbacks.branches": "3",
         "trainer.callbacks.at_epoch": "1",
-        "trainer.callbacks.tolerance": "1.0",
+        "trainer.callbacks.tolerance": ".inf",
         "trainer.callbacks.target_sparsity": "0.5",
         "trainer.callbacks.exclude": "[net.4.*]",
         "trainer.callbacks.wheel.sharpness": ".inf",

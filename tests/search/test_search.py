@@ -553,7 +553,7 @@ def test_an_error_of_the_evaluation_passes_through(stop_at, error):
         ("confidence", 1, ValueError, "more than 0 and less than 1"),
         ("confidence", nan, ValueError, "more than 0 and less than 1"),
         ("confidence", "0.95", TypeError, "a number"),
-        ("wheel", {"sharpness": 1}, TypeError, r"a Wheel\(\.\.\.\) of lightning_roulette"),
+        ("wheel", 4, TypeError, r"a Wheel\(\.\.\.\) of lightning_roulette"),
         ("tree", None, TypeError, "a Tree"),
         ("validation", Tree(), TypeError, "a Validation"),
         ("seed", 1.5, TypeError, "a whole number"),

@@ -169,6 +169,16 @@ def batches_of(values: Tensor, weights: Tensor, sign: int, value: float) -> Batc
     return Batches(sign * values, weights) if fit else None
 
 
+def times(outcomes: Outcomes | None, factor: float) -> Outcomes | None:
+    """Return the outcomes of a sum over a part of the data, scaled to all of it; None if it has none."""
+    match outcomes:
+        case Resamples(score, size):
+            return Resamples(lambda index: factor * score(index), size)
+        case Batches(values, weights):
+            return Batches(factor * values, weights)
+    return None
+
+
 def _singles(metric: Metric, whole: Any, sign: int, value: float) -> Singles | None:
     """Return the score of each sample, for a metric that is their mean; None if their mean is not `value`."""
     scores = _samplewise(metric, whole)

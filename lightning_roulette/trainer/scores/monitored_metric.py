@@ -38,6 +38,8 @@ class MonitoredMetric:
         loss: The name of another logged value, a loss; None if there is none.
         rank_by: The name of the value that ranks a branch.
         rank_mode: Its direction, like `mode`.
+        sums: The names, among those of this metric, of values that grow in proportion to the data.
+        others: The names of values that are neither a mean nor a sum.
     """
 
     monitor: str
@@ -46,6 +48,8 @@ class MonitoredMetric:
     loss: str | None
     rank_by: str
     rank_mode: str
+    sums: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def sign(self) -> int:
@@ -61,6 +65,20 @@ class MonitoredMetric:
     def tiebreak(self) -> str | None:
         """The name of the loss that breaks ties. None: the monitored metric breaks them."""
         return None if self.loss == self.rank_by else self.loss
+
+    @property
+    def notes(self) -> list[str]:
+        """What the report says about values that are no means."""
+        sums = [
+            f"{name} is a sum over the data. On a part of the data it is scaled to all of it, so the tolerance is in "
+            "units of the sum over all of it."
+            for name in self.sums
+        ]
+        return sums + [
+            f"{name} is neither a mean nor a sum over the data. Candidates are compared by its values on parts of the "
+            "data, which may differ from its value on all of it."
+            for name in self.others
+        ]
 
     def units_of(self, report: SearchReport) -> SearchReport:
         """Return the report of a search in the units of this metric."""
@@ -119,8 +137,8 @@ def find_metric(
     Its direction is the first of these:
 
     1. `mode`, if it is given;
-    2. the mode of the first in `watched` that watches the metric;
-    3. its `higher_is_better`;
+    2. its `higher_is_better`, which `mode` must not contradict;
+    3. the mode of the first in `watched` that watches the metric;
     4. the direction that its name tells.
 
     A branch is ranked by the first of these:
@@ -148,7 +166,7 @@ def find_metric(
     else:
         why = "as asked"
     _refuse_many_numbers(logged, monitor, "monitor")
-    direction = mode or _direction(_first_name(monitor, logged), logged, watched, "mode")
+    direction = _direction(_first_name(monitor, logged), logged, watched, "mode", mode)
     losses = [name for name in values if _tells(name, {"loss"}) and name != monitor]
     loss = "val_loss" if "val_loss" in losses else losses[0] if len(losses) == 1 else None
     itself = loss is None or _tells(monitor, {"loss"})
@@ -164,8 +182,9 @@ def find_metric(
 def _refuse_many_numbers(logged: Logged, name: str, argument: str) -> None:
     value = logged.value(name, argument)
     if isinstance(value, Tensor) and value.numel() != 1:
+        what = "RouletteWheelPruning watches" if argument == "monitor" else f"RouletteWheelPruning: {argument} is"
         raise RuntimeError(
-            f"RouletteWheelPruning watches {name!r}, which has shape {tuple(value.shape)}, but must be one number. "
+            f"{what} {name!r}, which has shape {tuple(value.shape)}, but must be one number. "
             f"Log a mean of it, or pass {argument}=... {logged.listing}"
         )
 
@@ -191,19 +210,36 @@ def _choice(values: Mapping[str, Any], logged: Logged, watched: Sequence[Watched
     raise RuntimeError(f"RouletteWheelPruning cannot tell which metric to watch. {logged.listing} Pass monitor=...")
 
 
-def _direction(monitor: str, logged: Logged, watched: Sequence[Watched], argument: str) -> str:
-    for one in watched:
-        if one.name is not None and _first_name(one.name, logged) == monitor and one.mode in ("min", "max"):
-            return one.mode
-    rises = logged.higher_is_better.get(_plain(monitor))
-    if rises is None:
-        rises = _tells(monitor, _LARGER)
-        if rises == _tells(monitor, _SMALLER):
-            remedy = "Pass mode='max' or mode='min'." if argument == "mode" else "Rank by another metric."
+def _direction(name: str, logged: Logged, watched: Sequence[Watched], argument: str, asked: str | None = None) -> str:
+    """Return the direction of a metric: `asked`, or its own, or that of what watches it, or that of its name."""
+    rises = logged.higher_is_better.get(_plain(name))
+    own = None if rises is None else "max" if rises else "min"
+    larger, smaller = _tells(name, _LARGER), _tells(name, _SMALLER)
+    by_name = None if larger == smaller else "max" if larger else "min"
+    if asked is not None:
+        if own not in (None, asked):
             raise RuntimeError(
-                f"RouletteWheelPruning cannot tell whether larger values of {monitor!r} are better. {remedy}"
+                f"RouletteWheelPruning: mode is {asked!r}, but the torchmetrics object that is logged as {name!r} has "
+                f"higher_is_better={rises}. Pass mode={own!r}, or leave mode out."
             )
-    return "max" if rises else "min"
+        return asked
+    if own is not None:
+        return own
+    for one in watched:
+        if one.name is not None and _first_name(one.name, logged) == name and one.mode in ("min", "max"):
+            if (one.mode, by_name) == ("min", "max"):  # "min" is the default of all that watch
+                raise RuntimeError(
+                    f"RouletteWheelPruning: {one.by} watches {name!r} with mode='min', its default, but larger values "
+                    "seem to be better. Pass mode='max' to it, or mode='min' to RouletteWheelPruning."
+                )
+            return one.mode
+    if by_name is not None:
+        return by_name
+    if argument == "mode":
+        why, remedy = "RouletteWheelPruning", "Pass mode='max' or mode='min'."
+    else:
+        why, remedy = f"RouletteWheelPruning: rank_by is {name!r}, but it", "Rank by another metric."
+    raise RuntimeError(f"{why} cannot tell whether larger values of {name!r} are better. {remedy}")
 
 
 def _first_name(name: str, logged: Logged) -> str:

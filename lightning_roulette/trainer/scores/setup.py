@@ -16,6 +16,8 @@ from lightning_roulette.settings import Validation
 from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.data.reading import folded, undivided, whole_if_regrouping_matters
 from lightning_roulette.trainer.processes import mean_over_processes
+from lightning_roulette.trainer.scores.bounds import refuse_low_floor, refuse_wide_tolerance
+from lightning_roulette.trainer.scores.growth import Growth, shares_of
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric, Watched, find_metric, watched_in
 from lightning_roulette.trainer.scores.refusals import Suitability
 from lightning_roulette.trainer.scores.trainer_evaluator import RecordingEvaluator, TrainerEvaluator
@@ -96,7 +98,7 @@ class ValidationSetup:
     def _find(self, logged: Logged, watched: Sequence[Watched], leave: Callable[[], object]) -> MonitoredMetric:
         """See `metric`. If it is not found, call `leave` to end the isolated validation, and try the callbacks."""
         try:
-            return find_metric(logged, watched, self.monitor, self.mode, self.tolerance, self.choices.rank_by)
+            found = find_metric(logged, watched, self.monitor, self.mode, self.tolerance, self.choices.rank_by)
         except RuntimeError as error:
             leave()
             if (name := self._callback_that_logs_it(logged)) is None:
@@ -105,10 +107,13 @@ class ValidationSetup:
                 f"{error} Your callback {name} logs it, but callbacks do not see candidates unless asked to: "
                 f"pass validation=Validation(keep_callbacks=[{name!r}])."
             ) from None
+        refuse_wide_tolerance(logged, found, self.tolerance)
+        return found
 
     def _callback_that_logs_it(self, logged: Logged) -> str | None:
-        """Return the class of a callback that logs the missing metric; None if no callback logs it."""
-        if self.monitor in logged.values or (self.monitor is None and logged.values):
+        """Return the class of a callback that logs the missing metrics; None if no callback logs them."""
+        asked = {name for name in (self.monitor, self.choices.rank_by) if name is not None}
+        if asked <= logged.values.keys() and (self.monitor is not None or logged.values):
             return None
         unlikely = (type(self.caller), Checkpoint, EarlyStopping, ProgressBar)
         others = [one for one in callbacks_of(self.trainer) if not isinstance(one, unlikely)]
@@ -116,7 +121,7 @@ class ValidationSetup:
             with contextlib.suppress(Exception):  # a callback that fails here does not log the metric
                 with IsolatedValidation(self.trainer, self.module, [*self.choices.keep_callbacks, name]) as validation:
                     found = validation.run(1).values
-                if self.monitor in found or (self.monitor is None and found):
+                if asked <= found.keys() and (self.monitor is not None or found):
                     return name
         return None
 
@@ -141,12 +146,15 @@ class ValidationSetup:
             with _guarded(guard):
                 data = whole_if_regrouping_matters(validation, data, logged, {metric.monitor, metric.rank_by})
             if guard is not None:
+                refuse_low_floor(logged, metric, self.tolerance)
                 self._try(guard, validation, data, prunable, metric)
             with _guarded(guard):
                 unused = self._unused(validation, data, prunable, metric) if first else {}
+                metric = Growth(validation, data, prunable, logged).of(metric)
+            shares = shares_of(validation, data) if metric.sums else ()
             size = validation.size()
         used = {name: one for name, one in prunable.items() if name not in unused}
-        evaluate = RecordingEvaluator(self.trainer, self.module, validation, data, used, metric)
+        evaluate = RecordingEvaluator(self.trainer, self.module, validation, data, used, metric, shares)
         return CandidateValidation(validation, data, metric, used, evaluate, size, unused)
 
     def rehearse(self, guard: Guard, metric: MonitoredMetric, weights: _Weights, batches: float) -> None:

@@ -20,7 +20,7 @@ from lightning_roulette.network.lending import applied, copy_into, lent, named_t
 from lightning_roulette.report.records import Scores
 from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.processes import mean_over_processes
-from lightning_roulette.trainer.scores.metric_calls import Call, batches_of, calls_of, outcomes_of
+from lightning_roulette.trainer.scores.metric_calls import Call, batches_of, calls_of, outcomes_of, times
 from lightning_roulette.trainer.scores.monitored_metric import LOADER, MonitoredMetric
 from lightning_roulette.trainer.validation.guard import Unmoved
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
@@ -37,6 +37,7 @@ class TrainerEvaluator(Evaluator):
         data: The validation data.
         weights: The prunable parameters of the module, by name.
         metric: The metrics that rank, judge, and break ties.
+        shares: The share of the data in each fold. Needed if the metric has sums.
 
     Attributes:
         unmoved: Checks that the weights keep their values.
@@ -50,9 +51,10 @@ class TrainerEvaluator(Evaluator):
         data: FoldedData,
         weights: Mapping[str, nn.Parameter],
         metric: MonitoredMetric,
+        shares: Sequence[float] = (),
     ) -> None:
         self._trainer, self._module, self._validation = trainer, module, validation
-        self._data, self._weights, self._metric = data, weights, metric
+        self._data, self._weights, self._metric, self._shares = data, weights, metric, shares
         self.folds, self.undivided_because = data.folds, data.undivided_because
         self.at_once, self.at_least = data.at_once, data.at_least
         self.unmoved = Unmoved(weights, by_time=trainer.world_size == 1)
@@ -63,7 +65,7 @@ class TrainerEvaluator(Evaluator):
         self.unmoved.check_if_due()
         self._data.fetch(folds)  # reading restores the module, and must not see lent weights or metrics that are heard
         with self._as(candidate):
-            return self._scores(self._data.validate(self._validation, folds))
+            return self._scores(self._data.validate(self._validation, folds), folds)
 
     @contextmanager
     def _as(self, candidate: PrunedWeights) -> Iterator[None]:
@@ -78,12 +80,20 @@ class TrainerEvaluator(Evaluator):
             fill_pruned(self._weights, candidate.mask)
             yield
 
-    def _scores(self, logged: Logged) -> Scores:
+    def _scores(self, logged: Logged, folds: Sequence[int]) -> Scores:
         metric = self._metric
-        rank = metric.rank_sign * self._agreed(logged.value(metric.rank_by))
-        score = metric.sign * self._agreed(logged.value(metric.monitor))
-        tiebreak = score if metric.tiebreak is None else -self._agreed(logged.value(metric.tiebreak))
+        rank = metric.rank_sign * self._scaled(metric.rank_by, logged, folds)
+        score = metric.sign * self._scaled(metric.monitor, logged, folds)
+        tiebreak = score if metric.tiebreak is None else -self._scaled(metric.tiebreak, logged, folds)
         return Scores(rank, score, tiebreak)
+
+    def _scaled(self, name: str, logged: Logged, folds: Sequence[int]) -> float:
+        """Return a value that all processes agree on. A sum over some folds is scaled to all the data."""
+        value = self._agreed(logged.value(name))
+        return value * self._scale(folds) if name in self._metric.sums else value
+
+    def _scale(self, folds: Sequence[int]) -> float:
+        return 1 / sum(self._shares[fold] for fold in folds)
 
     def _agreed(self, value: Tensor) -> float:
         mean = mean_over_processes(self._trainer, value)
@@ -111,26 +121,34 @@ class RecordingEvaluator(TrainerEvaluator):
         if (judged_by := self._judged_by) is None:
             with self._as(candidate):
                 logged = self._data.record(self._validation, folds)
-            return self._scores(logged), self._outcomes_of_batches(logged)
+            return self._scores(logged, folds), self._outcomes_of_batches(logged, folds)
         with (
             self._as(candidate),
             calls_of(judged_by, self._module, lambda: self._validation.loader) as calls,
         ):
             logged = self._data.validate(self._validation, folds)
-        return self._scores(logged), self._outcomes_of_calls(judged_by, calls, logged)
+        return self._scores(logged, folds), self._outcomes_of_calls(judged_by, calls, logged, folds)
 
-    def _outcomes_of_calls(self, judged_by: Metric, calls: Sequence[Call], logged: Logged) -> Outcomes | None:
+    def _outcomes_of_calls(
+        self, judged_by: Metric, calls: Sequence[Call], logged: Logged, folds: Sequence[int]
+    ) -> Outcomes | None:
         name = self._metric.monitor
         _, mark, number = name.partition(LOADER)
         ours = [call for call in calls if not mark or call.loader == int(number)]
-        return outcomes_of(judged_by, ours, self._metric.sign, float(logged.value(name)))
+        found = outcomes_of(judged_by, ours, self._metric.sign, float(logged.value(name)))
+        return times(found, self._scale(folds)) if name in self._metric.sums else found
 
-    def _outcomes_of_batches(self, logged: Logged) -> Outcomes | None:
+    def _outcomes_of_batches(self, logged: Logged, folds: Sequence[int]) -> Outcomes | None:
         name = self._metric.monitor
         value, updates = float(logged.value(name)), logged.updates.get(name, ())
         if not updates:
             return None
         values, weights = (torch.tensor([float(pair[i]) for pair in updates], dtype=torch.float64) for i in (0, 1))
+        reduction, is_sum = logged.reductions.get(name), name in self._metric.sums
+        if is_sum != (reduction == "sum"):
+            return None
+        if is_sum:  # the sum over all the data is the mean of what each batch would give on all the data
+            values, value = values / weights * (weights.sum() * self._scale(folds)), value * self._scale(folds)
         return batches_of(values, weights, self._metric.sign, value)
 
     @cached_property

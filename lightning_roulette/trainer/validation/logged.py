@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -12,7 +13,11 @@ import torch
 # Private in lightning 2.6. Each validation needs fresh results: the user's loop keeps its own.
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric, SumMetric
+
+# Their `higher_is_better` is wrong in torchmetrics 1.9.
+_MISTAKEN = frozenset({"DaviesBouldinScore", "SpectralDistortionIndex", "WordInfoPreserved"})
+_AGGREGATIONS: dict[type[Metric], str] = {MeanMetric: "mean", SumMetric: "sum", MaxMetric: "max", MinMetric: "min"}
 
 
 @dataclass(frozen=True)
@@ -25,12 +30,15 @@ class Logged:
         metrics: The torchmetrics objects, by the names of their values.
         updates: For each value that was logged batch by batch, the value and the weight of each batch. Empty unless
             the validation recorded them.
+        reductions: How each value is made of those of the batches: "mean", "sum", "max" or "min". Empty where this
+            cannot be told, as for most torchmetrics objects.
     """
 
     values: Mapping[str, Tensor]
     higher_is_better: Mapping[str, bool | None]
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     updates: Mapping[str, Sequence[tuple[Tensor, int]]] = field(default_factory=dict)
+    reductions: Mapping[str, str] = field(default_factory=dict)
 
     def value(self, name: str, argument: str = "monitor") -> Tensor:
         """Return the value of a metric.
@@ -43,11 +51,17 @@ class Logged:
             RuntimeError: If the metric was not logged. The message lists what was.
         """
         if name not in self.values:
+            watched = argument == "monitor"
+            what = "RouletteWheelPruning watches" if watched else f"RouletteWheelPruning: {argument} is"
+            remedy = f"{argument}=..." if watched else f"validation=Validation({argument}=...)"
             raise RuntimeError(
-                f"RouletteWheelPruning watches {name!r}, which validation did not log. {self.listing} "
-                f"Pass {argument}=..."
+                f"{what} {name!r}, which validation did not log. {self.listing} {self._meant(name)}Pass {remedy}"
             )
         return self.values[name]
+
+    def _meant(self, name: str) -> str:
+        close = get_close_matches(name, self.values, n=1)
+        return f"Did you mean {close[0]!r}? " if close else ""
 
     @property
     def listing(self) -> str:
@@ -124,12 +138,13 @@ class Results(_ResultCollection):
 
 
 class RecordedResults(Results):
-    """Results that also record the value and the weight of each batch."""
+    """Results that also record the value and the weight of each batch, for means and sums."""
 
     def update_metrics(self, key: str, value: Any, batch_size: int) -> None:
-        """Record a value, and add it to its mean."""
+        """Record a value, and add it to its mean or sum."""
         super().update_metrics(key, value, batch_size)
-        if isinstance(value, Tensor) and self[key].meta.is_mean_reduction:
+        meta = self[key].meta
+        if isinstance(value, Tensor) and (meta.is_mean_reduction or meta.is_sum_reduction):
             for name in set(self._forked_name(self[key], False)):
                 self.updates.setdefault(name, []).append((value.detach().clone(), batch_size))
 
@@ -145,9 +160,25 @@ def logged_in(callback_metrics: Mapping[str, Any], results: _ResultCollection) -
     values = {name: _copied(callback_metrics[name]) for name in callback_metrics.names}
     objects = [one for one in results.values() if not one.is_tensor]
     # the connector passes on only the values of torchmetrics objects
-    directions = {one.meta.name: getattr(one.value, "higher_is_better", None) for one in objects}
+    directions = {one.meta.name: _rises(one.value) for one in objects}
     metrics = {name: one.value for one in objects for name in results._forked_name(one, False)}
-    return Logged(values, directions, metrics, getattr(results, "updates", {}))
+    reductions = {name: _reduction(one) for one in results.values() for name in results._forked_name(one, False)}
+    return Logged(values, directions, metrics, getattr(results, "updates", {}), reductions)
+
+
+def _rises(metric: Metric) -> bool | None:
+    rises = getattr(metric, "higher_is_better", None)
+    return rises if isinstance(rises, bool) and type(metric).__name__ not in _MISTAKEN else None
+
+
+def _reduction(result: _ResultMetric) -> str:
+    """Return how a value is made of those of the batches; empty if it is unknown, as for what is logged once."""
+    if not result.is_tensor:
+        return next((kind for base, kind in _AGGREGATIONS.items() if isinstance(result.value, base)), "")
+    if "epoch" in result.meta.fx:
+        return ""
+    kinds = ("mean", "sum", "max", "min")
+    return next((kind for kind in kinds if getattr(result.meta, f"is_{kind}_reduction")), "")
 
 
 def _copied(value: Any) -> Any:

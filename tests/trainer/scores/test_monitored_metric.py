@@ -114,10 +114,11 @@ def test_several_loaders_give_several_metrics():
 @pytest.mark.parametrize(
     ("what", "trainer", "monitor", "mode"),
     [
-        # that of the callback or scheduler that watches it, before what the metric says of itself
-        (logged(rises=["val_acc"]), trainer_with(ModelCheckpoint(monitor="val_acc", mode="min")), "val_acc", "min"),
+        # what the metric says of itself, before the callback or scheduler that watches it
+        (logged(rises=["val_acc"]), trainer_with(ModelCheckpoint(monitor="val_acc", mode="min")), "val_acc", "max"),
         (logged("val_loss"), trainer_with(EarlyStopping("val_loss", mode="max")), "val_loss", "max"),
-        (logged("val_loss"), trainer_with(plateau=("val_loss", "max")), "val_loss", "max"),
+        (logged("y"), trainer_with(EarlyStopping("y", mode="max")), "y", "max"),
+        (logged("y"), trainer_with(plateau=("y", "max")), "y", "max"),
         (logged("x"), trainer_with(ModelCheckpoint(monitor="x", mode="max"), plateau=("x", "min")), "x", "max"),
         # not that of those who watch something else
         (logged("val_loss"), trainer_with(ModelCheckpoint(monitor="val_acc", mode="max")), "val_loss", "min"),
@@ -133,8 +134,34 @@ def test_the_first_rule_that_tells_a_direction_decides(what, trainer, monitor, m
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_an_explicit_mode_comes_before_all_else(mode):
     watched = trainer_with(ModelCheckpoint(monitor="val_acc", mode="max"), EarlyStopping("val_acc", mode="min"))
-    assert found(logged(rises=["val_acc"]), watched, monitor="val_acc", mode=mode).mode == mode
-    assert found(logged(rises=["val_acc"]), watched, mode=mode).sign == {"max": 1, "min": -1}[mode]
+    assert found(logged("val_acc"), watched, monitor="val_acc", mode=mode).mode == mode
+    assert found(logged("val_acc"), watched, mode=mode).sign == {"max": 1, "min": -1}[mode]
+
+
+CONTRADICTIONS = [
+    (logged(rises=["x"]), trainer_with(), {"mode": "min"}, "mode is 'min', but .*'x' has higher_is_better=True.*'max'"),
+    (
+        logged(falls=["x"]),
+        trainer_with(),
+        {"mode": "max"},
+        "mode is 'max', but .*'x' has higher_is_better=False.*'min'",
+    ),
+    (
+        logged("val_acc"),
+        trainer_with(ModelCheckpoint(monitor="val_acc")),
+        {},
+        "ModelCheckpoint watches 'val_acc' with mode='min', its default.* or mode='min' to RouletteWheelPruning",
+    ),
+    (logged("val_acc"), trainer_with(plateau=("val_acc", "min")), {}, "a learning rate scheduler watches 'val_acc'"),
+]
+
+
+@pytest.mark.parametrize(("what", "trainer", "options", "message"), CONTRADICTIONS)
+def test_a_direction_that_contradicts_the_metric_is_refused(what, trainer, options, message):
+    (name,) = what.values
+    with pytest.raises(RuntimeError, match=message):
+        found(what, trainer, monitor=name, **options)
+    found(what, trainer, monitor=name, mode="max" if "True" in message or name == "val_acc" else "min")
 
 
 RISING = """val_acc acc valAcc val/accuracy valid-ACC top5_acc val_acc1 balanced_accuracy MulticlassAccuracy val_f1
@@ -252,16 +279,20 @@ UNWATCHED = trainer_with(CHECKPOINT, STOPPING, plateau=PLATEAU)
         ),
         (EACH, {}, r"'each', which has shape \(10,\), but must be one number.*'val_loss'"),
         (EACH, {"monitor": "each"}, r"'each', which has shape \(10,\), but must be one number.*'val_loss'"),
-        (EACH, {"monitor": "val_acc", "rank_by": "each"}, r"watches 'each', which has shape \(10,\).* pass rank_by="),
+        (
+            EACH,
+            {"monitor": "val_acc", "rank_by": "each"},
+            r"rank_by is 'each', .* shape \(10,\).* pass rank_by=",
+        ),
         (
             EACH,
             {"monitor": "val_acc", "rank_by": "val_los"},
-            r"watches 'val_los', which .* did not log\. Logged: .*'val_loss'.* Pass rank_by=\.\.\.",
+            r"rank_by is 'val_los', .*Did you mean 'val_loss'\? Pass validation=Validation\(rank_by=",
         ),
         (
             EACH,
             {"monitor": "val_acc", "rank_by": "surprise"},
-            "larger values of 'surprise' are better. Rank by another metric",
+            "rank_by is 'surprise', but it cannot tell whether larger values .* are better. Rank by another metric",
         ),
     ],
 )
