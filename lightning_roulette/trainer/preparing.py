@@ -91,6 +91,9 @@ def ready(fit: FitState) -> CandidateValidation:
     by_rows, first = fit.choices.confidence is not None, fit.result.history is None
     found = judging_of(fit).dealt(lambda: prunable(fit), by_rows, first)
     remember(fit, found.metric)
+    if first:
+        score = found.score if found.score is not None else measured(fit, found.metric.monitor, found.data)
+        fit.facts.dense_measured = score
     return found
 
 

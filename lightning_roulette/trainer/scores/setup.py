@@ -37,6 +37,7 @@ class CandidateValidation:
         weights: The prunable parameters.
         evaluate: The evaluator.
         size: The number of batches of each loader, and the number of samples if known.
+        score: The monitored metric of the network as it is, on all validation data; None if it was not measured there.
     """
 
     validation: IsolatedValidation
@@ -45,6 +46,7 @@ class CandidateValidation:
     weights: _Weights
     evaluate: TrainerEvaluator
     size: tuple[object, ...]
+    score: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,12 +135,15 @@ class ValidationSetup:
                 data, logged = folded(validation, self.seed, self.choices.cache_bytes, by_rows=by_rows)
             metric, prunable = self._find(logged, watched, leave=stack.close), weights()
             with _guarded(guard):
-                data = whole_if_regrouping_matters(validation, data, logged, {metric.monitor, metric.rank_by})
+                names = {metric.monitor, metric.rank_by}
+                read, data = data, whole_if_regrouping_matters(validation, data, logged, names)
+            on_all = data is read and data.tries_everything
+            score = mean_over_processes(self.trainer, logged.value(metric.monitor)) if on_all else None
             if guard is not None:
                 self._try(guard, validation, data, prunable, metric)
             size = validation.size()
         evaluate = RecordingEvaluator(self.trainer, self.module, validation, data, prunable, metric)
-        return CandidateValidation(validation, data, metric, prunable, evaluate, size)
+        return CandidateValidation(validation, data, metric, prunable, evaluate, size, score)
 
     def rehearse(self, guard: Guard, metric: MonitoredMetric, weights: _Weights, batches: float) -> None:
         """Try validation on a few batches before training, on the network as it is.
