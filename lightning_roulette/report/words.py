@@ -149,6 +149,8 @@ def _certificate(report: SearchReport) -> list[str]:
         return []
     if report.winner is None:
         return [f"No level could be certified with confidence {report.confidence:g}: the network stays dense."]
+    if not report.winner.held:
+        return []
     when = " before the training that followed" if report.trained_score is not None else ""
     return [
         f"With confidence {report.confidence:g} the pruned network's true decline{when} is at most "
