@@ -75,7 +75,7 @@ def main() -> None:
     )
     trainer.fit(model, train, val)
 
-    print(f"\n{pruning.report.table(8)}\n")  # the log has said the rest: print(pruning.report) shows both
+    print(f"\n{pruning.report.table(10)}\n")  # the log has shown the result: print(pruning.report) would repeat it
     slim = trainer.test(model, test, verbose=False)[0]["test_acc"]
     dense = trainer.test(model, test, ckpt_path="best", verbose=False)[0]["test_acc"]
     print(f"accuracy on 397 test images, not used for any choice: dense {dense:.2%}, pruned {slim:.2%}")

@@ -51,18 +51,16 @@ def _kept(report: SearchReport) -> str:
     numbers = f"sparsity {report.sparsity:.2%}{times}"
     if _unpruned(report):
         return f"The network stays dense. The slimmest level so far: {size}, {numbers}."
-    return f"{size}: {numbers}."
+    return f"{size}: {numbers}.{' All weights in matrices are prunable.' if report.size == report.matrices else ''}"
 
 
 def _prunable(report: SearchReport) -> list[str]:
     """Return how many of all weights in matrices could be pruned, and which could not."""
-    if not report.matrices:
+    if report.matrices in (0, report.size):
         return []
     share = f"{report.size:,} of {report.matrices:,} weights in matrices ({report.size / report.matrices:.1%})"
-    lines = [f"Prunable: {'all weights in matrices' if report.size == report.matrices else share}."]
-    if report.skipped:
-        lines.append(f"Not prunable: {_list([_skipped(one) for one in report.skipped], _MOST_REASONS, '; ')}.")
-    return lines
+    skipped = _list([_skipped(one) for one in report.skipped], _MOST_REASONS, "; ")
+    return [f"Prunable: {share}.", *([f"Not prunable: {skipped}."] if skipped else [])]
 
 
 def _skipped(one: Skipped) -> str:
@@ -120,7 +118,7 @@ def _decline(report: SearchReport) -> list[str]:
     if report.gradual:
         return [_decline_after_training(report, report.winner.held_out_score)]
     return [
-        f"On the held-out half of the data, which ranked no candidates: dense {report.held_out_dense:.6g}, "
+        f"On the held-out half, which ranked no candidates: dense {report.held_out_dense:.6g}, "
         f"pruned {report.winner.held_out_score:.6g}. {_declined(report, report.winner.held_out_error)}"
     ]
 
@@ -130,7 +128,7 @@ def _decline_after_training(report: SearchReport, score: float) -> str:
     networks, decline = "Dense is before the first cut, pruned after further training", _declined(report, None)
     if report.folds[1]:
         scores = f"dense {report.held_out_dense:.6g}, pruned {score:.6g}"
-        return f"{networks}. On the held-out half of the data, which ranked no candidates: {scores}. {decline}"
+        return f"{networks}. On the held-out half, which ranked no candidates: {scores}. {decline}"
     if report.score is not None:
         return f"{networks}. The same data judged every cut. {decline}"
     return f"{report.monitor} on all validation data: dense {report.held_out_dense:.6g}, pruned {score:.6g}. {decline}"
@@ -139,7 +137,7 @@ def _decline_after_training(report: SearchReport, score: float) -> str:
 def _declined(report: SearchReport, error: float | None) -> str:
     """Return the decline, its standard error and the tolerance as a sentence."""
     decline = "unknown" if math.isnan(report.decline) else f"{report.decline:.4g}"
-    known = "" if error is None or math.isnan(error) else f" (standard error of the difference {error:.2g})"
+    known = "" if error is None or math.isnan(error) else f" (standard error {error:.2g})"
     allowed = f", allowed {report.tolerance:.4g}" if math.isfinite(report.tolerance) else ""
     return f"{'Decline' if report.held_out_dense is None else 'Estimated decline'} {decline}{known}{allowed}."
 
