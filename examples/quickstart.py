@@ -1,6 +1,7 @@
 """Train a small network on scikit-learn's digits, prune it, and compare the accuracy on test images."""
 
 import logging
+import sys
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -70,10 +71,11 @@ def main() -> None:
         logger=TensorBoardLogger("runs", "quickstart"),
         log_every_n_steps=10,
         enable_model_summary=False,
+        enable_progress_bar=sys.stdout.isatty(),  # no bars in a file
     )
     trainer.fit(model, train, val)
 
-    print(f"\n{pruning.report}\n")
+    print(f"\n{pruning.report.table(10)}\n")  # the log has shown the result: print(pruning.report) would repeat it
     slim = trainer.test(model, test, verbose=False)[0]["test_acc"]
     dense = trainer.test(model, test, ckpt_path="best", verbose=False)[0]["test_acc"]
     print(f"accuracy on 397 test images, not used for any choice: dense {dense:.2%}, pruned {slim:.2%}")

@@ -14,7 +14,7 @@ from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.report.records import Candidate, Level, Method, Scores, StopReason
 from lightning_roulette.report.report import SearchReport
-from lightning_roulette.search.observer import Observer
+from lightning_roulette.search.observer import LevelTime, Observer
 from lightning_roulette.search.search import search
 from lightning_roulette.search.winner import Winner
 from lightning_roulette.settings import LeastSquares, Refit, Tree, Validation, Wheel
@@ -34,6 +34,7 @@ __all__ = [
     "HoldZeros",
     "LeastSquares",
     "Level",
+    "LevelTime",
     "Mask",
     "Method",
     "Observer",

@@ -31,6 +31,7 @@ def read(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a `SearchReport` from the dictionary that `written` returned."""
     record = _renamed(record)
     numbers = _numbers(record, "dense_score", "tolerance", "score", "trained_score", "held_out_dense", "dense_measured")
+    numbers |= _numbers(record, "target_sparsity")
     return {
         **record,
         **numbers,

@@ -23,6 +23,7 @@ class StopReason(Enum):
     DECLINED = "Stopped: `patience` levels in a row missed the floor."
     RATE_TOO_SMALL = "Stopped: a level missed the floor at the smallest pruning rate."
     TARGET_REACHED = "Stopped: the target sparsity was reached."
+    TARGET_NOT_HELD = "Stopped: the search reached the target sparsity, but missed the floor there on held-out data."
     MAX_LEVELS = "Stopped: the maximum number of levels was reached."
     EXHAUSTED = "Stopped: no further weight can be pruned."
     INTERRUPTED = "Stopped: the search was interrupted. The network stays dense; the report ends at the interruption."

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning_roulette.report import plain, table
+from lightning_roulette.report import plain, table, words
 from lightning_roulette.report.records import Level, Method, Skipped, StopReason, negated
 
 
@@ -44,6 +44,7 @@ class SearchReport:
         skipped: The parameters among them that are not prunable, largest first.
         dense_measured: Metric of the dense network on all validation data, like `score`; None if it was not measured.
         notes: What else the reader of the report must know, in sentences.
+        target_sparsity: Sparsity at which the search was to end; None without a target.
     """
 
     monitor: str
@@ -74,6 +75,7 @@ class SearchReport:
     skipped: tuple[Skipped, ...] = ()
     dense_measured: float | None = None
     notes: tuple[str, ...] = ()
+    target_sparsity: float | None = None
 
     @property
     def floor(self) -> float:
@@ -109,6 +111,13 @@ class SearchReport:
     def survivors(self) -> int:
         """Number of weights that the winner keeps."""
         return self.winner.survivors if self.winner else self.size
+
+    @property
+    def target_met(self) -> bool | None:
+        """Whether the winner prunes at least as many weights as the target sparsity asks for; None without a target."""
+        if self.target_sparsity is None:
+            return None
+        return self.size - self.survivors >= math.floor(self.target_sparsity * self.size + 0.5)
 
     @property
     def search_score(self) -> float:
@@ -153,6 +162,7 @@ class SearchReport:
             held_out_dense=negated(self.held_out_dense),
             levels=tuple(level.negated() for level in self.levels),
             score=negated(self.score),
+            dense_measured=negated(self.dense_measured),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -165,18 +175,29 @@ class SearchReport:
         return cls(**plain.read(fields))
 
     def __str__(self) -> str:
+        """Return the summary and a short table of levels as text."""
         return table.text(self)
 
     def markdown(self) -> str:
-        """Return the summary and the table of levels in Markdown."""
+        """Return the summary and the table of all levels in Markdown."""
         return table.markdown(self)
 
     def summary(self) -> list[str]:
-        """Return the result in a few sentences."""
-        return table.summary(self)
+        """Return the result in a few lines; the same lines begin `str(report)`."""
+        return words.summary(self)
+
+    def table(self, most: int | None = None) -> str:
+        """Return the table of levels as aligned text.
+
+        Args:
+            most: About how many levels to show. The others are left out evenly, and a last line says how many. The
+                first level, the winner, the first level that did not hold on held-out data, and the last level are
+                always shown. None: all levels.
+        """
+        return table.aligned(self, most)
 
     def rows(self) -> list[list[str]]:
-        """Return the table of levels as text, headings first."""
+        """Return the table of all levels as lists of text, headings first."""
         return table.rows(self)
 
     def _below(self, dense: float) -> float:

@@ -129,7 +129,14 @@ class Gradual:
         report = state.report
         now = report.dense_score if report.held_out_dense is None else report.held_out_dense
         if self.report is None or self.history is None:
-            self.report = replace(report, tolerance=self._cuts.tolerance, held_out_dense=now, gradual=True)
+            cuts = self._cuts
+            self.report = replace(
+                report,
+                tolerance=cuts.tolerance,
+                held_out_dense=now,
+                gradual=True,
+                target_sparsity=cuts.target_sparsity,
+            )
             self.history, held = state.history, True
         else:
             held = self._judged(now)

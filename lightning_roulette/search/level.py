@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -12,6 +13,7 @@ from lightning_roulette.judge.race import Race, furthest
 from lightning_roulette.judge.selection import best_of, keeps_floor
 from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.report.records import Candidate, Level
+from lightning_roulette.search.observer import LevelTime
 from lightning_roulette.search.policies import Step
 from lightning_roulette.search.run import Run
 from lightning_roulette.search.state import State
@@ -25,11 +27,13 @@ class Branch:
         candidates: Candidates in the order drawn.
         best: The best candidate. None if no score is a number.
         refitted: Values that a refit gave the best candidate. Without a refit, those of the parent.
+        seconds: Wall time of the refits.
     """
 
     candidates: list[Candidate]
     best: Candidate | None
     refitted: Refitted = field(default_factory=Refitted)
+    seconds: float = 0.0
 
 
 def try_level(run: Run, state: State, step: Step) -> State:
@@ -43,7 +47,7 @@ def try_level(run: Run, state: State, step: Step) -> State:
     Returns:
         The state after the level.
     """
-    survivors = state.parent.survivors - step.draws
+    began, survivors = time.monotonic(), state.parent.survivors - step.draws
     sparsity = 1 - survivors / state.parent.size
     tell = _teller(run, state, sparsity)
     race = _race(run, state, step, sparsity, tell)
@@ -67,7 +71,8 @@ def try_level(run: Run, state: State, step: Step) -> State:
         state = state.accepted(level, race.mask(best), branch.refitted, run.drawing.factors(state, best))
     else:
         state = state.rejected(level)
-    run.observer.on_level(level, run.winner(state))
+    run.observer.on_level(level, so_far := run.winner(state))
+    run.observer.on_timed(level, so_far, LevelTime(time.monotonic() - began, branch.seconds))
     return state
 
 
@@ -112,17 +117,19 @@ def _refitted(run: Run, race: Race, branch: Branch, tell: Callable[[int, Candida
     known = {one.index: one for one in branch.candidates}
     runners = [one for one in furthest(branch.candidates) if one.same_as is None and not math.isnan(one.rank)]
     best: Candidate | None = None
-    values, refitted = Refitted(), 0
+    values, refitted, seconds = Refitted(), 0, 0.0
     while refitted < run.refitter.finalists and (one := best_of(runners)) is not None:
         runners.remove(one)
+        began = time.monotonic()
         found = run.refitter.refit(race.mask(one.index))
+        seconds += time.monotonic() - began
         scores = run.judge.scores(run.refitter.network(race.mask(one.index), found), run.judge.search_folds)
         known[one.index] = one = replace(one.scored(scores, len(run.judge.search_folds)), refitted=True)
         if best is None or best_of([best, one]) is one:
             best, values = one, found
         refitted += 1
         tell(run.race_length + refitted, best)
-    return Branch(list(known.values()), best, values)
+    return Branch(list(known.values()), best, values, seconds)
 
 
 def _judged_again(run: Run, race: Race, branch: Branch) -> tuple[Branch, float]:
@@ -136,4 +143,4 @@ def _judged_again(run: Run, race: Race, branch: Branch) -> tuple[Branch, float]:
         best, error = best.scored(scores, len(run.judge.search_folds)), error_of(run.dense.outcomes, outcomes)
     twins = [one.index for one in branch.candidates if one.same_as == best.index]
     shared = {best.index: best} | {index: best.twin(index) for index in twins}
-    return Branch([shared.get(one.index, one) for one in branch.candidates], best, branch.refitted), error
+    return replace(branch, candidates=[shared.get(one.index, one) for one in branch.candidates], best=best), error

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lightning_roulette.report.records import Candidate, Level
 from lightning_roulette.search.winner import Winner
+
+
+@dataclass(frozen=True)
+class LevelTime:
+    """How long one level took. It is no part of the report, because it differs from run to run.
+
+    Attributes:
+        seconds: Wall time of the level: drawing, importance, validation, refit and standard errors.
+        refit: Wall time of its refits, in seconds. 0 without a refit.
+    """
+
+    seconds: float
+    refit: float = 0.0
 
 
 class Observer:
@@ -37,6 +52,15 @@ class Observer:
         Args:
             level: The level.
             so_far: What the search would return if it ended now.
+        """
+
+    def on_timed(self, level: Level, so_far: Winner, time: LevelTime) -> None:
+        """Called after `on_level`.
+
+        Args:
+            level: The level.
+            so_far: What the search would return if it ended now.
+            time: How long the level took.
         """
 
     def on_confirmed(self, level: Level, so_far: Winner) -> None:

@@ -117,6 +117,7 @@ def begin(
     history: History | None = None,
     factors: Mapping[str, float] | None = None,
     refuse_nan: bool = True,
+    target_sparsity: float | None = None,
 ) -> tuple[Run, State]:
     """Validate the network as it is, and make the first state from it.
 
@@ -133,6 +134,7 @@ def begin(
         history: Levels that the network already has. None: it is dense.
         factors: Logarithms of its importance factors. Parameters that are not named have 0.
         refuse_nan: Whether a dense score that is not finite is an error.
+        target_sparsity: See `search`. It is only noted in the report.
 
     Raises:
         ValueError: If the dense score is not finite, or `confidence` cannot be certified on the held-out half.
@@ -157,6 +159,7 @@ def begin(
         importance=drawing.in_words,
         held_out_dense=dense.held_out,
         samples=None if dense.held_out_outcomes is None else size_of(dense.held_out_outcomes),
+        target_sparsity=target_sparsity,
     )
     if confidence is not None:
         report = _promised(report, judge, dense, float(confidence))

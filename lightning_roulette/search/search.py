@@ -25,6 +25,7 @@ from torch import Tensor
 from lightning_roulette.judge.evaluator import Evaluator, Judge
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.refit.inputs import Calibration
+from lightning_roulette.report.records import StopReason
 from lightning_roulette.search.arguments import check_network, check_search
 from lightning_roulette.search.confirmation import confirm
 from lightning_roulette.search.drawing import Drawing
@@ -128,8 +129,16 @@ def search(
         confidence=confidence,
         race=validation.race,
         seed=seed,
+        target_sparsity=None if target_sparsity is None else float(target_sparsity),
     )
     policy = policy or Levels(tree, branches, wheel.scope, target_sparsity)
     while isinstance(step := policy.next(state), Step):
         state = try_level(run, state, step)
-    return run.winner(confirm(run, state), reason=step)
+    state = confirm(run, state)
+    return run.winner(state, reason=_confirmed(step, run.winner(state)))
+
+
+def _confirmed(reason: StopReason, winner: Winner) -> StopReason:
+    """Why the search ended. A target that the winner misses was not reached."""
+    missed = reason is StopReason.TARGET_REACHED and winner.report.target_met is False
+    return StopReason.TARGET_NOT_HELD if missed else reason

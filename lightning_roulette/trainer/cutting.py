@@ -89,6 +89,15 @@ def _train_on(
 
 def _take_report(fit: FitState, cuts: BetweenEpochs, metric: MonitoredMetric) -> tuple[SearchReport, History]:
     """Take over the report, in units of the metric, and the masks of all levels. Return both."""
-    report, history = cuts.gradual.found
+    (report, history), before = cuts.gradual.found, fit.result.report
+    if fit.facts.dense_measured is None:
+        fit.facts.dense_measured = _dense_on_all(before, metric.units_of(report))
     fit.result.report, fit.result.history = fit.report_of(report, metric), history
     return fit.result.report, history
+
+
+def _dense_on_all(before: SearchReport | None, now: SearchReport) -> float | None:
+    """Return the metric of the dense network on all validation data, from an earlier run or the first judgement."""
+    if before is not None and before.dense_measured is not None:
+        return before.dense_measured
+    return now.held_out_dense if now.folds[1] == 0 else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_roulette.report.records import Candidate, Level
-from lightning_roulette.search.observer import Observer
+from lightning_roulette.search.observer import LevelTime, Observer
 from lightning_roulette.search.winner import Winner
 
 
@@ -50,6 +50,11 @@ class Several(Observer):
         """See `Observer`."""
         for one in self._observers:
             one.on_level(level, so_far)
+
+    def on_timed(self, level: Level, so_far: Winner, time: LevelTime) -> None:
+        """See `Observer`."""
+        for one in self._observers:
+            one.on_timed(level, so_far, time)
 
     def on_confirmed(self, level: Level, so_far: Winner) -> None:
         """See `Observer`."""

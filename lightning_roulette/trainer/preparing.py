@@ -99,6 +99,8 @@ def ready(fit: FitState) -> CandidateValidation:
     remember(fit, found.metric)
     if first:
         say_prunable(fit, found.unused)
+        score = found.score if found.score is not None else measured(fit, found.metric.monitor, found.data)
+        fit.facts.dense_measured = score
     return found
 
 

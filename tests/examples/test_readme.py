@@ -31,7 +31,13 @@ def test_the_code_of_the_readme_runs_and_prunes(monkeypatch, tmp_path, capsys):
     exec(first, names)
     assert names["pruning"].report.sparsity > 0
     headings = next(line for line in blocks("text")[0].splitlines() if line.startswith("level"))
-    assert headings.split() == next(line for line in capsys.readouterr().out.splitlines() if "level  " in line).split()
+    printed = capsys.readouterr().out.splitlines()
+    assert headings.split() == next(line for line in printed if "level  " in line).split()
+    shown = blocks("text")[0].split("\n\n")[0].splitlines()
+    starts = ["val_acc on all validation data (half of it", "On the held-out half, which", "Stopped: ", "Time: "]
+    for first, *lines in (shown, printed[printed.index("") - 5 : printed.index("")]):
+        assert "prunable weights kept" in first
+        assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
 
     exec(fine_tune, names)
     assert sparsity({"all": names["pruning"].mask["net.0.weight"]}) > 0

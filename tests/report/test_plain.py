@@ -30,6 +30,7 @@ def through_json(report: SearchReport) -> SearchReport:
         replace(REPORT, undivided_because="loader 0 gives 3 batches"),
         replace(CONFIRMED, levels=(replace(HELD, held_out_score=math.nan, held_out_error=math.inf, p_value=math.nan),)),
         replace(REPORT, stop_reason=None),
+        replace(REPORT, target_sparsity=0.9, dense_measured=math.nan),
         replace(REPORT, score=0.9615, trained_score=0.97),
         replace(REPORT, tolerance=math.inf),
         replace(REPORT, dense_score=math.nan, levels=()),

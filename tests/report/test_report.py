@@ -109,3 +109,11 @@ def test_a_confirmed_search_is_reported_in_the_units_of_its_metric():
 
 def test_a_metric_to_be_maximised_only_gets_its_name():
     assert repr(REPORT.in_metric("top5", "max")) == repr(replace(REPORT, monitor="top5"))  # with NaN in it
+
+
+@pytest.mark.parametrize(
+    ("target", "met"), [(None, None), (0.2, True), (0.20004, True), (0.28, False), (0.20006, False), (0.1, True)]
+)
+def test_the_target_is_met_by_as_many_weights_as_it_asks_for(target, met):
+    assert CONFIRMED.survivors == 8000  # of 10,000
+    assert replace(CONFIRMED, target_sparsity=target).target_met is met

@@ -375,3 +375,19 @@ def test_too_few_samples_are_refused_with_the_number_needed(low, needed):
     report = grown(enough, **options).report  # the smallest number is enough for networks without any difference
     assert [level.held for level in report.levels] == [True] * 4
     assert report.samples == needed
+
+
+@pytest.mark.parametrize(
+    ("held_out", "target", "sparsity", "reason"),
+    [
+        ((0.5, 0.5, 0.5, 0.5), 0.49, 0.49, StopReason.TARGET_REACHED),
+        ((0.5, 0.5, 0.2, 0.5), 0.49, 0.2, StopReason.TARGET_NOT_HELD),
+        ((0.5, 0.2, 0.2, 0.5), 0.49, 0.0, StopReason.TARGET_NOT_HELD),
+        ((0.5, 0.5, 0.2, 0.5), 0.99, 0.2, StopReason.MAX_LEVELS),
+    ],
+)
+def test_a_target_is_reached_only_by_the_network_that_held(held_out, target, sparsity, reason):
+    winner = grown(by_level(*held_out), levels=3, tolerance=0.1, target_sparsity=target)
+    assert 1 - winner.mask.survivors / 100 == pytest.approx(sparsity)
+    assert (winner.report.stop_reason, winner.report.target_sparsity) == (reason, target)
+    assert winner.report.target_met is (sparsity >= target)

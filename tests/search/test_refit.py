@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,18 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lightning_roulette import Calibration, LeastSquares, Scores, SearchReport, Singles, Tree, Validation, Wheel, search
+from lightning_roulette import (
+    Calibration,
+    LeastSquares,
+    Observer,
+    Scores,
+    SearchReport,
+    Singles,
+    Tree,
+    Validation,
+    Wheel,
+    search,
+)
 from lightning_roulette.settings import Refit
 from tests.support.evaluators import key_of, noise
 from tests.support.networks import state_of
@@ -480,7 +492,7 @@ def test_the_report_names_the_refit_and_survives_json(refit, words):
     report = ranked(network(), refit).report
     assert report.refit.startswith(words)
     for text in (str(report), report.markdown()):
-        assert (f"Refit: {report.refit}." in text) == (refit is not None)
+        assert "Refit: " not in text  # nothing is unusual
         assert "Not refitted" not in text
     assert report.left_alone == {}
     read = read_back(report)
@@ -544,3 +556,35 @@ def test_the_report_names_the_weights_whose_refit_was_not_kept(each_level):
     assert level.undone == read_back(winner.report).levels[0].undone == {"weight": NOT_FINITE}
     assert f"Refit not kept for weight: {NOT_FINITE}." in str(winner.report)
     assert str(read_back(winner.report)) == str(winner.report)
+
+
+class Times(Observer):
+    """Collects how long levels took, and how long their refits did by a clock of its own."""
+
+    def __init__(self, monkeypatch):
+        self.told, self.refits, original = [], [0.0], Calibration.refit
+
+        def timed(*arguments):
+            began = time.monotonic()
+            found = original(*arguments)
+            self.refits[-1] += time.monotonic() - began
+            return found
+
+        monkeypatch.setattr(Calibration, "refit", timed)
+
+    def on_timed(self, level, so_far, time):
+        assert so_far.report.levels[-1] is level
+        self.told.append(time)
+        self.refits.append(0.0)
+
+
+@pytest.mark.parametrize("refit", [None, "least_squares", LeastSquares(finalists=2), LeastSquares(each_level=False)])
+def test_an_observer_is_told_how_long_a_level_and_its_refit_took(refit, monkeypatch):
+    times, began = Times(monkeypatch), time.monotonic()
+    ranked(network(), refit, observer=times)
+    assert len(times.told) == 3
+    assert sum(one.seconds for one in times.told) <= time.monotonic() - began
+    for told, ours in zip(times.told, times.refits, strict=False):
+        assert told.seconds >= told.refit
+        assert told.refit == pytest.approx(ours if refit not in (None, LeastSquares(each_level=False)) else 0, abs=0.01)
+        assert (told.refit > 0) == (refit not in (None, LeastSquares(each_level=False)))

@@ -393,7 +393,7 @@ def test_confirmation_folds_judge_what_others_rank(fit):
     pruning = pruner(validation=Validation(confirm=0.25))
     fit(pruning)
     assert pruning.report.folds == (12, 4)
-    assert "on the held-out half" in str(pruning.report)
+    assert "On the held-out half, which ranked no candidates: " in str(pruning.report)
 
 
 RISE, TYPE = "several epochs must rise", "must be a number, or a list or range"

@@ -56,6 +56,11 @@ class FoldedData:
         """The first fold, and as many more as take no longer to validate."""
         return range(min(self.folds, self.at_least))
 
+    @property
+    def tries_everything(self) -> bool:
+        """Whether the first validation is on all the data."""
+        return len(self.first_tried) == self.folds
+
     def fetch(self, folds: Sequence[int]) -> None:
         """Read the batches of some folds into memory, if they fit. Call it before weights are lent.
 

@@ -42,6 +42,7 @@ class CandidateValidation:
         evaluate: The evaluator.
         size: The number of batches of each loader, and the number of samples if known.
         unused: The prunable parameters that were left out because validation does not use them, with the reason.
+        score: The monitored metric of the network as it is, on all validation data; None if it was not measured there.
     """
 
     validation: IsolatedValidation
@@ -51,6 +52,7 @@ class CandidateValidation:
     evaluate: TrainerEvaluator
     size: tuple[object, ...]
     unused: Mapping[str, str] = field(default_factory=dict)
+    score: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +146,10 @@ class ValidationSetup:
                 data, logged = folded(validation, self.seed, self.choices.cache_bytes, by_rows=by_rows)
             metric, prunable = self._find(logged, watched, leave=stack.close), weights()
             with _guarded(guard):
-                data = whole_if_regrouping_matters(validation, data, logged, {metric.monitor, metric.rank_by})
+                names = {metric.monitor, metric.rank_by}
+                read, data = data, whole_if_regrouping_matters(validation, data, logged, names)
+            on_all = data is read and data.tries_everything
+            score = mean_over_processes(self.trainer, logged.value(metric.monitor)) if on_all else None
             if guard is not None:
                 refuse_low_floor(logged, metric, self.tolerance)
                 self._try(guard, validation, data, prunable, metric)
@@ -155,7 +160,7 @@ class ValidationSetup:
             size = validation.size()
         used = {name: one for name, one in prunable.items() if name not in unused}
         evaluate = RecordingEvaluator(self.trainer, self.module, validation, data, used, metric, shares)
-        return CandidateValidation(validation, data, metric, used, evaluate, size, unused)
+        return CandidateValidation(validation, data, metric, used, evaluate, size, unused, score)
 
     def rehearse(self, guard: Guard, metric: MonitoredMetric, weights: _Weights, batches: float) -> None:
         """Try validation on a few batches before training, on the network as it is.

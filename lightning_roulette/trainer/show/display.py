@@ -7,6 +7,7 @@ from lightning.pytorch import Trainer
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.report.records import Level
 from lightning_roulette.report.report import SearchReport
+from lightning_roulette.search.observer import LevelTime
 
 
 class Display:
@@ -41,6 +42,9 @@ class Display:
 
     def on_level(self, report: SearchReport, mask: Mask) -> None:
         """The last level of the report was judged on the search half. `mask` is the mask of the last accepted one."""
+
+    def on_timed(self, report: SearchReport, seconds: LevelTime) -> None:
+        """The last level of the report took this long. Called after `on_level`."""
 
     def on_confirmed(self, report: SearchReport, level: Level) -> None:
         """An accepted level was judged on the held-out half."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 
 from lightning.pytorch import Trainer
 
 from lightning_roulette.mask.mask import Mask
-from lightning_roulette.report.records import Level
 from lightning_roulette.report.report import SearchReport
+from lightning_roulette.search.observer import LevelTime
 from lightning_roulette.trainer.show.display import Display
+from lightning_roulette.trainer.show.forecast import Forecast
 
 log = logging.getLogger("lightning_roulette")
+
+SECONDS_BETWEEN_LEVELS = 10.0
 
 
 def speak_up() -> None:
@@ -24,7 +29,10 @@ def speak_up() -> None:
 
 
 class LogLines(Display):
-    """Writes a log line for each level, in the first process.
+    """Writes log lines about a search, in the first process.
+
+    Levels are said at most every `SECONDS_BETWEEN_LEVELS` seconds, so that a search of many short levels stays short
+    in the log. The report has all of them.
 
     Args:
         trainer: The Trainer whose network is pruned.
@@ -32,30 +40,31 @@ class LogLines(Display):
 
     def __init__(self, trainer: Trainer) -> None:
         self._speaks = trainer.is_global_zero
+        self._forecast = Forecast()
+        self._last_level = -math.inf
 
     def on_dense(self, report: SearchReport, mask: Mask, work: float) -> None:
-        """Say the dense score, the floor, and how long a level will take."""
+        """Say the dense score, the floor, and how long a level will take, as far as it is known."""
         searching, held_out = report.folds
-        folds = f", {held_out} of {searching + held_out} folds held out" if held_out else ""
-        seconds = work * report.seconds / max(report.validations, 1)
+        data = f"the search half ({searching} of {searching + held_out} folds)" if held_out else "all validation data"
         self._say(
-            f"dense network: {report.monitor} {report.dense_score:.6g}, floor {report.floor:.6g}{folds}. "
-            f"A level of {report.branches} candidates will take about {seconds:.1f} s."
+            f"dense network on {data}: {report.monitor} {report.dense_score:.6g}, floor {report.floor:.6g}. "
+            f"{self._forecast.before(report, work)}"
         )
 
     def on_level(self, report: SearchReport, mask: Mask) -> None:
         """Say the score of the level, and whether it was accepted."""
+        if time.monotonic() - self._last_level < SECONDS_BETWEEN_LEVELS:
+            return
+        self._last_level = time.monotonic()
         level = report.levels[-1]
         verdict = "accepted" if level.accepted else f"below the floor {report.floor:.6g}"
         self._say(f"level {level.level}: sparsity {level.sparsity:.2%}, {report.monitor} {level.score:.6g}, {verdict}")
 
-    def on_confirmed(self, report: SearchReport, level: Level) -> None:
-        """Say the score of a level that did not hold, or of the last one."""
-        if not level.held or level is report.accepted[-1]:
-            verdict = "held" if level.held else "did not hold"
-            self._say(
-                f"level {level.level} on the held-out half: {report.monitor} {level.held_out_score:.6g}, {verdict}"
-            )
+    def on_timed(self, report: SearchReport, seconds: LevelTime) -> None:
+        """Say how long a level takes, when that is news, and what to do if most of it is the refit."""
+        for sentence in self._forecast.after(report, seconds):
+            self._say(sentence)
 
     def on_judged(self, report: SearchReport, mask: Mask, epoch: int) -> None:
         """Say the score of the trained network, and whether its level held."""

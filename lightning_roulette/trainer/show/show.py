@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.report.records import Candidate, Level
 from lightning_roulette.report.report import SearchReport
-from lightning_roulette.search.observer import Observer
+from lightning_roulette.search.observer import LevelTime, Observer
 from lightning_roulette.search.winner import Winner
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from lightning_roulette.trainer.show.bar import ProgressLine
@@ -59,6 +59,12 @@ class Show(Observer):
         for one in self._displays:
             one.on_level(report, so_far.mask)
 
+    def on_timed(self, level: Level, so_far: Winner, time: LevelTime) -> None:
+        """See `Observer`."""
+        report = self._metric.units_of(so_far.report)
+        for one in self._displays:
+            one.on_timed(report, time)
+
     def on_confirmed(self, level: Level, so_far: Winner) -> None:
         """See `Observer`."""
         report = self._metric.units_of(so_far.report)
@@ -80,6 +86,9 @@ class ShowBetweenEpochs(Show):
 
     def on_level(self, level: Level, so_far: Winner) -> None:
         """Show nothing: the level is judged after further training."""
+
+    def on_timed(self, level: Level, so_far: Winner, time: LevelTime) -> None:
+        """Show nothing: training follows a cut, not another level."""
 
     def on_judged(self, report: SearchReport, mask: Mask, epoch: int) -> None:
         """Show a judgement; see `Display.on_judged`."""

@@ -6,7 +6,9 @@ import io
 import logging
 import math
 import re
+import sys
 import threading
+import time
 from functools import partial
 
 import pytest
@@ -15,7 +17,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgre
 from lightning.pytorch.loggers import CSVLogger
 from tqdm import tqdm
 
-from lightning_roulette import RouletteWheelPruning, Tree, sparsity
+from lightning_roulette import LevelTime, RouletteWheelPruning, Tree, sparsity
 from lightning_roulette.judge.race import rungs
 from lightning_roulette.trainer.show.bar import Line, ProgressLine, line_of
 from lightning_roulette.trainer.show.display import Display
@@ -49,23 +51,63 @@ def frames(text):
     return [frame.strip() for frame in re.split(r"\r|\n|\x1b\[A", text) if frame.strip()]
 
 
+@pytest.fixture
+def terminal(capsys, monkeypatch):
+    """The standard output, as `capsys` records it, is a terminal."""
+    monkeypatch.setattr("_pytest.capture.CaptureIO.isatty", lambda _: True)
+    return capsys
+
+
 # ---- TQDM
 
 
 @pytest.mark.parametrize(("validation", "judged"), JUDGED)
-def test_tqdm_shows_one_line_and_no_validation_of_a_candidate(fit, capsys, validation, judged):
+def test_tqdm_shows_one_line_and_no_validation_of_a_candidate(fit, terminal, validation, judged):
     fit(TQDMProgressBar())
-    plain = frames(capsys.readouterr().out)
+    plain = frames(terminal.readouterr().out)
     fit(TQDMProgressBar(), pruning(validation))
-    searched = frames(capsys.readouterr().out)
+    searched = frames(terminal.readouterr().out)
 
     def validating(shown):
         return sum(frame.startswith("Validation DataLoader") for frame in shown)
 
     assert validating(searched) == validating(plain) > 0
     ours = [frame for frame in searched if frame.startswith("Pruning")]
-    assert any("level 1" in frame and "best" in frame and f" 1/{judged}" in frame for frame in ours)
-    assert any("level 2" in frame and "best" in frame and f" {judged}/{judged}" in frame for frame in ours)
+    for level in (1, 2):
+        assert any(f"level {level}" in frame and "best" in frame and f" {judged}/{judged}" in frame for frame in ours)
+
+
+def test_tqdm_draws_nothing_into_a_file_or_a_pipe(fit, capsys):
+    assert not sys.stdout.isatty()
+    fit(TQDMProgressBar(), pruning())
+    assert not [frame for frame in frames(capsys.readouterr().out) if frame.startswith("Pruning")]
+
+
+@pytest.mark.usefixtures("terminal")
+def test_tqdm_measures_the_speed_of_this_level_alone_and_draws_ten_times_a_second(at_end):
+    def look(trainer, module):
+        now, drawn, line = [time.time()], [], line_of(trainer)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(line._line, "_time", lambda: now[0])
+            patch.setattr("time.time", lambda: now[0])
+            patch.setattr(line._line, "display", lambda *_, **__: drawn.append(line._line.n))
+            for seconds in (0.5, 0.01):  # of each candidate
+                line.restart()
+                drawn.clear()
+                for done in range(1, 101):
+                    now[0] += seconds
+                    line.show("Pruning", done, 100)
+                found.append((line._line.format_dict, list(drawn)))
+        line.close()
+
+    found = []
+    at_end(look, TQDMProgressBar())
+    (_, slow), (shown, fast) = found
+    assert slow == list(range(1, 101))
+    assert fast[-1] == 100
+    assert len(fast) <= 11
+    assert (shown["n"], shown["total"], shown["elapsed"]) == (100, 100, pytest.approx(1.0))
+    assert shown["rate"] is None  # TQDM then shows n / elapsed
 
 
 def test_tqdm_never_calls_the_line_of_a_search_a_validation(at_hook, capsys):
@@ -219,6 +261,7 @@ def test_a_trainer_without_a_shown_bar_prints_nothing(bars, fit, capsys):
     assert "Pruning level" not in printed.err
 
 
+@pytest.mark.usefixtures("terminal")
 def test_the_line_is_that_of_the_bar_that_is_shown(at_end):
     def look(trainer, module):
         bars = len(tqdm._instances)
@@ -232,6 +275,7 @@ def test_the_line_is_that_of_the_bar_that_is_shown(at_end):
     assert kinds == ["TQDMLine", "RichLine", "Line", "Line"]
 
 
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize("bar", [TQDMProgressBar, rich_bar])
 def test_the_line_is_taken_away_when_the_search_fails(bar, fit, monkeypatch):
     class Failing(Blobs):
@@ -264,6 +308,13 @@ def said(caplog):
     return lambda: [record.getMessage() for record in caplog.records if record.name == "lightning_roulette"]
 
 
+@pytest.fixture
+def every_level(monkeypatch):
+    """Every level is said, however soon it follows."""
+    monkeypatch.setattr("lightning_roulette.trainer.show.log.SECONDS_BETWEEN_LEVELS", 0.0)
+
+
+@pytest.mark.usefixtures("every_level")
 @pytest.mark.parametrize("validation", [ON_ALL, BY_DEFAULT], ids=["all", "halves"])
 @pytest.mark.parametrize(("monitor", "mode"), [("val_acc", "max"), ("val_loss", "min")])
 def test_a_search_says_its_floor_each_level_and_its_end_in_units_of_the_metric(monitor, mode, validation, fit, said):
@@ -274,16 +325,21 @@ def test_a_search_says_its_floor_each_level_and_its_end_in_units_of_the_metric(m
     judged, prunable, dense, *levels = (line.removeprefix("RouletteWheelPruning: ") for line in lines)
     assert judged == f"judges candidates by {monitor} ({mode}, as asked), and ranks them by val_loss."
     assert prunable == "624 of 624 weights in matrices are prunable (100.0%)."
-    kept = ", 8 of 16 folds held out" if halves else ""
-    assert dense.startswith(f"dense network: {monitor} {report.dense_score:.6g}, floor {report.floor:.6g}{kept}. ")
-    assert re.search(r"A level of 5 candidates will take about \d+\.\d s\.$", dense)
-    for number, level in enumerate(report.levels, 1):
-        said_of = f"level {number}: sparsity {level.sparsity:.2%}, {monitor} {level.score:.6g}, accepted"
-        assert levels[number - 1] == said_of
-    *_, last = report.levels
-    confirmed = [f"level 2 on the held-out half: {monitor} {last.held_out_score:.6g}, held"] if halves else []
-    assert levels[2:] == confirmed + list(report.summary())
+    data = "the search half (8 of 16 folds)" if halves else "all validation data"
+    start = f"dense network on {data}: {monitor} {report.dense_score:.6g}, floor {report.floor:.6g}. "
+    assert dense.startswith(start)
+    assert re.fullmatch(r"A level of 5 candidates will take about \d+\.\d s\.", dense.removeprefix(start))
+    said_of = [
+        f"level {number}: sparsity {level.sparsity:.2%}, {monitor} {level.score:.6g}, accepted"
+        for number, level in enumerate(report.levels, 1)
+    ]
+    assert [line for line in levels if " took " not in line] == said_of + report.summary()
     assert report.floor < report.dense_score if mode == "max" else report.floor > report.dense_score
+
+
+def test_levels_that_follow_soon_are_not_said(fit, said):
+    fit(pruning(), enable_progress_bar=False)
+    assert [line.split(":")[1] for line in said() if "accepted" in line] == [" level 1"]
 
 
 def test_a_level_below_the_floor_is_said_to_be(fit, said):
@@ -304,6 +360,7 @@ def test_only_the_first_process_speaks_and_draws(first, fit, said, tmp_path, mon
         with Show(trainer, judged_by("val_acc")) as show:
             show.on_dense(winner, 1.0)
             show.on_level(winner.report.levels[0], winner)
+            show.on_timed(winner.report.levels[0], winner, LevelTime(2.0, 1.5))
             show.on_confirmed(winner.report.levels[0], winner)
             show.on_end(winner.report)
         monkeypatch.setattr(type(trainer), "is_global_zero", True)
@@ -323,6 +380,10 @@ def test_a_new_display_sees_every_step_in_units_of_the_metric(fit, monkeypatch):
         def on_level(self, report, mask):
             steps.append(("level", report.levels[-1].score, mask.sparsity))
 
+        def on_timed(self, report, seconds):
+            assert seconds.seconds >= seconds.refit == 0
+            steps.append(("timed", report.levels[-1].score))
+
         def on_confirmed(self, report, level):
             steps.append(("confirmed", level.held_out_score, level.sparsity))
 
@@ -338,7 +399,7 @@ def test_a_new_display_sees_every_step_in_units_of_the_metric(fit, monkeypatch):
     report = ours.report
     assert steps == [
         ("dense", report.dense_score, 0),
-        *(("level", one.score, one.sparsity) for one in report.levels),
+        *(step for one in report.levels for step in (("level", one.score, one.sparsity), ("timed", one.score))),
         *(("confirmed", one.held_out_score, one.sparsity) for one in report.levels),
         "closed",
         ("end", report.score, report.sparsity),

@@ -1,0 +1,224 @@
+"""A report in words: five plain lines, and what is unusual about the search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+from lightning_roulette.report.records import Level, Skipped, StopReason
+
+if TYPE_CHECKING:
+    from lightning_roulette.report.report import SearchReport
+
+_MOST_REASONS = 5  # reasons why parameters are not prunable, in one line
+_MOST_NAMES = 2  # names for each reason
+_MOST_WEIGHTS = 6  # names of weights that were not refitted, for each reason
+
+
+def summary(report: SearchReport) -> list[str]:
+    """Return the result of a search in a few lines.
+
+    They say how many weights are kept and how many could be pruned, the metric of both networks on the same data, the
+    decline on held-out data, whether the target was met and why the search ended, and the time. Then come the notes,
+    and what is unusual about the importance and the refit.
+    """
+    return [
+        _kept(report),
+        *_prunable(report),
+        *_metric(report),
+        *_decline(report),
+        *_certificate(report),
+        _outcome(report),
+        f"Time: {report.seconds:.1f} s, and as much work as {report.validations:.4g} full validations.",
+        *report.notes,
+        *_unusual(report),
+    ]
+
+
+def _unpruned(report: SearchReport) -> bool:
+    """Whether the search broke off, so that the network stays dense even if levels were accepted."""
+    return report.stop_reason in (StopReason.INTERRUPTED, StopReason.FAILED)
+
+
+def _kept(report: SearchReport) -> str:
+    """Return how many weights are kept, of how many."""
+    if report.winner is None:
+        return f"All {report.size:,} prunable weights kept: the network stays dense."
+    times = f", compression {report.size / report.survivors:.3g}x" if report.survivors else ""
+    size = f"{report.survivors:,} of {report.size:,} prunable weights kept ({1 - report.sparsity:.2%})"
+    numbers = f"sparsity {report.sparsity:.2%}{times}"
+    if _unpruned(report):
+        return f"The network stays dense. The slimmest level so far: {size}, {numbers}."
+    return f"{size}: {numbers}.{' All weights in matrices are prunable.' if report.size == report.matrices else ''}"
+
+
+def _prunable(report: SearchReport) -> list[str]:
+    """Return how many of all weights in matrices could be pruned, and which could not."""
+    if report.matrices in (0, report.size):
+        return []
+    share = f"{report.size:,} of {report.matrices:,} weights in matrices ({report.size / report.matrices:.1%})"
+    skipped = _list([_skipped(one) for one in report.skipped], _MOST_REASONS, "; ")
+    return [f"Prunable: {share}.", *([f"Not prunable: {skipped}."] if skipped else [])]
+
+
+def _skipped(one: Skipped) -> str:
+    return f"{one.weights:,} in {_list(one.names, _MOST_NAMES, ', ')} ({one.why})"
+
+
+def _list(members: Sequence[str], most: int, between: str) -> str:
+    """Return the first members in one string, and how many more there are."""
+    more = len(members) - most
+    return between.join([*members[:most], f"{more} more"] if more > 0 else members)
+
+
+def _metric(report: SearchReport) -> list[str]:
+    """Return the metric of the dense and of the pruned network, both on the same data."""
+    after = "" if report.trained_score is None else f", {report.trained_score:.6g} after the training that followed"
+    dense = _dense_on_all(report)
+    if report.score is not None and dense is not None:
+        return [_scores(report, f"all validation data{_ranked(report)}", dense, report.score, after)]
+    if report.gradual:
+        return []
+    if report.score is not None:
+        after = f"; pruned {report.score:.6g} on all validation data{after}"
+    data = "the data that ranked the candidates" if report.folds[1] else "all validation data"
+    return [_scores(report, data, report.dense_score, report.search_score, after)]
+
+
+def _dense_on_all(report: SearchReport) -> float | None:
+    """Return the metric of the dense network on all validation data; None if it is not known."""
+    if report.dense_measured is not None or report.folds[1]:
+        return report.dense_measured
+    return report.held_out_dense if report.gradual else report.dense_score
+
+
+def _scores(report: SearchReport, data: str, dense: float, pruned: float, after: str) -> str:
+    what = f"dense {dense:.6g}" if report.winner is None else f"dense {dense:.6g}, pruned {pruned:.6g}"
+    return f"{report.monitor} on {data}: {what}{after}."
+
+
+def _ranked(report: SearchReport) -> str:
+    """Return which share of the data ranked the candidates, if not all of it did."""
+    searching, held_out = report.folds
+    share = "half" if searching == held_out else f"{searching / (searching + held_out):.0%}"
+    return f" ({share} of it ranked the candidates)" if held_out else ""
+
+
+def _decline(report: SearchReport) -> list[str]:
+    """Return how much worse the pruned network is on data that ranked no candidate."""
+    if report.held_out_dense is None:
+        why = f" ({report.undivided_because})" if report.undivided_because else ""
+        said = f"No validation data was held out{why}: the same data chose and judged the pruned network."
+        error = report.winner.error if report.winner else None
+        return [f"{said} {_declined(report, error)}" if report.winner else said]
+    if report.winner is None or report.winner.held_out_score is None:
+        return []
+    if report.gradual:
+        return [_decline_after_training(report, report.winner.held_out_score)]
+    return [
+        f"On the held-out half, which ranked no candidates: dense {report.held_out_dense:.6g}, "
+        f"pruned {report.winner.held_out_score:.6g}. {_declined(report, report.winner.held_out_error)}"
+    ]
+
+
+def _decline_after_training(report: SearchReport, score: float) -> str:
+    """Return how much worse a network is that was trained after its cuts, than the network before the first cut."""
+    networks, decline = "Dense is before the first cut, pruned after further training", _declined(report, None)
+    if report.folds[1]:
+        scores = f"dense {report.held_out_dense:.6g}, pruned {score:.6g}"
+        return f"{networks}. On the held-out half, which ranked no candidates: {scores}. {decline}"
+    if report.score is not None:
+        return f"{networks}. The same data judged every cut. {decline}"
+    return f"{report.monitor} on all validation data: dense {report.held_out_dense:.6g}, pruned {score:.6g}. {decline}"
+
+
+def _declined(report: SearchReport, error: float | None) -> str:
+    """Return the decline, its standard error and the tolerance as a sentence."""
+    decline = "unknown" if math.isnan(report.decline) else f"{report.decline:.4g}"
+    known = "" if error is None or math.isnan(error) else f" (standard error {error:.2g})"
+    allowed = f", allowed {report.tolerance:.4g}" if math.isfinite(report.tolerance) else ""
+    return f"{'Decline' if report.held_out_dense is None else 'Estimated decline'} {decline}{known}{allowed}."
+
+
+def _certificate(report: SearchReport) -> list[str]:
+    if report.confidence is None or report.method is None or _unpruned(report):
+        return []
+    if report.winner is None:
+        return [f"No level could be certified with confidence {report.confidence:g}: the network stays dense."]
+    if not report.winner.held:
+        return []
+    when = " before the training that followed" if report.trained_score is not None else ""
+    return [
+        f"With confidence {report.confidence:g} the pruned network's true decline{when} is at most "
+        f"{report.tolerance:g}. {report.method.value}"
+    ]
+
+
+def _outcome(report: SearchReport) -> str:
+    """Return whether the target was met, why the search ended, and which level is the result."""
+    return " ".join(filter(None, (_target(report), _stopped(report), _result(report))))
+
+
+def _target(report: SearchReport) -> str:
+    if report.target_sparsity is None or report.stop_reason is None:
+        return ""
+    return f"Target sparsity {report.target_sparsity:.2%}: {'met' if report.target_met else 'missed'}."
+
+
+def _stopped(report: SearchReport) -> str:
+    """Return why the search stopped, with the number of levels that missed the floor at its end."""
+    if report.stop_reason is None:
+        return "The search is running."
+    if report.stop_reason is StopReason.TARGET_REACHED and report.target_sparsity is not None:
+        return "" if report.target_met else str(StopReason.TARGET_NOT_HELD.value)
+    if report.stop_reason is not StopReason.DECLINED:
+        return str(report.stop_reason.value)
+    missed = len(list(takewhile(lambda level: not level.accepted, reversed(report.levels))))
+    if missed == 1:
+        return "Stopped: a level missed the floor."
+    return str(report.stop_reason.value).replace("`patience`", str(missed))
+
+
+def _result(report: SearchReport) -> str:
+    """Return which level is the result, if it is not the last one that the search accepted."""
+    if _unpruned(report) or report.stop_reason is None:
+        return ""
+    if not report.accepted:
+        scores = [level.score for level in report.levels if not math.isnan(level.score)]
+        best = (max if report.mode == "max" else min)(scores) if scores else math.nan
+        return f"No level kept the floor {report.floor:.6g}; the best scored {best:.6g}." if report.levels else ""
+    last, kept = report.accepted[-1].level, report.winner.level if report.winner else 0
+    if kept == last:
+        return ""
+    missed = next((level for level in report.accepted if level.level > kept), None)
+    return f"{f'Level {kept} of {last} is the result' if kept else 'No level held'}{_missed(report, missed)}."
+
+
+def _missed(report: SearchReport, level: Level | None) -> str:
+    """Return by what the next level missed the floor, in words that follow a sentence."""
+    if level is None or level.held_out_score is None or report.held_out_floor is None:
+        return ""
+    data = "held-out half" if report.folds[1] else "validation data"
+    if report.confidence is not None:
+        return f": level {level.level} could not be certified on the {data}"
+    return (
+        f": level {level.level} missed the floor {report.held_out_floor:.6g} on the {data} "
+        f"({report.monitor} {level.held_out_score:.6g})"
+    )
+
+
+def _unusual(report: SearchReport) -> list[str]:
+    """Return what is unusual about the importance and the refit: a fallback, and weights that were not refitted."""
+    lines = [f"Importance: {report.importance}."] if ", as " in report.importance else []
+    undone = _by_reason(report.winner.undone) if report.winner else {}
+    lines += [f"Not refitted: {names} ({why})." for why, names in _by_reason(report.left_alone).items()]
+    lines += [f"Refit not kept for {names}: {why}." for why, names in undone.items()]
+    return [*lines, f"Refit: {report.refit}."] if "not kept" in report.refit else lines
+
+
+def _by_reason(reasons: Mapping[str, str]) -> dict[str, str]:
+    """Return the names that share a reason, in one string."""
+    sharing = {why: [name for name, its in reasons.items() if its == why] for why in reasons.values()}
+    return {why: _list(names, _MOST_WEIGHTS, ", ") for why, names in sharing.items()}
