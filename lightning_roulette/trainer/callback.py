@@ -232,6 +232,7 @@ class RouletteWheelPruning(WithResult):
         """Search or cut, if it is due before this epoch. The checkpoints of the last epoch are written by now."""
         fit, epoch, cuts = self._run, trainer.current_epoch, self._result.between_epochs
         fit.epoch = epoch
+        self._zeros.fill()
         with self._handing_over(trainer):
             if fit.searches and cuts is not None and (number := cuts.number_of_cut(epoch)) is not None:
                 fit.phase = Phase.EPOCH_BEGINS
@@ -247,6 +248,7 @@ class RouletteWheelPruning(WithResult):
         if batch_idx == 0 and self._run.epoch != trainer.current_epoch:
             self.on_train_epoch_start(trainer, pl_module)
         self._run.phase = Phase.TRAINING
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search, end the cuts or measure, unless this was done and the network was not trained since."""

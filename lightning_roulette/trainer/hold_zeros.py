@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -53,7 +53,7 @@ class Zeros:
             self._hold.fill()
 
     def fill_after_step(self) -> None:
-        """Set the pruned weights to zero if there is an optimizer whose steps cannot be observed."""
+        """Set the pruned weights to zero if there is an optimizer whose steps cannot be watched."""
         if self._hold is not None and self._hold.misses_steps:
             self._hold.fill()
 
@@ -97,15 +97,26 @@ class ZeroHolder(Callback):
         """Return the mask whose zeros are held; None if no zeros are held."""
         raise NotImplementedError
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set the pruned weights to zero, because a hook of the module may have written to them since the step."""
+        self._zeros.fill()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Set the pruned weights to zero after a step of an optimizer that is not torch's."""
+        """Set the pruned weights to zero if there is an optimizer whose steps cannot be watched."""
         self._zeros.fill_after_step()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the pruned weights to zero, because weight averaging has loaded its own weights."""
         self._zeros.fill()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Before the first batch, set the pruned weights to zero: the module may have loaded averaged weights."""
+        if batch_idx == 0:
+            self._zeros.fill()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the pruned weights to zero, because weight averaging has loaded its own weights."""
@@ -123,7 +134,9 @@ class ZeroHolder(Callback):
                     fill_pruned({name: weights[alias]}, {name: kept})
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hold nothing from now on; the zeros stay in the weights."""
+        """Set the pruned weights to zero a last time, and hold nothing from now on."""
+        if stage == "fit":
+            self._zeros.fill()
         self._zeros.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
