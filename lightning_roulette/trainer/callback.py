@@ -26,6 +26,7 @@ from lightning_roulette.trainer.preflight import (
     refuse_trainer,
     refuse_without_validation,
     validates_before,
+    warn_of_early_stopping,
 )
 from lightning_roulette.trainer.preparing import rehearse
 from lightning_roulette.trainer.resuming import (
@@ -36,6 +37,7 @@ from lightning_roulette.trainer.resuming import (
     warn_of_other_tolerance,
     warn_of_unpruned,
 )
+from lightning_roulette.trainer.saved import read_back_late
 from lightning_roulette.trainer.searching import measure_and_save, search_network
 from lightning_roulette.trainer.show.log import log, speak_up
 from lightning_roulette.trainer.with_result import WithResult
@@ -203,6 +205,7 @@ class RouletteWheelPruning(WithResult):
             refuse_trainer(trainer, self, self.validation.keep_callbacks, self.at_epoch)
             refuse_several_processes(trainer, self.confidence)
             place_before_checkpoints(trainer, self)
+            warn_of_early_stopping(trainer, self.at_epoch)
             speak_up()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -293,6 +296,7 @@ class RouletteWheelPruning(WithResult):
         """End the run. A worker process hands over what was found."""
         super().teardown(trainer, pl_module, stage)
         if stage == "fit":
+            read_back_late(self._run)
             self._hand_over(trainer)
         self._fit = None
 
