@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,17 +64,17 @@ class Mask(Mapping[str, Tensor]):
         """Read the winner's mask from a file.
 
         Args:
-            path: One of
+            path: A path, or the URL of a file system that fsspec knows, such as `s3://bucket/pruned.ckpt`, of one of
 
                 - a checkpoint of `RouletteWheelPruning`,
                 - a distributed checkpoint, which is a folder with a file `meta.pt`,
-                - the file that an interrupted search leaves.
+                - the file that an interrupted search leaves,
+                - the file of measured weights that is written beside a checkpoint which does not hold them.
 
         Raises:
             ValueError: If the file has no mask.
         """
-        file = os.path.join(path, "meta.pt") if os.path.isdir(path) else path
-        stored = torch.load(file, map_location="cpu", weights_only=True)
+        stored = _read(os.fspath(path))
         states = [stored, *stored.get("callbacks", {}).values()] if isinstance(stored, dict) else []
         for state in states:
             if isinstance(state, dict) and "pruned_at" in state:
@@ -169,6 +170,18 @@ class Mask(Mapping[str, Tensor]):
 def flags_of(mask: Mapping[str, Tensor | Bits]) -> Mapping[str, Flags]:
     """Each tensor of a mask, or of a plain mapping, as `Flags`. Nothing is unpacked."""
     return mask.flags if isinstance(mask, Mask) else {name: as_stored(kept) for name, kept in mask.items()}
+
+
+def _read(path: str) -> Any:
+    if "://" not in path:
+        file = os.path.join(path, "meta.pt") if os.path.isdir(path) else path
+        return torch.load(file, map_location="cpu", weights_only=True)
+    # torch and lightning depend on fsspec; a local path does not need it
+    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+
+    files, file = url_to_fs(path)
+    with files.open(f"{file}/meta.pt" if files.isdir(file) else file, "rb") as opened:
+        return torch.load(opened, map_location="cpu", weights_only=True)
 
 
 def _check_types(kept: Mapping[str, Tensor | Bits]) -> None:

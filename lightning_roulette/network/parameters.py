@@ -102,6 +102,23 @@ def aliases(module: nn.Module) -> dict[str, list[str]]:
     return names
 
 
+def parameters_like(module: nn.Module, patterns: Patterns, argument: str) -> set[str]:
+    """All names of the parameters that glob patterns match.
+
+    Args:
+        module: Any module.
+        patterns: Glob patterns over parameter names.
+        argument: The argument that has the patterns, for the error.
+
+    Raises:
+        TypeError: If `patterns` is not a list of patterns.
+        ValueError: If a pattern matches no parameter.
+    """
+    names = aliases(module)
+    _check_patterns(argument, patterns, names)
+    return {alias for each in names.values() if _matches(each, patterns) for alias in each}
+
+
 def has_lazy_parameters(module: nn.Module) -> bool:
     """Whether a parameter has no shape before the first forward."""
     return any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters())

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS
 
 from lightning_roulette.large.bits import Flags
 from lightning_roulette.large.masking import fill
 from lightning_roulette.large.shards import local, part_of
 from lightning_roulette.mask.mask import flags_of
 from lightning_roulette.network.hooks import Removable
+from lightning_roulette.network.steps import watch_loads, watch_steps, with_inner
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a float -> integers of its size
 
@@ -104,6 +105,9 @@ class ZeroHold:
       before the step if they may have been written to: by clipping, or by the reduction between several processes.
     - Optimizer state is filled now and whenever an optimizer loads a state. LBFGS mixes the state of all weights, so
       its state is cleared.
+    - An optimizer that wraps another, as Lookahead does, is held together with the one that it wraps.
+
+    Others that write weights, such as a mean teacher, are not seen. Call `fill` after them.
 
     Weights that are frozen now, and weights that are added to an optimizer later, are kept at zero too.
 
@@ -115,15 +119,14 @@ class ZeroHold:
             is not cleared now.
 
     Attributes:
-        misses_steps: Whether an optimizer has no `register_step_post_hook`, because it is not one of torch. Call `fill`
-            after each of its steps.
+        misses_steps: Whether the steps of an optimizer cannot be watched. Call `fill` after each of its steps.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
         mask: Mapping[str, Tensor],
-        optimizers: Iterable[Optimizer],
+        optimizers: Iterable[Any],
         afresh: bool = True,
     ) -> None:
         self._held = [
@@ -132,15 +135,12 @@ class ZeroHold:
         self._hooks: list[Removable] = []
         self.misses_steps = False
         self.fill()
-        for optimizer in optimizers:
+        for optimizer in with_inner(optimizers):
             if afresh or not isinstance(optimizer, LBFGS):
                 self._forget(optimizer)
-            if not hasattr(optimizer, "register_step_post_hook"):
-                self.misses_steps = True
-            else:
-                self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
-                self._hooks.append(optimizer.register_step_post_hook(self._after_step))
-                self._hooks.append(optimizer.register_load_state_dict_post_hook(self._forget))
+            watched = watch_steps(optimizer, self._before_step, self._after_step)
+            self.misses_steps |= not watched
+            self._hooks += [*watched, *watch_loads(optimizer, self._forget)]
         hooks = [one.clean_when_accumulated() for one in self._held]
         self._hooks += [hook for hook in hooks if hook is not None]
         for one in self._held:
@@ -166,12 +166,16 @@ class ZeroHold:
     def _after_step(self, *_: Any) -> None:
         self.fill()
 
-    def _forget(self, optimizer: Optimizer) -> None:
+    def _forget(self, optimizer: Any) -> None:
+        state = getattr(optimizer, "state", None)
+        if not isinstance(state, dict):
+            return
         if isinstance(optimizer, LBFGS):
-            optimizer.state.clear()
+            state.clear()
             return
         for one in self._held:
-            for memory in optimizer.state.get(one.parameter, {}).values():
+            remembered = state.get(one.parameter)
+            for memory in remembered.values() if isinstance(remembered, Mapping) else ():
                 if isinstance(memory, Tensor) and memory.shape == one.parameter.shape:
                     one.fill(memory)
 

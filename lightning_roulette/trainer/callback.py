@@ -26,6 +26,7 @@ from lightning_roulette.trainer.preflight import (
     refuse_trainer,
     refuse_without_validation,
     validates_before,
+    warn_of_early_stopping,
     warn_of_little,
 )
 from lightning_roulette.trainer.preparing import rehearse
@@ -38,6 +39,7 @@ from lightning_roulette.trainer.resuming import (
     warn_of_other_tolerance,
     warn_of_unpruned,
 )
+from lightning_roulette.trainer.saved import read_back_late
 from lightning_roulette.trainer.searching import measure_and_save, search_network
 from lightning_roulette.trainer.show.log import log, speak_up
 from lightning_roulette.trainer.with_result import WithResult
@@ -221,6 +223,7 @@ class RouletteWheelPruning(WithResult):
             refuse_trainer(trainer, self, self.validation.keep_callbacks, self.at_epoch)
             refuse_several_processes(trainer, self.confidence)
             place_before_checkpoints(trainer, self)
+            warn_of_early_stopping(trainer, self.at_epoch)
             speak_up()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -252,6 +255,7 @@ class RouletteWheelPruning(WithResult):
         """Search or cut, if it is due before this epoch. The checkpoints of the last epoch are written by now."""
         fit, epoch, cuts = self._run, trainer.current_epoch, self._result.between_epochs
         fit.epoch = epoch
+        self._zeros.fill()
         with self._handing_over(trainer):
             if fit.searches and cuts is not None and (number := cuts.number_of_cut(epoch)) is not None:
                 fit.phase = Phase.EPOCH_BEGINS
@@ -267,6 +271,7 @@ class RouletteWheelPruning(WithResult):
         if batch_idx == 0 and self._run.epoch != trainer.current_epoch:
             self.on_train_epoch_start(trainer, pl_module)
         self._run.phase = Phase.TRAINING
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search, end the cuts or measure, unless this was done and the network was not trained since."""
@@ -314,6 +319,7 @@ class RouletteWheelPruning(WithResult):
         """End the run. A worker process hands over what was found."""
         super().teardown(trainer, pl_module, stage)
         if stage == "fit":
+            read_back_late(self._run)
             self._hand_over(trainer)
         self._fit = None
 

@@ -12,6 +12,7 @@ from lightning_roulette.trainer.between_epochs import BetweenEpochs
 from lightning_roulette.trainer.fit_state import FitState
 from lightning_roulette.trainer.hold_zeros import load_into_average
 from lightning_roulette.trainer.preparing import calibration_of, measured, ready_between_epochs
+from lightning_roulette.trainer.saved import rehearse_saving
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from lightning_roulette.trainer.searching import noted, save_dense, save_winner
 from lightning_roulette.trainer.show.show import ShowBetweenEpochs
@@ -27,6 +28,8 @@ def judge_and_cut(fit: FitState, cuts: BetweenEpochs, number: int) -> None:
     """
     judges, epoch = ready_between_epochs(fit), fit.trainer.current_epoch
     fit.know_files()
+    if fit.result.history is None:
+        rehearse_saving(fit, judges.weights)
     with ShowBetweenEpochs(fit.trainer, judges.metric) as shown, noted(fit, judges) as evaluate:
         with judges.validation:
             calibration = calibration_of(fit, judges.validation)

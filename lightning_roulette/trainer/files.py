@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -24,11 +24,13 @@ class RunFiles:
         pruned: Path of the checkpoint of the winner.
         dense: Path of the checkpoint of the network before the winner was loaded.
         interrupted: Path of the accepted levels of a search that did not end.
+        weights: Path of the weights of the winner, written only if the checkpoint does not hold them.
     """
 
     pruned: str
     dense: str
     interrupted: str
+    weights: str
 
     @property
     def folder(self) -> str:
@@ -55,12 +57,12 @@ class RunFiles:
         version = 0
         while True:
             tail = f"-v{version}" if version else ""
-            names = (f"pruned{tail}.ckpt", f"dense{tail}.ckpt", f"interrupted{tail}.pt")
+            names = (f"pruned{tail}.ckpt", f"dense{tail}.ckpt", f"interrupted{tail}.pt", f"pruned-weights{tail}.pt")
             yield cls(*(f"{folder.rstrip('/')}/{name}" for name in names))
             version += 1
 
     def _exist(self) -> bool:
-        return any(get_filesystem(path).exists(path) for path in (self.pruned, self.dense, self.interrupted))
+        return any(get_filesystem(path).exists(path) for path in astuple(self))
 
 
 def _folder(trainer: Trainer, dirpath: str | os.PathLike[str] | None) -> str | None:
@@ -154,8 +156,20 @@ def save_accepted_levels(
         report: The report as plain values.
         weights: The weights of the last level and all values that its refit changed; empty without a refit.
     """
+    _write(path, {**history.state(), "report": dict(report), "weights": dict(weights)})
+
+
+def save_weights(path: str, history: History, report: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
+    """Write weights and masks into a file that `Mask.load` and `apply_mask` read.
+
+    `torch.load(path)["state_dict"]` are the weights, for `module.load_state_dict(..., strict=False)`.
+    """
+    _write(path, {**history.state(), "report": dict(report), "state_dict": dict(weights)})
+
+
+def _write(path: str, contents: Mapping[str, Any]) -> None:
     files = get_filesystem(path)
     files.makedirs(os.path.dirname(path), exist_ok=True)
     with files.open(f"{path}.part", "wb") as file:
-        torch.save({**history.state(), "report": dict(report), "weights": dict(weights)}, file)
+        torch.save(dict(contents), file)
     files.mv(f"{path}.part", path)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from torch import Tensor
 
+from lightning_roulette.checks import check_words
 from lightning_roulette.large.shards import reshard
 from lightning_roulette.mask.mask import Mask, apply_mask, breaks, fill_pruned, fits
 from lightning_roulette.network.lending import copy_into, named_tensors
-from lightning_roulette.network.parameters import aliases, prunable_parameters
+from lightning_roulette.network.parameters import aliases, parameters_like, prunable_parameters
 from lightning_roulette.network.zeros import ZeroHold
 from lightning_roulette.trainer.validation.muting import callbacks_of
 
@@ -53,7 +56,7 @@ class Zeros:
             self._hold.fill()
 
     def fill_after_step(self) -> None:
-        """Set the pruned weights to zero if there is an optimizer whose steps cannot be observed."""
+        """Set the pruned weights to zero if there is an optimizer whose steps cannot be watched."""
         if self._hold is not None and self._hold.misses_steps:
             self._hold.fill()
 
@@ -97,15 +100,26 @@ class ZeroHolder(Callback):
         """Return the mask whose zeros are held; None if no zeros are held."""
         raise NotImplementedError
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set the pruned weights to zero, because a hook of the module may have written to them since the step."""
+        self._zeros.fill()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Set the pruned weights to zero after a step of an optimizer that is not torch's."""
+        """Set the pruned weights to zero if there is an optimizer whose steps cannot be watched."""
         self._zeros.fill_after_step()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the pruned weights to zero, because weight averaging has loaded its own weights."""
         self._zeros.fill()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Before the first batch, set the pruned weights to zero: the module may have loaded averaged weights."""
+        if batch_idx == 0:
+            self._zeros.fill()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the pruned weights to zero, because weight averaging has loaded its own weights."""
@@ -113,6 +127,7 @@ class ZeroHolder(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Set the pruned weights of the checkpoint to zero, because weight averaging replaces its weights."""
+        self._zeros.fill()
         if (mask := self.held()) is None or not fits(mask, pl_module) or breaks(mask, pl_module):
             return
         weights, names = checkpoint["state_dict"], aliases(pl_module)
@@ -123,7 +138,9 @@ class ZeroHolder(Callback):
                     fill_pruned({name: weights[alias]}, {name: kept})
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hold nothing from now on; the zeros stay in the weights."""
+        """Set the pruned weights to zero a last time, and hold nothing from now on."""
+        if stage == "fit":
+            self._zeros.fill()
         self._zeros.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -141,6 +158,8 @@ class HoldZeros(ZeroHolder):
     - any optimizer: momentum, weight decay, LBFGS, and optimizers that are not torch's;
     - gradient accumulation, gradient clipping, manual optimization and mixed precision;
     - weight averaging callbacks;
+    - hooks of the module that write weights, such as a mean teacher: zeros are written again before each batch, before
+      each validation and when training ends;
     - weights that `fully_shard` has sharded (FSDP2).
 
     Checkpoints keep the parameter names of the module.
@@ -151,25 +170,41 @@ class HoldZeros(ZeroHolder):
             - None: the zeros that the prunable weights have when training starts.
             - A `Mask`, or a dictionary from parameter names to bool tensors, True = kept.
             - The path of a file that `Mask.load` reads, such as `pruned.ckpt`.
-
-    Example:
-        model = MyModule.load_from_checkpoint("pruned.ckpt")
-        Trainer(callbacks=[HoldZeros()], max_epochs=3).fit(model, data)
+        exclude: Glob patterns over names of parameters whose zeros are not held. Use it for parameters that are zero
+            before they are trained, such as the second matrix of a LoRA adapter. Without a mask, a parameter that is
+            entirely zero is held too, since a search may have pruned all of it, and a warning names it.
 
     Raises:
-        TypeError: If a tensor of the mask is not bool.
-        ValueError: When training starts, if the module lacks a parameter of the mask, or has it in another shape.
+        TypeError: If a tensor of the mask is not bool, or `exclude` is not a list of patterns.
+        ValueError: When training starts, if the module lacks a parameter of the mask, or has it in another shape, or if
+            a pattern of `exclude` matches no parameter.
+
+    Example:
+        Fine-tune a pruned network:
+
+            model = MyModule.load_from_checkpoint("pruned.ckpt")
+            Trainer(callbacks=[HoldZeros()], max_epochs=3).fit(model, data)
+
+        Train LoRA adapters on it, whose matrices `lora_B` start at zero:
+
+            model = WithAdapters(MyModule.load_from_checkpoint("pruned.ckpt"))
+            Trainer(callbacks=[HoldZeros(exclude=["*lora_*"])], max_epochs=3).fit(model, data)
     """
 
-    def __init__(self, mask: Mapping[str, Tensor] | str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, mask: Mapping[str, Tensor] | str | os.PathLike[str] | None = None, *, exclude: Sequence[str] | None = None
+    ) -> None:
         super().__init__()
+        if exclude is not None:
+            check_words("exclude", exclude, "patterns over parameter names")
+        self.exclude = exclude
         self.mask: Mask | None = None
         if mask is not None:
             self.mask = Mask.load(mask) if isinstance(mask, str | os.PathLike) else Mask(mask)
         self._held: Mask | None = None
 
     def held(self) -> Mask | None:
-        """Return the mask that was passed, or the mask of the zeros found when training started."""
+        """Return the mask that was passed, or the mask of the zeros found when training started, less `exclude`."""
         return self._held
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -179,16 +214,48 @@ class HoldZeros(ZeroHolder):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the zeros, if no mask was passed, and hold them."""
-        self._held = self.mask if self.mask is not None else _mask_of_zeros(pl_module)
+        left_out = set() if self.exclude is None else parameters_like(pl_module, self.exclude, "exclude")
+        found = _mask_of_zeros(pl_module, left_out) if self.mask is None else self.mask
+        self._held = Mask({name: kept for name, kept in found.stored.items() if name not in left_out})
         self._zeros.hold(trainer, pl_module, self._held)
+        if self.mask is None:
+            _warn_of_all_zero(pl_module, self._held)
         if not self._held:
             warnings.warn("HoldZeros found no zeros to hold. Was a pruned checkpoint loaded?", stacklevel=2)
         elif trainer.is_global_zero:
             _log.info(f"HoldZeros: holds {self._held.sparsity:.2%} of {self._held.size:,} weights at zero.")
 
 
-def _mask_of_zeros(module: LightningModule) -> Mask:
+def _mask_of_zeros(module: LightningModule, left_out: Collection[str]) -> Mask:
     reshard(module)
-    zeros = Mask.of_nonzeros(prunable_parameters(module))
-    with_zeros = {name: kept for name, kept in zeros.items() if not bool(kept.all())}
-    return Mask(with_zeros)
+    with _unfrozen(module):  # frozen weights may be trained later
+        found = prunable_parameters(module)
+    zeros = Mask.of_nonzeros({name: one for name, one in found.items() if name not in left_out})
+    sizes = {name: flags.numel() for name, flags in zeros.flags.items()}
+    return Mask({name: kept for name, kept in zeros.stored.items() if zeros.counts[name] < sizes[name]})
+
+
+@contextlib.contextmanager
+def _unfrozen(module: LightningModule) -> Iterator[None]:
+    frozen = [one for one in module.parameters() if one.is_floating_point() and not one.requires_grad]
+    try:
+        for one in frozen:
+            one.requires_grad_(True)
+        yield
+    finally:
+        for one in frozen:
+            one.requires_grad_(False)
+
+
+def _warn_of_all_zero(module: LightningModule, held: Mask) -> None:
+    """Warn of parameters that are entirely zero, which may be adapters that are not trained yet."""
+    parameters = dict(module.named_parameters())
+    names = [name for name, count in held.counts.items() if count == 0 and parameters[name].requires_grad]
+    if names:
+        some = ", ".join(repr(name) for name in names[:8]) + (", ..." if len(names) > 8 else "")
+        rank_zero_warn(
+            f"HoldZeros: all weights of {some} are zero, and stay zero, so they are not trained. This is right for a "
+            "layer that was pruned entirely. An adapter that starts at zero must be left out: pass the mask of the "
+            f"pruned network, as in HoldZeros('pruned.ckpt'), or HoldZeros(exclude={names[:8]!r}).",
+            stacklevel=3,
+        )

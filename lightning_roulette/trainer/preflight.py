@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -129,6 +130,25 @@ def nothing_to_do(trainer: Trainer) -> bool:
     if why is not None:
         warnings.warn(f"RouletteWheelPruning does nothing in this fit: {why}.", stacklevel=3)
     return why is not None
+
+
+def warn_of_early_stopping(trainer: Trainer, at_epoch: int | Sequence[int] | None) -> None:
+    """Warn if an EarlyStopping may end the training of the network that was cut before it has recovered."""
+    last = trainer.max_epochs
+    if at_epoch is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    first = at_epoch if isinstance(at_epoch, int) else at_epoch[0]
+    for one in callbacks_of(trainer):
+        if not isinstance(one, EarlyStopping) or (last not in (None, -1) and one.patience >= last):
+            continue
+        enough = "longer than the network needs to recover" if last in (None, -1) else f"of {last} (max_epochs)"
+        rank_zero_warn(
+            f"RouletteWheelPruning: EarlyStopping watches {one.monitor!r} with patience={one.patience}, and compares "
+            f"the network that is cut at epoch {first} with the best score before the cut. If the cut lowers the "
+            "score, training may stop before the network has recovered. Pass EarlyStopping a patience "
+            f"{enough}. Or stop a first fit early, and prune in a second fit without EarlyStopping.",
+            stacklevel=3,
+        )
 
 
 def validates_before(trainer: Trainer, epochs: int | None) -> bool:

@@ -21,6 +21,7 @@ from lightning_roulette.trainer.hold_zeros import load_into_average
 from lightning_roulette.trainer.observers import Latest, Several
 from lightning_roulette.trainer.preparing import calibration_of, measured, ready
 from lightning_roulette.trainer.resuming import journal_of
+from lightning_roulette.trainer.saved import read_back, rehearse_saving
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from lightning_roulette.trainer.scores.setup import CandidateValidation
 from lightning_roulette.trainer.show.show import Show
@@ -33,6 +34,7 @@ def search_network(fit: FitState) -> None:
     """
     judges, latest = ready(fit), Latest()
     fit.know_files()
+    rehearse_saving(fit, judges.weights)
     with Show(fit.trainer, judges.metric) as shown:
         try:
             with noted(fit, judges) as evaluate:
@@ -73,6 +75,7 @@ def save_winner(fit: FitState) -> None:
         raise
     finally:
         fit.writes_winner = False
+    read_back(fit)
 
 
 def save_dense(fit: FitState) -> None:

@@ -167,6 +167,7 @@ def test_a_checkpoint_keeps_what_its_name_says(fit, make_trainer, tmp_path):
         assert found["val_acc"] == pytest.approx(float(re.search(r"val_acc=([\d.]+)-", path.name)[1]), abs=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:RouletteWheelPruning. EarlyStopping watches")
 def test_a_run_that_stops_before_the_first_cut_searches_at_its_end(fit):
     stop = EarlyStopping("val_loss", patience=1, mode="min", min_delta=100.0)
     pruning = pruner(tree=Tree(pruning_rate=0.4, max_levels=1), tolerance=math.inf)
