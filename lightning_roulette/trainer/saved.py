@@ -31,9 +31,9 @@ _LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_r
 def rehearse_saving(fit: FitState, prunable: Collection[str]) -> None:
     """Run the hooks that change checkpoints once, and warn if the weights would be others in a file.
 
-    Only hooks of the user are run, on a dictionary like Lightning's. None is run if a file of ModelCheckpoint shows that
-    they leave these weights as they are. The module has its weights and its plain
-    attributes back afterwards. A hook that fails here is ignored.
+    Only hooks of the user are run, on a dictionary like Lightning's. None is run if a file of ModelCheckpoint shows
+    that they leave these weights as they are. The module has its weights and its plain attributes back afterwards. A
+    hook that fails here is ignored.
 
     Args:
         fit: The run, before its search.
