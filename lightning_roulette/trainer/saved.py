@@ -20,7 +20,7 @@ from lightning_roulette.large.shards import is_sharded
 from lightning_roulette.network.lending import lent, named_tensors
 from lightning_roulette.network.parameters import parts_of_metrics
 from lightning_roulette.network.stored import Stored
-from lightning_roulette.trainer.files import save_weights
+from lightning_roulette.trainer.files import checkpoint_with_these_weights, save_weights
 from lightning_roulette.trainer.fit_state import FitState
 from lightning_roulette.trainer.show.log import log
 from lightning_roulette.trainer.validation.muting import callbacks_of
@@ -31,14 +31,17 @@ _LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_r
 def rehearse_saving(fit: FitState, prunable: Collection[str]) -> None:
     """Run the hooks that change checkpoints once, and warn if the weights would be others in a file.
 
-    Only hooks of the user are run, on a dictionary like Lightning's. The module has its weights and its plain
-    attributes back afterwards. A hook that fails here is ignored.
+    Only hooks of the user are run, on a dictionary like Lightning's. None is run if a file of ModelCheckpoint shows
+    that they leave these weights as they are. The module has its weights and its plain attributes back afterwards. A
+    hook that fails here is ignored.
 
     Args:
         fit: The run, before its search.
         prunable: The names of the prunable parameters.
     """
     if fit.files is None or any(is_sharded(one) for one in fit.module.parameters()):
+        return
+    if _save_hooks(fit.trainer, fit.module) and checkpoint_with_these_weights(fit.trainer, fit.module):
         return
     changed = changed_by(fit.trainer, fit.module, prunable)
     if not changed or not fit.trainer.is_global_zero:

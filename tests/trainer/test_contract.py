@@ -624,6 +624,7 @@ def test_training_is_the_same_with_searches_in_its_hooks(name, which, trained, p
 @pytest.mark.parametrize(
     ("name", "refit"), [("default", None), *(param(name, QUICK, slow=name != "default") for name in REFIT)]
 )
+@pytest.mark.filterwarnings("ignore:RouletteWheelPruning. EarlyStopping watches")
 def test_a_search_that_accepts_nothing_leaves_no_trace(name, refit, at_epoch, trained, plain, tmp_path):
     case, options = CASES[name], {"at_epoch": at_epoch, "refit": refit, "tree": HOPELESS, "wheel": Wheel(8.0)}
     if name == "two loaders at once":

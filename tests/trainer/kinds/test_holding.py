@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 
 import pytest
@@ -28,7 +29,7 @@ def holding(kind: str):
     """The callback, and the epoch from which on zeros are to be there."""
     if kind == "HoldZeros":
         return HoldZeros(chequered(Blobs())), 0
-    return RouletteWheelPruning(2, tolerance=1.0, tree=Tree(0.5, max_levels=1), at_epoch=1, refit=None), 1
+    return RouletteWheelPruning(2, tolerance=math.inf, tree=Tree(0.5, max_levels=1), at_epoch=1, refit=None), 1
 
 
 class Forwards(Callback):
