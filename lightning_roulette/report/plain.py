@@ -8,18 +8,11 @@ from dataclasses import fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from lightning_roulette.report.former import FORMER
 from lightning_roulette.report.records import Candidate, Level, Method, Skipped, StopReason
 
 if TYPE_CHECKING:
     from lightning_roulette.report.report import SearchReport
-
-# Former names of keys, in dictionaries that earlier versions wrote.
-RENAMED = {
-    "gated": "held_out_score",
-    "gated_error": "held_out_error",
-    "gated_dense": "held_out_dense",
-    "shared": "undivided_because",
-}
 
 
 def written(record: SearchReport | Level | Candidate | Skipped) -> dict[str, Any]:
@@ -67,7 +60,7 @@ def _candidate(record: Mapping[str, Any]) -> Candidate:
 
 
 def _renamed(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {RENAMED.get(name, name): value for name, value in record.items()}
+    return {FORMER.get(name, name): value for name, value in record.items()}
 
 
 def _numbers(record: Mapping[str, Any], *names: str) -> dict[str, Any]:

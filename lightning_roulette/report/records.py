@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from statistics import median
 
+from lightning_roulette.report.former import FormerNames
+
 
 class Method(Enum):
     """How a p-value is computed; the value is a sentence."""
@@ -103,7 +105,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Level:
+class Level(FormerNames):
     """One branch: its candidates, its winner, and whether the winner kept the floor.
 
     Attributes:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_roulette.report import plain, table, words
+from lightning_roulette.report.former import FormerNames
 from lightning_roulette.report.records import Level, Method, Skipped, StopReason, negated
 
 
 @dataclass(frozen=True)
-class SearchReport:
+class SearchReport(FormerNames):
     """What a search did, in numbers.
 
     Attributes:

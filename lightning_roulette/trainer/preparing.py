@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 
 from torch import nn
 
 from lightning_roulette.network.coverage import coverage_of
 from lightning_roulette.network.parameters import skipped_parameters
+from lightning_roulette.network.steps import with_inner
 from lightning_roulette.refit.inputs import Calibration
+from lightning_roulette.report.names import shortened
 from lightning_roulette.settings import Refit, refit_of
 from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.data.training_inputs import (
@@ -17,7 +20,7 @@ from lightning_roulette.trainer.data.training_inputs import (
     calibration_batches,
     refuse_blind_to_training,
 )
-from lightning_roulette.trainer.fit_state import FitState
+from lightning_roulette.trainer.fit_state import FitState, Phase
 from lightning_roulette.trainer.preflight import find_prunable
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from lightning_roulette.trainer.scores.refusals import refuse_too_few_samples
@@ -99,6 +102,7 @@ def ready(fit: FitState) -> CandidateValidation:
     remember(fit, found.metric)
     if first:
         say_prunable(fit, found.unused)
+        warn_of_untrained(fit, found.weights)
         score = found.score if found.score is not None else measured(fit, found.metric.monitor, found.data)
         fit.facts.dense_measured = score
     return found
@@ -119,6 +123,7 @@ def ready_between_epochs(fit: FitState) -> CandidateValidation:
     found = judging.undivided(metric, prunable(fit), first := fit.result.history is None)
     if first:
         say_prunable(fit, found.unused)
+        warn_of_untrained(fit, found.weights)
     return found
 
 
@@ -134,6 +139,27 @@ def say_prunable(fit: FitState, unused: Mapping[str, str]) -> None:
     fit.facts.matrices, fit.facts.skipped = coverage.matrices, coverage.skipped
     if fit.trainer.is_global_zero:
         log.info(f"RouletteWheelPruning: {coverage.sentence}")
+
+
+def warn_of_untrained(fit: FitState, weights: Mapping[str, nn.Parameter]) -> None:
+    """Warn if training goes on after the search, but no optimizer trains some of the pruned weights."""
+    optimizers = with_inner(fit.trainer.optimizers)
+    groups = [group for one in optimizers for group in getattr(one, "param_groups", ())]
+    trained = {id(one) for group in groups for one in group["params"]}
+    names = [name for name, one in weights.items() if one.requires_grad and id(one) not in trained]
+    if fit.phase is not Phase.EPOCH_BEGINS or not names:
+        return
+    said = (
+        f"No optimizer trains {shortened(names)}. If something else writes these weights while training goes on, such "
+        "as a moving average of other weights, their zeros are held, but the other weights do not adapt to the zeros."
+    )
+    fit.facts.note(said)
+    if fit.trainer.is_global_zero:
+        warnings.warn(
+            f"RouletteWheelPruning: {said} Leave out at_epoch, so that the search comes after training, or leave them "
+            "out with exclude.",
+            stacklevel=2,
+        )
 
 
 def prunable(fit: FitState) -> dict[str, nn.Parameter]:

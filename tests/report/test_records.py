@@ -8,7 +8,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from lightning_roulette import Candidate, Level
-from tests.support.reports import LEVELS, REPORT
+from tests.support.reports import CONFIRMED, HELD, LEVELS, REPORT
 
 
 def test_the_score_of_a_level_is_that_of_its_winner():
@@ -34,3 +34,12 @@ def test_the_spread_leaves_nan_out():
 def test_records_are_frozen(record, field):
     with pytest.raises(FrozenInstanceError):
         setattr(record, field, 1.0)
+
+
+def test_former_names_still_work_and_say_the_present_one():
+    with pytest.warns(DeprecationWarning, match="gated is now held_out_score"):
+        assert HELD.gated == 0.9511
+    with pytest.warns(DeprecationWarning, match="gated_floor is now held_out_floor"):
+        assert CONFIRMED.gated_floor == CONFIRMED.held_out_floor
+    with pytest.raises(AttributeError, match="'Level' object has no attribute 'gatet'"):
+        HELD.gatet

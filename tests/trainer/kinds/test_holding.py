@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lightning_roulette import HoldZeros, Mask, RouletteWheelPruning, Tree, apply_mask, prunable_parameters
+from tests.support.fits import pruner
 from tests.support.modules import Blobs
 from tests.support.results import WEIGHTS, load
 
@@ -159,6 +160,14 @@ def test_a_teacher_stays_as_sparse_as_it_was_pruned(fit):
     assert seen.seen >= 8
     assert seen.leaks == revived(dict(module.named_parameters()), callback.mask) == 0
     assert module.student[0].weight.count_nonzero() == module.student[0].weight.numel()
+
+
+def test_a_teacher_that_is_pruned_while_it_is_taught_is_warned_of(fit):
+    pruning = pruner(at_epoch=1, tolerance=math.inf)
+    with pytest.warns(UserWarning, match=r"No optimizer trains net\.0\.weight, net\.2\.weight\..* exclude"):
+        module = fit(pruning, module=Teacher())
+    assert any("No optimizer trains" in note for note in pruning.report.notes)
+    assert revived(dict(module.named_parameters()), pruning.mask) == 0
 
 
 class Lookahead(torch.optim.Optimizer):
