@@ -319,7 +319,8 @@ class RouletteWheelPruning(WithResult):
         """End the run. A worker process hands over what was found."""
         super().teardown(trainer, pl_module, stage)
         if stage == "fit":
-            read_back_late(self._run)
+            if self._fit is not None:  # a copy has no run
+                read_back_late(self._fit)
             self._hand_over(trainer)
         self._fit = None
 

@@ -170,8 +170,8 @@ def test_include_replaces_the_default_choice_and_exclude_subtracts(fit):
     assert bool((module.net[0].weight != 0).all())
 
 
-JUDGES = [({}, ("val_acc", "max")), ({"mode": "min", "tolerance": math.inf}, ("val_acc", "min"))]
-JUDGES += [
+JUDGES = [
+    ({}, ("val_acc", "max")),
     ({"monitor": "val_loss"}, ("val_loss", "min")),
     ({"monitor": "val_loss", "mode": "max", "tolerance": math.inf}, ("val_loss", "max")),
 ]

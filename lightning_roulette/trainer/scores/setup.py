@@ -151,8 +151,8 @@ class ValidationSetup:
             on_all = data is read and data.tries_everything
             score = mean_over_processes(self.trainer, logged.value(metric.monitor)) if on_all else None
             if guard is not None:
-                refuse_low_floor(logged, metric, self.tolerance)
                 self._try(guard, validation, data, prunable, metric)
+                refuse_low_floor(logged, metric, self.tolerance)
             with _guarded(guard):
                 unused = self._unused(validation, data, prunable, metric) if first else {}
                 metric = Growth(validation, data, prunable, logged).of(metric)

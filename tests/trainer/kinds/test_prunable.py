@@ -169,7 +169,7 @@ def test_what_validation_does_not_use_is_left_alone_and_said(fit, caplog, row, b
     assert skipped.weights == sum(matrices[name].numel() for name in row.names)
     assert pruning.report.matrices == sum(one.numel() for one in matrices.values())
     assert pruning.report.size == pruning.report.matrices - skipped.weights
-    (line,) = (one.message for one in caplog.records if "weights in matrices" in one.message)
+    line = next(one.message for one in caplog.records if "weights in matrices" in one.message)
     assert all(word in line for word in (f"{pruning.report.size:,} of ", row.why, row.names[0]))
 
 
