@@ -120,7 +120,7 @@ def check_words(name: str, value: Any, what: str) -> None:
 
 
 def as_group(name: str, value: Any, group: type[_Group]) -> _Group:
-    """Return a settings group, which may be given as a mapping from its fields to their values.
+    """Return a group of settings. It may be given as a mapping from its fields to their values.
 
     Raises:
         TypeError: If `value` is anything else, or if the mapping has a field that the group does not have.

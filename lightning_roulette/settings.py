@@ -261,10 +261,10 @@ def refit_of(refit: str | Refit | Mapping[str, Any] | None) -> Refit | None:
 def groups_of(
     wheel: Wheel | Mapping[str, Any], tree: Tree | Mapping[str, Any], validation: Validation | Mapping[str, Any]
 ) -> tuple[Wheel, Tree, Validation]:
-    """Return three groups, each of which may be given as a mapping from its fields to their values.
+    """Return three groups of settings. Each may be given as a mapping from its fields to their values.
 
     Raises:
-        TypeError: If one is neither, or has a field that there is not, or a value has the wrong type.
+        TypeError: If an argument is neither a group nor a mapping, a field is unknown, or a value has the wrong type.
         ValueError: If a value is not allowed.
     """
     return as_group("wheel", wheel, Wheel), as_group("tree", tree, Tree), as_group("validation", validation, Validation)

@@ -1,4 +1,4 @@
-"""Digests: one number for the bits of a tensor, by which a change is found without a copy of the tensor.
+"""Digests: one number for the bits of a tensor. It finds changes without a copy of the tensor.
 
 The tensor is read as 32-bit words w, in rows of 2**16. Its digest is, modulo 2**64,
 
@@ -32,16 +32,16 @@ _STEP = 0xD1342543DE82EF95 - 2**64  # the int64 with the same bits
 
 
 def digest_of(tensor: Tensor) -> int:
-    """The digest of a tensor. Tensors with the same dtype, shape and bits have the same digest on all devices.
+    """Return the digest of a tensor: a 64-bit number, the same for the same dtype, shape and bits on all devices.
 
     Args:
-        tensor: Any shape, dtype, layout and device with values. Two NaNs are equal if their bits are.
+        tensor: A tensor of any shape, dtype and layout, not on the meta device. NaNs are compared by their bits.
     """
     return digests_of([tensor])[0]
 
 
 def digests_of(tensors: Iterable[Tensor]) -> list[int]:
-    """The digest of each tensor, with one synchronisation for each device.
+    """Return the digest of each tensor, with one synchronisation for each device.
 
     Args:
         tensors: See `digest_of`.

@@ -10,10 +10,8 @@ from torch.nn.parameter import is_lazy
 
 from lightning_roulette.network.parameters import aliases, owners_of, parts_of_metrics
 from lightning_roulette.network.ties import ties_of
-from lightning_roulette.report.names import shortened
+from lightning_roulette.report.names import listed
 from lightning_roulette.report.records import Skipped
-
-_LISTED = 4  # this many reasons are listed in a sentence
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,7 @@ class Coverage:
     def sentence(self) -> str:
         """One or two sentences that say how much is prunable, and what is skipped and why."""
         head = f"{self.prunable:,} of {self.matrices:,} weights in matrices are prunable ({self.share:.1%})."
-        if not self.skipped:
-            return head
-        listed = [f"{one.weights:,} {one.why} ({shortened(one.names)})" for one in self.skipped[:_LISTED]]
-        if rest := sum(one.weights for one in self.skipped[_LISTED:]):
-            listed.append(f"{rest:,} for other reasons")
-        return f"{head} Skipped: {'; '.join(listed)}."
+        return f"{head} Skipped: {listed(self.skipped)}." if self.skipped else head
 
 
 def coverage_of(module: nn.Module, skipped: Mapping[str, str]) -> Coverage:

@@ -92,7 +92,7 @@ class _WatchedStep:
         optimizer.step = watched
 
     def remove(self) -> None:
-        """Put the old `step` back. If another one was put over this one since, this one only ends to watch."""
+        """Put the old `step` back. If it was replaced since, only the watching ends."""
         self._watching = False
         if vars(self._optimizer).get("step") is not self._step:
             return

@@ -44,7 +44,7 @@ class Stored:
         Args:
             state: The state dict of the file.
             tensors: Name to parameter or buffer of the network.
-            matter: The names of the weights of which the file must have at least one.
+            matter: Names of weights. The file must have at least one of them.
         """
         state = state if isinstance(state, Mapping) else {}
         names = _names_in(state, tensors)
@@ -68,7 +68,7 @@ def holds(stored: Any, value: Tensor) -> bool:
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape are one memory, so that nothing has to be compared."""
+    """Whether two tensors of one shape share one memory, so that nothing has to be compared."""
     return one.data_ptr() == other.data_ptr() != 0 and one.dtype == other.dtype and one.stride() == other.stride()
 
 
@@ -94,7 +94,7 @@ def _names_in(state: Mapping[Any, Any], tensors: Mapping[str, Tensor]) -> dict[s
 
 
 def _change(name: str, key: str) -> tuple[str, str] | None:
-    """The prefix to remove from a name, and the one to add, to get the key; None if it is no matter of a prefix."""
+    """The prefix to remove from a name, and the one to add; None if a name and a key differ otherwise."""
     if key.endswith(f".{name}"):
         return "", key.removesuffix(name)
     return (name.removesuffix(key), "") if name.endswith(f".{key}") else None

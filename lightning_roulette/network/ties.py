@@ -28,8 +28,8 @@ class Tie:
 def ties_of(module: nn.Module) -> list[Tie]:
     """The ties between the parameters of a module, views and transposes of each other included.
 
-    Parameters that are different parts of one buffer are no ties. A parameter with several names is none either: for
-    these see `aliases`. Sharded parameters are left out.
+    Parameters that are different parts of one buffer are not tied. A parameter with several names is not a tie either:
+    see `aliases`. Sharded parameters are left out.
     """
     parameters = dict(module.named_parameters())
     order = {name: place for place, name in enumerate(parameters)}
@@ -56,7 +56,7 @@ class _Place:
 
     @classmethod
     def of(cls, name: str, parameter: nn.Parameter) -> _Place | None:
-        """Return the place of a parameter; None if it has no memory of its own that could be shared."""
+        """Return the place of a parameter; None if it has no memory that could be shared."""
         lazy = isinstance(parameter, UninitializedParameter)
         if lazy or parameter.is_meta or is_sharded(parameter) or parameter.layout != torch.strided:
             return None

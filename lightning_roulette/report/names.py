@@ -1,10 +1,13 @@
-"""Many names in a few words."""
+"""Names of parameters in a few words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_roulette.report.records import Skipped
+
 _MOST = 3  # this many names are listed
+_MOST_REASONS = 5  # and this many reasons
 
 
 def shortened(names: Sequence[str]) -> str:
@@ -28,3 +31,16 @@ def shortened(names: Sequence[str]) -> str:
     if shared:
         return f"{'.'.join(shared)}.* ({len(names)} parameters)"
     return f"{', '.join(patterns[: _MOST - 1])} and others ({len(names)} parameters)"
+
+
+def listed(skipped: Sequence[Skipped]) -> str:
+    """Return which weights are not prunable, and why, in a few words.
+
+    Example:
+        >>> listed([Skipped(("embed.weight",), 7000, "weight of Embedding"), Skipped(("head.weight",), 300, "frozen")])
+        '7,000 in embed.weight (weight of Embedding); 300 in head.weight (frozen)'
+    """
+    found = [f"{one.weights:,} in {shortened(one.names)} ({one.why})" for one in skipped[:_MOST_REASONS]]
+    if rest := sum(one.weights for one in skipped[_MOST_REASONS:]):
+        found.append(f"{rest:,} for other reasons")
+    return "; ".join(found)

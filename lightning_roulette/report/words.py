@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from lightning_roulette.report.records import Level, Skipped, StopReason
+from lightning_roulette.report.names import listed
+from lightning_roulette.report.records import Level, StopReason
 
 if TYPE_CHECKING:
     from lightning_roulette.report.report import SearchReport
 
-_MOST_REASONS = 5  # reasons why parameters are not prunable, in one line
-_MOST_NAMES = 2  # names for each reason
 _MOST_WEIGHTS = 6  # names of weights that were not refitted, for each reason
 
 
@@ -31,7 +30,7 @@ def summary(report: SearchReport) -> list[str]:
         *_decline(report),
         *_certificate(report),
         _outcome(report),
-        f"Time: {report.seconds:.1f} s, and as much work as {report.validations:.4g} full validations.",
+        f"Time: {report.seconds:.1f} s, and as much work as {_rounded(report.validations, 4)} full validations.",
         *report.notes,
         *_unusual(report),
     ]
@@ -46,12 +45,18 @@ def _kept(report: SearchReport) -> str:
     """Return how many weights are kept, of how many."""
     if report.winner is None:
         return f"All {report.size:,} prunable weights kept: the network stays dense."
-    times = f", compression {report.size / report.survivors:.3g}x" if report.survivors else ""
-    size = f"{report.survivors:,} of {report.size:,} prunable weights kept ({1 - report.sparsity:.2%})"
-    numbers = f"sparsity {report.sparsity:.2%}{times}"
+    times = f", compression {_rounded(report.size / report.survivors, 3)}x" if report.survivors else ""
+    share, numbers = f"({1 - report.sparsity:.2%})", f"sparsity {report.sparsity:.2%}{times}"
     if _unpruned(report):
-        return f"The network stays dense. The slimmest level so far: {size}, {numbers}."
+        keeps = f"keeps {report.survivors:,} of {report.size:,} prunable weights {share}"
+        return f"The slimmest accepted level {keeps}: {numbers}. It was not loaded."
+    size = f"{report.survivors:,} of {report.size:,} prunable weights kept {share}"
     return f"{size}: {numbers}.{' All weights in matrices are prunable.' if report.size == report.matrices else ''}"
+
+
+def _rounded(number: float, digits: int) -> str:
+    """Return a positive number with some digits, and never as a power of ten."""
+    return f"{number:,.0f}" if number >= 10 ** (digits - 1) else f"{number:.{digits}g}"
 
 
 def _prunable(report: SearchReport) -> list[str]:
@@ -59,18 +64,7 @@ def _prunable(report: SearchReport) -> list[str]:
     if report.matrices in (0, report.size):
         return []
     share = f"{report.size:,} of {report.matrices:,} weights in matrices ({report.size / report.matrices:.1%})"
-    skipped = _list([_skipped(one) for one in report.skipped], _MOST_REASONS, "; ")
-    return [f"Prunable: {share}.", *([f"Not prunable: {skipped}."] if skipped else [])]
-
-
-def _skipped(one: Skipped) -> str:
-    return f"{one.weights:,} in {_list(one.names, _MOST_NAMES, ', ')} ({one.why})"
-
-
-def _list(members: Sequence[str], most: int, between: str) -> str:
-    """Return the first members in one string, and how many more there are."""
-    more = len(members) - most
-    return between.join([*members[:most], f"{more} more"] if more > 0 else members)
+    return [f"Prunable: {share}.", *([f"Not prunable: {listed(report.skipped)}."] if report.skipped else [])]
 
 
 def _metric(report: SearchReport) -> list[str]:
@@ -125,7 +119,8 @@ def _decline(report: SearchReport) -> list[str]:
 
 def _decline_after_training(report: SearchReport, score: float) -> str:
     """Return how much worse a network is that was trained after its cuts, than the network before the first cut."""
-    networks, decline = "Dense is before the first cut, pruned after further training", _declined(report, None)
+    networks = "The dense network is the one before the first cut, and the pruned one was trained further"
+    decline = _declined(report, None)
     if report.folds[1]:
         scores = f"dense {report.held_out_dense:.6g}, pruned {score:.6g}"
         return f"{networks}. On the held-out half, which ranked no candidates: {scores}. {decline}"
@@ -219,6 +214,11 @@ def _unusual(report: SearchReport) -> list[str]:
 
 
 def _by_reason(reasons: Mapping[str, str]) -> dict[str, str]:
-    """Return the names that share a reason, in one string."""
+    """Return for each reason its names in one string: the first of them, and how many more there are."""
     sharing = {why: [name for name, its in reasons.items() if its == why] for why in reasons.values()}
-    return {why: _list(names, _MOST_WEIGHTS, ", ") for why, names in sharing.items()}
+    return {why: ", ".join(_first(names)) for why, names in sharing.items()}
+
+
+def _first(names: Sequence[str]) -> Sequence[str]:
+    more = len(names) - _MOST_WEIGHTS
+    return [*names[:_MOST_WEIGHTS], f"{more} more"] if more > 0 else names

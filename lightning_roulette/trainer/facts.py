@@ -1,4 +1,4 @@
-"""What a run knows beyond its search, and says in the report."""
+"""Facts of a run that the search does not know, for the report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_roulette.report.report import SearchReport
 
 @dataclass(eq=False)
 class Facts:
-    """What a run knows beyond its search.
+    """Facts of a run that the search does not know.
 
     Attributes:
         matrices: Number of weights in all parameters with at least two dimensions.

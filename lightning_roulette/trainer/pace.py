@@ -1,4 +1,4 @@
-"""When a check is due that may take a small share of the time."""
+"""Decides when a check is due, so that checks take a small share of the time."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 
 class Pace:
-    """Tells when a check is due, so that checks take less than a share of the time.
+    """Decides when a check is due, so that checks take less than a share of the time.
 
     Args:
         share: The share of the time, in (0, 1).
-        by_time: Whether checks become due at all. With several processes they must not, as each has a clock of its own.
+        by_time: False: no check is due. With several processes it must be False, because each has a clock of its own.
     """
 
     def __init__(self, share: float, by_time: bool = True) -> None:

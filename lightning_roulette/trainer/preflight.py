@@ -208,7 +208,7 @@ def warn_of_little(module: nn.Module, include: Sequence[str] | None, exclude: Se
 
 
 def _why_nothing(module: nn.Module, skipped: Mapping[str, str]) -> str:
-    """Return sentences that name the class with most weights first, and say what to do."""
+    """Return sentences that name the class with most weights, and say what to do."""
     largest = largest_class(module)
     if largest is None:
         return "It has no weights in matrices. Pass include=[...] to name other parameters."
@@ -228,6 +228,10 @@ def _remedy(why: str, kind: type[nn.Module], name: str) -> str:
         return "Change include or exclude."
     if why.endswith(f" of {(word := kind.__name__)}"):
         own = kind.__module__.partition(".")[0] != "torch" and not issubclass(kind, nn.Embedding)
-        register = f"If {word} multiplies its input with a matrix, call register_layer({word}). " if own else ""
-        return f"{register}Pass {patterns} to prune them by name."
+        weight = name.rpartition(".")[2]
+        layer = word if weight == "weight" else f"{word}, weight={weight!r}"
+        register = (
+            f"If {word} multiplies its input by a matrix, call register_layer({layer}). Or pass" if own else "Pass"
+        )
+        return f"{register} {patterns} to prune them by name."
     return "Such parameters cannot be pruned. Pass include=[...] to name others."

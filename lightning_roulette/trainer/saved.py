@@ -48,9 +48,9 @@ def rehearse_saving(fit: FitState, prunable: Collection[str]) -> None:
         return
     warnings.warn(
         f"RouletteWheelPruning: {' and '.join(changed)} changes the weights when a checkpoint is saved, or leaves all "
-        f"prunable weights out. What comes of this is neither searched nor measured. It is in {fit.files.pruned!r}, "
-        f"{fit.files.dense!r} and the files of ModelCheckpoint. If the file of the winner does not hold the weights "
-        f"that were measured, these are written to {fit.files.weights!r}.",
+        "prunable weights out. The search does not see such changes. They are in the files of ModelCheckpoint, in "
+        f"{fit.files.dense!r} and in {fit.files.pruned!r}. If the last one does not hold the weights that the search "
+        f"measured, these are also written to {fit.files.weights!r}.",
         stacklevel=2,
     )
 

@@ -8,7 +8,16 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
-from lightning_roulette import HoldZeros, LeastSquares, RouletteWheelPruning, Tree, Validation, Wheel, sparsity
+from lightning_roulette import (
+    HoldZeros,
+    LeastSquares,
+    RouletteWheelPruning,
+    Tree,
+    Validation,
+    Wheel,
+    prunable_parameters,
+    sparsity,
+)
 from tests.support.modules import Blobs, tiny_net, train_loader, val_loader
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -23,7 +32,7 @@ def blocks(language):
 @pytest.mark.filterwarnings("ignore")
 def test_the_code_of_the_readme_runs_and_prunes(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    first, in_turn, fine_tune, choices, plain = blocks("python")
+    first, layer, in_turn, fine_tune, choices, plain = blocks("python")
     x, y = val_loader().dataset.tensors
     names = {"model": Blobs(), "train": train_loader(), "val": val_loader(), "net": tiny_net()}
     names["accuracy"] = lambda net: float((net(x).argmax(1) == y).float().mean())
@@ -45,6 +54,8 @@ def test_the_code_of_the_readme_runs_and_prunes(monkeypatch, tmp_path, capsys):
         assert not names["slim"].get_parameter(name)[~kept].any()
 
     exec(in_turn, names)
+    exec(layer, names)
+    assert set(prunable_parameters(names["Projection"](3, 2))) == {"weight"}
     exec(choices, names)
     exec(plain, names)
     assert sparsity({"0": names["net"][0].weight}) > 0

@@ -38,8 +38,9 @@ def test_weights_in_matrices_are_counted_once_and_grouped_by_reason():
     )
     assert found.frozen == 12
     assert found.sentence == (
-        "36 of 168 weights in matrices are prunable (21.4%). Skipped: 60 weight of Embedding (embed.weight); "
-        "60 unused by validation (head.weight); 36 tied to body.0.weight (body.2.weight); 12 frozen (frozen.weight)."
+        "36 of 168 weights in matrices are prunable (21.4%). Skipped: 60 in embed.weight (weight of Embedding); "
+        "60 in head.weight (unused by validation); 36 in body.2.weight (tied to body.0.weight); 12 in frozen.weight "
+        "(frozen)."
     )
 
 
@@ -66,7 +67,7 @@ def test_the_class_with_most_weights_is_found():
     assert largest_class(nn.LayerNorm(3)) is None
 
 
-def test_only_four_reasons_are_listed():
+def test_only_five_reasons_are_listed():
     net = nn.ParameterDict({name: torch.ones(2, size) for size, name in enumerate("abcdef", start=1)})
     found = coverage_of(net, {name: f"reason {name}" for name in "abcdef"})
-    assert found.sentence.endswith("6 reason c (c); 6 for other reasons.")
+    assert found.sentence.endswith("4 in b (reason b); 2 for other reasons.")

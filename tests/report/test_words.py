@@ -49,7 +49,7 @@ TIED = Skipped(("a", "b", "c"), 3000, "tied")
             {"matrices": 20_000, "skipped": (EMBEDDING, TIED)},
             [
                 "Prunable: 10,000 of 20,000 weights in matrices (50.0%).",
-                "Not prunable: 7,000 in embed.weight (embedding); 3,000 in a, b, 1 more (tied).",
+                "Not prunable: 7,000 in embed.weight (embedding); 3,000 in a, b, c (tied).",
             ],
         ),
         (
@@ -57,7 +57,7 @@ TIED = Skipped(("a", "b", "c"), 3000, "tied")
             [
                 "Prunable: 10,000 of 10,007 weights in matrices (99.9%).",
                 "Not prunable: 1 in p0 (reason 0); 1 in p1 (reason 1); 1 in p2 (reason 2); 1 in p3 (reason 3); "
-                "1 in p4 (reason 4); 2 more.",
+                "1 in p4 (reason 4); 2 for other reasons.",
             ],
         ),
     ],
@@ -110,7 +110,7 @@ def test_a_metric_to_be_minimised_is_said_in_its_own_units():
 
 
 ESTIMATED = "Estimated decline 0.005, allowed 0.005."
-BEFORE = "Dense is before the first cut, pruned after further training."
+BEFORE = "The dense network is the one before the first cut, and the pruned one was trained further."
 ALONE = "the same data chose and judged the pruned network."
 
 
@@ -201,8 +201,8 @@ def test_the_report_says_why_the_search_stopped(reason):
         *(
             (
                 replace(REPORT, stop_reason=reason),
-                "The network stays dense. The slimmest level so far: 7,200 of 10,000 prunable weights kept (72.00%), "
-                "sparsity 28.00%, compression 1.39x.",
+                "The slimmest accepted level keeps 7,200 of 10,000 prunable weights (72.00%): "
+                "sparsity 28.00%, compression 1.39x. It was not loaded.",
             )
             for reason in (StopReason.INTERRUPTED, StopReason.FAILED)
         ),

@@ -1,4 +1,4 @@
-"""Checksums of batches that are kept: a change that no version counter of torch sees is found by them."""
+"""Checksums of batches that are kept in memory. They find changes that torch's version counters do not see."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ _SHARE = 0.005  # of the time, for checks
 
 
 class Checksums:
-    """The checksums of batches that are kept, which are compared with the batches now and then.
+    """The checksums of batches that are kept, which are compared with the batches from time to time.
 
-    A check reads all batches once. It is due when the last one is so long ago that checks take less than 0.5 % of the
-    time.
+    A check reads all batches once. Checks are spaced so that they take less than 0.5 % of the time.
 
     Args:
         contents: The batches, by names for error messages.
@@ -57,7 +56,7 @@ class Checksums:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise RuntimeError(
                 f"RouletteWheelPruning: {changed[0]}{more} of the validation data was written to between {before} and "
-                f"{self._clock}, in a way that no validation before did. Scores since {before} cannot be trusted, so "
+                f"{self._clock}, which no validation did before. Scores since {before} cannot be trusted, so "
                 "the search ends. The network is dense, as before the search. Let the step write into a copy, for "
                 "example with x = x.clone() before x.numpy(), x.data or an operation in place."
             )

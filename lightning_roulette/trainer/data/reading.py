@@ -101,7 +101,7 @@ def _warn_of_lost_positions(validation: IsolatedValidation) -> None:
         warnings.warn(
             f"RouletteWheelPruning: the validation data is a stream that goes on where it stopped, and {lost[0]} "
             "cannot be put back. The search reads from it, so your next validation starts at a later sample. Let the "
-            "stream begin anew at each __iter__, or give it state_dict and load_state_dict.",
+            "stream start from the beginning at each __iter__, or give it state_dict and load_state_dict.",
             stacklevel=2,
         )
 

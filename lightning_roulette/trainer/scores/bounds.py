@@ -57,7 +57,8 @@ def refuse_low_floor(logged: Logged, metric: MonitoredMetric, tolerance: float) 
     (low, high), score = bounds_of(judged_by), float(logged.value(metric.monitor))
     floor = score - metric.sign * tolerance
     if low < score < high and not low < floor < high:
-        words = f"The dense network has {score:.4g}, so the floor would be {floor:.4g}, which any network keeps."
+        words = f"The dense network has {score:.4g}, so the floor would be {floor:.4g}, which any network keeps. "
+        words += "If it has not learned anything yet, train it longer."
         _refuse(judged_by, metric, tolerance, low, high, words)
 
 
@@ -65,6 +66,6 @@ def _refuse(judged_by: Metric, metric: MonitoredMetric, tolerance: float, low: f
     kind = type(judged_by).__name__
     raise RuntimeError(
         f"RouletteWheelPruning: tolerance is {tolerance:g}, in units of {metric.monitor!r}, a {kind} with values from "
-        f"{low:g} to {high:g}. {why} Pass a smaller tolerance: of a score in [0, 1], 0.005 is half a point. Infinity "
+        f"{low:g} to {high:g}. {why} Pass a smaller tolerance: for a score in [0, 1], 0.005 is half a point. Infinity "
         "disables the floor."
     )

@@ -31,8 +31,8 @@ _ALIKE = 0.1  # the same for a mean: a random step draws other numbers on the se
 class Growth:
     """Finds how the values of a metric grow with the data.
 
-    Lightning tells it of values that are logged batch by batch. Of others, a part of the data is validated once, and
-    once more with each of its batches given twice. A mean stays the same. A sum doubles.
+    For values that are logged batch by batch, Lightning knows the reduction. For other values, a part of the data is
+    validated twice: as it is, and with each of its batches given twice. A mean stays the same. A sum doubles.
 
     Attributes:
         validation: Entered.
@@ -47,7 +47,7 @@ class Growth:
     logged: Logged
 
     def of(self, metric: MonitoredMetric) -> MonitoredMetric:
-        """Return the metric with the names of its sums, and of values that are neither a mean nor a sum.
+        """Return the metric with the names of its sums, and of values that are neither means nor sums.
 
         All data in one fold need no test: nothing is judged on a part of it.
         """

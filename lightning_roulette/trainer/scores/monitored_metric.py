@@ -192,7 +192,8 @@ def _refuse_many_numbers(logged: Logged, name: str, argument: str) -> None:
 def _choice(values: Mapping[str, Any], logged: Logged, watched: Sequence[Watched], tolerance: float) -> tuple[str, str]:
     rising = [name for name in values if logged.higher_is_better.get(_plain(name))]
     named = [name for name in values if _tells(name, _LARGER) and not _tells(name, _SMALLER)]
-    for names, why in ((rising, "the one logged metric that rises"), (named, "the one logged name like an accuracy")):
+    own = "the only logged torchmetrics object with higher_is_better=True"
+    for names, why in ((rising, own), (named, "the only logged name like an accuracy")):
         if len(names) == 1:
             return names[0], why
     several = list(dict.fromkeys(rising + named))

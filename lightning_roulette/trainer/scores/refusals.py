@@ -101,13 +101,13 @@ class Suitability:
             return
         raise RuntimeError(
             "RouletteWheelPruning: validation is not a function of the weights. The same network was validated twice "
-            f"on the same batches, and {name!r} was {one:.6g} and then {other:.6g}. In between, other weights were "
-            "validated. Candidates cannot be compared in this way. Likely causes: (1) Something carries over from one "
-            "validation to the next, such as a smoothed metric, or a list that only a training hook clears. Reset it "
-            "in on_validation_epoch_start. (2) Validation writes into its batches or into other tensors. Let it work "
-            "on copies. (3) Validation draws random numbers from a generator of its own. Seed it in "
-            "on_validation_epoch_start. (4) A data set goes on where it stopped. Let it begin anew at each "
-            "__iter__, or give it state_dict and load_state_dict."
+            f"on the same batches, with other weights in between, and {name!r} was {one:.6g} the first time and "
+            f"{other:.6g} the second time. Candidates cannot be compared in this way. Likely causes: (1) Something "
+            "carries over from one validation to the next, such as a smoothed metric, or a list that only a training "
+            "hook clears. Reset it in on_validation_epoch_start. (2) Validation writes into its "
+            "batches or into other tensors. Let it work on copies. (3) Validation draws random numbers from a generator of its own. Seed it in "
+            "on_validation_epoch_start. (4) A data set goes on where it stopped. Let it start from the beginning "
+            "at each __iter__, or give it state_dict and load_state_dict."
         )
 
     def _is_blind(
@@ -160,7 +160,7 @@ class Suitability:
 
 _BLIND = "validation logs the same with all prunable weights at zero, so it cannot judge pruned candidates."
 _UNTRAINED = (
-    "The network has not learned anything yet that validation could tell. Train it longer, or validate on more data. "
+    "By this validation, the network has not learned anything yet. Train it longer, or validate on more data. "
     "To try out a script, pass fast_dev_run=True to the Trainer: the search then has no floor."
 )
 _AVERAGED = (

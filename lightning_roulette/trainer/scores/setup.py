@@ -263,7 +263,7 @@ class ValidationSetup:
         if guard.changed and self.trainer.is_global_zero:
             warnings.warn(
                 f"RouletteWheelPruning: validation changes {', '.join(guard.changed)}. The old values were put back. "
-                "The score is theirs.",
+                "The score is that of the network with the old values.",
                 stacklevel=2,
             )
         return score

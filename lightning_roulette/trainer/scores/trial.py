@@ -96,11 +96,11 @@ def refuse_changed(changed: Mapping[str, str], prunable: Iterable[str], what: st
         return
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     raise WeightsChanged(
-        f"RouletteWheelPruning: {what} changes the prunable weight {found[0]!r}{more}: {changed[found[0]]}. Then "
-        "another network would be judged than the one that is kept. Likely causes: (1) A hook swaps the weights around "
-        "validation, for example with optimizer.eval() and optimizer.train() of a schedule-free optimizer, or for "
-        "averaged weights. Train without RouletteWheelPruning, save the weights that are validated, load them into a "
-        "module without the swap, and prune that module. For averages use lightning's WeightAveraging callback. "
+        f"RouletteWheelPruning: {what} changes the prunable weight {found[0]!r}{more}: {changed[found[0]]}. The "
+        "scores would belong to another network than the one that is kept. Likely causes: (1) A hook swaps the weights "
+        "around validation, for example with optimizer.eval() and optimizer.train() of a schedule-free optimizer, or "
+        "for averaged weights. Train without RouletteWheelPruning, save the weights that are validated, load them "
+        "into a module without the swap, and prune that module. For averages use lightning's WeightAveraging callback. "
         "(2) The network normalises or clips its weights in place when it runs. Let it compute with a changed copy "
         f"instead, or pass exclude=[{found[0]!r}]."
     )

@@ -34,7 +34,7 @@ def unused_weights(
 ) -> dict[str, str]:
     """Find the weights on which no score of a candidate depends.
 
-    A weight is unused if the values that judge and rank are bit for bit the same
+    A weight is unused if the values that judge and rank stay bit for bit the same
 
     - with all its entries at zero,
     - with other, larger entries. A layer that matters little may leave an accuracy as it is at zero, but not here.

@@ -7,15 +7,15 @@ import math
 from lightning_roulette.report.report import SearchReport
 from lightning_roulette.search.observer import LevelTime
 
-FACTOR = 1.4  # a forecast is said anew when a level takes this many times longer or shorter than said
-SLOW = 1.0  # seconds of a level from which its refit, and another forecast, is worth a word
+FACTOR = 1.4  # a new forecast is given when a level takes this many times longer or shorter
+SLOW = 1.0  # levels shorter than this, in seconds, get few forecasts and no advice
 
 
 class Forecast:
-    """Says how long a level will take: as long as the last one.
+    """Forecasts how long a level will take: as long as the last one.
 
-    Before the first level only the time of the validations is known. After each level the forecast is said again if it
-    was wrong: much of the first level is done only once, and the refit of later levels may solve larger systems.
+    Before the first level only the time of the validations is known. After each level a new forecast is given if the
+    last one was wrong: much of the first level is done only once, and later refits may solve larger systems.
     """
 
     def __init__(self) -> None:
@@ -33,14 +33,14 @@ class Forecast:
         seconds = work * report.seconds / max(report.validations, 1)
         if report.refit or report.importance != "magnitude":
             return (
-                f"Validating the {report.branches} candidates of a level will take about {seconds:.1f} s; what else a "
-                "level takes is known after the first."
+                f"Validating the {report.branches} candidates of a level will take about {seconds:.1f} s. How long a "
+                "whole level takes is known after the first."
             )
         self._said = seconds
         return f"A level of {report.branches} candidates will take about {seconds:.1f} s."
 
     def after(self, report: SearchReport, time: LevelTime) -> list[str]:
-        """Return what is worth saying after a level.
+        """Return the sentences to log after a level.
 
         Args:
             report: The report with this level.
@@ -56,7 +56,7 @@ class Forecast:
         return said
 
     def _is_news(self, seconds: float) -> bool:
-        """Whether nothing was said, or something too wrong. Short levels are not worth more than two forecasts."""
+        """Whether there is no forecast yet, or a wrong one. Short levels get at most two forecasts."""
         self._levels += 1
         if self._said is None:
             return True
@@ -65,7 +65,7 @@ class Forecast:
 
 
 def _forecast(report: SearchReport, time: LevelTime) -> str:
-    refit = f", {time.refit:.1f} s of it the refit" if time.refit else ""
+    refit = f", {time.refit:.1f} s of it for the refit" if time.refit >= 0.05 else ""
     left = levels_left(report)
     whole = f", and {left} levels to the target about {_duration(left * time.seconds)}" if left else ""
     return (

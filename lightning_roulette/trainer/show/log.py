@@ -48,7 +48,7 @@ class LogLines(Display):
         searching, held_out = report.folds
         data = f"the search half ({searching} of {searching + held_out} folds)" if held_out else "all validation data"
         self._say(
-            f"dense network on {data}: {report.monitor} {report.dense_score:.6g}, floor {report.floor:.6g}. "
+            f"dense network on {data}: {report.monitor} {report.dense_score:.6g}, {_floor(report.floor)}. "
             f"{self._forecast.before(report, work)}"
         )
 
@@ -70,7 +70,7 @@ class LogLines(Display):
         """Say the score of the trained network, and whether its level held."""
         if not report.levels:
             score, floor = report.held_out_dense, report.held_out_floor
-            self._say(f"dense network after {_epochs(epoch)}: {report.monitor} {score:.6g}, floor {floor:.6g}")
+            self._say(f"dense network after {_epochs(epoch)}: {report.monitor} {score:.6g}, {_floor(floor)}")
             return
         level = report.levels[-1]
         verdict = "held" if level.held else f"below the floor {report.held_out_floor:.6g}"
@@ -92,6 +92,10 @@ class LogLines(Display):
     def _say(self, text: str) -> None:
         if self._speaks:
             log.info(f"RouletteWheelPruning: {text}")
+
+
+def _floor(floor: float | None) -> str:
+    return "no floor" if floor is None or math.isinf(floor) else f"floor {floor:.6g}"
 
 
 def _epochs(number: int) -> str:

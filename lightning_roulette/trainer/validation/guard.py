@@ -18,8 +18,8 @@ from lightning_roulette.network.parameters import owners_of
 from lightning_roulette.trainer.pace import Pace
 
 _SHARE = 0.005  # of the time, for checks
-_IN_USE = "it has other values when the network runs than before"
-_AFTERWARDS = "it has other values afterwards than before"
+_IN_USE = "while the network runs, its values are not those from before"
+_AFTERWARDS = "afterwards its values are not those from before"
 
 
 class Guard:
@@ -51,7 +51,7 @@ class Guard:
 
         Args:
             in_use: Whether each parameter is also compared when the module that owns it is first called. This finds
-                weights that a validation swaps for others and then swaps back. Compiled code runs uncompiled then.
+                weights that a validation replaces while it runs. Compiled code runs uncompiled then.
         """
         lent = _digests(self._parameters)
 

@@ -24,8 +24,8 @@ def test_without_a_refit_a_level_takes_as_long_as_its_validations():
 @pytest.mark.parametrize("unknown", [{"refit": SOLVED.refit}, {"importance": "sensitivity"}])
 def test_before_the_first_level_no_time_is_promised_for_what_was_never_done(unknown):
     assert Forecast().before(replace(DENSE, **unknown), 26) == (
-        "Validating the 3 candidates of a level will take about 8.5 s; what else a level takes is known after the "
-        "first."
+        "Validating the 3 candidates of a level will take about 8.5 s. How long a whole level takes is known after "
+        "the first."
     )
 
 
@@ -38,7 +38,7 @@ def said(report, *seconds, work=26):
 
 def test_the_first_level_forecasts_the_next_with_its_refit():
     (lines,) = said(SOLVED, LevelTime(0.9, 0.3))
-    assert lines == [f"level 1 took 0.9 s, 0.3 s of it the refit. {FIT} 0.9 s."]
+    assert lines == [f"level 1 took 0.9 s, 0.3 s of it for the refit. {FIT} 0.9 s."]
 
 
 def test_a_forecast_that_was_right_is_not_said_again():
