@@ -104,10 +104,10 @@ class Suitability:
             f"on the same batches, with other weights in between, and {name!r} was {one:.6g} the first time and "
             f"{other:.6g} the second time. Candidates cannot be compared in this way. Likely causes: (1) Something "
             "carries over from one validation to the next, such as a smoothed metric, or a list that only a training "
-            "hook clears. Reset it in on_validation_epoch_start. (2) Validation writes into its "
-            "batches or into other tensors. Let it work on copies. (3) Validation draws random numbers from a generator of its own. Seed it in "
-            "on_validation_epoch_start. (4) A data set goes on where it stopped. Let it start from the beginning "
-            "at each __iter__, or give it state_dict and load_state_dict."
+            "hook clears. Reset it in on_validation_epoch_start. (2) Validation writes into its batches or "
+            "into other tensors. Let it work on copies. (3) Validation draws random numbers from a generator of its "
+            "own. Seed it in on_validation_epoch_start. (4) A data set goes on where it stopped. Let it start "
+            "from the beginning at each __iter__, or give it state_dict and load_state_dict."
         )
 
     def _is_blind(

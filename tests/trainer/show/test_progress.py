@@ -326,7 +326,8 @@ def test_a_search_says_its_floor_each_level_and_its_end_in_units_of_the_metric(m
     assert judged == f"judges candidates by {monitor} ({mode}, as asked), and ranks them by val_loss."
     assert prunable == "624 of 624 weights in matrices are prunable (100.0%)."
     data = "the search half (8 of 16 folds)" if halves else "all validation data"
-    start = f"dense network on {data}: {monitor} {report.dense_score:.6g}, floor {report.floor:.6g}. "
+    floor = "no floor" if math.isinf(report.floor) else f"floor {report.floor:.6g}"
+    start = f"dense network on {data}: {monitor} {report.dense_score:.6g}, {floor}. "
     assert dense.startswith(start)
     assert re.fullmatch(r"A level of 5 candidates will take about \d+\.\d s\.", dense.removeprefix(start))
     said_of = [
