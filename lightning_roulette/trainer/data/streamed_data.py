@@ -15,7 +15,7 @@ from lightning_roulette.trainer.data.folded_data import FoldedData, KeptData
 Read = Callable[[], Iterator[tuple[Any, int]]]
 
 _OTHER_BATCHES = (
-    "RouletteWheelPruning: loader {} of the validation data does not give the same batch {} as when it was first read. "
+    "RouletteWheelPruning: loader {} of the validation data gives another batch {} than when it was first read. "
     "Then equal networks get other scores. Batches are read again because cache_bytes does not hold the data. Pass "
     "validation=Validation(cache_bytes=...) with more memory, or let the data set give the same samples at each pass: "
     "transforms must draw from the global random generators, and a stream must start from the beginning at each "

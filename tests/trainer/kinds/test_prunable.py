@@ -396,7 +396,9 @@ class Backbone(Blobs):
 
 
 def test_a_bare_callback_on_a_network_of_which_little_is_prunable_warns(fit):
-    with pytest.warns(UserWarning, match=r"624 of 2,224 .*1,600 weight of Embedding \(embed.weight\).*register_layer"):
+    with pytest.warns(
+        UserWarning, match=r"624 of 2,224 .*1,600 in embed.weight \(weight of Embedding\).*register_layer"
+    ):
         fit(pruner(), module=Embeds())
 
 
@@ -425,7 +427,10 @@ def with_net(net: nn.Module, **attributes) -> Blobs:
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (nn.Sequential(Times(), nn.LayerNorm(10)), r"100% of .* Times \(net.0.matrix: .*call register_layer\(Times\)"),
+        (
+            nn.Sequential(Times(), nn.LayerNorm(10)),
+            r"100% of .* Times \(net.0.matrix: .*call register_layer\(Times, weight='matrix'\)",
+        ),
         (nn.Sequential(nn.Bilinear(2, 2, 9)), r"100% of .* Bilinear .*\. Pass include=\['\*\.weight'\]"),
         (nn.Linear(16, 10).requires_grad_(False), r"100% of .* Linear \(net.weight: frozen\)\. Unfreeze"),
         (nn.Linear(16, 10, dtype=torch.complex64), "Such parameters cannot be pruned"),

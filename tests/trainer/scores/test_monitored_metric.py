@@ -49,8 +49,8 @@ ANY = ("val_quality", "val_smoothness", "val_spread", "val_loss")
     ("what", "watched_by", "monitor", "why"),
     [
         # 1: the one torchmetrics object that rises, whatever its name, and whatever else is watched
-        (logged("val_acc", *ANY, rises=["val_x"]), [CHECKPOINT, STOPPING], "val_x", "rises"),
-        (logged("val_loss", rises=["val_x"], falls=["val_mse"]), [], "val_x", "rises"),
+        (logged("val_acc", *ANY, rises=["val_x"]), [CHECKPOINT, STOPPING], "val_x", "higher_is_better=True"),
+        (logged("val_loss", rises=["val_x"], falls=["val_mse"]), [], "val_x", "higher_is_better=True"),
         # 2: the one name like an accuracy, where none rises or several do
         (logged("val_acc", *ANY), [CHECKPOINT, STOPPING], "val_acc", "like an accuracy"),
         (logged("val_loss", "val_acc"), [], "val_acc", "like an accuracy"),
