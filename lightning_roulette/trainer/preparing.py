@@ -45,20 +45,25 @@ def rehearse(fit: FitState, batches: float) -> None:
     choices, judging = fit.choices, judging_of(fit)
     searched = fit.result.history is not None
     guard = Guard(fit.module)
-    with judging.isolated() as validation:
-        with guard.watching(in_use=False):
-            logged, samples = validation.run(batches), validation.samples()
-        if choices.needs_inputs and not searched:
-            remedy = "refit=None" if choices.refit is not None else "wheel=Wheel(importance='magnitude')"
-            with (calibrating := Guard(fit.module)).watching():
-                refuse_blind_to_training(fit.trainer, validation, choices.seed, remedy)
-            refuse_changed(calibrating.changed, prunable(fit), "a step on training data, which a refit takes,")
+    with judging.isolated() as validation, guard.watching(in_use=False):
+        logged, samples = validation.run(batches), validation.samples()
     metric = remember(fit, judging.metric(logged))
     if not searched:
         judging.rehearse(guard, metric, prunable(fit), batches)
+        if choices.needs_inputs:
+            _rehearse_calibration(fit, judging)
     if choices.confidence is not None and not searched and not fit.only_tries:
         judged_by = logged.metrics.get(metric.monitor)
         refuse_too_few_samples(samples, judged_by, choices.confidence, choices.tolerance, choices.validation.confirm)
+
+
+def _rehearse_calibration(fit: FitState, judging: ValidationSetup) -> None:
+    """Refuse training data that cannot be read, and steps on them that fail or change prunable weights."""
+    choices, guard = fit.choices, Guard(fit.module)
+    remedy = "refit=None" if choices.refit is not None else "wheel=Wheel(importance='magnitude')"
+    with judging.isolated() as validation, guard.watching():
+        refuse_blind_to_training(fit.trainer, validation, choices.seed, remedy)
+    refuse_changed(guard.changed, prunable(fit), "a step on training data, which a refit takes,")
 
 
 def judging_of(fit: FitState) -> ValidationSetup:
@@ -84,11 +89,14 @@ def judging_of(fit: FitState) -> ValidationSetup:
 
 def remember(fit: FitState, metric: MonitoredMetric) -> MonitoredMetric:
     """Keep the metric for this run, and log its name."""
-    if metric != fit.metric and fit.trainer.is_global_zero:
-        log.info(
-            f"RouletteWheelPruning: judges candidates by {metric.monitor} ({metric.mode}, {metric.why}), and "
-            f"ranks them by {metric.rank_by}.{''.join(f' {note}' for note in metric.notes)}"
+    said = [note for note in metric.notes if note not in fit.facts.notes]
+    if fit.metric is None or not metric.judges_like(fit.metric):
+        said.insert(
+            0,
+            f"judges candidates by {metric.monitor} ({metric.mode}, {metric.why}), and ranks them by {metric.rank_by}.",
         )
+    for sentence in said if fit.trainer.is_global_zero else ():
+        log.info(f"RouletteWheelPruning: {sentence}")
     for note in metric.notes:
         fit.facts.note(note)
     fit.metric = metric

@@ -136,7 +136,8 @@ def why_one_fold(loader: int, batches: Sequence[Any]) -> str:
             "dimension to split them along"
         )
     count = sum(rows_of(batch) or 0 for batch in batches)
-    return "" if count >= FOLDS else f"loader {loader} gives {count} samples, fewer than {FOLDS}"
+    samples = "1 sample" if count == 1 else f"{count} samples"
+    return "" if count >= FOLDS else f"loader {loader} gives {samples}, fewer than {FOLDS}"
 
 
 def _order(count: int, seed: int, what: str) -> Tensor:

@@ -61,6 +61,11 @@ class MonitoredMetric:
         """The factor that makes larger values of `rank_by` better: 1 or -1."""
         return 1 if self.rank_mode == "max" else -1
 
+    def judges_like(self, other: MonitoredMetric) -> bool:
+        """Whether both judge and rank by the same values, in the same directions."""
+        ours, theirs = ((one.monitor, one.mode, one.rank_by, one.rank_mode) for one in (self, other))
+        return ours == theirs
+
     @property
     def tiebreak(self) -> str | None:
         """The name of the loss that breaks ties. None: the monitored metric breaks them."""

@@ -29,6 +29,7 @@ from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from lightning_roulette.trainer.validation.logged import Logged
 
 _Weights = Mapping[str, nn.Parameter]
+_DOUBTFUL = 0.5  # scores of few samples are tried on all data if zeros lose less than this share of the score
 _AGREE = 0.01  # two validations of one network agree if they differ by at most this share of the tolerance
 
 
@@ -89,7 +90,7 @@ class Suitability:
             data.validate(validation, every), None, validation, data, every
         ):
             raise RuntimeError(f"RouletteWheelPruning: {_BLIND} {_UNTRAINED if trial.called else _AVERAGED}")
-        if learned and self._keeps_floor_at_zero(trial.dense, trial.at_zero):
+        if learned and self._keeps_floor_at_zero(trial.dense, trial.at_zero, _DOUBTFUL):
             self._refuse_no_better_than_zero(validation, data, every)
 
     def _refuse_unequal(self, name: str, first: Tensor, again: Tensor) -> None:
@@ -130,12 +131,12 @@ class Suitability:
             same = all(_logs_at_zero(dense.values, ours, validation, data, folds) for ours in (*some, self.weights))
         return not in_any_process(self.trainer, not same)
 
-    def _keeps_floor_at_zero(self, dense: Logged, at_zero: Logged | None) -> bool:
-        """Whether the network with all prunable weights at zero keeps the floor."""
+    def _keeps_floor_at_zero(self, dense: Logged, at_zero: Logged | None, margin: float = 0.0) -> bool:
+        """Whether the network with all prunable weights at zero keeps the floor, less a share of the dense score."""
         if at_zero is None or not math.isfinite(self.tolerance) or self.metric.monitor not in at_zero.values:
             return False
         score, zero = (self._score(logged) for logged in (dense, at_zero))
-        return math.isfinite(score) and math.isfinite(zero) and zero >= score - self.tolerance
+        return math.isfinite(score) and math.isfinite(zero) and zero >= score - self.tolerance - margin * abs(score)
 
     def _score(self, logged: Logged) -> float:
         return self.metric.sign * mean_over_processes(self.trainer, logged.value(self.metric.monitor))
