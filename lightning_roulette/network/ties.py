@@ -73,12 +73,12 @@ class _Place:
     @property
     def dense(self) -> bool:
         """Whether the entries fill all bytes from start to end, each once."""
-        return self.end - self.start == self.tensor.numel() * self.tensor.itemsize and 0 not in self._steps
-
-    @property
-    def _steps(self) -> list[int]:
-        pairs = zip(self.tensor.shape, self.tensor.stride(), strict=True)
-        return [step for size, step in pairs if size > 1]
+        filled = 1
+        for step, size in sorted(zip(self.tensor.stride(), self.tensor.shape, strict=True)):
+            if size > 1 and step != filled:
+                return False
+            filled *= size
+        return True
 
     def entries(self) -> Tensor:
         """The addresses of all entries, in bytes, each once."""

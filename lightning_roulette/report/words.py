@@ -43,15 +43,20 @@ def _unpruned(report: SearchReport) -> bool:
 
 def _kept(report: SearchReport) -> str:
     """Return how many weights are kept, of how many."""
-    if report.winner is None:
-        return f"All {report.size:,} prunable weights kept: the network stays dense."
-    times = f", compression {_rounded(report.size / report.survivors, 3)}x" if report.survivors else ""
-    share, numbers = f"({1 - report.sparsity:.2%})", f"sparsity {report.sparsity:.2%}{times}"
-    if _unpruned(report):
-        keeps = f"keeps {report.survivors:,} of {report.size:,} prunable weights {share}"
-        return f"The slimmest accepted level {keeps}: {numbers}. It was not loaded."
-    size = f"{report.survivors:,} of {report.size:,} prunable weights kept {share}"
-    return f"{size}: {numbers}.{' All weights in matrices are prunable.' if report.size == report.matrices else ''}"
+    if report.winner is not None:
+        whole = " All weights in matrices are prunable." if report.size == report.matrices else ""
+        return f"{_size(report, report.winner, 'prunable weights kept')}.{whole}"
+    if _unpruned(report) and report.accepted:
+        size = _size(report, report.accepted[-1], "prunable weights")
+        return f"The slimmest accepted level keeps {size}. It was not loaded."
+    return f"All {report.size:,} prunable weights kept: the network stays dense."
+
+
+def _size(report: SearchReport, level: Level, what: str) -> str:
+    """Return how many weights a level keeps, its sparsity and its compression."""
+    times = f", compression {_rounded(report.size / level.survivors, 3)}x" if level.survivors else ""
+    kept = f"{level.survivors:,} of {report.size:,} {what} ({1 - level.sparsity:.2%})"
+    return f"{kept}: sparsity {level.sparsity:.2%}{times}"
 
 
 def _rounded(number: float, digits: int) -> str:

@@ -54,6 +54,8 @@ class Snapshot:
         objects = [part for part in parts if isinstance(part, Metric | MetricCollection | MetricTracker)]
         self._metrics = [one for one in objects if isinstance(one, Metric)]
         self._attributes = PlainAttributes([*groups, *(vars(one) for one in (*schedulers, *objects))])
+        # a schedule-free optimizer, for example, notes whether it is in evaluation mode
+        self._settings = [(vars(one), _settings_of(one)) for one in trainer.optimizers]
         self._generators: dict[torch.Generator, Tensor] = {}
         self._epochs: dict[Any, int] = {}
         self._positions: dict[int, Position] = {}  # by the id of the stream
@@ -105,6 +107,8 @@ class Snapshot:
             if id(buffer) not in spared:
                 write(buffer, values)
         self._attributes.restore()
+        for attributes, settings in self._settings:
+            attributes.update(settings)
         for part, training in self._modes.items():
             vars(part)["training"] = training  # an assignment would go through the checks of nn.Module
         torch.set_grad_enabled(self._grad)
@@ -164,6 +168,11 @@ def seed_global_generators(seed: int) -> None:
 
 def _random_states() -> dict[str, Any]:
     return _collect_rng_states(include_cuda=torch.cuda.is_available() and torch.cuda.is_initialized())
+
+
+def _settings_of(optimizer: Any) -> dict[str, Any]:
+    """The attributes of an optimizer that are numbers, texts or None."""
+    return {name: one for name, one in vars(optimizer).items() if isinstance(one, bool | int | float | str | None)}
 
 
 def _with_inner(schedulers: Sequence[Any]) -> list[Any]:

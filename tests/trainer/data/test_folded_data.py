@@ -267,7 +267,7 @@ def ragged(count: int) -> list[Any]:
         ([ragged(3)], "loader 0 gives 3 batches, fewer than 16, and their tensors do not share a first dimension"),
         ([numbered(5, 5, 5)], "loader 0 gives 15 samples, fewer than 16"),
         ([numbered(*[2] * 20), ragged(15)], "loader 1 gives 15 batches, fewer than 16, and their tensors do not share"),
-        ([numbered(1), numbered(*[2] * 20)], "loader 0 gives 1 samples, fewer than 16"),
+        ([numbered(1), numbered(*[2] * 20)], "loader 0 gives 1 sample, fewer than 16"),
         ([numbered(20), numbered(8, 7)], "loader 1 gives 15 samples, fewer than 16"),
     ],
 )
