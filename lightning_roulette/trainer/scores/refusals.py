@@ -30,6 +30,7 @@ from lightning_roulette.trainer.validation.logged import Logged
 
 _Weights = Mapping[str, nn.Parameter]
 _DOUBTFUL = 0.5  # scores of few samples are tried on all data if zeros lose less than this share of the score
+_LEARNED = 0.1  # a network that has learned something is better than zeros by more than this share of the score
 _AGREE = 0.01  # two validations of one network agree if they differ by at most this share of the tolerance
 
 
@@ -43,6 +44,7 @@ class Suitability:
         weights: The prunable parameters.
         metric: The metrics that judge, rank, and break ties.
         tolerance: The tolerance of the search.
+        note: Takes a sentence for the report.
     """
 
     trainer: Trainer
@@ -50,6 +52,7 @@ class Suitability:
     weights: _Weights
     metric: MonitoredMetric
     tolerance: float
+    note: Callable[[str], None]
 
     def tried(self, run: Callable[[], Logged]) -> Trial:
         """Return a trial of the validation, see `scores.trial.tried`.
@@ -76,7 +79,8 @@ class Suitability:
             trial: A trial on the first folds, after training. Before training, a network may be no better than zeros.
             validation: Entered.
             data: The validation data.
-            learned: Whether the network must be better than zeros by more than the tolerance.
+            learned: Whether the network must be better than zeros by more than the tolerance. If it is hardly better
+                at all, this is a warning, as in a run that only tries out a script.
 
         Raises:
             RuntimeError: If it cannot.
@@ -150,13 +154,22 @@ class Suitability:
         name, sign = self.metric.monitor, self.metric.sign
         score, zero = (sign * self._score(logged) for logged in (dense, at_zero))
         numbers = f"{name} is {score:.6g}, and {zero:.6g} with all prunable weights at zero"
-        if sign * zero >= sign * score:
-            raise RuntimeError(f"RouletteWheelPruning: {numbers}. {_UNTRAINED}")
+        if sign * (score - zero) <= _LEARNED * max(abs(score), abs(zero)):
+            self.note(f"Without the prunable weights the network is as good: {numbers}.")
+            if self.trainer.is_global_zero:
+                warnings.warn(f"RouletteWheelPruning: {numbers}. {_UNTRAINED}", stacklevel=2)
+            return
         raise RuntimeError(
             f"RouletteWheelPruning: tolerance is {self.tolerance:g}, in units of the metric, but {numbers}. The floor "
             f"is {score - sign * self.tolerance:.6g}, so a search would prune everything. Pass a tolerance below "
-            f"{abs(score - zero):.2g}: for a score in [0, 1], 0.005 is half a point. Infinity disables the floor."
+            f"{_below(abs(score - zero))}: for a score in [0, 1], 0.005 is half a point. Infinity disables the floor."
         )
+
+
+def _below(number: float) -> str:
+    """Return a positive number rounded down to two digits."""
+    unit = 10.0 ** (math.floor(math.log10(number)) - 1)
+    return f"{math.floor(number / unit) * unit:.2g}"
 
 
 _BLIND = "validation logs the same with all prunable weights at zero, so it cannot judge pruned candidates."

@@ -195,7 +195,7 @@ class ValidationSetup:
         suitability.refuse(trial, validation, data, learned=not between_epochs)
 
     def _suitability(self, guard: Guard, metric: MonitoredMetric, weights: _Weights) -> Suitability:
-        return Suitability(self.trainer, guard, weights, metric, self.tolerance)
+        return Suitability(self.trainer, guard, weights, metric, self.tolerance, self.note)
 
     def _keep_restless(self, guard: Guard) -> None:
         """Let later validations put back the parameters that validation changes."""
