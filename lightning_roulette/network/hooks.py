@@ -66,12 +66,23 @@ def run_with_hooks(
         after: Called after each forward of these modules.
     """
     hooks: list[Removable] = []
+    listened = list(modules)
+    known = {id(module) for module in listened}
+
+    # a copy of a module that the network makes while it runs has the hooks, too
+    def heard_before(module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        if before is not None and id(module) in known:
+            before(module, arguments, named)
+
+    def heard_after(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        return after(module, arguments, output) if after is not None and id(module) in known else None
+
     try:
-        for module in modules:
+        for module in listened:
             if before is not None:
-                hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                hooks.append(module.register_forward_pre_hook(heard_before, with_kwargs=True))
             if after is not None:
-                hooks.append(module.register_forward_hook(after))
+                hooks.append(module.register_forward_hook(heard_after))
         with every_call_seen(), torch.no_grad():
             run()
     except Enough:

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from lightning_roulette.checks import check_words
 from lightning_roulette.network.kinds import affine_kind_of
-from lightning_roulette.network.ties import Tie, ties_of
+from lightning_roulette.network.ties import Tie, shared_with_buffers, ties_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -132,6 +132,7 @@ def _reasons(module: nn.Module, include: Patterns | None, exclude: Patterns | No
     owners = owners_of(module)
     inside_metrics = {id(one) for part in parts_of_metrics(module) for one in part.parameters(recurse=False)}
     ties = {name: tie for tie in ties_of(module) for name in tie.names}
+    in_buffers = shared_with_buffers(module)
 
     def reason(name: str) -> str | None:
         tie = ties.get(name, Tie((name,), name))
@@ -140,6 +141,8 @@ def _reasons(module: nn.Module, include: Patterns | None, exclude: Patterns | No
         ours = [parameters[one] for one in tie.names]
         if any(id(one) in inside_metrics for one in ours):
             return "belongs to a metric"
+        if name in in_buffers:
+            return f"shares memory with the buffer {in_buffers[name]}"
         unfit = (_unfit(one, *owners[own]) for one, own in zip(ours, tie.names, strict=True))
         if (why := next(filter(None, unfit), None)) is not None:
             return why

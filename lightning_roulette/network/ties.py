@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lightning_roulette.large.shards import is_sharded
 
@@ -44,6 +44,21 @@ def ties_of(module: nn.Module) -> list[Tie]:
     return sorted(found, key=lambda tie: order[tie.names[0]])
 
 
+def shared_with_buffers(module: nn.Module) -> dict[str, str]:
+    """The parameters that share memory with a buffer, by name, with the name of the buffer."""
+    buffers = [place for name, one in module.named_buffers() if (place := _Place.of(name, one)) is not None]
+    if not buffers:
+        return {}
+    parameters = [place for name, one in module.named_parameters() if (place := _Place.of(name, one)) is not None]
+    places = sorted([*buffers, *parameters], key=lambda one: (one.device, one.start))
+    known = {id(one) for one in buffers}
+    found: dict[str, str] = {}
+    for together in _connected(places):
+        theirs = [one.name for one in together if id(one) in known]
+        found |= {one.name: theirs[0] for one in together if theirs and id(one) not in known}
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class _Place:
     """Where a parameter lies in memory: from one address to another. The entries between may have gaps."""
@@ -55,9 +70,9 @@ class _Place:
     end: int
 
     @classmethod
-    def of(cls, name: str, parameter: nn.Parameter) -> _Place | None:
-        """Return the place of a parameter; None if it has no memory that could be shared."""
-        lazy = isinstance(parameter, UninitializedParameter)
+    def of(cls, name: str, parameter: Tensor) -> _Place | None:
+        """Return the place of a parameter or buffer; None if it has no memory that could be shared."""
+        lazy = isinstance(parameter, UninitializedParameter | UninitializedBuffer)
         if lazy or parameter.is_meta or is_sharded(parameter) or parameter.layout != torch.strided:
             return None
         tensor = parameter.detach()

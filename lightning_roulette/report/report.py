@@ -97,11 +97,9 @@ class SearchReport(FormerNames):
     def winner(self) -> Level | None:
         """Sparsest accepted level that kept the floor on the held-out folds; None if the network stays dense.
 
-        Before the held-out folds are used, and without held-out folds, every accepted level counts. A search that was
-        interrupted, or that an error ended, has no winner.
+        Before the held-out folds are used, and without held-out folds, every accepted level counts. If a search was
+        interrupted, or if an error ended it, this is the level that was kept in a file, but not loaded.
         """
-        if self.stop_reason in (StopReason.INTERRUPTED, StopReason.FAILED):
-            return None
         begun = any(level.held is not None for level in self.accepted)
         holding = [level for level in self.accepted if level.held or not begun]
         return holding[-1] if holding else None

@@ -43,12 +43,12 @@ def _unpruned(report: SearchReport) -> bool:
 
 def _kept(report: SearchReport) -> str:
     """Return how many weights are kept, of how many."""
+    if _unpruned(report) and report.winner is not None:
+        size = _size(report, report.winner, "prunable weights")
+        return f"The slimmest accepted level keeps {size}. It was not loaded."
     if report.winner is not None:
         whole = " All weights in matrices are prunable." if report.size == report.matrices else ""
         return f"{_size(report, report.winner, 'prunable weights kept')}.{whole}"
-    if _unpruned(report) and report.accepted:
-        size = _size(report, report.accepted[-1], "prunable weights")
-        return f"The slimmest accepted level keeps {size}. It was not loaded."
     return f"All {report.size:,} prunable weights kept: the network stays dense."
 
 

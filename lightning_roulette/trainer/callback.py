@@ -39,7 +39,7 @@ from lightning_roulette.trainer.resuming import (
     warn_of_other_tolerance,
     warn_of_unpruned,
 )
-from lightning_roulette.trainer.saved import read_back_late
+from lightning_roulette.trainer.saved import read_back_late, warn_of_other_weights
 from lightning_roulette.trainer.searching import measure_and_save, search_network
 from lightning_roulette.trainer.show.log import log, speak_up
 from lightning_roulette.trainer.with_result import WithResult
@@ -317,9 +317,11 @@ class RouletteWheelPruning(WithResult):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """End the run. A worker process hands over what was found."""
+        if stage == "fit" and self._fit is not None:  # a copy has no run
+            warn_of_other_weights(self._fit)
         super().teardown(trainer, pl_module, stage)
         if stage == "fit":
-            if self._fit is not None:  # a copy has no run
+            if self._fit is not None:
                 read_back_late(self._fit)
             self._hand_over(trainer)
         self._fit = None

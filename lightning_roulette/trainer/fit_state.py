@@ -68,6 +68,7 @@ class FitState:
         metric: The metric that judges; None before it was found.
         files: Where this run writes; None before a search, and where nothing is written.
         restless: Parameters that are not prunable and that validation changes.
+        measured_weights: Digests of the parameters when the network was last measured; empty before.
         facts: What the report says beyond the search.
         writes_winner: Whether the checkpoint of the winner is being written now.
     """
@@ -84,6 +85,7 @@ class FitState:
     metric: MonitoredMetric | None = None
     files: RunFiles | None = None
     restless: list[nn.Parameter] = field(default_factory=list)
+    measured_weights: dict[str, int] = field(default_factory=dict)
     facts: Facts = field(default_factory=Facts)
     writes_winner: bool = False
 

@@ -27,7 +27,7 @@ from lightning_roulette.trainer.scores.refusals import refuse_too_few_samples
 from lightning_roulette.trainer.scores.setup import CandidateValidation, ValidationSetup
 from lightning_roulette.trainer.scores.trial import refuse_changed
 from lightning_roulette.trainer.show.log import log
-from lightning_roulette.trainer.validation.guard import Guard
+from lightning_roulette.trainer.validation.guard import Guard, digests_of_parameters
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 
 
@@ -198,4 +198,6 @@ def measured(fit: FitState, monitor: str, data: FoldedData | None = None) -> flo
         monitor: The name of the metric.
         data: The validation data, if a search has read them.
     """
-    return judging_of(fit).measured(monitor, data)
+    score = judging_of(fit).measured(monitor, data)
+    fit.measured_weights = digests_of_parameters(fit.module)
+    return score

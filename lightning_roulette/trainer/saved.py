@@ -20,9 +20,11 @@ from lightning_roulette.large.shards import is_sharded
 from lightning_roulette.network.lending import lent, named_tensors
 from lightning_roulette.network.parameters import parts_of_metrics
 from lightning_roulette.network.stored import Stored
+from lightning_roulette.report.names import shortened
 from lightning_roulette.trainer.files import checkpoint_with_these_weights, save_weights
 from lightning_roulette.trainer.fit_state import FitState
 from lightning_roulette.trainer.show.log import log
+from lightning_roulette.trainer.validation.guard import digests_of_parameters
 from lightning_roulette.trainer.validation.muting import callbacks_of
 
 _LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_roulette"}
@@ -88,6 +90,25 @@ def read_back_late(fit: FitState) -> None:
     """The same for files that are written asynchronously. They are complete when the strategy is torn down."""
     if fit.searches and isinstance(fit.trainer.strategy.checkpoint_io, AsyncCheckpointIO):
         _check(fit)
+
+
+def warn_of_other_weights(fit: FitState) -> None:
+    """Warn if the module has other weights than those that were measured, at the end of a fit."""
+    if not fit.measured_weights or not fit.is_concluded or fit.result.report is None:
+        return
+    now = digests_of_parameters(fit.module)
+    changed = [name for name, digest in fit.measured_weights.items() if now.get(name) != digest]
+    if not changed:
+        return
+    path = fit.result.best_model_path
+    where = f" The weights that were measured are in {path!r}." if path else ""
+    message = (
+        f"{shortened(changed)} changed after the network was measured, for example in on_train_end or on_fit_end of "
+        f"the module or of another callback. The report does not describe these weights.{where}"
+    )
+    _note(fit, message)
+    if fit.trainer.is_global_zero:
+        warnings.warn(f"RouletteWheelPruning: {message}", stacklevel=2)
 
 
 def _check(fit: FitState) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_roulette import prunable_parameters, skipped_parameters
 from lightning_roulette.network.layers import layers_of
-from lightning_roulette.network.ties import Tie, ties_of
+from lightning_roulette.network.ties import Tie, shared_with_buffers, ties_of
 
 
 def pair(first: torch.Tensor, second: torch.Tensor) -> nn.Module:
@@ -118,3 +118,13 @@ def test_overlaps_are_found_as_by_counting(data):
         assert found == [Tie(("one", "other"), whole)]
     else:
         assert found == []
+
+
+def test_a_parameter_in_a_buffer_is_not_prunable():
+    net = nn.Module()
+    net.register_buffer("flat", torch.arange(20.0))
+    net.one, net.other = nn.Linear(2, 3), nn.Linear(2, 3)
+    net.one.weight = nn.Parameter(net.flat[:6].view(3, 2))
+    assert shared_with_buffers(net) == {"one.weight": "flat"}
+    assert list(prunable_parameters(net)) == ["other.weight"]
+    assert skipped_parameters(net)["one.weight"] == "shares memory with the buffer flat"

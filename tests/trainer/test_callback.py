@@ -226,7 +226,7 @@ class Plateau(LogsOnly):
 
 
 HINTS = {
-    "name": (LogsOnly("val_loss", "top1_accuracy"), [], "top1_accuracy (max, the one logged name like an accuracy)"),
+    "name": (LogsOnly("val_loss", "top1_accuracy"), [], "top1_accuracy (max, the only logged name like an accuracy)"),
     "checkpoint": (
         LogsOnly("a", "b"),
         [ModelCheckpoint(monitor="b", mode="max")],

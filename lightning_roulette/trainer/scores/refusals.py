@@ -157,7 +157,8 @@ class Suitability:
         if sign * (score - zero) <= _LEARNED * max(abs(score), abs(zero)):
             self.note(f"Without the prunable weights the network is as good: {numbers}.")
             if self.trainer.is_global_zero:
-                warnings.warn(f"RouletteWheelPruning: {numbers}. {_UNTRAINED}", stacklevel=2)
+                worse = f" Or is mode={self.metric.mode!r} wrong?" if sign * score < sign * zero else ""
+                warnings.warn(f"RouletteWheelPruning: {numbers}. {_UNTRAINED}{worse}", stacklevel=2)
             return
         raise RuntimeError(
             f"RouletteWheelPruning: tolerance is {self.tolerance:g}, in units of the metric, but {numbers}. The floor "

@@ -91,6 +91,12 @@ class Guard:
         return before
 
 
+def digests_of_parameters(module: nn.Module) -> dict[str, int]:
+    """Return the digest of each parameter of a module that has values, by name."""
+    reshard(module)
+    return _digests({name: one for name, one in module.named_parameters() if _has_values(one)})
+
+
 class Unmoved:
     """Checks that weights keep their values while networks are validated.
 

@@ -118,6 +118,7 @@ def test_weights_that_a_file_lacks_are_beside_it(fit, tmp_path, row, at_epoch):
 WARNED = {row: kinds for row, kinds in REWRITTEN.items() if row != "plugin"} | {"in place": (InPlace, list, {})}
 
 
+@pytest.mark.filterwarnings("ignore:.*changed after the network was measured.*")
 @pytest.mark.filterwarnings("ignore:.*does not hold the weights that were measured")
 @pytest.mark.parametrize("row", WARNED)
 def test_who_rewrites_is_named_before_the_search(fit, tmp_path, row):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from contextlib import contextmanager
 
@@ -339,3 +340,49 @@ def test_a_smoke_run_is_told_that_its_network_has_learned_nothing(fit):
     pruning = RouletteWheelPruning(2, tolerance=0.02, refit=None)
     fit(pruning, fast_dev_run=True)
     assert pruning.report.sparsity > 0
+
+
+# ---- after the search
+
+
+class LoadsItsAverage(Blobs):
+    """Replaces its weights when training has ended, which is after the callbacks."""
+
+    def load(self):
+        with torch.no_grad():
+            self.net[0].weight.fill_(0.5)
+
+
+class LoadsOnTrainEnd(LoadsItsAverage):
+    on_train_end = LoadsItsAverage.load
+
+
+class LoadsOnFitEnd(LoadsItsAverage):
+    on_fit_end = LoadsItsAverage.load
+
+
+@pytest.mark.parametrize("kind", [LoadsOnTrainEnd, LoadsOnFitEnd])
+def test_weights_that_are_replaced_after_the_search_are_warned_of(kind, fit, tmp_path):
+    pruning = pruner(tolerance=0.3, dirpath=tmp_path)
+    with pytest.warns(UserWarning, match=r"net\.0\.weight changed after the network was measured.*pruned\.ckpt"):
+        module = fit(pruning, module=kind(), max_epochs=4)
+    assert bool((module.net[0].weight == 0.5).all())
+    assert any("changed after the network was measured" in note for note in pruning.report.notes)
+
+
+class Adapts(Blobs):
+    """Validates a copy of its network, which it adapts first."""
+
+    def validation_step(self, batch, batch_idx):
+        twin, (x, y) = copy.deepcopy(self.net), batch
+        with torch.no_grad():
+            twin[2].bias += 0.01
+        self.log("val_loss", cross_entropy(twin(x), y))
+        self.log("val_acc", (twin(x).argmax(1) == y).float().mean())
+
+
+def test_a_network_that_copies_itself_is_refitted(fit):
+    pruning = pruner(tolerance=0.3, refit="least_squares")
+    module = fit(pruning, module=Adapts(), max_epochs=4)
+    zeros = sum(int((one == 0).sum()) for name, one in module.named_parameters() if name in pruning.mask)
+    assert zeros == pruning.report.size - pruning.report.survivors > 0
