@@ -18,7 +18,7 @@ from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.files import checkpoint_with_these_weights, save_accepted_levels
 from lightning_roulette.trainer.fit_state import FitState, Phase
 from lightning_roulette.trainer.hold_zeros import load_into_average
-from lightning_roulette.trainer.observers import Latest, Several
+from lightning_roulette.trainer.observers import Comparable, Latest, Several
 from lightning_roulette.trainer.preparing import calibration_of, measured, ready
 from lightning_roulette.trainer.resuming import journal_of
 from lightning_roulette.trainer.saved import read_back, rehearse_saving
@@ -38,7 +38,7 @@ def search_network(fit: FitState) -> None:
     with Show(fit.trainer, judges.metric) as shown:
         try:
             with noted(fit, judges) as evaluate:
-                winner = _searched(fit, judges, evaluate, Several(latest, shown))
+                winner = _searched(fit, judges, evaluate, Several(_comparable(fit, judges), latest, shown))
                 _load(fit, winner, judges.metric, judges.data)
             if fit.result.between_epochs is not None:
                 fit.result.between_epochs.over = True
@@ -103,6 +103,13 @@ def _searched(fit: FitState, judges: CandidateValidation, evaluate: Evaluator, o
         judges.data.check()
     judges.evaluate.unmoved.check()
     return winner
+
+
+def _comparable(fit: FitState, judges: CandidateValidation) -> Comparable:
+    """Return what refuses a metric of which parts of the data say nothing about all of it."""
+    metric, whole = judges.metric, fit.facts.dense_measured
+    tells = whole is not None and metric.monitor not in (*metric.sums, *metric.others)
+    return Comparable(metric.sign * whole if tells and whole is not None else None, metric.monitor)
 
 
 def _load(fit: FitState, winner: Winner, metric: MonitoredMetric, data: FoldedData) -> None:

@@ -54,17 +54,18 @@ class Suitability:
     tolerance: float
     note: Callable[[str], None]
 
-    def tried(self, run: Callable[[], Logged]) -> Trial:
+    def tried(self, run: Callable[[], Logged], validation: IsolatedValidation) -> Trial:
         """Return a trial of the validation, see `scores.trial.tried`.
 
         Args:
             run: Validates the network as it is, always on the same data.
+            validation: Entered.
 
         Raises:
             RuntimeError: If equal weights do not give equal results, or if validation changes prunable weights.
         """
         refuse_changed(self.guard.changed, self.weights)
-        trial = tried(self.guard, self.weights, run)
+        trial = tried(self.guard, self.weights, run, validation.carrying())
         names = dict.fromkeys(name for name in (self.metric.monitor, self.metric.rank_by, self.metric.tiebreak) if name)
         for name in names:
             self._refuse_unequal(name, trial.dense.value(name), trial.again.value(name))

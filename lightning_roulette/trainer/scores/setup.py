@@ -175,7 +175,7 @@ class ValidationSetup:
             RuntimeError: If validation is not a function of the weights, or changes prunable weights.
         """
         with self.isolated() as validation:
-            self._suitability(guard, metric, weights).tried(lambda: validation.run(batches))
+            self._suitability(guard, metric, weights).tried(lambda: validation.run(batches), validation)
         self._keep_restless(guard)
 
     def _try(
@@ -190,7 +190,7 @@ class ValidationSetup:
         """Refuse a validation that cannot judge candidates, after training."""
         data.fetch(data.first_folds)
         suitability = self._suitability(guard, metric, weights)
-        trial = suitability.tried(lambda: data.validate(validation, data.first_folds))
+        trial = suitability.tried(lambda: data.validate(validation, data.first_folds), validation)
         self._keep_restless(guard)
         suitability.refuse(trial, validation, data, learned=not between_epochs)
 

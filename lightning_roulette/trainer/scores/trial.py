@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import nn
@@ -39,29 +40,35 @@ class Trial:
     called: bool
 
 
-def tried(guard: Guard, weights: _Weights, run: Callable[[], Logged]) -> Trial:
+def tried(guard: Guard, weights: _Weights, run: Callable[[], Logged], carrying: AbstractContextManager[None]) -> Trial:
     """Validate a network dense, at zero weights, without every eighth weight, and dense again.
 
     Args:
         guard: Guards the parameters of the network.
         weights: Its prunable parameters.
         run: Validates the network as it is, always on the same data.
+        carrying: Inside this context nothing but the weights is put back between validations.
 
     Raises:
         WeightsChanged: If validation changes a prunable weight. The network has its old values then.
     """
 
     def logged(mask: Mask) -> Logged:
-        with applied(mask, weights), guard.watching():
+        with applied(mask, weights), guard.watching(puts_back=False):
             found = run()
         refuse_changed(guard.changed, weights)
         return found
 
-    dense = logged(Mask({}))
-    at_zero = _if_possible(lambda: logged(Mask.nothing(weights))) if _is_small(weights) else None
-    if not any_sharded(weights.values()):
-        _if_possible(lambda: logged(Mask.thinned(weights)))
-    return Trial(dense, at_zero, logged(Mask({})), any(name in guard.called for name in weights))
+    try:
+        with carrying:
+            dense = logged(Mask({}))
+            at_zero = _if_possible(lambda: logged(Mask.nothing(weights))) if _is_small(weights) else None
+            if not any_sharded(weights.values()):
+                _if_possible(lambda: logged(Mask.thinned(weights)))
+            again = logged(Mask({}))
+    finally:
+        guard.put_back()
+    return Trial(dense, at_zero, again, any(name in guard.called for name in weights))
 
 
 def _if_possible(logged: Callable[[], Logged]) -> Logged | None:

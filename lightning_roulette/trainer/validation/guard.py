@@ -43,7 +43,7 @@ class Guard:
         self.called: dict[str, None] = {}
 
     @contextmanager
-    def watching(self, in_use: bool = True) -> Iterator[None]:
+    def watching(self, in_use: bool = True, puts_back: bool = True) -> Iterator[None]:
         """Watch the parameters while the network runs inside the block, and put back those that changed.
 
         They are compared at the end of the block with their values at its beginning, which may be lent. After an error
@@ -52,6 +52,7 @@ class Guard:
         Args:
             in_use: Whether each parameter is also compared when the module that owns it is first called. This finds
                 weights that a validation replaces while it runs. Compiled code runs uncompiled then.
+            puts_back: Whether those that changed are put back at the end of the block. Otherwise call `put_back`.
         """
         lent = _digests(self._parameters)
 
@@ -70,6 +71,11 @@ class Guard:
         except BaseException:
             surely(lambda: copy_into(self._parameters, self._before))
             raise
+        if puts_back:
+            self.put_back()
+
+    def put_back(self) -> None:
+        """Put back the parameters that changed."""
         surely(lambda: copy_into(self._parameters, {name: self._before[name] for name in self.changed}))
 
     def _listen(self, stack: ExitStack, compare: Callable[[Mapping[str, Tensor], str], None]) -> None:

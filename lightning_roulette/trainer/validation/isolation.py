@@ -215,6 +215,20 @@ class IsolatedValidation:
             self._loop._on_evaluation_model_train()
             return logged
 
+    @contextmanager
+    def carrying(self) -> Iterator[None]:
+        """Put nothing back between the validations inside the block, but random states. After it, put all back.
+
+        This shows what a module carries over from one validation to the next: in buffers, in parameters that are not
+        pruned, or in the metrics that were logged.
+        """
+        self._snapshot.carries = True
+        try:
+            yield
+        finally:
+            self._snapshot.carries = False
+            surely(self._snapshot.restore)
+
     # ---- steps on training data
 
     @torch.no_grad()
@@ -294,10 +308,11 @@ class IsolatedValidation:
 
     def _collect_in(self, results: _ResultCollection) -> None:
         """Let a validation log to a fresh connector. The module can read there what was logged before."""
+        before = self.trainer._logger_connector if self._snapshot.carries else self._users
         fresh = _LoggerConnector(self.trainer)
-        fresh._callback_metrics = CallbackMetrics(self._users._callback_metrics)
-        fresh._logged_metrics = dict(self._users._logged_metrics)
-        fresh._progress_bar_metrics = dict(self._users._progress_bar_metrics)
+        fresh._callback_metrics = CallbackMetrics(before._callback_metrics)
+        fresh._logged_metrics = dict(before._logged_metrics)
+        fresh._progress_bar_metrics = dict(before._progress_bar_metrics)
         self.trainer._logger_connector, self._loop.results = fresh, results
 
 

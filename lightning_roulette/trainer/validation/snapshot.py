@@ -37,6 +37,9 @@ class Snapshot:
         trainer: A Trainer in `fit`.
         module: Its module.
         restless: Parameters that a validation may change.
+
+    Attributes:
+        carries: Whether what a validation changes in the module stays for now.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, restless: Sequence[Tensor] = ()) -> None:
@@ -59,6 +62,7 @@ class Snapshot:
         self._generators: dict[torch.Generator, Tensor] = {}
         self._epochs: dict[Any, int] = {}
         self._positions: dict[int, Position] = {}  # by the id of the stream
+        self.carries = False
         self._random, self._grad = _random_states(), torch.is_grad_enabled()
 
     def watch(self, loaders: Iterable[Any]) -> None:
@@ -100,6 +104,8 @@ class Snapshot:
         """Put back the module and learning rates, but not the values of some buffers. `begin` does the rest."""
         spared = {id(buffer) for buffer in but}
         reshard(self._module)  # otherwise the next validation would see the gathered weights of this one
+        if self.carries:
+            return
         for holder, members in self._members:
             holder.clear()
             holder.update(members)

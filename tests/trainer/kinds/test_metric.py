@@ -195,3 +195,40 @@ def test_the_error_of_a_sum_is_in_its_units(fit, kind):
     (level,) = pruning.report.accepted
     assert level.held_out_score != pruning.report.held_out_dense
     assert level.held_out_error > 0.5
+
+
+class LooksUp(Blobs):
+    """Looks up its targets by the number of the batch."""
+
+    def validation_step(self, batch, batch_idx):
+        targets = val_loader(10).dataset.tensors[1].split(10)[batch_idx]
+        self.log("val_acc", (self(batch[0]).argmax(1) == targets).float().mean())
+
+
+class FillsATable(Blobs):
+    """Fills a table of all samples, and counts the hits in the whole table."""
+
+    def on_validation_epoch_start(self):
+        self.hits = torch.zeros(200)
+
+    def validation_step(self, batch, batch_idx):
+        inputs = val_loader(10).dataset.tensors[0]
+        places = (batch[0][:, None] == inputs[None]).all(2).int().argmax(1)
+        self.hits[places] = (self(batch[0]).argmax(1) == batch[1]).float()
+
+    def on_validation_epoch_end(self):
+        self.log("val_acc", self.hits.mean())
+
+
+@pytest.mark.parametrize("kind", [LooksUp, FillsATable])
+def test_a_metric_that_parts_of_the_data_do_not_tell_is_refused(kind, fit):
+    module = kind()
+    with pytest.raises(RuntimeError, match=r"of the dense network is 0\.9\d* on all validation data, but 0\."):
+        fit(pruner(tolerance=0.02), module=module, val=val_loader(10), max_epochs=4)
+    assert bool((module.net[0].weight != 0).all())
+    pruning = pruner(tolerance=0.05, validation=Validation(confirm=0, race=False))
+    module = fit(pruning, module=kind(), val=val_loader(10), max_epochs=4)
+    inputs, classes = val_loader(10).dataset.tensors
+    counted = float((module(inputs).argmax(1) == classes).float().mean())
+    assert counted == pytest.approx(pruning.report.score, abs=1e-6)
+    assert counted >= pruning.report.dense_measured - 0.05 - 1e-6

@@ -135,6 +135,36 @@ class Smooths(Blobs):
         self.log("val_acc", self.smooth)
 
 
+class SmoothsInABuffer(Blobs):
+    """Smooths its metric in a buffer, which is put back between validations."""
+
+    def __init__(self):
+        super().__init__()
+        self.hold()
+
+    def hold(self):
+        self.register_buffer("smooth", torch.zeros(()))
+
+    def validation_step(self, batch, batch_idx):
+        self.hits = (self(batch[0]).argmax(1) == batch[1]).float().mean()
+
+    def on_validation_epoch_end(self):
+        with torch.no_grad():
+            self.smooth.mul_(0.9).add_(0.1 * self.hits)
+        self.log("val_acc", self.smooth.detach().clone())
+
+
+class SmoothsInAParameter(SmoothsInABuffer):
+    def hold(self):
+        self.smooth = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+
+class SmoothsWhatWasLogged(SmoothsInABuffer):
+    def on_validation_epoch_end(self):
+        before = self.trainer.callback_metrics.get("val_acc", torch.zeros(()))
+        self.log("val_acc", 0.8 * before.nan_to_num() + 0.2 * self.hits)
+
+
 class Collects(Blobs):
     """A list that only a training hook clears."""
 
@@ -187,6 +217,9 @@ REFUSED = {
         "a step on training data.* changes the prunable weight",
     ),
     "smoothed metric": (Smooths, UNEQUAL),
+    "metric smoothed in a buffer": (SmoothsInABuffer, UNEQUAL),
+    "metric smoothed in a parameter": (SmoothsInAParameter, UNEQUAL),
+    "metric smoothed by what was logged": (SmoothsWhatWasLogged, UNEQUAL),
     "list cleared by training": (Collects, UNEQUAL),
     "generator of its own": (Draws, UNEQUAL),
     "counter": (Counts, UNEQUAL),
