@@ -94,8 +94,8 @@ class Comparable(Observer):
             f"RouletteWheelPruning: {self._name} of the dense network is {abs(whole):.6g} on all validation data, but "
             f"{search} on one half of it and {held_out} on the other. Candidates are judged on parts of the data, "
             "which says nothing here. Likely causes: (1) validation_step looks up targets by batch_idx. Put them into "
-            "the batch. (2) The metric counts samples of a table that holds all data. Divide by the samples seen. To judge "
-            "on all data, pass validation=Validation(confirm=0, race=False)."
+            "the batch. (2) The metric counts samples of a table that holds all data. Divide by the samples seen. To "
+            "judge on all data, pass validation=Validation(confirm=0, race=False)."
         )
 
 

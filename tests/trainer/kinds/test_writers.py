@@ -55,6 +55,7 @@ class KeepsList(KeepsWriter):
     def write(self, value):
         self.writers[0].add_scalars("several", {"norm": value}, self.steps)
         self.writers[0].add_scalar("norm", value, self.steps)
+        self.writers[0].flush()
 
 
 class InSubmodule(KeepsWriter):
@@ -64,6 +65,7 @@ class InSubmodule(KeepsWriter):
 
     def write(self, value):
         self.part.writer.add_scalar("norm", value, self.steps)
+        self.part.writer.flush()
 
 
 class KeepsLogger(Keeps):
@@ -74,6 +76,7 @@ class KeepsLogger(Keeps):
         self.own.log_metrics({"norm": value}, self.steps)
         self.own.experiment.add_scalar("other", value, self.steps)
         self.own.log_graph(self, torch.zeros(1, 16))
+        self.own.experiment.flush()
 
 
 class KeepsCSV(Keeps):
@@ -97,6 +100,7 @@ class KeepsExperiment(Keeps):
 
     def write(self, value):
         self.experiment.add_scalar("norm", value, self.steps)
+        self.experiment.flush()
 
 
 class Run:
