@@ -13,28 +13,23 @@ from torch import Tensor
 from lightning_roulette.large.digests import digests_of
 from lightning_roulette.network.containers import leaves_of
 from lightning_roulette.trainer.data.containers import write_counts
-from lightning_roulette.trainer.pace import Pace
-
-_SHARE = 0.005  # of the time, for checks
+from lightning_roulette.trainer.pace import PacedCheck
 
 
-class Checksums:
+class Checksums(PacedCheck):
     """The checksums of batches that are kept, which are compared with the batches from time to time.
 
-    A check reads all batches once. Checks are spaced so that they take less than 0.5 % of the time.
+    A check reads all batches once.
 
     Args:
         contents: The batches, by names for error messages.
-
-    Attributes:
-        pace: Tells when a check is due.
     """
 
     def __init__(self, contents: Mapping[str, Any]) -> None:
-        self.pace = Pace(_SHARE)
+        super().__init__()
         self._leaves = {name: _buffers(batch) for name, batch in contents.items()}
-        with self.pace.measured():
-            self._sums = checksums_of(list(self._leaves.values()))
+        with self.measured():
+            self._sums = _sums_of(list(self._leaves.values()))
         self._tensors = [one for found in self._leaves.values() for one in found if isinstance(one, Tensor)]
         self._counts = write_counts(self._tensors)
         self._clock = time.strftime("%H:%M:%S")
@@ -50,7 +45,7 @@ class Checksums:
             RuntimeError: If a batch has been written to since the last check.
         """
         before, self._clock = self._clock, time.strftime("%H:%M:%S")
-        with self.pace.measured():
+        with self.measured():
             changed = self._changed()
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
@@ -61,21 +56,20 @@ class Checksums:
                 "example with x = x.clone() before x.numpy(), x.data or an operation in place."
             )
 
-    def check_if_due(self) -> None:
-        """Do the same as `check`, but only if it is due."""
-        if self.pace.is_due:
-            self.check()
-
     def _changed(self) -> list[str]:
-        now = checksums_of(list(self._leaves.values()))
+        now = _sums_of(list(self._leaves.values()))
         return [name for name, one, other in zip(self._leaves, self._sums, now, strict=True) if one != other]
 
 
-def checksums_of(batches: list[list[Any]]) -> list[tuple[object, ...]]:
-    """Return the checksums of the tensors, arrays and byte arrays in each batch."""
-    found = [_buffers(batch) for batch in batches]
-    digests = iter(digests_of([one for batch in found for one in batch if isinstance(one, Tensor)]))
-    return [tuple(next(digests) if isinstance(one, Tensor) else _digest(one) for one in batch) for batch in found]
+def checksums_of(batch: Any) -> tuple[object, ...]:
+    """Return the checksums of the tensors, arrays and byte arrays in a batch."""
+    return _sums_of([_buffers(batch)])[0]
+
+
+def _sums_of(batches: list[list[Any]]) -> list[tuple[object, ...]]:
+    """Return the checksums of some lists of buffers, with one synchronisation for each device."""
+    digests = iter(digests_of([one for buffers in batches for one in buffers if isinstance(one, Tensor)]))
+    return [tuple(next(digests) if isinstance(one, Tensor) else _digest(one) for one in buffers) for buffers in batches]
 
 
 def _buffers(batch: Any) -> list[Any]:

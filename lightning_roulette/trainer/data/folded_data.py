@@ -86,7 +86,7 @@ class FoldedData:
     def check_only_when_told(self) -> None:
         """Let `fetch` check nothing. Processes must do the same at the same time."""
         if self._checksums is not None:
-            self._checksums.pace.by_time = False
+            self._checksums.by_time = False
 
     def undivided(self, why: str) -> FoldedData:
         """Return the batches of the loaders in one fold.

@@ -106,7 +106,7 @@ class StreamedData(FoldedData):
         self._kept = kept
         found = sorted((one for ours in kept.values() for one in ours), key=lambda one: one[:2])
         self._checksums = Checksums({f"loader {loader}, batch {place}": batch for loader, place, batch in found})
-        self._checksums.pace.by_time = self._by_time
+        self._checksums.by_time = self._by_time
 
     def _batches(self, folds: Collection[int]) -> Iterator[tuple[int, int, Any]]:
         """Yield the loader, the place in it, and the batch, for each batch of these folds."""
@@ -117,7 +117,7 @@ class StreamedData(FoldedData):
             if at >= len(self._sums[loader]):
                 raise RuntimeError(_OTHER_BATCHES.format(loader, at))
             if self._fold_of[loader][at] in folds:
-                if checksums_of([batch])[0] != self._sums[loader][at]:
+                if checksums_of(batch) != self._sums[loader][at]:
                     raise RuntimeError(_OTHER_BATCHES.format(loader, at))
                 yield loader, at, batch
         if any(at + 1 < len(self._sums[loader]) for loader, at in place.items()):
@@ -156,7 +156,7 @@ def dealt(
     total = 0
     for batch, loader in read():
         sizes[loader].append(bytes_of(batch))
-        sums[loader] += checksums_of([batch])
+        sums[loader].append(checksums_of(batch))
         total += sizes[loader][-1]
         if total <= cache_bytes:
             kept[loader].append(batch)

@@ -15,9 +15,8 @@ from lightning_roulette.large.shards import any_sharded, local, reshard
 from lightning_roulette.network.hooks import every_call_seen
 from lightning_roulette.network.lending import copy_into, surely
 from lightning_roulette.network.parameters import owners_of
-from lightning_roulette.trainer.pace import Pace
+from lightning_roulette.trainer.pace import PacedCheck
 
-_SHARE = 0.005  # of the time, for checks
 _IN_USE = "while the network runs, its values are not those from before"
 _AFTERWARDS = "afterwards its values are not those from before"
 
@@ -103,17 +102,18 @@ def digests_of_parameters(module: nn.Module) -> dict[str, int]:
     return _digests({name: one for name, one in module.named_parameters() if _has_values(one)})
 
 
-class Unmoved:
+class Unmoved(PacedCheck):
     """Checks that weights keep their values while networks are validated.
 
     Args:
         weights: The weights, by name.
-        by_time: See `Pace`.
+        by_time: See `PacedCheck`.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], by_time: bool) -> None:
-        self._weights, self._pace = weights, Pace(_SHARE, by_time)
-        with self._pace.measured():
+        super().__init__(by_time)
+        self._weights = weights
+        with self.measured():
             self._before = _digests(weights)
 
     def check(self) -> None:
@@ -122,7 +122,7 @@ class Unmoved:
         Raises:
             RuntimeError: If one of them differs.
         """
-        with self._pace.measured():
+        with self.measured():
             now = _digests(self._weights)
         moved = [name for name, digest in self._before.items() if now[name] != digest]
         if moved:
@@ -131,11 +131,6 @@ class Unmoved:
                 "belong to the masks, so the search ends, and nothing is pruned. Load the network from a checkpoint of "
                 "the training, and find what writes these weights in validation."
             )
-
-    def check_if_due(self) -> None:
-        """Do the same as `check`, but only if it is due."""
-        if self._pace.is_due:
-            self.check()
 
 
 def _digests(tensors: Mapping[str, Tensor]) -> dict[str, int]:
