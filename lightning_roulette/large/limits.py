@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ _current = Limits()
 def limits() -> Limits:
     """The limits in force."""
     return _current
+
+
+def are_few(tensors: Iterable[Tensor]) -> bool:
+    """Whether tensors have at most `limits().held_weights` entries in all, so that all can be set aside at once."""
+    return sum(one.numel() for one in tensors) <= _current.held_weights
 
 
 @contextmanager

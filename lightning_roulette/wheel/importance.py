@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_roulette.large.bits import flat_part
 from lightning_roulette.large.devices import with_float64
-from lightning_roulette.large.limits import limits
+from lightning_roulette.large.limits import are_few
 from lightning_roulette.settings import CALIBRATED, Importance
 
 
@@ -106,7 +106,7 @@ def importance_of(
         assert scales is not None
         found = scales(kind)
         return {name: magnitude(weight.detach()) * found[name] for name, weight in weights.items()}
-    if kind == "magnitude" and sum(weight.numel() for weight in weights.values()) > limits().held_weights:
+    if kind == "magnitude" and not are_few(weights.values()):
         return Magnitudes(weights)
     return {name: MEASURES[kind](weight.detach()) for name, weight in weights.items()}
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_roulette.large.limits import limits
+from lightning_roulette.large.limits import are_few
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.lending import applied
 from lightning_roulette.network.samples import rows_of
@@ -72,7 +72,7 @@ class Growth:
         """Return each value on a fold given twice, relative to its value on the fold. None: it cannot be known."""
         found = self._ratios_of(names)
         zeros = [name for name in names if found[name] is None]
-        if zeros and sum(weight.numel() for weight in self.weights.values()) <= limits().held_weights:
+        if zeros and are_few(self.weights.values()):
             # a perfect network makes no errors, but one without weights does
             with applied(Mask.nothing(self.weights), self.weights):
                 found |= self._ratios_of(zeros)

@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from lightning_roulette.judge.certificate import too_few
 from lightning_roulette.judge.evaluator import divided
-from lightning_roulette.large.limits import limits
+from lightning_roulette.large.limits import are_few
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.lending import applied
 from lightning_roulette.trainer.data.dealing import FOLDS
@@ -130,7 +130,7 @@ class Suitability:
             same = _equal_and_finite(dense.values, at_zero.values)
         else:
             some: list[_Weights] = []
-            if sum(weight.numel() for weight in self.weights.values()) > limits().held_weights:
+            if not are_few(self.weights.values()):
                 # one by one first, as otherwise copies of all weights would be held at once
                 some = [{name: weight} for name, weight in self.weights.items()]
             same = all(_logs_at_zero(dense.values, ours, validation, data, folds) for ours in (*some, self.weights))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_roulette.large.limits import limits
+from lightning_roulette.large.limits import are_few
 from lightning_roulette.large.shards import any_sharded
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.lending import applied
@@ -62,7 +62,7 @@ def tried(guard: Guard, weights: _Weights, run: Callable[[], Logged], carrying: 
     try:
         with carrying:
             dense = logged(Mask({}))
-            at_zero = _if_possible(lambda: logged(Mask.nothing(weights))) if _is_small(weights) else None
+            at_zero = _if_possible(lambda: logged(Mask.nothing(weights))) if are_few(weights.values()) else None
             if not any_sharded(weights.values()):
                 _if_possible(lambda: logged(Mask.thinned(weights)))
             again = logged(Mask({}))
@@ -81,10 +81,6 @@ def _if_possible(logged: Callable[[], Logged]) -> Logged | None:
             raise
         except Exception:
             return None
-
-
-def _is_small(weights: _Weights) -> bool:
-    return sum(weight.numel() for weight in weights.values()) <= limits().held_weights
 
 
 def refuse_changed(changed: Mapping[str, str], prunable: Iterable[str], what: str = "validation") -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_roulette.large.limits import limits
+from lightning_roulette.large.limits import are_few
 from lightning_roulette.large.shards import any_sharded
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.hooks import every_call_seen
@@ -118,7 +118,7 @@ class _Trial:
     def ignores(self, names: Sequence[str]) -> bool:
         """Return whether the values are the same with some weights altered, one by one if they are large."""
         weights = {name: self.trials.weights[name] for name in names}
-        if len(names) > 1 and sum(one.numel() for one in weights.values()) > limits().held_weights:
+        if len(names) > 1 and not are_few(weights.values()):
             return all(self.ignores([name]) for name in names)
         return not any(self._changes(alter(weights)) for alter in (_zeroed, _replaced))
 
