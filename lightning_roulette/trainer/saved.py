@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from lightning_roulette.report.names import shortened
 from lightning_roulette.trainer.files import checkpoint_with_these_weights, save_weights
 from lightning_roulette.trainer.fit_state import FitState
 from lightning_roulette.trainer.show.log import log
+from lightning_roulette.trainer.validation.attributes import PlainAttributes
 from lightning_roulette.trainer.validation.guard import digests_of_parameters
 from lightning_roulette.trainer.validation.muting import callbacks_of
 
@@ -67,11 +66,13 @@ def changed_by(trainer: Trainer, module: LightningModule, prunable: Collection[s
     with lent(tensors) as before:
         checkpoint = _like_lightning(trainer, module, state)
         for name, owner, hook in hooks:
-            with _attributes_given_back(owner):
-                try:
-                    hook(checkpoint)
-                except Exception as error:  # it may need what only a real checkpoint has
-                    log.debug(f"RouletteWheelPruning: {name} could not be tried: {error!r}")
+            attributes = PlainAttributes([getattr(owner, "__dict__", {})])
+            try:
+                hook(checkpoint)
+            except Exception as error:  # it may need what only a real checkpoint has
+                log.debug(f"RouletteWheelPruning: {name} could not be tried: {error!r}")
+            finally:
+                attributes.restore()
             now = Stored.of(checkpoint.get("state_dict"), before, prunable)
             if now != last and not now.faithful:
                 changed.append(name)
@@ -206,21 +207,3 @@ def _like_lightning(trainer: Trainer, module: LightningModule, state: dict[str, 
         "lr_schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "hyper_parameters": dict(module.hparams),
     }
-
-
-@contextmanager
-def _attributes_given_back(owner: Any) -> Iterator[None]:
-    """Give an object its attributes back at the end of the block, and its lists, dictionaries and sets their items."""
-    not_its = vars(LightningModule()).keys() if isinstance(owner, LightningModule) else ()
-    attributes = getattr(owner, "__dict__", {})
-    before = {name: value for name, value in attributes.items() if name not in not_its}
-    items = [(one, copy.copy(one)) for one in before.values() if type(one) in (list, dict, set)]
-    try:
-        yield
-    finally:
-        for name in [name for name in attributes if name not in not_its and name not in before]:
-            del attributes[name]
-        attributes.update(before)
-        for one, value in items:
-            one.clear()
-            one.extend(value) if isinstance(one, list) else one.update(value)

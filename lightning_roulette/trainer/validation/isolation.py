@@ -24,10 +24,11 @@ from torch import Tensor
 
 from lightning_roulette.large.shards import reshard
 from lightning_roulette.network.lending import surely
+from lightning_roulette.trainer.validation.attributes import PlainAttributes
 from lightning_roulette.trainer.validation.logged import CallbackMetrics, Logged, RecordedResults, Results, logged_in
 from lightning_roulette.trainer.validation.loop import BorrowedLoop, transferred
 from lightning_roulette.trainer.validation.muting import callbacks_of, muted_callbacks, muted_logger
-from lightning_roulette.trainer.validation.snapshot import PlainAttributes, Snapshot, seed_global_generators
+from lightning_roulette.trainer.validation.snapshot import Snapshot, seed_global_generators
 from lightning_roulette.trainer.validation.steps import Steps
 from lightning_roulette.trainer.validation.writers import muted_writers
 

@@ -7,7 +7,6 @@ workers only.
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from types import GeneratorType
@@ -16,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-_CONTAINERS = (list, dict, set, deque, defaultdict, OrderedDict)
+from lightning_roulette.trainer.validation.attributes import CONTAINERS, refill
+
 _LARGEST = 1 << 12  # entries of a container that is looked into; a larger one holds the data itself
 
 
@@ -53,7 +53,7 @@ class Position:
             one = waiting.pop()
             if isinstance(one, Tensor) and one.numel() <= _LARGEST:
                 self._contents[id(one)] = one, one.clone()
-            elif type(one) in _CONTAINERS and id(one) not in self._contents and len(one) <= _LARGEST:
+            elif type(one) in CONTAINERS and id(one) not in self._contents and len(one) <= _LARGEST:
                 self._contents[id(one)] = one, copy.copy(one)
                 waiting += one.values() if isinstance(one, dict) else one
         known = {id(one) for one, _ in self._files}
@@ -131,12 +131,8 @@ def _place(one: Any) -> int | None:
 def _put_back(one: Any, before: Any) -> None:
     if isinstance(one, Tensor):
         one.detach().copy_(before)
-        return
-    one.clear()
-    if isinstance(one, list | deque):
-        one.extend(before)
     else:
-        one.update(before)
+        refill(one, before)
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import random
-from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, TypeGuard
 
@@ -14,16 +12,14 @@ import torch
 # Private in lightning 2.6. The public isolate_rng does not restore the states after an exception.
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer
 from torchmetrics import Metric, MetricCollection, MetricTracker
 
 from lightning_roulette.large.shards import reshard
 from lightning_roulette.network.lending import write
+from lightning_roulette.trainer.validation.attributes import PlainAttributes
 from lightning_roulette.trainer.validation.positions import Position, streams_of
-
-_MODULE_PARTS = frozenset(vars(nn.Module()))
-_CONTAINERS = (list, dict, set, deque, defaultdict, OrderedDict)
 
 
 class Snapshot:
@@ -123,46 +119,6 @@ class Snapshot:
         _set_rng_states(self._random)
         for generator, state in self._generators.items():
             generator.set_state(state)
-
-
-class PlainAttributes:
-    """The plain attributes of some objects, and the contents of the lists, dicts and sets in them.
-
-    Containers keep their identity, because other objects may hold the same list.
-
-    Args:
-        holders: The `vars` of each object. The attributes that `nn.Module` itself needs are left alone.
-    """
-
-    def __init__(self, holders: Sequence[dict[str, Any]]) -> None:
-        self._before = [
-            (holder, {name: one for name, one in holder.items() if name not in _MODULE_PARTS}) for holder in holders
-        ]
-        self._contents: dict[int, tuple[Any, Any]] = {}  # each container by its id, and a shallow copy
-        for _, before in self._before:
-            self._copy_containers(list(before.values()))
-
-    def restore(self) -> None:
-        """Put everything back, in the same containers."""
-        for attributes, before in self._before:
-            for name in attributes.keys() - before.keys() - _MODULE_PARTS:
-                del attributes[name]
-            attributes.update(before)
-        for container, contents in self._contents.values():
-            container.clear()
-            if isinstance(container, list | deque):
-                container.extend(contents)
-            else:
-                container.update(contents)
-
-    def _copy_containers(self, waiting: list[Any]) -> None:
-        while waiting:
-            one = waiting.pop()
-            if isinstance(one, tuple):
-                waiting += one
-            elif type(one) in _CONTAINERS and id(one) not in self._contents:
-                self._contents[id(one)] = one, copy.copy(one)
-                waiting += one.values() if isinstance(one, dict) else one
 
 
 def seed_global_generators(seed: int) -> None:
