@@ -1,10 +1,13 @@
-"""Observers of a search: one remembers the winner so far, and one passes every step to several others."""
+"""Observers of a search: for the winner so far, for several observers, and for a metric that cannot be judged."""
 
 from __future__ import annotations
 
 from lightning_roulette.report.records import Candidate, Level
 from lightning_roulette.search.observer import LevelTime, Observer
 from lightning_roulette.search.winner import Winner
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
+
+_FAR = 0.25  # of the larger of the scores
 
 
 class Latest(Observer):
@@ -66,15 +69,16 @@ class Comparable(Observer):
     """Refuses a search if scores on parts of the data say nothing about the score on all of it.
 
     The dense score on all data must not be far from both its scores on the search half and on the held-out half. It is
-    far if a validation looks up targets by the number of a batch, for example, as parts of the data are numbered anew.
+    far if a validation looks up targets by the number of a batch, for example, because batches of a part of the data
+    have other numbers.
 
     Args:
-        on_all: Score of the dense network on all validation data, larger is better; None if it is unknown.
-        name: Name of the metric.
+        on_all: The metric of the dense network on all validation data; None if it is unknown.
+        metric: The metric.
     """
 
-    def __init__(self, on_all: float | None, name: str) -> None:
-        self._on_all, self._name = on_all, name
+    def __init__(self, on_all: float | None, metric: MonitoredMetric) -> None:
+        self._on_all, self._metric = on_all, metric
 
     def on_dense(self, so_far: Winner, work: float) -> None:
         """Compare the scores of the dense network.
@@ -82,21 +86,17 @@ class Comparable(Observer):
         Raises:
             RuntimeError: If they are too far apart.
         """
-        report, whole = so_far.report, self._on_all
+        report, whole = self._metric.units_of(so_far.report), self._on_all
         if whole is None or report.folds[1] == 0 or report.held_out_dense is None:
             return
         parts = (report.dense_score, report.held_out_dense)
         outside = max(min(parts) - whole, whole - max(parts))
         if outside <= _FAR * max(abs(whole), *map(abs, parts)):  # False if a score is NaN
             return
-        search, held_out = (f"{abs(part):.6g}" for part in parts)
         raise RuntimeError(
-            f"RouletteWheelPruning: {self._name} of the dense network is {abs(whole):.6g} on all validation data, but "
-            f"{search} on one half of it and {held_out} on the other. Candidates are judged on parts of the data, "
-            "which says nothing here. Likely causes: (1) validation_step looks up targets by batch_idx. Put them into "
-            "the batch. (2) The metric counts samples of a table that holds all data. Divide by the samples seen. To "
-            "judge on all data, pass validation=Validation(confirm=0, race=False)."
+            f"RouletteWheelPruning: {report.monitor} of the dense network is {whole:.6g} on all validation data, but "
+            f"{parts[0]:.6g} on one half of it and {parts[1]:.6g} on the other. Candidates are judged on parts of the "
+            "data, which says nothing here. Likely causes: (1) validation_step looks up targets by batch_idx. Put them "
+            "into the batch. (2) The metric counts samples of a table that holds all data. Divide by the samples seen. "
+            "To judge on all data, pass validation=Validation(confirm=0, race=False)."
         )
-
-
-_FAR = 0.25  # of the larger of the scores

@@ -107,9 +107,9 @@ def _searched(fit: FitState, judges: CandidateValidation, evaluate: Evaluator, o
 
 def _comparable(fit: FitState, judges: CandidateValidation) -> Comparable:
     """Return what refuses a metric of which parts of the data say nothing about all of it."""
-    metric, whole = judges.metric, fit.facts.dense_measured
-    tells = whole is not None and metric.monitor not in (*metric.sums, *metric.others)
-    return Comparable(metric.sign * whole if tells and whole is not None else None, metric.monitor)
+    metric = judges.metric
+    grows = metric.monitor in (*metric.sums, *metric.others)
+    return Comparable(None if grows else fit.facts.dense_measured, metric)
 
 
 def _load(fit: FitState, winner: Winner, metric: MonitoredMetric, data: FoldedData) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from torchmetrics import MaxMetric, Metric, SumMetric
 
 from lightning_roulette import Validation
+from lightning_roulette.trainer.observers import Comparable
+from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from tests.support.fits import pruner
 from tests.support.modules import Blobs, val_loader
+from tests.support.reports import CONFIRMED
 
 
 class Judged(Blobs):
@@ -232,3 +238,10 @@ def test_a_metric_that_parts_of_the_data_do_not_tell_is_refused(kind, fit):
     counted = float((module(inputs).argmax(1) == classes).float().mean())
     assert counted == pytest.approx(pruning.report.score, abs=1e-6)
     assert counted >= pruning.report.dense_measured - 0.05 - 1e-6
+
+
+def test_the_error_gives_the_values_as_they_were_logged():
+    metric = MonitoredMetric("likelihood", "max", "", None, "likelihood", "max")
+    report = replace(CONFIRMED, dense_score=-9.0, held_out_dense=-8.0)
+    with pytest.raises(RuntimeError, match=r"likelihood of the dense network is -3 on all.* but -9 on .* and -8 on"):
+        Comparable(-3.0, metric).on_dense(SimpleNamespace(report=report), 1.0)
