@@ -33,11 +33,10 @@ from lightning_roulette.trainer.preparing import rehearse
 from lightning_roulette.trainer.resuming import (
     as_training_ended,
     refuse_other_schedule,
-    say_how_to_search,
+    say_what_is_evaluated,
     say_what_is_held,
     warn_of_no_search,
     warn_of_other_tolerance,
-    warn_of_unpruned,
 )
 from lightning_roulette.trainer.saved import read_back_late, warn_of_other_weights
 from lightning_roulette.trainer.searching import measure_and_save, search_network
@@ -294,18 +293,15 @@ class RouletteWheelPruning(WithResult):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if unpruned weights were loaded to be validated, and say if nothing was searched yet."""
-        warn_of_unpruned(self._run)
-        say_how_to_search(self._run)
+        say_what_is_evaluated(self._run)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if unpruned weights were loaded to be tested, and say if nothing was searched yet."""
-        warn_of_unpruned(self._run)
-        say_how_to_search(self._run)
+        say_what_is_evaluated(self._run)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if unpruned weights were loaded to predict, and say if nothing was searched yet."""
-        warn_of_unpruned(self._run)
-        say_how_to_search(self._run)
+        say_what_is_evaluated(self._run)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say in the report that training with cuts did not end. The run is kept for a checkpoint of the error."""

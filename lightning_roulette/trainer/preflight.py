@@ -20,6 +20,7 @@ from lightning_roulette.report.names import shortened
 from lightning_roulette.search.arguments import beyond_shards
 from lightning_roulette.settings import Importance, LeastSquares, refit_of
 from lightning_roulette.trainer.validation.muting import callbacks_of
+from lightning_roulette.trainer.with_result import WithResult
 
 
 def refuse_foreign_trainer(trainer: Any) -> None:
@@ -45,8 +46,7 @@ def refuse_trainer(
             Trainer.
         RuntimeError: If the Trainer has another callback that prunes.
     """
-    bases = [{base.__name__ for base in type(one).__mro__} for one in callbacks_of(trainer)]
-    if (number := sum("RouletteWheelPruning" in names for names in bases)) > 1:
+    if (number := sum(isinstance(one, WithResult) for one in callbacks_of(trainer))) > 1:
         raise RuntimeError(
             f"RouletteWheelPruning: the Trainer has {number} of these callbacks, but only one search can prune a "
             "network at a time. Keep one of them. To choose layers, pass include. To prune in several steps, pass "

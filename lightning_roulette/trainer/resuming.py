@@ -119,22 +119,28 @@ def say_what_is_held(fit: FitState) -> None:
     )
 
 
-def warn_of_unpruned(fit: FitState) -> None:
+def say_what_is_evaluated(fit: FitState) -> None:
+    """Warn of unpruned weights, or say how to prune, when a Trainer validates, tests or predicts."""
+    if fit.phase is Phase.EVALUATING:
+        _warn_of_unpruned(fit)
+        _say_how_to_search(fit)
+
+
+def _warn_of_unpruned(fit: FitState) -> None:
     """Warn if the checkpoint that was loaded to validate, test or predict holds unpruned weights."""
-    loaded = fit.phase is Phase.EVALUATING and fit.trainer.ckpt_path is not None
-    if not loaded or (mask := fit.result.mask) is None or not fits(mask, fit.module):
+    if fit.trainer.ckpt_path is None or (mask := fit.result.mask) is None or not fits(mask, fit.module):
         return
     if breaks(mask, fit.module) and fit.trainer.is_global_zero:
         path = fit.result.best_model_path
         where = f"The pruned weights are in {path}." if path else "The pruned weights were not written to a file."
         warnings.warn(
-            f"RouletteWheelPruning: the checkpoint that was loaded holds unpruned weights. {where}", stacklevel=3
+            f"RouletteWheelPruning: the checkpoint that was loaded holds unpruned weights. {where}", stacklevel=4
         )
 
 
-def say_how_to_search(fit: FitState) -> None:
-    """Say how to prune without training, if a Trainer validates, tests or predicts and nothing was searched before."""
-    if fit.phase is Phase.EVALUATING and fit.result.history is None and fit.trainer.is_global_zero:
+def _say_how_to_search(fit: FitState) -> None:
+    """Say how to prune without training, if nothing was searched before."""
+    if fit.result.history is None and fit.trainer.is_global_zero:
         speak_up()
         log.info(
             "RouletteWheelPruning: nothing is pruned here, because the search is a part of Trainer.fit. To prune a "
