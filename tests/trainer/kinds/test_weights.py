@@ -231,7 +231,7 @@ REFUSED = {
 def test_it_is_refused_with_a_remedy_and_the_weights_are_those_without_a_search(name, refit, fit):
     kind, message = REFUSED[name]
     if kind is CalibratesBadly and refit is None:
-        return
+        pytest.skip("only a refit takes steps on training data")
     module = kind()
     with pytest.raises(RuntimeError, match=message) as raised:
         fit(pruner(tolerance=0.02, refit=refit), module=module)
