@@ -23,6 +23,7 @@ from lightning_roulette.wheel.level import spin
 if TYPE_CHECKING:
     from lightning_roulette.trainer.callback import RouletteWheelPruning
     from lightning_roulette.trainer.hold_zeros import HoldZeros
+    from lightning_roulette.trainer.without_training import prune
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ __all__ = [
     "Winner",
     "apply_mask",
     "prunable_parameters",
+    "prune",
     "register_layer",
     "search",
     "skipped_parameters",
@@ -71,4 +73,8 @@ def __getattr__(name: str) -> Any:
         from lightning_roulette.trainer.hold_zeros import HoldZeros
 
         return HoldZeros
+    if name == "prune":
+        from lightning_roulette.trainer.without_training import prune
+
+        return prune
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,6 +16,7 @@ from lightning_roulette.trainer.cutting import end_cuts, judge_and_cut
 from lightning_roulette.trainer.files import let_epoch_begin
 from lightning_roulette.trainer.fit_state import FitState, Phase
 from lightning_roulette.trainer.hold_zeros import place_before_checkpoints
+from lightning_roulette.trainer.loading import load_checkpoint
 from lightning_roulette.trainer.persistence import Progress
 from lightning_roulette.trainer.preflight import (
     find_prunable,
@@ -39,6 +40,7 @@ from lightning_roulette.trainer.resuming import (
     warn_of_other_tolerance,
 )
 from lightning_roulette.trainer.saved import read_back_late, warn_of_other_weights
+from lightning_roulette.trainer.search_loop import as_data_allows, search_loop_of
 from lightning_roulette.trainer.searching import measure_and_save, search_network
 from lightning_roulette.trainer.show.log import log, speak_up
 from lightning_roulette.trainer.with_result import WithResult
@@ -214,19 +216,23 @@ class RouletteWheelPruning(WithResult):
         """Begin a run. Refuse a Trainer that cannot search, and take the place before the checkpoints."""
         refuse_foreign_trainer(trainer)
         phase = Phase.FRESH if stage == "fit" else Phase.EVALUATING
-        searches = stage == "fit" and not nothing_to_do(trainer)
-        choices = Choices.of(self)
+        loop = search_loop_of(trainer)
+        searches = stage == "fit" and (loop is not None or not nothing_to_do(trainer))
+        choices = Choices.of(self) if loop is None else as_data_allows(Choices.of(self), loop)
         self._fit = FitState(trainer, pl_module, self, choices, self._result, self._zeros, phase, searches)
         if stage == "fit":
             refuse_sharding(trainer, self.refit, self.wheel.importance, self.at_epoch)
             refuse_trainer(trainer, self, self.validation.keep_callbacks, self.at_epoch)
             refuse_several_processes(trainer, self.confidence)
             place_before_checkpoints(trainer, self)
-            warn_of_early_stopping(trainer, self.at_epoch)
+            if loop is None:
+                warn_of_early_stopping(trainer, self.at_epoch)
             speak_up()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a module or data that cannot be searched."""
+        """Refuse a module or data that cannot be searched. Without training, load the weights that are pruned."""
+        if (loop := search_loop_of(trainer)) is not None and loop.ckpt_path is not None:
+            load_checkpoint(trainer, pl_module, loop.ckpt_path, loop.weights_only)
         if self._run.searches:
             find_prunable(pl_module, self.include, self.exclude)
             if self._run.phase is Phase.FRESH:
@@ -241,8 +247,9 @@ class RouletteWheelPruning(WithResult):
             fit.hold_zeros(afresh=not resumed)
             if not resumed:
                 say_what_is_held(fit)
+        trains = search_loop_of(trainer) is None
         validates = trainer.num_sanity_val_steps == 0 and validates_before(trainer, fit.choices.first_epoch)
-        if fit.searches and not validates:
+        if fit.searches and not (trains and validates):
             rehearse(fit, max(1, trainer.num_sanity_val_steps))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -112,7 +112,9 @@ def let_epoch_begin(checkpoint: dict[str, Any]) -> None:
 
 
 def checkpoint_with_these_weights(trainer: Trainer, module: LightningModule) -> str | None:
-    """Return a file of a ModelCheckpoint with exactly the weights of `module`; None if there is none.
+    """Return a checkpoint with exactly the weights of `module`: of a ModelCheckpoint, or the one that was loaded.
+
+    None if there is none.
 
     With sharded weights no file is read, and the result is None.
     """
@@ -125,6 +127,7 @@ def checkpoint_with_these_weights(trainer: Trainer, module: LightningModule) -> 
             for path in (one.last_model_path, one.best_model_path)
             if path
         ]
+        paths += [os.fspath(trainer.ckpt_path)] if trainer.ckpt_path is not None else []
         found = next((path for path in dict.fromkeys(paths) if _holds(path, module)), None)
     return trainer.strategy.broadcast(found)
 

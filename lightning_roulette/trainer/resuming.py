@@ -144,9 +144,7 @@ def _say_how_to_search(fit: FitState) -> None:
         speak_up()
         log.info(
             "RouletteWheelPruning: nothing is pruned here, because the search is a part of Trainer.fit. To prune a "
-            "network without further training, resume a training that has ended, with the same max_epochs: "
-            "trainer.fit(module, ..., ckpt_path='last.ckpt'). Without such a checkpoint, call "
-            "lightning_roulette.search."
+            "network without training, call lightning_roulette.prune(trainer, model, ..., ckpt_path=...)."
         )
 
 

@@ -65,6 +65,10 @@ class WithResult(ZeroHolder):
         """
         return self._result.weights_at(level)
 
+    def forget(self) -> None:
+        """Forget what was found, so that the next fit searches its network anew."""
+        self._result.forget(Choices.of(self).between_epochs())
+
     def held(self) -> Mask | None:
         """Return the mask whose zeros are held: the winner's, or the deepest level's between epochs."""
         return self._result.held

@@ -43,7 +43,8 @@ def muted_logger(logger: Logger) -> Logger:
 
 def _muted_callback(callback: Callback) -> Callback | None:
     # a property takes precedence over a hook in the instance's own dict, where LambdaCallback keeps its hooks
-    hooks = dict.fromkeys((name for name in dir(callback) if name.startswith("on_")), property(lambda self: None))
+    names = (name for name in dir(callback) if name.startswith("on_") or name in ("setup", "teardown"))
+    hooks = dict.fromkeys(names, property(lambda self: _do_nothing))
     twin: Callback | None = twin_with(callback, hooks)
     return twin
 
