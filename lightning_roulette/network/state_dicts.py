@@ -71,7 +71,7 @@ def load_under_its_names(
     except RuntimeError as error:  # torch raises it for names and for shapes, after it has loaded what fits
         refused = str(error)
     _give_back(module, before)
-    prefixed = list(_prefixed(state, names))
+    prefixed = [pair for pair in _prefixed(state, names) if not strict or not _matrices_beside(module, pair[0])]
     if len(prefixed) == 1 and not _of_other_shapes(module, prefixed[0][0]):
         renamed, how = prefixed[0]
         load(renamed, False)
@@ -96,7 +96,8 @@ def _give_back(module: nn.Module, before: Mapping[str, Tensor]) -> None:
 
 
 def _prefixed(state: Mapping[str, Tensor], names: Collection[str]) -> Iterator[tuple[dict[str, Tensor], str]]:
-    """Yield the state dict with another prefix before all names, if the module then has all of them."""
+    """Yield the state dict with another prefix before all names, if the module then has all of them; each once."""
+    found: list[Collection[str]] = []
     for removed in _shared_prefixes(state):
         short = {name[len(removed) :]: one for name, one in state.items()}
         first = next(iter(short))
@@ -105,8 +106,14 @@ def _prefixed(state: Mapping[str, Tensor], names: Collection[str]) -> Iterator[t
                 continue
             renamed = {f"{added}{name}": one for name, one in short.items()}
             inside = {name for name in names if name.startswith(added)}
-            if renamed.keys() == inside:
+            if renamed.keys() == inside and inside not in found:
+                found.append(inside)
                 yield renamed, f"Its names were read {_instead(removed, added)}."
+
+
+def _matrices_beside(module: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Return the weights in matrices that a state dict lacks. With any, it is that of a part of the network."""
+    return [name for name, one in module.named_parameters() if name not in state and (_is_lazy(one) or one.dim() > 1)]
 
 
 def _shared_prefixes(state: Mapping[str, Tensor]) -> Iterator[str]:

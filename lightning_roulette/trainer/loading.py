@@ -111,7 +111,7 @@ def _read(path: str, weights_only: bool | None) -> Any:
         with get_filesystem(path).open(path, "rb") as file:
             return torch.load(file, map_location="cpu", weights_only=weights_only)
     except pickle.UnpicklingError as error:
-        if weights_only is not False and "weights_only" in str(error).lower().replace(" ", "_"):
+        if any(word in str(error) for word in ("Unsupported global", "Unsupported class")):
             raise ValueError(
                 f"{_HEAD.format(path)}it holds Python objects other than tensors and plain values. If you trust the "
                 "file, pass weights_only=False."

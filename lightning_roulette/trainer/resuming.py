@@ -6,6 +6,8 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from glob import escape as glob_escape
+from glob import glob
 from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
@@ -55,7 +57,8 @@ def _found(trainer: Trainer, files: RunFiles, search: str) -> tuple[str, list[st
     """Return the path of the journal, and its lines."""
     name = f"search-{search}.jsonl"
     own, beside = files.folder, os.path.dirname(os.fspath(trainer.ckpt_path or ""))
-    for folder in dict.fromkeys((own, beside) if "://" not in beside else (own,)):
+    folders = (own, *([beside] if "://" not in beside else []), *_of_other_versions(own))
+    for folder in dict.fromkeys(folders):
         path = os.path.join(folder, name)
         if lines := lines_in(path, search):
             log.info(
@@ -64,6 +67,12 @@ def _found(trainer: Trainer, files: RunFiles, search: str) -> tuple[str, list[st
             )
             return path, lines
     return os.path.join(own, name), []
+
+
+def _of_other_versions(folder: str) -> list[str]:
+    """Return the folders of other runs that the same logger has numbered, such as `version_0/checkpoints`."""
+    run, name = os.path.split(folder)
+    return sorted(glob(os.path.join(glob_escape(os.path.dirname(run)), "version_*", glob_escape(name))))
 
 
 def ended_before(trainer: Trainer) -> bool:

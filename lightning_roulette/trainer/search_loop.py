@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_roulette.trainer.choices import Choices
 from lightning_roulette.trainer.show.log import log
@@ -107,8 +108,10 @@ def only_searching(
         callback: The callback that searches.
         keep: Names of callback classes that stay active.
     """
-    owners = (trainer, trainer.state, trainer._checkpoint_connector, trainer._data_connector)
+    profiler = trainer.profiler  # type: ignore[attr-defined]
+    owners = (trainer, trainer.state, profiler, trainer._checkpoint_connector, trainer._data_connector)
     with ExitStack() as stack:
+        stack.enter_context(isolate_rng())  # a loader of training data draws from the global generator
         stack.callback(_restore_optimizers, trainer, list(trainer.optimizers), list(trainer.lr_scheduler_configs))
         for owner in owners:
             stack.enter_context(_kept(owner))
@@ -127,7 +130,11 @@ def _active(callbacks: Sequence[Callback], callback: Callback, keep: Sequence[st
     """Return callbacks of which only progress bars and those in `keep` are called. Others that search are left out."""
     others = [one for one in callbacks if one is not callback and not isinstance(one, WithResult)]
     bars = [type(one).__name__ for one in others if isinstance(one, ProgressBar)]
-    return muted_callbacks(others, {*keep, *bars})
+    active = muted_callbacks(others, {*keep, *bars})
+    for one in active:
+        if one not in others:
+            one.__dict__ = dict(vars(one))  # Lightning sets attributes of every callback
+    return active
 
 
 def _shadows(module: LightningModule, keep: Sequence[str]) -> dict[str, Any]:
