@@ -34,6 +34,7 @@ from lightning_roulette.trainer.preparing import rehearse
 from lightning_roulette.trainer.resuming import (
     as_training_ended,
     refuse_other_schedule,
+    say_how_to_prune_weights,
     say_what_is_evaluated,
     say_what_is_held,
     warn_of_no_search,
@@ -315,6 +316,7 @@ class RouletteWheelPruning(WithResult):
         result = self._result
         if result.progress is Progress.CUTTING and result.report is not None:
             result.report = replace(result.report, stop_reason=StopReason.BROKEN_OFF)
+        say_how_to_prune_weights(self._fit, exception)
         super().on_exception(trainer, pl_module, exception)
         self._hand_over(trainer)
 

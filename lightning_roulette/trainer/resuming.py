@@ -157,6 +157,17 @@ def _say_how_to_search(fit: FitState) -> None:
         )
 
 
+def say_how_to_prune_weights(fit: FitState | None, error: BaseException) -> None:
+    """Say how to prune a checkpoint from which training cannot resume, such as one with weights alone."""
+    if fit is None or fit.trained or not fit.searches or fit.trainer.ckpt_path is None:
+        return
+    if isinstance(error, KeyError) and fit.trainer.is_global_zero:
+        log.info(
+            f"RouletteWheelPruning: training cannot resume from {os.fspath(fit.trainer.ckpt_path)!r}. To prune its "
+            "weights without training, call lightning_roulette.prune(trainer, model, ..., ckpt_path=...)."
+        )
+
+
 def refuse_other_schedule(state: Mapping[str, Any], at_epoch: int | Sequence[int] | None) -> None:
     """Raise if `at_epoch` does not continue the cuts of a checkpoint.
 

@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_roulette import LeastSquares, RouletteWheelPruning, Tree, Validation, Wheel, search
 from tests.support.fits import pruner
-from tests.support.modules import Blobs, val_loader
+from tests.support.modules import Blobs, train_loader, val_loader
 
 
 class WithObject(Blobs):
@@ -88,3 +88,16 @@ def test_a_trainer_that_only_validates_says_how_to_prune(make_trainer, caplog, h
     with caplog.at_level(logging.INFO, "lightning_roulette"):
         getattr(make_trainer(callbacks=[pruner()]), how)(Module(), val_loader())
     assert caplog.text.count("nothing is pruned here") == 1
+
+
+@pytest.mark.parametrize("kind", ["weights alone", "a state dict"])
+def test_a_fit_that_cannot_resume_says_how_to_prune(make_trainer, tmp_path, caplog, kind):
+    module, path = Blobs(), tmp_path / "weights.ckpt"
+    trainer = make_trainer()
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(path, weights_only=True)
+    if kind == "a state dict":
+        torch.save(module.state_dict(), path)
+    with caplog.at_level(logging.INFO, "lightning_roulette"), pytest.raises(KeyError):
+        make_trainer(callbacks=[pruner()]).fit(module, train_loader(), val_loader(), ckpt_path=path)
+    assert caplog.text.count("To prune its weights without training, call lightning_roulette.prune") == 1
