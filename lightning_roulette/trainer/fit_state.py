@@ -7,7 +7,7 @@ A run is in one `Phase`. The `Progress` of its `Result` tells how far the prunin
 | `setup` | | Begins FRESH in `fit`; begins EVALUATING in validate, test and predict. |
 | `load_state_dict` | FRESH | Takes over the state of the checkpoint; becomes RESUMED. |
 | | EVALUATING | Takes over the state if nothing was found yet. |
-| `on_fit_start` | FRESH, RESUMED | Refuses a module or data that cannot be searched. |
+| `on_fit_start` | FRESH, RESUMED | Refuses a module or data that cannot be searched. In `prune`: loads the weights. |
 | `on_train_start` | FRESH | Forgets the result of another network; becomes TRAINING. |
 | | RESUMED | Becomes TRAINING. |
 | | both | Holds the zeros of what was found. Finds the metric by a short validation. |
@@ -20,7 +20,8 @@ A run is in one `Phase`. The `Progress` of its `Result` tells how far the prunin
 | `on_exception` | any | CUTTING: says in the report that training did not end. |
 | `teardown` | any | Hands over the result of a worker process; the run is dropped. |
 
-If `searches` is False, no hook refuses, searches or cuts, but zeros are held.
+If `searches` is False, no hook refuses, searches or cuts, but zeros are held. In `prune`, a `SearchLoop` calls
+`on_train_start` and `on_train_end`, and no hooks of training between them.
 """
 
 from __future__ import annotations

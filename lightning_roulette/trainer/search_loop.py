@@ -120,6 +120,7 @@ def only_searching(
         for name in ("validate_loop", "test_loop", "predict_loop"):
             setattr(trainer, name, _with_own_source(getattr(trainer, name)))
         trainer.fit_loop, trainer.num_sanity_val_steps = loop, 0
+        trainer.val_check_interval = 1.0  # a larger one than the training data would be refused
         trainer._logger_connector = _LoggerConnector(trainer)
         trainer.ckpt_path = None
         trainer.callbacks = [*_active(callbacks_of(trainer), callback, keep), callback]  # type: ignore[attr-defined]

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    WeightAveraging,
+)
 
 from lightning_roulette import LeastSquares, RouletteWheelPruning, StopReason, Tree, Wheel, prune, sparsity
 from lightning_roulette.trainer.scores.trainer_evaluator import TrainerEvaluator
@@ -128,6 +135,26 @@ def test_a_module_needs_no_training_step_and_no_optimizers(make_trainer, weights
     assert sparsity({"w": module.net[0].weight, "v": module.net[2].weight}) == pytest.approx(pruning.report.sparsity)
     assert "training_step" not in vars(module)
     assert "configure_optimizers" not in vars(module)
+
+
+LIMITS = {
+    "no epoch": {"max_epochs": 0},
+    "no step": {"max_steps": 0},
+    "rare validation": {"val_check_interval": 1000},
+    "a sanity check": {"num_sanity_val_steps": 2},
+    "a learning rate that is watched": {"callbacks": [LearningRateMonitor()]},
+    "averaged weights": {"callbacks": [WeightAveraging()]},
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_what_a_trainer_limits_in_training_changes_nothing(make_trainer, module, weights, limit):
+    pruned(make_trainer, module, make_trainer(**LIMITS[limit]))
+    expected = Blobs()
+    expected.load_state_dict(weights)
+    pruned(make_trainer, expected)
+    assert nonzeros(module).sparsity > 0
+    assert equal(copied(module), copied(expected))
 
 
 def test_weights_are_ordinary_tensors_that_can_be_trained(make_trainer, module):
