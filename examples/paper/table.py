@@ -9,7 +9,7 @@ import csv
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -83,35 +83,54 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join([brief(rows), *(_table(of_task) for of_task in tasks)])
 
 
+def front(rows: Sequence[Row]) -> str:
+    """Return the four columns of `brief` that the front page of the project shows."""
+    lines: list[list[object]] = [["task", "ours keeps", "best peer keeps", "change on test data: ours / best peer"]]
+    lines.append(["---", *["---:"] * 3])
+    for runs, _, found, peer in _compared(rows):
+        our = found[OURS]
+        change = f"{_number(our, 'judge_change', '+')} / {_number(peer, 'judge_change', '+')}"
+        kept = (f"{100 * one['left']:.2f} %" for one in (our, peer))
+        lines.append([SOURCES[runs[0]["task"]].title, *kept, change if our["opinion"] else f"{change} points"])
+    return _lines(lines)
+
+
 def brief(rows: Sequence[Row]) -> str:
     """Return the table that compares ours with the best peer of each task.
 
-    The best peer is the method that keeps the fewest weights, among the methods that use nothing of ours. Methods that
-    were not run with all seeds of ours are ignored. "At equal loss" is the share of weights left by ours divided by
-    that of the peer. Each share is read off its curve, where the test scores first fall by more than the peer's mean
-    change. It is a bound if a search ended before that point.
+    "At equal loss" is the share of weights left by ours divided by that of the peer. Each share is read off its curve,
+    where the test scores first fall by more than the peer's mean change. It is a bound if a search ended before that
+    point.
     """
     heads = ["", "weights", "seeds", "dense", "ours keeps, % (range)", "change (range)", "best peer", "keeps, %"]
     heads += ["change", "ours / peer", "at equal loss", "refit alone keeps, %"]
     lines = [heads, ["---", *["---:"] * 5, "---", *["---:"] * 5]]
+    for runs, by_peer, found, peer in _compared(rows):
+        our, alone, peers = found[OURS], found.get(REFIT_ALONE), [one for one in found if not takes_ours(one)]
+        line = [f"{SOURCES[runs[0]['task']].title}: {_unit(our)}", f"{runs[0]['weights']:,}", len(runs)]
+        line += [_number(our, "dense_judge"), _left(our), _change(our), f"{peer['method']}, of {len(peers)}"]
+        line += [f"{100 * peer['left']:.2f}", _number(peer, "judge_change", "+"), f"{our['left'] / peer['left']:.2f}"]
+        line += [_at_equal_loss(runs, by_peer, peer["judge_change"])]
+        lines.append([*line, f"{100 * alone['left']:.2f}" if alone else ""])
+    return _lines(lines)
+
+
+def _compared(rows: Sequence[Row]) -> Iterator[tuple[list[Row], list[Row], dict[str, Row], Row]]:
+    """Yield for each task the runs of ours and of the best peer, the summary of each method, and the best peer's.
+
+    The best peer is the method that keeps the fewest weights, among the methods that use nothing of ours. Methods that
+    were not run with all seeds of ours are ignored.
+    """
     by_task: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         by_task.setdefault(row["task"], {}).setdefault(row["method"], []).append(row)
-    for task, by_method in by_task.items():
+    for by_method in by_task.values():
         seeds = {row["seed"] for row in by_method.get(OURS, [])}
         whole = {method: runs for method, runs in by_method.items() if {row["seed"] for row in runs} == seeds}
-        found = summary(row for runs in whole.values() for row in runs)
-        peers = [one for one in found if not takes_ours(one["method"])]
-        if not peers:
-            continue
-        of = {one["method"]: one for one in found}
-        our, alone, peer, runs = of[OURS], of.get(REFIT_ALONE), peers[0], whole[OURS]
-        line = [f"{SOURCES[task].title}: {_unit(our)}", f"{runs[0]['weights']:,}", len(seeds)]
-        line += [_number(our, "dense_judge"), _left(our), _change(our), f"{peer['method']}, of {len(peers)}"]
-        line += [f"{100 * peer['left']:.2f}", _number(peer, "judge_change", "+"), f"{our['left'] / peer['left']:.2f}"]
-        line += [_at_equal_loss(runs, whole[peer["method"]], peer["judge_change"])]
-        lines.append([*line, f"{100 * alone['left']:.2f}" if alone else ""])
-    return _lines(lines)
+        found = {one["method"]: one for one in summary(row for runs in whole.values() for row in runs)}
+        peers = [method for method in found if not takes_ours(method)]
+        if peers:
+            yield whole[OURS], whole[peers[0]], found, found[peers[0]]
 
 
 def _at_equal_loss(ours: Sequence[Row], peers: Sequence[Row], change: float) -> str:

@@ -331,6 +331,8 @@ def test_ours_is_compared_with_the_slimmest_peer_that_has_the_same_seeds_and_use
         "| MNIST, LeNet-300-100: accuracy, % | 1,000 | 2 | 90.00 | 15.00 (10.00 to 20.00) | -2.00 (-3.00 to -1.00) "
         "| LAMP, of 2 | 50.00 | -1.50 | 0.30 | ≤ 0.27 | 30.00 |"
     ]
+    *_, shown = table.front(rows).splitlines()
+    assert shown == "| MNIST, LeNet-300-100 | 15.00 % | 50.00 % | -2.00 / -1.50 points |"
 
 
 @pytest.mark.parametrize(
@@ -364,7 +366,8 @@ def test_a_mean_curve_covers_the_shares_that_all_seeds_have():
 def test_the_published_tables_match_the_stored_runs(tmp_path):
     project = Path(__file__).parents[2]
     rows = table.chosen(rows_of(project / "examples/paper/results.jsonl"))
-    assert table.brief(rows) in (project / "README.md").read_text()
+    assert table.front(rows) in (project / "README.md").read_text()
+    assert table.brief(rows) in (project / "docs" / "results.md").read_text()
     published = project / "examples" / "paper" / "results"
     assert published.with_suffix(".md").read_text() == table.text(rows) + "\n"
     table.write_csv(table.summary(rows), tmp_path / "results.csv")

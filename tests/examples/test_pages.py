@@ -1,0 +1,168 @@
+"""README and the pages in docs/: every block of code runs, every link has a target, and the front page is short."""
+
+import inspect
+import re
+
+import pytest
+import torch
+import yaml
+
+import lightning_roulette
+from lightning_roulette import LeastSquares, RouletteWheelPruning, Tree, Validation, Wheel, search
+from tests.support.pages import NOT_RUN, PAGES, PROJECT, QuickTrainer, blocks, reader, run, text_of
+
+WITH_CODE = [page for page in PAGES if blocks(page, "python")]
+RESULT = ["", "val_acc on all validation data (half of it", "On the held-out half, which", "Stopped: ", "Time: "]
+
+
+def zeros(*modules) -> int:
+    """The number of zeros in the matrices of some modules."""
+    matrices = (one for module in modules for one in module.parameters() if one.ndim > 1)
+    return sum(int((one == 0).sum()) for one in matrices)
+
+
+def of_front_page(names: dict) -> None:
+    assert zeros(names["slim"]) > 0
+    assert zeros(names["model"]) > 0
+    assert zeros(names["network"]) > 0
+
+
+def of_checkpoint(names: dict) -> None:
+    assert zeros(names["model"]) > 0
+    assert zeros(names["slim"]) == zeros(names["MyModel"].load_from_checkpoint(names["pruning"].best_model_path)) > 0
+
+
+def of_output(names: dict) -> None:
+    assert zeros(names["model"]) == round(names["report"].levels[0].sparsity * 624) > 0
+
+
+def of_while_training(names: dict) -> None:
+    assert zeros(names["slim"]) > 0
+    for name, kept in names["pruning"].mask.items():
+        assert not names["slim"].get_parameter(name)[~kept].any()
+
+
+def of_plain_pytorch(names: dict) -> None:
+    assert zeros(names["net"]) > 0
+
+
+def of_usage(names: dict) -> None:
+    assert set(lightning_roulette.prunable_parameters(names["Projection"](3, 2))) == {"weight"}
+
+
+# what is true for the names of a page after its blocks have run
+AFTERWARDS = {
+    "README.md": of_front_page,
+    "docs/checkpoint.md": of_checkpoint,
+    "docs/output.md": of_output,
+    "docs/plain_pytorch.md": of_plain_pytorch,
+    "docs/usage.md": of_usage,
+    "docs/while_training.md": of_while_training,
+}
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """A folder in which fits train on one batch of an epoch, and searches have two levels at most."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lightning.pytorch.Trainer", QuickTrainer)
+    for searching in (RouletteWheelPruning.__init__, search):
+        monkeypatch.setitem(searching.__kwdefaults__, "tree", Tree(0.2, max_levels=2))
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of lightning, for a folder of checkpoints that is not empty
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_every_block_of_python_runs_and_prunes(quick, page):
+    names = reader(quick)
+    for block in blocks(page, "python"):
+        if block.text.startswith(NOT_RUN):
+            assert block.text.splitlines()[0].removeprefix(NOT_RUN), "a block that is not run has a reason"
+        else:
+            run(page, block, names)
+    AFTERWARDS.get(page, lambda names: None)(names)
+
+
+def test_the_reports_of_the_pages_have_the_form_of_a_report(quick):
+    lines, table = str(reader(quick)["pruning"].report).split("\n\n")
+    (front,), (whole,) = blocks("README.md", "text"), blocks("docs/output.md", "text")
+    shown, shown_table = whole.text.split("\n\n")
+    assert front.text.rstrip() == shown
+    for one in (shown.splitlines(), lines.splitlines()):
+        assert "prunable weights kept" in one[0]
+        assert all(line.startswith(start) for line, start in zip(one, RESULT, strict=True))
+    assert shown_table.splitlines()[0].split() == table.splitlines()[0].split()
+
+
+def test_the_front_page_is_short_and_lists_every_argument():
+    lines = text_of("README.md").splitlines()
+    assert len(lines) <= 150
+    table = lines[lines.index("| argument | default | meaning |") :]
+    listed = [row[1] for line in table if (row := re.match(r"\| `(\w+)` \|", line))]
+    assert listed == list(inspect.signature(RouletteWheelPruning).parameters)
+
+
+def test_the_yaml_of_the_pages_builds_the_callback():
+    (block,) = blocks("docs/usage.md", "yaml")
+    (entry,) = yaml.safe_load(block.text)["trainer"]["callbacks"]
+    arguments = entry["init_args"]
+    kinds = {"refit": LeastSquares, "wheel": Wheel, "tree": Tree, "validation": Validation}
+    groups = {name: kind(**arguments.pop(name)) for name, kind in kinds.items()}
+    callback = RouletteWheelPruning(**arguments, **groups)
+    assert (callback.branches, callback.wheel.importance, callback.tree.patience) == (20, "lamp", 3)
+    assert (callback.refit.batches, callback.validation.rank_by) == (200, "val_loss")
+
+
+def headings(text: str) -> set[str]:
+    """The anchors of the headings of a page, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"(?m)^#+ (.*)$", text)
+    return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in found}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_into_the_project_has_a_target(page):
+    path = PROJECT / page
+    text = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^):]*)\)", text):
+        there, _, heading = link.partition("#")
+        target = path.parent / there if there else path
+        assert target.exists(), link
+        assert not heading or heading in headings(target.read_text()), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_exists(page):
+    named = re.findall(r"(?<![\w/])(?:examples|docs|tests|lightning_roulette)/[\w./-]*\.\w+", text_of(page))
+    assert [name for name in named if not (PROJECT / name).exists()] == []
+
+
+def commands(page: str) -> list[str]:
+    """The commands of a page: the lines of its blocks for the shell, and those in its sentences."""
+    lines = [line.partition("#")[0].strip() for block in blocks(page, "sh") for line in block.text.splitlines()]
+    return [one for one in lines if one] + re.findall(r"`((?:python|make|pip) [^`]+)`", text_of(page))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_every_command_exists_and_has_its_options(page):
+    targets = set(re.findall(r"(?m)^(\w+):", (PROJECT / "Makefile").read_text()))
+    for command in commands(page):
+        program, *words = command.split()
+        if program == "make":
+            assert words[0] in targets, command
+        for script in (PROJECT / word for word in words if word.startswith("examples/") and word.endswith(".py")):
+            options = re.findall(r"--(\w[\w-]*)", command)
+            known = script.read_text() + "--config" * ("LightningCLI" in script.read_text())
+            assert [option for option in options if f"--{option}" not in known] == [], command
+
+
+def test_every_page_is_in_the_index():
+    linked = set(re.findall(r"\]\((\w+\.md)\)", text_of("docs/README.md")))
+    assert linked == {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")} - {"README.md"}
+
+
+def test_the_callback_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    RouletteWheelPruning(seed=5)
+    assert torch.equal(state, torch.get_rng_state())
