@@ -77,10 +77,8 @@ def main() -> None:
         enable_model_summary=False,
         enable_progress_bar=sys.stdout.isatty(),  # no bars in a file
     )
-    print(
-        "A perceptron learns to read digits. Then its weights are pruned, as long as the accuracy on validation images"
-    )
-    print("falls by at most one point. This takes about half a minute.\n", flush=True)
+    print("A perceptron learns to read digits. Then as many weights as possible are removed, while the accuracy on")
+    print("validation images falls by at most one point. This takes about half a minute.\n", flush=True)
     trainer.fit(model, train, val)
 
     slim = trainer.test(model, test, verbose=False)[0]["test_acc"]
@@ -91,24 +89,43 @@ def main() -> None:
 
 
 def show(pruning: RouletteWheelPruning, dense: float, slim: float) -> None:
-    """Print what was kept, the accuracy of both networks, the time, and where the pruned network is."""
+    """Print what was kept, the accuracy of both networks, the time, and where the pruned network is.
+
+    Args:
+        pruning: The callback after a search.
+        dense: Accuracy of the network before pruning on the test images.
+        slim: Accuracy of the pruned network on the test images.
+    """
     report, path = pruning.report, pruning.best_model_path
-    held_out = next(level.held_out_score for level in report.levels if level is report.winner)
-    print(f"{'':<16}{'before':>10}{'pruned':>10}")
-    print(
-        f"{'weights':<16}{report.size:>10,}{report.survivors:>10,}   {1 - report.sparsity:.1%} are kept, the others are 0"
+    held_out = report.winner.held_out_score if report.winner else report.held_out_dense
+    rows = (
+        ("", "before", "pruned", ""),
+        (
+            "weights",
+            f"{report.size:,}",
+            f"{report.survivors:,}",
+            f"{1 - report.sparsity:.1%} kept, the others are zero",
+        ),
+        ("validation", percent(report.dense_measured), percent(report.score), "400 images; half of them chose weights"),
+        (
+            "held-out half",
+            percent(report.held_out_dense),
+            percent(held_out),
+            "200 of these images, which chose nothing",
+        ),
+        ("test", percent(dense), percent(slim), "397 other images, which chose nothing"),
     )
-    for data, before, pruned, images in (
-        ("validation", report.dense_measured, report.score, "accuracy on 400 images; half of them chose the weights"),
-        ("held-out half", report.held_out_dense, held_out, "on the 200 images of them that chose nothing"),
-        ("test", dense, slim, "on 397 other images, not used for any choice"),
-    ):
-        print(f"{data:<16}{before:>10.2%}{pruned:>10.2%}   {images}")
-    print(f"time            {report.seconds:.0f} s for the search")
-    print(f"file            {path}, {os.path.getsize(path):,} bytes (zeros need as much space as other numbers)")
-    print(f"load it         model = DigitsClassifier.load_from_checkpoint({path!r})")
-    print("see curves      .venv/bin/tensorboard --logdir runs")
-    print("your own model  RouletteWheelPruning in a Trainer, or prune(Trainer(), model, train, val): see README.md")
+    for what, before, pruned, meaning in rows:
+        print(f"{what:<15}{before:>10}{pruned:>10}   {meaning}")
+    print(f"time           {report.seconds:.0f} s for the search")
+    print(f"file           {path}, {os.path.getsize(path):,} bytes (zeros need as much space as other numbers)")
+    print(f'load it        DigitsClassifier.load_from_checkpoint("{path}")')
+    print("curves         .venv/bin/tensorboard --logdir runs")
+    print("your network   add RouletteWheelPruning to its Trainer, or call prune(trainer, model, ...): see README.md")
+
+
+def percent(share: float) -> str:
+    return f"{share:.2%}"
 
 
 if __name__ == "__main__":
