@@ -106,22 +106,19 @@ def show(pruning: RouletteWheelPruning, dense: float, slim: float) -> None:
             f"{report.survivors:,}",
             f"{1 - report.sparsity:.1%} kept, the others are zero",
         ),
-        ("validation", percent(report.dense_measured), percent(report.score), "400 images; half of them chose weights"),
-        (
-            "held-out half",
-            percent(report.held_out_dense),
-            percent(held_out),
-            "200 of these images, which chose nothing",
-        ),
-        ("test", percent(dense), percent(slim), "397 other images, which chose nothing"),
+        ("validation accuracy", percent(report.dense_measured), percent(report.score), "400 images"),
+        ("held-out accuracy", percent(report.held_out_dense), percent(held_out), "200 of them, which chose nothing"),
+        ("test accuracy", percent(dense), percent(slim), "397 other images, which chose nothing"),
     )
     for what, before, pruned, meaning in rows:
-        print(f"{what:<15}{before:>10}{pruned:>10}   {meaning}")
-    print(f"time           {report.seconds:.0f} s for the search")
-    print(f"file           {path}, {os.path.getsize(path):,} bytes (zeros need as much space as other numbers)")
-    print(f'load it        DigitsClassifier.load_from_checkpoint("{path}")')
-    print("curves         .venv/bin/tensorboard --logdir runs")
-    print("your network   add RouletteWheelPruning to its Trainer, or call prune(trainer, model, ...): see README.md")
+        print(f"{what:<20}{before:>9}{pruned:>9}   {meaning}")
+    print(f"time                {report.seconds:.0f} s for the search")
+    print(f"file                {path}, {os.path.getsize(path):,} bytes (zeros need as much space as other numbers)")
+    print(f'load it             DigitsClassifier.load_from_checkpoint("{path}")')
+    print("curves              .venv/bin/tensorboard --logdir runs")
+    print(
+        "your network        add RouletteWheelPruning to its Trainer, or call prune(trainer, model, ...): see README.md"
+    )
 
 
 def percent(share: float) -> str:

@@ -9,7 +9,7 @@ import yaml
 
 import lightning_roulette
 from lightning_roulette import LeastSquares, RouletteWheelPruning, Tree, Validation, Wheel, search
-from tests.support.pages import NOT_RUN, PAGES, PROJECT, QuickTrainer, blocks, reader, run, text_of
+from tests.support.pages import NOT_RUN, PAGES, PROJECT, QuickTrainer, blocks, fitted, reader, run, text_of
 
 WITH_CODE = [page for page in PAGES if blocks(page, "python")]
 RESULT = ["", "val_acc on all validation data (half of it", "On the held-out half, which", "Stopped: ", "Time: "]
@@ -28,8 +28,8 @@ def of_front_page(names: dict) -> None:
 
 
 def of_checkpoint(names: dict) -> None:
-    assert zeros(names["model"]) > 0
-    assert zeros(names["slim"]) == zeros(names["MyModel"].load_from_checkpoint(names["pruning"].best_model_path)) > 0
+    loaded = names["MyModel"].load_from_checkpoint(names["pruning"].best_model_path)
+    assert zeros(names["model"]) == zeros(loaded) > 0
 
 
 def of_output(names: dict) -> None:
@@ -61,6 +61,12 @@ AFTERWARDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def pruning(tmp_path_factory):
+    """A callback that has pruned a small network."""
+    return fitted(tmp_path_factory.mktemp("fitted"))
+
+
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """A folder in which fits train on one batch of an epoch, and searches have two levels at most."""
@@ -68,14 +74,13 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr("lightning.pytorch.Trainer", QuickTrainer)
     for searching in (RouletteWheelPruning.__init__, search):
         monkeypatch.setitem(searching.__kwdefaults__, "tree", Tree(0.2, max_levels=2))
-    return tmp_path
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of lightning, for a folder of checkpoints that is not empty
 @pytest.mark.parametrize("page", WITH_CODE)
-def test_every_block_of_python_runs_and_prunes(quick, page):
-    names = reader(quick)
+def test_every_block_of_python_runs_and_prunes(quick, pruning, page):
+    names = reader(pruning)
     for block in blocks(page, "python"):
         if block.text.startswith(NOT_RUN):
             assert block.text.splitlines()[0].removeprefix(NOT_RUN), "a block that is not run has a reason"
@@ -84,8 +89,8 @@ def test_every_block_of_python_runs_and_prunes(quick, page):
     AFTERWARDS.get(page, lambda names: None)(names)
 
 
-def test_the_reports_of_the_pages_have_the_form_of_a_report(quick):
-    lines, table = str(reader(quick)["pruning"].report).split("\n\n")
+def test_the_reports_of_the_pages_have_the_form_of_a_report(pruning):
+    lines, table = str(pruning.report).split("\n\n")
     (front,), (whole,) = blocks("README.md", "text"), blocks("docs/output.md", "text")
     shown, shown_table = whole.text.split("\n\n")
     assert front.text.rstrip() == shown

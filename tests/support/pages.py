@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 
-from lightning_roulette import HoldZeros, RouletteWheelPruning
+from lightning_roulette import RouletteWheelPruning, Tree
 from tests.support.modules import QUIET, Blobs, tiny_net, train_loader, val_loader
 
 PROJECT = Path(__file__).parents[2]
@@ -81,26 +82,44 @@ class Wrapped(LightningModule):
         self.log("val_loss", self.network(**batch).loss)
 
 
-def tokens(loader) -> list[dict[str, torch.Tensor]]:
-    """The batches of a loader as a tokenizer would give them."""
-    return [{"input_ids": x, "labels": y} for x, y in loader]
+def tokens(loader: DataLoader) -> DataLoader:
+    """The same data in batches as a tokenizer would give them."""
+    return DataLoader([{"input_ids": x, "labels": y} for x, y in loader.dataset], 100)
 
 
-def reader(folder: Path) -> dict:
-    """The names that a reader of every page has: a module, its data, a checkpoint in `folder`, and imports."""
+def fitted(folder: Path) -> RouletteWheelPruning:
+    """A callback that has pruned a small network, with its files in `folder`."""
     torch.manual_seed(0)
-    model, pruning = Blobs(), RouletteWheelPruning(tolerance=0.1)
-    trainer = QuickTrainer(max_epochs=8, callbacks=[pruning], limit_train_batches=8, default_root_dir=folder / "before")
-    trainer.fit(model, train_loader(), val_loader())
-    trained = pruning.weights_at(0)
-    torch.save({"state_dict": {**model.state_dict(), **trained}, "pytorch-lightning_version": "2.6.0"}, "my.ckpt")
-    net = tiny_net()
+    pruning = RouletteWheelPruning(tolerance=0.1, tree=Tree(0.2, max_levels=2))
+    trainer = QuickTrainer(max_epochs=8, callbacks=[pruning], limit_train_batches=8, default_root_dir=folder)
+    trainer.fit(Blobs(), train_loader(), val_loader())
+    return pruning
+
+
+def reader(pruning: RouletteWheelPruning) -> dict:
+    """The names that a reader of the pages has: a module, its data, imports, and `my.ckpt` in the current folder."""
+    model, net, trained = Blobs(), tiny_net(), pruning.weights_at(0)
+    model.load_state_dict(trained, strict=False)
     net.load_state_dict({name.removeprefix("net."): one for name, one in trained.items()})
+    torch.save({"state_dict": model.state_dict(), "pytorch-lightning_version": "2.6.0"}, "my.ckpt")
     inputs, classes = val_loader().dataset.tensors
-    names = {"MyModel": Blobs, "model": model, "train": train_loader(), "val": val_loader(100), "pruning": pruning}
-    names |= {"trainer": trainer, "Trainer": QuickTrainer, "HoldZeros": HoldZeros, "net": net}
-    names |= {"RouletteWheelPruning": RouletteWheelPruning, "torch": torch, "nn": nn}
-    names |= {"val_inputs": inputs, "val_classes": classes, "train_inputs": train_loader().dataset.tensors[0]}
-    names["accuracy"] = lambda net: float((net(inputs).argmax(1) == classes).float().mean())
-    names |= {"network": TokenNet(), "Wrapped": Wrapped}
-    return names | {"train_tokens": tokens(train_loader()), "val_tokens": tokens(val_loader())}
+    return {
+        "torch": torch,
+        "nn": nn,
+        "Trainer": QuickTrainer,
+        "RouletteWheelPruning": RouletteWheelPruning,
+        "MyModel": Blobs,
+        "model": model,
+        "train": train_loader(),
+        "val": val_loader(100),
+        "pruning": pruning,
+        "net": net,
+        "accuracy": lambda net: float((net(inputs).argmax(1) == classes).float().mean()),
+        "train_inputs": train_loader().dataset.tensors[0],
+        "val_inputs": inputs,
+        "val_classes": classes,
+        "Wrapped": Wrapped,
+        "network": TokenNet(),
+        "train_tokens": tokens(train_loader()),
+        "val_tokens": tokens(val_loader()),
+    }
