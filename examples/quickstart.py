@@ -16,10 +16,6 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_roulette import RouletteWheelPruning
 
-for name in ("lightning.pytorch", "lightning_roulette"):
-    logging.getLogger(name).setLevel(logging.WARNING)  # the last lines of this script say what was found
-warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # of lightning 2.6 with torch 2.13
-
 
 class DigitsClassifier(LightningModule):
     """A perceptron with two hidden layers for images of 8 x 8 pixels."""
@@ -64,6 +60,9 @@ def loaders() -> tuple[DataLoader, DataLoader, DataLoader]:
 
 
 def main() -> None:
+    for name in ("lightning.pytorch", "lightning_roulette"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # the last lines of this script say what was found
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # of lightning 2.6 with torch 2.13
     torch.set_num_threads(1)  # more threads are slower for tensors this small
     seed_everything(0, verbose=False)
     train, val, test = loaders()

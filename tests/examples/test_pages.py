@@ -1,6 +1,7 @@
 """README and the pages in docs/: every block of code runs, every link has a target, and the front page is short."""
 
 import inspect
+import os
 import re
 
 import pytest
@@ -98,6 +99,21 @@ def test_the_reports_of_the_pages_have_the_form_of_a_report(pruning):
         assert "prunable weights kept" in one[0]
         assert all(line.startswith(start) for line, start in zip(one, RESULT, strict=True))
     assert shown_table.splitlines()[0].split() == table.splitlines()[0].split()
+
+
+def test_the_demo_ends_with_ten_lines(monkeypatch, capsys, pruning):
+    monkeypatch.syspath_prepend(PROJECT / "examples")
+    import quickstart
+
+    quickstart.show(pruning, 0.75, 0.5)
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert len(lines) == 10
+    kept = sum(int(mask.sum()) for mask in pruning.mask.values())
+    assert lines[1].split()[:3] == ["weights", "624", str(kept)]
+    assert lines[4].split()[:4] == ["test", "accuracy", "75.00%", "50.00%"]
+    size = os.path.getsize(pruning.best_model_path)
+    assert f"{pruning.best_model_path}, {size:,} bytes" in printed
 
 
 def test_the_front_page_is_short_and_lists_every_argument():
