@@ -29,10 +29,9 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from lightning_roulette import Batches, Calibration, Mask, PrunedWeights, Resamples, Scores, Singles, Tree, search
-from lightning_roulette.judge.certificate import paired_error
+from lightning_roulette.judge.certificate import paired_error, standard_error
 from lightning_roulette.judge.evaluator import divided
 from lightning_roulette.judge.outcomes import Outcomes
-from lightning_roulette.judge.student import bootstrap_error, mean_and_error
 from lightning_roulette.refit.refitted import Refitted
 
 RULES = ("0", "half", "one", "paired", "0.5 %", "1 %")
@@ -203,13 +202,6 @@ def outcomes(task: Task, outputs: Tensor, y: Tensor) -> Outcomes:
             return Resamples(lambda index: scored(task, outputs[index], y[index]), len(y))
 
 
-def standard_error(found: Outcomes) -> float:
-    """Return the standard error of a score."""
-    if isinstance(found, Resamples):
-        return bootstrap_error(Resamples(lambda index: 0.0, found.size), found)
-    return mean_and_error(found.values, torch.ones_like(found.values))[1]
-
-
 class Remembering(Calibration):
     """A calibration that computes each refit and each importance once for all rules."""
 
@@ -224,10 +216,10 @@ class Remembering(Calibration):
             self._refits[key] = super().refit(mask, how)
         return self._refits[key]
 
-    def scales(self, kind: str, mask: Mask, values: Mapping[str, Tensor], damping: float = 1e-3) -> Mapping[str, Tensor]:
+    def scales(self, kind: str, mask: Mask, values: Mapping[str, Tensor], *rest: float) -> Mapping[str, Tensor]:
         """See `Calibration`."""
         if (key := mask.digest) not in self._known:
-            self._known[key] = super().scales(kind, mask, values, damping)
+            self._known[key] = super().scales(kind, mask, values, *rest)
         return self._known[key]
 
 
@@ -271,7 +263,8 @@ class Case:
         winner = search(weights, evaluate, refit="least_squares", calibration=calibration, **choices)
         lost = dense["judge"] - self.on("judge", winner.weights)
         row = {"left": 1 - winner.report.sparsity, "lost": lost, "dense": dense["judge"], "unit": self.unit}
-        return {**row, "tolerance": tolerance, "levels": len(winner.report.accepted), "seconds": time.monotonic() - began}
+        row |= {"tolerance": tolerance, "levels": len(winner.report.accepted)}
+        return {**row, "seconds": time.monotonic() - began}
 
 
 def case_of(name: str, size: int, seed: int, net: nn.Module, folder: Path) -> Case:
@@ -298,7 +291,8 @@ def table(name: str, runs: Runs) -> None:
             print(
                 f"{name:16} {size:6,}  {rule:6} {mean(left):6.1%} ({min(left):.1%} to {max(left):.1%})  "
                 f"unit {100 * mean(unit):.2f}  lost {100 * mean(lost):+.2f} +- {100 * error:.2f}, worst "
-                f"{100 * max(lost):+.2f}; in units {mean(relative):+.2f}, worst {max(relative):+.2f}; {len(found)} seeds"
+                f"{100 * max(lost):+.2f}; in units {mean(relative):+.2f}, worst {max(relative):+.2f}; "
+                f"{len(found)} seeds"
             )
 
 
