@@ -89,17 +89,17 @@ def test_a_search_uses_the_number_from_its_first_level_on():
     """With the number that the default finds, given as a number, the search is the same."""
 
     def wrong(mask, fold):
-        return 4 + round(10 * mask.sparsity)
+        return 8 + round(10 * mask.sparsity)
 
-    given = {"branches": 3, "tree": Tree(pruning_rate=0.3)}
-    found = search(WEIGHTS, Sampled(wrong, 8, 20), **given)
-    error = of_accuracy(16, 80)
+    given = {"branches": 3, "tree": Tree(pruning_rate=0.1)}
+    found = search(WEIGHTS, Sampled(wrong, 8, 40), **given)
+    error = of_accuracy(32, 160)
     assert found.report.tolerance == pytest.approx(error)
     assert found.report.floor == pytest.approx(0.8 - error)
-    same = search(WEIGHTS, Sampled(wrong, 8, 20), tolerance=found.report.tolerance, **given)
+    same = search(WEIGHTS, Sampled(wrong, 8, 40), tolerance=found.report.tolerance, **given)
     assert found.mask == same.mask
     assert replace(found.report, seconds=0, tolerance_why="") == replace(same.report, seconds=0)
-    none = search(WEIGHTS, Sampled(wrong, 8, 20), tolerance=0, **given)
+    none = search(WEIGHTS, Sampled(wrong, 8, 40), tolerance=0, **given)
     assert found.mask.sparsity > none.mask.sparsity
 
 
