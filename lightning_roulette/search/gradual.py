@@ -38,8 +38,8 @@ class Cuts:
 
     Attributes:
         branches: Candidates of a cut.
-        tolerance: How far below the dense score a level may be when it is judged. None: one standard error of the dense
-            score, see `default_tolerance`.
+        tolerance: How far below the dense score a level may be when it is judged. None: half a standard error of the
+            dense score, see `default_tolerance`.
         target_sparsity: Sparsity after the last cut, in (0, 1). None: each cut removes the tree's pruning rate.
         number: Number of cuts.
         refit: What is done to the survivors of a cut before training goes on. None: nothing.

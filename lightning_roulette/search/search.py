@@ -67,7 +67,7 @@ def search(
             nothing is held out, and no refit is possible.
         branches: Candidates per level.
         tolerance: How far below the dense score a winner may be, in units of the score. `inf` disables the floor. None:
-            one standard error of the dense score on the held-out half; 0 if the standard error is unknown, as it is
+            half a standard error of the dense score on the held-out half; 0 if the standard error is unknown, as it is
             with a function. See `default_tolerance`.
         target_sparsity: Sparsity at which the search ends, in (0, 1). The last level is cut to reach it exactly. None:
             the search ends when the score declines.

@@ -1,7 +1,9 @@
-"""The tolerance of a search to which none was given: one standard error of the dense score.
+"""The tolerance of a search to which none was given: half a standard error of the dense score.
 
-Source: the one-standard-error rule of L. Breiman, J. H. Friedman, R. A. Olshen and C. J. Stone, "Classification and
-Regression Trees" (1984), section 3.4.3: choose the simplest model whose error is within one standard error of the best.
+It is stricter than the one-standard-error rule of L. Breiman, J. H. Friedman, R. A. Olshen and C. J. Stone,
+"Classification and Regression Trees" (1984), section 3.4.3: choose the simplest model whose error is within one
+standard error of the best. With half of it, the decline on unseen data stays within one standard error, see
+docs/measurements.md.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from lightning_roulette.judge.evaluator import Judge
 from lightning_roulette.judge.outcomes import Batches, Outcomes, size_of
 from lightning_roulette.mask.pruned import PrunedWeights
 
+_SHARE = 0.5  # of the standard error
 _MOST = 0.1  # of what the prunable weights add to the score
 
 
@@ -34,7 +37,7 @@ class Tolerance:
 
 
 def default_tolerance(judge: Judge, network: PrunedWeights, outcomes: Outcomes | None) -> Tolerance:
-    """Return one standard error of the dense score on the held-out half, or on all data if nothing is held out.
+    """Return half a standard error of the dense score on the held-out half, or on all data if nothing is held out.
 
     It is at most a tenth of `Evaluator.gain`. It is 0 if the standard error is unknown or 0.
 
@@ -52,11 +55,11 @@ def default_tolerance(judge: Judge, network: PrunedWeights, outcomes: Outcomes |
         known = "is unknown" if math.isnan(error) else "is zero"
         return Tolerance(0.0, f"the standard error of the dense score on the {data} {known}")
     number = f"{size_of(outcomes):,} {'parts' if isinstance(outcomes, Batches) else 'samples'}"
-    why = f"one standard error of the dense score on the {data}, {number}"
+    value, why = _SHARE * error, f"half a standard error of the dense score on the {data}, {number}"
     most = math.inf if judge.gain is None else max(0.0, _MOST * judge.gain)
-    if most < error:
-        return Tolerance(most, f"a tenth of what the prunable weights add to the score, because {why} is {error:.3g}")
-    return Tolerance(error, why)
+    if most < value:
+        return Tolerance(most, f"a tenth of what the prunable weights add to the score, because {why} is {value:.3g}")
+    return Tolerance(value, why)
 
 
 def _by_fold(judge: Judge, network: PrunedWeights, folds: Sequence[int]) -> Batches:

@@ -92,11 +92,12 @@ class RouletteWheelPruning(WithResult):
         tolerance: How far the score of the winner may be below the dense score (above it, for a metric to minimise).
 
             - A number: in units of the metric. 0.005 is half a point of accuracy. Infinity disables the floor.
-            - None: one standard error of the dense score on the held-out half, or on all validation data if nothing is
-              held out. It is the noise of the score itself, so it is larger for fewer validation samples. It is at
-              most a tenth of what the prunable weights add to the score, and 0 if the standard error is unknown or 0.
-              A log line before the first level says the number, and the report has it (`report.tolerance`). Source:
-              the one-standard-error rule of Breiman et al., "Classification and Regression Trees" (1984), 3.4.3.
+            - None: half a standard error of the dense score on the held-out half, or on all validation data if nothing
+              is held out. The standard error is the noise of the score itself: it is larger with fewer validation
+              samples. The tolerance is at most a tenth of what the prunable weights add to the score. It is 0 if the
+              standard error is unknown or 0. A log line before the first level says the number. `report.tolerance` has
+              it, too. The rule is stricter than the one-standard-error rule of Breiman et al., "Classification and
+              Regression Trees" (1984), section 3.4.3.
         monitor: Name of the logged metric that is compared with the floor. None: the first of these that is unique:
 
             - the logged torchmetrics object with `higher_is_better=True`;

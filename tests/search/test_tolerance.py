@@ -1,4 +1,4 @@
-"""The default tolerance: one standard error of the dense score, within bounds, found before the first candidate."""
+"""The default tolerance: half a standard error of the dense score, within bounds, found before the first candidate."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lightning_roulette import Mask, PrunedWeights, Scores, Singles, Tree, Validation, search
 from lightning_roulette.judge.evaluator import Judge
 from lightning_roulette.judge.outcomes import Resamples
+from lightning_roulette.search.gradual import Cuts, Gradual
 from lightning_roulette.search.tolerance import Tolerance, default_tolerance
 from tests.support.evaluators import Logged, Sampled, Telling, network, noise
 
@@ -33,20 +34,20 @@ def default(evaluate, confirm: float = 0.5) -> Tolerance:
 
 
 @given(st.integers(1, 9), st.integers(10, 40))
-def test_it_is_the_standard_error_of_an_accuracy(wrong, size):
+def test_it_is_half_the_standard_error_of_an_accuracy(wrong, size):
     found = default(Sampled(lambda mask, fold: wrong, 8, size))
-    assert found.value == pytest.approx(of_accuracy(4 * wrong, 4 * size))
-    assert found.why == f"one standard error of the dense score on the held-out half, {4 * size} samples"
+    assert found.value == pytest.approx(of_accuracy(4 * wrong, 4 * size) / 2)
+    assert found.why == f"half a standard error of the dense score on the held-out half, {4 * size} samples"
 
 
 @pytest.mark.parametrize(("confirm", "data"), [(0.5, "held-out half, 8 parts"), (0, "validation data, 16 parts")])
 @pytest.mark.parametrize("kind", [Logged, Telling])
-def test_without_outcomes_it_is_the_standard_error_over_the_folds(kind, confirm, data):
+def test_without_outcomes_it_is_half_the_standard_error_over_the_folds(kind, confirm, data):
     folds = range(8 if confirm else 0, 16)
     scores = torch.tensor([noise(DENSE.mask, fold) for fold in folds], dtype=torch.float64)
     found = default(kind(noise, 16), confirm)
-    assert found.value == pytest.approx(float(scores.std()) / math.sqrt(len(folds)))
-    assert found.why == f"one standard error of the dense score on the {data}"
+    assert found.value == pytest.approx(float(scores.std()) / math.sqrt(len(folds)) / 2)
+    assert found.why == f"half a standard error of the dense score on the {data}"
 
 
 @pytest.mark.parametrize(
@@ -64,11 +65,11 @@ def test_without_a_standard_error_nothing_may_be_lost(evaluate, why):
 
 @pytest.mark.parametrize(("gain", "value"), [(None, 1), (100.0, 1), (1.0, 0.1), (0.0, 0), (-1.0, 0)])
 def test_it_is_at_most_a_tenth_of_what_the_weights_add(gain, value):
-    evaluate, error = Sampled(lambda mask, fold: 5, 8, 10), of_accuracy(20, 40)
-    evaluate.gain = None if gain is None else gain * error
+    evaluate, half = Sampled(lambda mask, fold: 5, 8, 10), of_accuracy(20, 40) / 2
+    evaluate.gain = None if gain is None else gain * half
     found = default(evaluate)
-    assert found.value == pytest.approx(value * error)
-    assert found.why.startswith("one standard error" if value == 1 else "a tenth of what the prunable weights add")
+    assert found.value == pytest.approx(value * half)
+    assert found.why.startswith("half a standard error" if value == 1 else "a tenth of what the prunable weights add")
 
 
 def test_a_metric_that_some_resamples_do_not_have_keeps_its_standard_error():
@@ -81,25 +82,25 @@ def test_a_metric_that_some_resamples_do_not_have_keeps_its_standard_error():
         def mean(self, index):
             return float(values[index].mean()) if bool((index == 0).any()) else math.nan
 
-    error = float(values.std()) / math.sqrt(40)
-    assert default(Resampled(noise, 8)).value == pytest.approx(error, rel=0.5)
+    half = float(values.std()) / math.sqrt(40) / 2
+    assert default(Resampled(noise, 8)).value == pytest.approx(half, rel=0.5)
 
 
 def test_a_search_uses_the_number_from_its_first_level_on():
     """With the number that the default finds, given as a number, the search is the same."""
 
     def wrong(mask, fold):
-        return 8 + round(10 * mask.sparsity)
+        return 32 + round(10 * mask.sparsity)
 
     given = {"branches": 3, "tree": Tree(pruning_rate=0.1)}
-    found = search(WEIGHTS, Sampled(wrong, 8, 40), **given)
-    error = of_accuracy(32, 160)
-    assert found.report.tolerance == pytest.approx(error)
-    assert found.report.floor == pytest.approx(0.8 - error)
-    same = search(WEIGHTS, Sampled(wrong, 8, 40), tolerance=found.report.tolerance, **given)
+    found = search(WEIGHTS, Sampled(wrong, 8, 160), **given)
+    half = of_accuracy(128, 640) / 2
+    assert found.report.tolerance == pytest.approx(half)
+    assert found.report.floor == pytest.approx(0.8 - half)
+    same = search(WEIGHTS, Sampled(wrong, 8, 160), tolerance=found.report.tolerance, **given)
     assert found.mask == same.mask
     assert replace(found.report, seconds=0, tolerance_why="") == replace(same.report, seconds=0)
-    none = search(WEIGHTS, Sampled(wrong, 8, 40), tolerance=0, **given)
+    none = search(WEIGHTS, Sampled(wrong, 8, 160), tolerance=0, **given)
     assert found.mask.sparsity > none.mask.sparsity
 
 
@@ -110,7 +111,7 @@ def test_a_certificate_needs_a_tolerance_that_was_given():
 
 def test_nothing_held_out_is_said():
     report = search(WEIGHTS, Sampled(lambda mask, fold: 5, 8, 20), validation=Validation(confirm=0)).report
-    assert report.tolerance == pytest.approx(of_accuracy(40, 160))
+    assert report.tolerance == pytest.approx(of_accuracy(40, 160) / 2)
     assert report.tolerance_why.endswith("on the validation data, 160 samples")
 
 
@@ -120,3 +121,21 @@ def test_outcomes_of_one_sample_have_no_standard_error():
             return Scores(0.5, 0.5), Singles(torch.tensor([0.5]), 0.0, 1.0)
 
     assert default(Single(lambda mask, fold: 0.5, 2)).value == 0
+
+
+def test_between_epochs_the_dense_network_sets_it_and_cuts_have_no_floor():
+    def wrong(mask, fold):
+        return 8 if mask.sparsity == 0 else 39
+
+    cuts = Cuts(1, None, None, 3, tree=Tree(pruning_rate=0.5))
+    one, evaluate = Gradual(cuts), Sampled(wrong, 8, 40)
+    assert one.judge(WEIGHTS, evaluate)
+    assert one.report.tolerance == pytest.approx(of_accuracy(64, 320) / 2)
+    network = one.cut(1)
+    assert network is not None
+    assert not one.judge(network.weights, Sampled(lambda mask, fold: 10, 8, 40))  # 0.75 is below the floor 0.789
+    again = Gradual(cuts)
+    again.restore(one.state())
+    assert again.judge(network.weights, Sampled(lambda mask, fold: 8, 8, 40))
+    assert again.report.tolerance == one.report.tolerance
+    assert again.report.tolerance_why == one.report.tolerance_why != ""
