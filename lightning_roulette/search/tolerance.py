@@ -58,7 +58,7 @@ def default_tolerance(judge: Judge, network: PrunedWeights, outcomes: Outcomes |
     value, why = _SHARE * error, f"half a standard error of the dense score on the {data}, {number}"
     most = math.inf if judge.gain is None else max(0.0, _MOST * judge.gain)
     if most < value:
-        return Tolerance(most, f"a tenth of what the prunable weights add to the score, because {why} is {value:.3g}")
+        return Tolerance(most, f"a tenth of what the prunable weights add to the score, because {why}, is {value:.3g}")
     return Tolerance(value, why)
 
 
