@@ -113,9 +113,10 @@ class RouletteWheelPruning(WithResult):
             end.
         confidence: Probability in (0, 1), such as 0.95, for a certificate. The winner's true decline is then at most
             `tolerance` with this confidence. It is the decline on the population from which the validation data is an
-            i.i.d. sample. A certificate needs a positive number as `tolerance`, one device and thousands of samples. Too few
-            samples are an error before the search. Samples are dealt to the halves one by one; if batches cannot be
-            split, their order must be random. None: the winner is only compared with the floor on the held-out half.
+            i.i.d. sample. A certificate needs a positive number as `tolerance`, one device and thousands of samples.
+            Too few samples are an error before the search. Samples are dealt to the halves one by one; if batches
+            cannot be split, their order must be random. None: the winner is only compared with the floor on the
+            held-out half.
         at_epoch: When to prune.
 
             - None: search after training.
