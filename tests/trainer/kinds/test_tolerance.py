@@ -179,7 +179,7 @@ def test_a_network_that_has_hardly_learned_keeps_what_it_has(fit, learned):
     with torch.no_grad():
         score, at_zero = (float(hits(one, y).mean()) for one in (module(x), module.net[2].bias.expand(points, 10)))
     fit(pruning, module=module, val=data, max_epochs=1)
-    assert 0 < pruning.report.tolerance == pytest.approx(0.1 * (score - at_zero), rel=0.1)  # on a part
+    assert pruning.report.tolerance == pytest.approx(0.1 * (score - at_zero), rel=0.25)  # it is measured on a part
     assert "a tenth of what the prunable weights add to the score, because half a standard error" in str(pruning.report)
 
 
@@ -194,11 +194,8 @@ def test_between_epochs_it_is_found_once_before_the_first_cut(branches, fit, lea
     assert report.gradual
     assert report.tolerance == pytest.approx(expected, rel=1e-6 if branches == 1 else 1.0)
     (line,) = (one for one in caplog.messages if "dense network after 1 epoch: " in one)
-    floor = (
-        f"{report.held_out_dense:.6g}, may fall to {report.held_out_floor:.6g} (tolerance {report.tolerance:.3g}: one "
-    )
-    assert floor in line
-    assert any(level.held for level in report.levels)
+    assert f"may fall to {report.held_out_floor:.6g} (tolerance {report.tolerance:.3g}: half a standard error" in line
+    assert report.levels[0].accepted
 
 
 def test_a_resumed_training_keeps_the_number_that_was_found_first(fit, tmp_path):
