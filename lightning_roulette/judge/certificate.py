@@ -102,6 +102,35 @@ def p_value(dense: Outcomes, pruned: Outcomes, tolerance: float, confidence: flo
     return min(max(p, _SMALLEST), 1.0)
 
 
+def standard_error(outcomes: Outcomes) -> float:
+    """Return the standard error of a score, which is the mean of outcomes or a function of samples.
+
+    - `Singles` and `Batches`: from their values. The variance of a batch is inverse to its weight.
+    - `Resamples`: the standard deviation over 50 resamples, without those on which the metric is not finite.
+
+    No random generator is read: equal arguments give an equal result.
+
+    Returns:
+        The error in units of the score. NaN for fewer than two samples or batches, for values that are not finite, and
+        if the metric is finite on less than half of the resamples.
+    """
+    match outcomes:
+        case Singles(values):
+            return mean_and_error(float64(values), torch.ones(len(values), dtype=torch.float64))[1]
+        case Batches(values, weights):
+            return mean_and_error(float64(values), float64(weights))[1]
+        case Resamples():
+            return _spread(outcomes)
+
+
+def _spread(outcomes: Resamples) -> float:
+    if outcomes.size < 2:
+        return math.nan
+    scores = torch.tensor(outcomes.resampled(_FEW_RESAMPLES), dtype=torch.float64)
+    finite = scores[scores.isfinite()]
+    return float(finite.std()) if 2 * len(finite) >= len(scores) else math.nan
+
+
 def samples_needed(confidence: float, tolerance: float, width: float = 1.0) -> int:
     """Return the smallest number of samples that can certify a network, if no sample differs between the two networks.
 

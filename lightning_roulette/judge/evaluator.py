@@ -21,13 +21,15 @@ class Evaluator:
     others. The evaluator puts the weights of a candidate into the network, and takes them out again.
 
     An object of another class can be used too, if it has `folds` and is callable with the same arguments. Its
-    `at_once`, `at_least`, `undivided_because` and `recorded` are used if it has them.
+    `at_once`, `at_least`, `undivided_because`, `gain` and `recorded` are used if it has them.
 
     Attributes:
         folds: Number of folds.
         at_once: Largest number of folds that the evaluator prefers to see in one call; None if there is no limit.
         at_least: Number of folds that take no longer to validate than one fold.
         undivided_because: Why the data could not be divided into folds; empty if it was divided.
+        gain: By how much the score of the dense network exceeds that of a network without its prunable weights; None if
+            it is unknown. A default tolerance is at most a tenth of it.
         sees_weights: Whether scores depend on the candidate's weights; False if they depend on its mask alone.
 
     Example:
@@ -43,6 +45,7 @@ class Evaluator:
     at_once: int | None = None
     at_least: int = 1
     undivided_because: str = ""
+    gain: float | None = None
     sees_weights: bool = True
 
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
@@ -102,6 +105,7 @@ class _Foreign(Evaluator):
         self.at_once = getattr(evaluate, "at_once", None)
         self.at_least = getattr(evaluate, "at_least", 1)
         self.undivided_because = getattr(evaluate, "undivided_because", "")
+        self.gain = getattr(evaluate, "gain", None)
 
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
         return cast(Scores, self._evaluate(candidate, folds))
@@ -175,6 +179,11 @@ class Judge:
     def undivided_because(self) -> str:
         """Why the evaluator could not divide its data into folds; empty if it did."""
         return self.evaluate.undivided_because
+
+    @property
+    def gain(self) -> float | None:
+        """See `Evaluator`."""
+        return self.evaluate.gain
 
     def scores(self, network: PrunedWeights, folds: Sequence[int]) -> Scores:
         """Return the scores of a network on the union of these folds."""

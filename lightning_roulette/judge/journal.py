@@ -167,6 +167,7 @@ class Noted(Evaluator):
         self._evaluate, self._journal = as_evaluator(evaluate), journal
         self.folds, self.undivided_because = self._evaluate.folds, self._evaluate.undivided_because
         self.at_once, self.at_least = self._evaluate.at_once, self._evaluate.at_least
+        self.gain = self._evaluate.gain
         self._asked = False
         self._refitted: tuple[Mapping[str, Tensor], str] = ({}, "")  # the last values hashed: a branch shares them
 

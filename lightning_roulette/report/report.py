@@ -46,6 +46,7 @@ class SearchReport(FormerNames):
         dense_measured: Metric of the dense network on all validation data, like `score`; None if it was not measured.
         notes: What else the reader of the report must know, in sentences.
         target_sparsity: Sparsity at which the search was to end; None without a target.
+        tolerance_why: How the tolerance was chosen, in words; empty if it was given.
     """
 
     monitor: str
@@ -77,6 +78,7 @@ class SearchReport(FormerNames):
     dense_measured: float | None = None
     notes: tuple[str, ...] = ()
     target_sparsity: float | None = None
+    tolerance_why: str = ""
 
     @property
     def floor(self) -> float:

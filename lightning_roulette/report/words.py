@@ -36,6 +36,22 @@ def summary(report: SearchReport) -> list[str]:
     ]
 
 
+def start(report: SearchReport) -> str:
+    """Return the dense score, and how far the tolerance lets it decline, in units of the metric.
+
+    Between epochs the score is that of the first judgement. In a search it is the score on the search half.
+    """
+    score, floor = report.dense_score, report.floor
+    if report.gradual and report.held_out_dense is not None and report.held_out_floor is not None:
+        score, floor = report.held_out_dense, report.held_out_floor
+    if math.isinf(report.tolerance):
+        return f"{report.monitor} {score:.6g}, no floor"
+    verb = "fall" if report.mode == "max" else "rise"
+    may = f"may {verb} to {floor:.6g}" if report.tolerance else f"may not {verb}"
+    why = f": {report.tolerance_why}; pass tolerance=... to choose another" if report.tolerance_why else ""
+    return f"{report.monitor} {score:.6g}, {may} (tolerance {report.tolerance:.3g}{why})"
+
+
 def _unpruned(report: SearchReport) -> bool:
     """Whether the search broke off, so that the network stays dense even if levels were accepted."""
     return report.stop_reason in (StopReason.INTERRUPTED, StopReason.FAILED)
@@ -138,7 +154,8 @@ def _declined(report: SearchReport, error: float | None) -> str:
     """Return the decline, its standard error and the tolerance as a sentence."""
     decline = "unknown" if math.isnan(report.decline) else f"{report.decline:.4g}"
     known = "" if error is None or math.isnan(error) else f" (standard error {error:.2g})"
-    allowed = f", allowed {report.tolerance:.4g}" if math.isfinite(report.tolerance) else ""
+    why = f" ({report.tolerance_why})" if report.tolerance_why else ""
+    allowed = f", allowed {report.tolerance:.4g}{why}" if math.isfinite(report.tolerance) else ""
     return f"{'Decline' if report.held_out_dense is None else 'Estimated decline'} {decline}{known}{allowed}."
 
 

@@ -27,7 +27,7 @@ from lightning_roulette.settings import (
 
 def check_search(
     branches: int,
-    tolerance: float,
+    tolerance: float | None,
     target_sparsity: float | None,
     confidence: float | None,
     wheel: Wheel,
@@ -42,7 +42,9 @@ def check_search(
         ValueError: If an argument is out of range.
     """
     check_count("branches", branches)
-    check_number("tolerance", tolerance, at_least=0, remedy="It is in the metric's own units: 0.005 is half a point.")
+    if tolerance is not None:
+        remedy = "It is in the metric's own units: 0.005 is half a point."
+        check_number("tolerance", tolerance, at_least=0, remedy=remedy)
     if target_sparsity is not None:
         check_number("target_sparsity", target_sparsity, above=0, below=1)
     for name, value, group in (("wheel", wheel, Wheel), ("tree", tree, Tree), ("validation", validation, Validation)):
@@ -96,8 +98,13 @@ def beyond_shards(importance: Importance | str | None, how: Refit | None) -> str
     return ""
 
 
-def _check_confidence(confidence: float, tolerance: float, validation: Validation) -> None:
+def _check_confidence(confidence: float, tolerance: float | None, validation: Validation) -> None:
     check_number("confidence", confidence, above=0, below=1, remedy="0.95 is usual.")
+    if tolerance is None:
+        raise ValueError(
+            f"tolerance is None and confidence {confidence}, but a certificate is about a tolerance that does not "
+            "depend on the data. Pass a tolerance, such as 0.005 for half a point, or leave confidence out."
+        )
     if math.isinf(tolerance):
         raise ValueError(
             f"tolerance is {tolerance} and confidence {confidence}, but without a floor there is nothing to certify. "

@@ -38,7 +38,8 @@ class Cuts:
 
     Attributes:
         branches: Candidates of a cut.
-        tolerance: How far below the dense score a level may be when it is judged.
+        tolerance: How far below the dense score a level may be when it is judged. None: half a standard error of the
+            dense score, see `default_tolerance`.
         target_sparsity: Sparsity after the last cut, in (0, 1). None: each cut removes the tree's pruning rate.
         number: Number of cuts.
         refit: What is done to the survivors of a cut before training goes on. None: nothing.
@@ -49,7 +50,7 @@ class Cuts:
     """
 
     branches: int
-    tolerance: float
+    tolerance: float | None
     target_sparsity: float | None
     number: int
     refit: Refit | None = None
@@ -124,19 +125,15 @@ class Gradual:
             ValueError: If the dense score is NaN.
         """
         began = time.monotonic()
-        run, state = self._shown = self._begin(weights, evaluate, calibration, observer or Observer())
+        run, state = self._begin(weights, evaluate, calibration, observer or Observer())
+        # a cut is judged after the training that follows it, so it has no floor
+        self._shown = run, replace(state, report=replace(state.report, tolerance=math.inf))
         self._counted = 0.0
         report = state.report
         now = report.dense_score if report.held_out_dense is None else report.held_out_dense
         if self.report is None or self.history is None:
-            cuts = self._cuts
-            self.report = replace(
-                report,
-                tolerance=cuts.tolerance,
-                held_out_dense=now,
-                gradual=True,
-                target_sparsity=cuts.target_sparsity,
-            )
+            target = self._cuts.target_sparsity
+            self.report = replace(report, held_out_dense=now, gradual=True, target_sparsity=target)
             self.history, held = state.history, True
         else:
             held = self._judged(now)
@@ -206,7 +203,7 @@ class Gradual:
         calibration: Calibration | None,
         observer: Observer,
     ) -> tuple[Run, State]:
-        """Validate the network as the parent of a level. The level is judged later, so there is no floor here."""
+        """Validate the network as the parent of a level. The first one, the dense network, sets the tolerance."""
         cuts = self._cuts
         judge = Judge(evaluate, cuts.validation.confirm if cuts.branches > 1 else 0.0)
         refitter = Refitter(weights, cuts.refit, calibration)
@@ -217,7 +214,7 @@ class Gradual:
             Drawing(cuts.wheel, refitter, cuts.branches, cuts.seed, importance),
             observer,
             branches=cuts.branches,
-            tolerance=math.inf,
+            tolerance=self._cuts.tolerance if self.report is None else math.inf,
             confidence=None,
             race=cuts.validation.race,
             seed=cuts.seed,

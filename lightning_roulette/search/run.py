@@ -20,6 +20,7 @@ from lightning_roulette.search.drawing import Drawing
 from lightning_roulette.search.observer import Observer
 from lightning_roulette.search.refitter import Refitter
 from lightning_roulette.search.state import State
+from lightning_roulette.search.tolerance import Tolerance, default_tolerance
 from lightning_roulette.search.winner import Winner
 
 
@@ -110,7 +111,7 @@ def begin(
     observer: Observer,
     *,
     branches: int,
-    tolerance: float,
+    tolerance: float | None,
     confidence: float | None,
     race: bool,
     seed: int,
@@ -144,11 +145,13 @@ def begin(
     parent = history.mask
     network = refitter.network(parent, Refitted())
     dense = _validated(judge, network, refuse_nan)
+    outcomes = dense.held_out_outcomes if judge.held_out_folds else dense.outcomes
+    allowed = default_tolerance(judge, network, outcomes) if tolerance is None else Tolerance(tolerance)
     report = SearchReport(
         "score",
         "max",
         dense.scores.score,
-        tolerance,
+        allowed.value,
         branches,
         seed,
         parent.size,
@@ -160,6 +163,7 @@ def begin(
         held_out_dense=dense.held_out,
         samples=None if dense.held_out_outcomes is None else size_of(dense.held_out_outcomes),
         target_sparsity=target_sparsity,
+        tolerance_why=allowed.why,
     )
     if confidence is not None:
         report = _promised(report, judge, dense, float(confidence))

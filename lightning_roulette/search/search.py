@@ -43,7 +43,7 @@ def search(
     evaluate: Evaluator | Callable[[Mask], float],
     *,
     branches: int = 20,
-    tolerance: float = 0.0,
+    tolerance: float | None = None,
     target_sparsity: float | None = None,
     confidence: float | None = None,
     refit: str | LeastSquares | Mapping[str, Any] | None = None,
@@ -66,7 +66,9 @@ def search(
         evaluate: An `Evaluator`, or a function from a `Mask` to a score. Larger scores are better. With a function
             nothing is held out, and no refit is possible.
         branches: Candidates per level.
-        tolerance: How far below the dense score a winner may be, in units of the score. `inf` disables the floor.
+        tolerance: How far below the dense score a winner may be, in units of the score. `inf` disables the floor. None:
+            half a standard error of the dense score on the held-out half; 0 if the standard error is unknown, as it is
+            with a function. See `default_tolerance`.
         target_sparsity: Sparsity at which the search ends, in (0, 1). The last level is cut to reach it exactly. None:
             the search ends when the score declines.
         confidence: Confidence of the certificate, in (0, 1). A level then holds only if its decline is at most
@@ -125,7 +127,7 @@ def search(
         Drawing(wheel, refitter, branches, seed),
         observer or Observer(),
         branches=branches,
-        tolerance=float(tolerance),
+        tolerance=None if tolerance is None else float(tolerance),
         confidence=confidence,
         race=validation.race,
         seed=seed,

@@ -89,8 +89,15 @@ class RouletteWheelPruning(WithResult):
     Args:
         branches: Number of candidates per level. None: 20, or 1 if levels are cut between epochs, where further
             training helps more than the choice of a candidate.
-        tolerance: How far the score of the winner may be below the dense score, in units of the metric: 0.005 is half a
-            point of accuracy.
+        tolerance: How far the score of the winner may be below the dense score (above it, for a metric to minimise).
+
+            - A number: in units of the metric. 0.005 is half a point of accuracy. Infinity disables the floor.
+            - None: half a standard error of the dense score on the held-out half, or on all validation data if nothing
+              is held out. The standard error is the noise of the score itself: it is larger with fewer validation
+              samples. The tolerance is at most a tenth of what the prunable weights add to the score. It is 0 if the
+              standard error is unknown or 0. A log line before the first level says the number. `report.tolerance` has
+              it, too. The rule is stricter than the one-standard-error rule of Breiman et al., "Classification and
+              Regression Trees" (1984), section 3.4.3.
         monitor: Name of the logged metric that is compared with the floor. None: the first of these that is unique:
 
             - the logged torchmetrics object with `higher_is_better=True`;
@@ -106,9 +113,10 @@ class RouletteWheelPruning(WithResult):
             end.
         confidence: Probability in (0, 1), such as 0.95, for a certificate. The winner's true decline is then at most
             `tolerance` with this confidence. It is the decline on the population from which the validation data is an
-            i.i.d. sample. A certificate needs a positive `tolerance`, one device and thousands of samples. Too few
-            samples are an error before the search. Samples are dealt to the halves one by one; if batches cannot be
-            split, their order must be random. None: the winner is only compared with the floor on the held-out half.
+            i.i.d. sample. A certificate needs a positive number as `tolerance`, one device and thousands of samples.
+            Too few samples are an error before the search. Samples are dealt to the halves one by one; if batches
+            cannot be split, their order must be random. None: the winner is only compared with the floor on the
+            held-out half.
         at_epoch: When to prune.
 
             - None: search after training.
@@ -160,7 +168,7 @@ class RouletteWheelPruning(WithResult):
         self,
         branches: int | None = None,
         *,
-        tolerance: float = 0.0,
+        tolerance: float | None = None,
         monitor: str | None = None,
         mode: str | None = None,
         target_sparsity: float | None = None,

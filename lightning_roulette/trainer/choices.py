@@ -22,7 +22,7 @@ class Choices:
     """The arguments of `RouletteWheelPruning`; it documents each of them."""
 
     branches: int
-    tolerance: float
+    tolerance: float | None
     monitor: str | None
     mode: str | None
     target_sparsity: float | None

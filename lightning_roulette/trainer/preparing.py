@@ -52,9 +52,10 @@ def rehearse(fit: FitState, batches: float) -> None:
         judging.rehearse(guard, metric, prunable(fit), batches)
         if choices.needs_inputs:
             _rehearse_calibration(fit, judging)
-    if choices.confidence is not None and not searched and not fit.only_tries:
+    confidence, tolerance = choices.confidence, choices.tolerance
+    if confidence is not None and tolerance is not None and not searched and not fit.only_tries:
         judged_by = logged.metrics.get(metric.monitor)
-        refuse_too_few_samples(samples, judged_by, choices.confidence, choices.tolerance, choices.validation.confirm)
+        refuse_too_few_samples(samples, judged_by, confidence, tolerance, choices.validation.confirm)
 
 
 def _rehearse_calibration(fit: FitState, judging: ValidationSetup) -> None:

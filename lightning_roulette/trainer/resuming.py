@@ -184,7 +184,9 @@ def refuse_other_schedule(state: Mapping[str, Any], at_epoch: int | Sequence[int
 def warn_of_other_tolerance(fit: FitState) -> None:
     """Warn if a resumed training with cuts keeps the floor of another tolerance."""
     report, tolerance = fit.result.report, fit.choices.tolerance
-    if fit.result.progress is Progress.CUTTING and report is not None and report.tolerance != tolerance:
+    if report is None or (tolerance is None and report.tolerance_why):
+        return
+    if fit.result.progress is Progress.CUTTING and report.tolerance != tolerance:
         rank_zero_warn(
             f"RouletteWheelPruning: tolerance is {tolerance}, but the resumed training keeps the floor of its own "
             f"tolerance {report.tolerance}. To use another tolerance, start a new training.",

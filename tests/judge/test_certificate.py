@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lightning_roulette.judge.certificate import method_of, p_value, paired_error, samples_needed
+from lightning_roulette.judge.certificate import method_of, p_value, paired_error, samples_needed, standard_error
 from lightning_roulette.judge.outcomes import Batches, Resamples, Singles
 from lightning_roulette.report.records import Method
 from tests.support.outcomes import KINDS, batches, chance, flips, mean_of, singles
@@ -130,3 +130,34 @@ def test_a_tolerance_or_confidence_without_a_meaning_is_refused(arguments, messa
 def test_the_method_follows_from_the_outcomes_and_says_whether_it_is_approximate():
     assert [method_of(one) for one in (SINGLES, RESAMPLES, batches([1.0]))] == [*Method]
     assert [one.value.startswith("Approximate") for one in Method] == [False, True, True]
+
+
+@every_kind
+def test_a_standard_error_is_that_of_the_textbook(kind):
+    values = torch.rand(400, generator=chance(3), dtype=torch.float64)
+    expected = float(values.std()) / 20
+    rel = 0.3 if kind is mean_of else 1e-9  # 50 resamples
+    assert standard_error(kind(values)) == pytest.approx(expected, rel=rel)
+
+
+def test_a_heavier_batch_counts_more_in_a_standard_error():
+    assert standard_error(batches([0.0, 1.0, 1.0], [1.0, 2.0, 2.0])) == pytest.approx(0.4 / math.sqrt(2))
+
+
+@pytest.mark.parametrize(
+    "outcomes",
+    [
+        Singles(torch.tensor([0.5]), 0, 1),
+        batches([0.5]),
+        batches([]),
+        batches([0.5, NAN]),
+        mean_of(torch.tensor([0.5])),
+        Resamples(lambda index: NAN, 20),
+    ],
+)
+def test_too_few_outcomes_have_no_standard_error(outcomes):
+    assert math.isnan(standard_error(outcomes))
+
+
+def test_equal_outcomes_have_a_standard_error_of_zero():
+    assert standard_error(Singles(torch.ones(20), 0, 1)) == standard_error(batches([0.25] * 5)) == 0

@@ -21,6 +21,7 @@ from lightning_roulette.trainer.scores.growth import Growth, shares_of
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric, Watched, find_metric, watched_in
 from lightning_roulette.trainer.scores.refusals import Suitability
 from lightning_roulette.trainer.scores.trainer_evaluator import RecordingEvaluator, TrainerEvaluator
+from lightning_roulette.trainer.scores.trial import Trial
 from lightning_roulette.trainer.scores.unused import unused_weights
 from lightning_roulette.trainer.validation.guard import Guard
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
@@ -65,7 +66,7 @@ class ValidationSetup:
         choices: How candidates are validated.
         monitor: The `monitor` that the user passed.
         mode: The `mode` that the user passed.
-        tolerance: The `tolerance` that the user passed.
+        tolerance: The `tolerance` that the user passed. None: the search finds it, and until then it counts as 0.
         seed: Seed by which the data is dealt.
         caller: The callback that searches. It logs no metric.
         restless: Parameters that are not prunable and that validation changes. They are put back after each validation.
@@ -78,7 +79,7 @@ class ValidationSetup:
     choices: Validation
     monitor: str | None
     mode: str | None
-    tolerance: float
+    tolerance: float | None
     seed: int
     caller: Callback
     restless: list[nn.Parameter] = field(default_factory=list)
@@ -100,7 +101,7 @@ class ValidationSetup:
     def _find(self, logged: Logged, watched: Sequence[Watched], leave: Callable[[], object]) -> MonitoredMetric:
         """See `metric`. If it is not found, call `leave` to end the isolated validation, and try the callbacks."""
         try:
-            found = find_metric(logged, watched, self.monitor, self.mode, self.tolerance, self.choices.rank_by)
+            found = find_metric(logged, watched, self.monitor, self.mode, self.tolerance or 0.0, self.choices.rank_by)
         except RuntimeError as error:
             leave()
             if (name := self._callback_that_logs_it(logged)) is None:
@@ -109,7 +110,7 @@ class ValidationSetup:
                 f"{error} Your callback {name} logs it, but callbacks do not see candidates unless asked to: "
                 f"pass validation=Validation(keep_callbacks=[{name!r}])."
             ) from None
-        refuse_wide_tolerance(logged, found, self.tolerance)
+        refuse_wide_tolerance(logged, found, self.tolerance or 0.0)
         return found
 
     def _callback_that_logs_it(self, logged: Logged) -> str | None:
@@ -138,7 +139,7 @@ class ValidationSetup:
         Raises:
             RuntimeError: If there is no validation data or no metric, or validation does not depend on the weights.
         """
-        watched = watched_in(self.trainer)
+        watched, trial = watched_in(self.trainer), None
         with contextlib.ExitStack() as stack:
             validation = stack.enter_context(self.isolated())
             guard = Guard(self.module) if first else None
@@ -151,8 +152,8 @@ class ValidationSetup:
             on_all = data is read and data.tries_everything
             score = mean_over_processes(self.trainer, logged.value(metric.monitor)) if on_all else None
             if guard is not None:
-                self._try(guard, validation, data, prunable, metric)
-                refuse_low_floor(logged, metric, self.tolerance)
+                trial = self._try(guard, validation, data, prunable, metric)
+                refuse_low_floor(logged, metric, self.tolerance or 0.0)
             with _guarded(guard):
                 unused = self._unused(validation, data, prunable, metric) if first else {}
                 metric = Growth(validation, data, prunable, logged).of(metric)
@@ -160,6 +161,8 @@ class ValidationSetup:
             size = validation.size()
         used = {name: one for name, one in prunable.items() if name not in unused}
         evaluate = RecordingEvaluator(self.trainer, self.module, validation, data, used, metric, shares)
+        if trial is not None:
+            evaluate.know(trial)
         return CandidateValidation(validation, data, metric, used, evaluate, size, unused, score)
 
     def rehearse(self, guard: Guard, metric: MonitoredMetric, weights: _Weights, batches: float) -> None:
@@ -186,16 +189,17 @@ class ValidationSetup:
         weights: _Weights,
         metric: MonitoredMetric,
         between_epochs: bool = False,
-    ) -> None:
-        """Refuse a validation that cannot judge candidates, after training."""
+    ) -> Trial:
+        """Refuse a validation that cannot judge candidates, after training. Return the trial that was made."""
         data.fetch(data.first_folds)
         suitability = self._suitability(guard, metric, weights)
         trial = suitability.tried(lambda: data.validate(validation, data.first_folds), validation)
         self._keep_restless(guard)
         suitability.refuse(trial, validation, data, learned=not between_epochs)
+        return trial
 
     def _suitability(self, guard: Guard, metric: MonitoredMetric, weights: _Weights) -> Suitability:
-        return Suitability(self.trainer, guard, weights, metric, self.tolerance, self.note)
+        return Suitability(self.trainer, guard, weights, metric, self.tolerance or 0.0, self.note)
 
     def _keep_restless(self, guard: Guard) -> None:
         """Let later validations put back the parameters that validation changes."""
@@ -223,14 +227,17 @@ class ValidationSetup:
         with self.isolated() as validation:
             why = "a cut has one candidate, so nothing is ranked"
             data = undivided(validation, self.seed, self.choices.cache_bytes, why)
-            guard = Guard(self.module) if first else None
+            guard, trial = Guard(self.module) if first else None, None
             if guard is not None:
-                self._try(guard, validation, data, weights, metric, between_epochs=True)
+                trial = self._try(guard, validation, data, weights, metric, between_epochs=True)
             with _guarded(guard):
                 unused = self._unused(validation, data, weights, metric) if first else {}
             size = validation.size()
         used = {name: one for name, one in weights.items() if name not in unused}
-        evaluate = TrainerEvaluator(self.trainer, self.module, validation, data, used, metric)
+        kind = RecordingEvaluator if first and self.tolerance is None else TrainerEvaluator
+        evaluate = kind(self.trainer, self.module, validation, data, used, metric)
+        if trial is not None:
+            evaluate.know(trial)
         return CandidateValidation(validation, data, metric, used, evaluate, size, unused)
 
     def _unused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,9 +20,10 @@ from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.network.lending import applied, copy_into, lent, named_tensors
 from lightning_roulette.report.records import Scores
 from lightning_roulette.trainer.data.folded_data import FoldedData
-from lightning_roulette.trainer.processes import mean_over_processes
+from lightning_roulette.trainer.processes import in_any_process, mean_over_processes
 from lightning_roulette.trainer.scores.metric_calls import Call, batches_of, calls_of, outcomes_of, times
 from lightning_roulette.trainer.scores.monitored_metric import LOADER, MonitoredMetric
+from lightning_roulette.trainer.scores.trial import Trial
 from lightning_roulette.trainer.validation.guard import Unmoved
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 from lightning_roulette.trainer.validation.logged import Logged
@@ -59,6 +61,14 @@ class TrainerEvaluator(Evaluator):
         self.at_once, self.at_least = data.at_once, data.at_least
         self.unmoved = Unmoved(weights, by_time=trainer.world_size == 1)
         self._warned = not trainer.is_global_zero
+
+    def know(self, trial: Trial) -> None:
+        """Set `gain` from what a trial on the first folds logged."""
+        if in_any_process(self._trainer, trial.at_zero is None or self._metric.monitor not in trial.at_zero.values):
+            return
+        assert trial.at_zero is not None
+        dense, at_zero = (self._scores(one, self._data.first_folds).score for one in (trial.dense, trial.at_zero))
+        self.gain = dense - at_zero if math.isfinite(dense - at_zero) else None
 
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
         """Return the scores of a candidate on the union of some folds."""

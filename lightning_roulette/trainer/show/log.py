@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.report.report import SearchReport
+from lightning_roulette.report.words import start
 from lightning_roulette.search.observer import LevelTime
 from lightning_roulette.trainer.show.display import Display
 from lightning_roulette.trainer.show.forecast import Forecast
@@ -44,13 +45,10 @@ class LogLines(Display):
         self._last_level = -math.inf
 
     def on_dense(self, report: SearchReport, mask: Mask, work: float) -> None:
-        """Say the dense score, the floor, and how long a level will take, as far as it is known."""
+        """Say the dense score, how far it may decline, and how long a level will take, as far as it is known."""
         searching, held_out = report.folds
         data = f"the search half ({searching} of {searching + held_out} folds)" if held_out else "all validation data"
-        self._say(
-            f"dense network on {data}: {report.monitor} {report.dense_score:.6g}, {_floor(report.floor)}. "
-            f"{self._forecast.before(report, work)}"
-        )
+        self._say(f"dense network on {data}: {start(report)}. {self._forecast.before(report, work)}")
 
     def on_level(self, report: SearchReport, mask: Mask) -> None:
         """Say the score of the level, and whether it was accepted."""
@@ -69,8 +67,7 @@ class LogLines(Display):
     def on_judged(self, report: SearchReport, mask: Mask, epoch: int) -> None:
         """Say the score of the trained network, and whether its level held."""
         if not report.levels:
-            score, floor = report.held_out_dense, report.held_out_floor
-            self._say(f"dense network after {_epochs(epoch)}: {report.monitor} {score:.6g}, {_floor(floor)}")
+            self._say(f"dense network after {_epochs(epoch)}: {start(report)}")
             return
         level = report.levels[-1]
         verdict = "held" if level.held else f"below the floor {report.held_out_floor:.6g}"
@@ -92,10 +89,6 @@ class LogLines(Display):
     def _say(self, text: str) -> None:
         if self._speaks:
             log.info(f"RouletteWheelPruning: {text}")
-
-
-def _floor(floor: float | None) -> str:
-    return "no floor" if floor is None or math.isinf(floor) else f"floor {floor:.6g}"
 
 
 def _epochs(number: int) -> str:
