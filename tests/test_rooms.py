@@ -19,6 +19,7 @@ FLOORS = (
     {"refit", "judge"},
     {"search"},
     {"trainer"},
+    {"__main__"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FRAMEWORKS = {"lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "tensorboard"}
