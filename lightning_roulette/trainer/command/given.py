@@ -63,8 +63,8 @@ class Given:
         for part, path in self.classes.items():
             known = _arguments_of(path) if part == "model" else set()
             arguments = {name: one for name, one in self.hyperparameters.items() if name in known and _is_plain(one)}
-            section = {"class_path": path, **({"init_args": arguments} if arguments else {})}
-            first += [f"--{part}", yaml.safe_dump(section, default_flow_style=True, width=10**6).strip()]
+            section = yaml.safe_dump({"class_path": path, "init_args": arguments}, default_flow_style=True, width=10**6)
+            first += [f"--{part}", section.strip() if arguments else path]
         return [*first, *self.args]
 
 

@@ -59,10 +59,10 @@ class PruneCLI(LightningCLI):
         """Parse the command line. The callback of a configuration becomes the default of `pruning`."""
         for part in self.given.nameless:
             parser.error(f"{part} has arguments in the configuration, but no class. Add --{part} my_module.MyClass")
-        config = parser.parse_args(args)
+        config = parser.parse_args(self.given.in_order)
         if (own := _of_configuration(config)) is not None:
             parser.set_defaults({"pruning": own.init_args.as_dict()})
-            config = parser.parse_args(args)
+            config = parser.parse_args(self.given.in_order)
             config.trainer.callbacks = [one for one in _callbacks(config) if one.get("class_path") not in _PATHS]
         if config.pruning.at_epoch is not None:
             speak_up()
