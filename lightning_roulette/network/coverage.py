@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_roulette.network.parameters import aliases, owners_of, parts_of_metrics
 from lightning_roulette.network.ties import ties_of
-from lightning_roulette.report.names import listed
+from lightning_roulette.report.names import listed, shortened
 from lightning_roulette.report.records import Skipped
 
 
@@ -52,12 +52,15 @@ def coverage_of(module: nn.Module, skipped: Mapping[str, str]) -> Coverage:
         module: The network.
         skipped: The parameters that are not prunable, by their first names, each with the reason.
     """
-    sizes = _sizes(module)
+    sizes, names = _sizes(module), aliases(module)
     views = {name for tie in ties_of(module) for name in tie.names if tie.whole not in (None, name)}
     groups: dict[str, list[str]] = {}
     for name in sizes:
         if name in skipped:
-            groups.setdefault(_general(skipped[name], skipped, sizes), []).append(name)
+            why = _general(skipped[name], skipped, sizes)
+            if why.startswith("weight of ") and len(names[name]) > 1:  # such as a head that is tied to an embedding
+                why = f"{why}, also named {shortened(names[name][1:])}"
+            groups.setdefault(why, []).append(name)
     found = [Skipped(tuple(names), sum(sizes[name] for name in names), why) for why, names in groups.items()]
     return Coverage(
         sum(size for name, size in sizes.items() if name not in views),

@@ -221,7 +221,7 @@ MISTAKES = {
     "a device": (["--trainer.accelerator=cuda"], 1, "ccelerator"),
     "a class": (["--model=tests.support.modules.Blob"], 2, "no attribute 'Blob'"),
     "a file": (["--config=missing.yaml"], 2, "missing.yaml"),
-    "no validation": ([f"--model={HERE}.Unchecked"], 1, "there is no validation"),
+    "no validation": ([f"--model={HERE}.Unchecked"], 1, "has no validation_step"),
 }
 
 
