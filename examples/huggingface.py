@@ -80,19 +80,19 @@ def chains(count: int, seed: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": one, "labels": one} for one in words]
 
 
-def trained_and_pruned(module: LightningModule, train: list, val: list, epochs: int) -> RouletteWheelPruning:
+def trained_and_pruned(module: LightningModule, train: list, val: list, epochs: int, path: str) -> RouletteWheelPruning:
     """Train a module, save a checkpoint, and prune the checkpoint."""
     train_loader, val_loader = DataLoader(train, batch_size=50, shuffle=True), DataLoader(val, batch_size=100)
     options = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)
     trainer = Trainer(max_epochs=epochs, accelerator="cpu", enable_progress_bar=sys.stdout.isatty(), **options)
     trainer.fit(module, train_loader, val_loader)
-    trainer.save_checkpoint("trained.ckpt")
+    trainer.save_checkpoint(path)
     return prune(
         trainer,
         module,
         train_loader,
         val_loader,
-        ckpt_path="trained.ckpt",
+        ckpt_path=path,
         tolerance=0.03,
         target_sparsity=0.7,
         branches=3,
@@ -114,14 +114,17 @@ def main(folder: str = "runs/huggingface") -> tuple[Model, Model]:
 
     bert = BertConfig(**small, intermediate_size=64, num_labels=CLASSES, max_position_embeddings=LENGTH)
     classifier = AutoModelForSequenceClassification.from_config(bert)
-    pruning = trained_and_pruned(Classifier(classifier), topics(800, 1), topics(300, 2), epochs=3)
+    module, path = Classifier(classifier), f"{folder}/classifier.ckpt"
+    pruning = trained_and_pruned(module, topics(800, 1), topics(300, 2), 3, path)
     classifier.save_pretrained(f"{folder}/classifier")
     loaded = AutoModelForSequenceClassification.from_pretrained(f"{folder}/classifier")
     show("classifier", pruning, loaded)
 
     gpt2 = GPT2Config(**small, n_positions=LENGTH, bos_token_id=0, eos_token_id=0)
     language_model = AutoModelForCausalLM.from_config(gpt2)
-    pruning = trained_and_pruned(LanguageModel(language_model), chains(800, 1), chains(300, 2), epochs=4)
+    pruning = trained_and_pruned(
+        LanguageModel(language_model), chains(800, 1), chains(300, 2), 4, f"{folder}/language_model.ckpt"
+    )
     language_model.save_pretrained(f"{folder}/language_model")
     loaded = AutoModelForCausalLM.from_pretrained(f"{folder}/language_model")
     show("language model", pruning, loaded)

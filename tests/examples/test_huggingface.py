@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 
 pytest.importorskip("transformers", reason="the extra `examples` has transformers")
 
@@ -47,3 +51,11 @@ def test_from_pretrained_loads_the_zeros_and_gives_the_same_logits(monkeypatch, 
             assert torch.equal(loaded(input_ids=words).logits, model.eval()(input_ids=words).logits)
     assert "model.transformer.wte.weight (weight of Embedding, also named model.lm_head.weight)" in printed
     assert printed.count("after from_pretrained: sparsity 70.00%") == 2
+
+    first, second = re.findall(r"```python\n(.*?)```", (ROOT / "docs/huggingface.md").read_text(), re.DOTALL)
+    shutil.copytree("here/classifier", "my_model")
+    names = {"train": DataLoader(huggingface.topics(100, 1), 50), "val": DataLoader(huggingface.topics(300, 2), 100)}
+    exec(first.replace("tolerance=0.01", "tolerance=0.1, branches=2, target_sparsity=0.2, refit=None"), names)
+    exec(second, names)
+    assert names["pruning"].report.sparsity == pytest.approx(0.2, abs=1e-3)
+    assert zeros(load_file("my_slim_model/model.safetensors")) > 0

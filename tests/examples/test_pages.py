@@ -12,7 +12,8 @@ import lightning_roulette
 from lightning_roulette import LeastSquares, RouletteWheelPruning, Tree, Validation, Wheel, search
 from tests.support.pages import NOT_RUN, PAGES, PROJECT, QuickTrainer, blocks, fitted, reader, run, text_of
 
-WITH_CODE = [page for page in PAGES if blocks(page, "python")]
+ELSEWHERE = {"docs/huggingface.md"}  # its code runs in test_huggingface.py, with transformers
+WITH_CODE = [page for page in PAGES if blocks(page, "python") and page not in ELSEWHERE]
 RESULT = ["", "val_acc on all validation data (half of it", "On the held-out half, which", "Stopped: ", "Time: "]
 
 

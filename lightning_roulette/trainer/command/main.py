@@ -13,7 +13,7 @@ from lightning_roulette.trainer.callback import RouletteWheelPruning
 from lightning_roulette.trainer.without_training import prune
 
 PROGRAM = "python -m lightning_roulette"
-_JSONARGPARSE = "jsonargparse[signatures]>=4.28,<5"
+_JSONARGPARSE = "jsonargparse[signatures]>=4.42,<5"
 
 
 def main(args: Sequence[str]) -> None:
