@@ -53,6 +53,15 @@ def test_ties_to_several_weights_are_one_group():
     assert (found.matrices, found.share) == (18, 1.0)
 
 
+def test_a_head_that_is_tied_to_an_embedding_is_named():
+    net = nn.ModuleDict({"embed": nn.Embedding(10, 6), "other": nn.Embedding(2, 6), "head": nn.Linear(6, 10)})
+    net["head"].weight = net["embed"].weight
+    assert coverage_of(net, skipped_parameters(net)).skipped == (
+        Skipped(("embed.weight",), 60, "weight of Embedding, also named head.weight"),
+        Skipped(("other.weight",), 12, "weight of Embedding"),
+    )
+
+
 def test_a_network_without_matrices_has_no_share_to_miss():
     found = coverage_of(nn.LayerNorm(3), {"weight": "weight of LayerNorm", "bias": "bias of LayerNorm"})
     assert (found.matrices, found.share, found.skipped) == (0, 1.0, ())
