@@ -42,7 +42,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable ".[dev,examples]"
+	$(PIP) --editable ".[dev,examples,huggingface]"
 	touch $@ $(VENV)/.demo
 
 clean:
