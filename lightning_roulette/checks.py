@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from datetime import timedelta
 from difflib import get_close_matches
 from itertools import pairwise
 from numbers import Integral, Real
@@ -96,6 +98,33 @@ def check_seed(seed: Any) -> None:
         raise TypeError(f"seed is {seed!r}, but must be a whole number.")
     if not -(2**63) <= int(seed) < 2**63:
         raise ValueError(f"seed is {seed}, but must be a signed 64-bit number.")
+
+
+def duration(name: str, value: Any) -> timedelta:
+    """Return a length of time, given as `"DD:HH:MM:SS"`, `"HH:MM:SS"`, a timedelta or a mapping of its arguments.
+
+    Raises:
+        TypeError: If `value` has another type.
+        ValueError: If it is not positive, or no such string or mapping.
+    """
+    forms = 'must be "DD:HH:MM:SS" or "HH:MM:SS", a timedelta, or a dict of its arguments such as {"minutes": 30}'
+    if isinstance(value, str):
+        if (found := re.fullmatch(r"(?:(\d+):)?(\d+):(\d\d):(\d\d)", value.strip())) is None:
+            raise ValueError(f"{name} is {value!r}, but {forms}.")
+        days, hours, minutes, seconds = (int(one or 0) for one in found.groups())
+        length = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+    elif isinstance(value, Mapping):
+        try:
+            length = timedelta(**value)
+        except TypeError as error:
+            raise ValueError(f"{name} is {dict(value)!r}, but {forms}.") from error
+    elif isinstance(value, timedelta):
+        length = value
+    else:
+        raise TypeError(f"{name} is {value!r}, but {forms}.")
+    if length <= timedelta():
+        raise ValueError(f"{name} is {value!r}, but must be longer than zero.")
+    return length
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...], *, remedy: str = "") -> None:

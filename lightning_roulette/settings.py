@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from torch import Tensor
 
-from lightning_roulette.checks import as_group, check_choice, check_count, check_number, check_words
+from lightning_roulette.checks import as_group, check_choice, check_count, check_number, check_words, duration
 
 Importance = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
@@ -91,6 +93,14 @@ class Tree:
         patience: Stop after this many failed levels in a row.
         smallest_rate: Stop when a failure would halve the rate below this value, whatever the patience. Without this
             limit, smaller and smaller steps could pass on a noisy score, down to one weight at a time.
+        max_time: How long the search may try levels. None: no limit.
+
+            - `"DD:HH:MM:SS"`, a `timedelta`, or a dictionary of its arguments, as in `Trainer(max_time=...)`.
+            - `"HH:MM:SS"`.
+
+            A level is not tried if it would end after this time, provided that it takes as long as the last one. The
+            accepted levels are then confirmed, which takes some more time. The result depends on the speed of the
+            machine. Cuts between epochs have no such limit.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -101,6 +111,12 @@ class Tree:
     max_levels: int | None = None
     patience: int = 3
     smallest_rate: float = 0.01
+    max_time: str | timedelta | Mapping[str, float] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """`max_time` in seconds; infinite if there is no limit."""
+        return math.inf if self.max_time is None else duration("max_time", self.max_time).total_seconds()
 
     def __post_init__(self) -> None:
         check_number(
@@ -114,6 +130,8 @@ class Tree:
             check_count("max_levels", self.max_levels)
         check_count("patience", self.patience)
         check_number("smallest_rate", self.smallest_rate, above=0)
+        if self.max_time is not None:
+            duration("max_time", self.max_time)
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def digest(tensor: Tensor) -> str:
 
 
 # Fields of records that came after a reference was written.
-ADDED = {"matrices", "skipped", "dense_measured", "notes", "target_sparsity", "target_met"}
+ADDED = {"matrices", "skipped", "dense_measured", "notes", "target_sparsity", "target_met", "tolerance_why"}
 
 
 def frozen(value: Any) -> Any:

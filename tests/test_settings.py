@@ -13,7 +13,7 @@ from lightning_roulette.settings import Refit, refit_of
 
 DEFAULTS = {
     Wheel: {"sharpness": 16.0, "importance": None, "scope": "global", "allocation": None},
-    Tree: {"pruning_rate": 0.1, "max_levels": None, "patience": 3, "smallest_rate": 0.01},
+    Tree: {"pruning_rate": 0.1, "max_levels": None, "patience": 3, "smallest_rate": 0.01, "max_time": None},
     Validation: {"rank_by": None, "confirm": 0.5, "race": True, "cache_bytes": 2**31, "keep_callbacks": ()},
     Refit: {"batches": 100, "each_level": True, "finalists": 1},
     LeastSquares: {"batches": 100, "each_level": True, "finalists": 1, "damping": 1e-3},

@@ -65,6 +65,14 @@ class Evaluator:
         """
         return self(candidate, folds), None
 
+    def in_any_process(self, here: bool) -> bool:
+        """Return whether something is true in at least one of the processes that search together.
+
+        Override this method if several processes search the same network. `Tree.max_time` ends the search in all of
+        them.
+        """
+        return here
+
     @property
     def records(self) -> bool:
         """Whether `recorded` is overridden."""
@@ -112,6 +120,10 @@ class _Foreign(Evaluator):
 
     def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> tuple[Scores, Outcomes | None]:
         return cast("tuple[Scores, Outcomes | None]", self._evaluate.recorded(candidate, folds))
+
+    def in_any_process(self, here: bool) -> bool:
+        agree = getattr(self._evaluate, "in_any_process", None)
+        return here if agree is None else bool(agree(here))
 
     @property
     def records(self) -> bool:

@@ -179,6 +179,10 @@ class Noted(Evaluator):
         """See `Evaluator`."""
         return self._answer(self._evaluate.recorded, "recorded", candidate, folds)
 
+    def in_any_process(self, here: bool) -> bool:
+        """See `Evaluator`."""
+        return self._evaluate.in_any_process(here)
+
     @property
     def records(self) -> bool:
         """Whether the evaluator itself returns outcomes."""

@@ -27,6 +27,7 @@ class StopReason(Enum):
     TARGET_REACHED = "Stopped: the target sparsity was reached."
     TARGET_NOT_HELD = "Stopped: the search reached the target sparsity, but missed the floor there on held-out data."
     MAX_LEVELS = "Stopped: the maximum number of levels was reached."
+    OUT_OF_TIME = "Stopped: a further level would have ended after max_time."
     EXHAUSTED = "Stopped: no further weight can be pruned."
     INTERRUPTED = "Stopped: the search was interrupted. The network stays dense; the report ends at the interruption."
     TRAINING_ENDED = "Stopped: training ended."

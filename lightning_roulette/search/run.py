@@ -66,6 +66,11 @@ class Run:
     began: float = field(default_factory=time.monotonic)
 
     @property
+    def seconds(self) -> float:
+        """Seconds since the search began."""
+        return time.monotonic() - self.began
+
+    @property
     def rejudges(self) -> bool:
         """Whether the best candidate is judged again, on all search folds together and with its outcomes."""
         return self.judge.records or len(self.judge.search_folds) > 1
@@ -94,7 +99,7 @@ class Run:
             importance=self.drawing.in_words,
             stop_reason=reason,
             validations=self.judge.validations,
-            seconds=time.monotonic() - self.began,
+            seconds=self.seconds,
         )
 
     def winner(self, state: State, reason: StopReason | None = None) -> Winner:

@@ -17,6 +17,7 @@ Only the abstract of the paper and public summaries were available. These choice
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,7 +34,8 @@ from lightning_roulette.search.level import try_level
 from lightning_roulette.search.observer import Observer
 from lightning_roulette.search.policies import Levels, Policy, Step
 from lightning_roulette.search.refitter import Refitter
-from lightning_roulette.search.run import begin
+from lightning_roulette.search.run import Run, begin
+from lightning_roulette.search.state import State
 from lightning_roulette.search.winner import Winner
 from lightning_roulette.settings import LeastSquares, Tree, Validation, Wheel, groups_of, refit_of
 
@@ -134,10 +136,28 @@ def search(
         target_sparsity=None if target_sparsity is None else float(target_sparsity),
     )
     policy = policy or Levels(tree, branches, wheel.scope, target_sparsity)
-    while isinstance(step := policy.next(state), Step):
-        state = try_level(run, state, step)
+    state, reason = _levels(run, state, policy, tree.seconds)
     state = confirm(run, state)
-    return run.winner(state, reason=_confirmed(step, run.winner(state)))
+    return run.winner(state, reason=_confirmed(reason, run.winner(state)))
+
+
+def _levels(run: Run, state: State, policy: Policy, limit: float) -> tuple[State, StopReason]:
+    """Try one level after another. Return the last state, and why the search ended.
+
+    Args:
+        run: What stays the same during the search.
+        state: The state of the dense network.
+        policy: Decides what is tried.
+        limit: Seconds after which no level may end, if it takes as long as the last one.
+    """
+    last = 0.0
+    while isinstance(step := policy.next(state), Step):
+        now = run.seconds
+        if limit < math.inf and run.judge.evaluate.in_any_process(now + last > limit):
+            return state, StopReason.OUT_OF_TIME
+        state = try_level(run, state, step)
+        last = run.seconds - now
+    return state, step
 
 
 def _confirmed(reason: StopReason, winner: Winner) -> StopReason:

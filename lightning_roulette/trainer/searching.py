@@ -88,7 +88,9 @@ def save_dense(fit: FitState) -> None:
 def noted(fit: FitState, judges: CandidateValidation) -> Iterator[Evaluator]:
     """Record scores in a journal inside the block. The journal is removed if the block ends without an error."""
     metric = replace(judges.metric, why="")  # a resumed fit may find the same metric in another way
-    facts = [fit.choices.of_search(fit.only_tries), *judges.weights, metric, judges.data.folds, judges.size]
+    settings = fit.choices.of_search(fit.only_tries)
+    settings["tree"] = replace(settings["tree"], max_time=None)  # a resumed search may be given more time
+    facts = [settings, *judges.weights, metric, judges.data.folds, judges.size]
     journal = journal_of(fit.trainer, fit.module, fit.files, facts)
     yield judges.evaluate if journal is None else Noted(judges.evaluate, journal)
     if journal is not None:

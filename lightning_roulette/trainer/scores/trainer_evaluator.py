@@ -70,6 +70,10 @@ class TrainerEvaluator(Evaluator):
         dense, at_zero = (self._scores(one, self._data.first_folds).score for one in (trial.dense, trial.at_zero))
         self.gain = dense - at_zero if math.isfinite(dense - at_zero) else None
 
+    def in_any_process(self, here: bool) -> bool:
+        """See `Evaluator`."""
+        return in_any_process(self._trainer, here)
+
     def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
         """Return the scores of a candidate on the union of some folds."""
         self.unmoved.check_if_due()
