@@ -17,6 +17,8 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     WeightAveraging,
 )
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_roulette import LeastSquares, RouletteWheelPruning, StopReason, Tree, Wheel, prune, sparsity
 from lightning_roulette.trainer.scores.trainer_evaluator import TrainerEvaluator
@@ -345,6 +347,16 @@ def test_callbacks_that_train_do_not_train(make_trainer, weights, finder):
     pruned(make_trainer, module, make_trainer(callbacks=[finder()]))
     assert module.called == []
     assert (module.lr, module.batch_size) == (1e-2, 50)
+
+
+def test_curves_of_the_search_are_in_the_event_files_and_no_others(make_trainer, module, tmp_path):
+    logger = TensorBoardLogger(tmp_path, "runs")
+    pruning = pruned(make_trainer, module, make_trainer(logger=logger))
+    read = EventAccumulator(logger.log_dir).Reload()
+    found = {tag: [one.value for one in read.Scalars(tag)] for tag in read.Tags()["scalars"] if "density" not in tag}
+    levels = [0.0, *(level.sparsity for level in pruning.report.accepted)]
+    assert found["roulette/sparsity"] == pytest.approx(levels)
+    assert {tag.split("/")[0] for tag in found} == {"roulette"}
 
 
 # ---- training data
