@@ -16,7 +16,7 @@ from lightning_roulette.refit.matrices import RowSampler
 from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.refit.scales import input_scales
 from lightning_roulette.refit.sensitivity import Sensitivity
-from lightning_roulette.refit.solvers.cholesky import Cholesky
+from lightning_roulette.refit.solvers.fastest import Fastest
 from lightning_roulette.settings import LeastSquares, Refit, refit_of
 
 
@@ -102,7 +102,7 @@ class Calibration:
         """
         choices = refit_of(how)
         layerwise = self._prepared(mask, isinstance(choices, LeastSquares))
-        solver = Cholesky(choices.damping if isinstance(choices, LeastSquares) else 0.0)
+        solver = Fastest(choices.damping if isinstance(choices, LeastSquares) else 0.0)
         with lent(self._written(layerwise)) as dense:
             fill_pruned(layerwise.tensors, mask)
             reasons = layerwise.refit(mask, solver, dense)
