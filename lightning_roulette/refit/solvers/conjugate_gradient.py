@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_roulette.large.limits import limits
 
-_STEPS_BETWEEN_CHECKS = 8
-# An output is solved if the steps to come would lower its error by less than this share. It is half of a thousandth,
-# as the error to come is an estimate.
-_SHARE_LEFT = 5e-4
-_SMALLEST_ERROR = 1e-9  # share of an output's power below which its error need not be known
-_LEAST_NEXT_FALL = 0.25  # share of the last fall of the error that is assumed to follow at least
+_PAUSE = 8  # steps between checks of the errors; after many steps a third of them
+# An output is solved if further steps would lower its squared error by less than a thousandth. How much they would is
+# extrapolated, so half of it is allowed. The extrapolation fails if the error pauses, so there is a certain bound, too.
+# The bound is far too large, so it is allowed to be far larger.
+_SHARE_EXPECTED = 5e-4
+_SHARE_CERTAIN = 0.05
+_SMALLEST_ERROR = 1e-9  # share of an output's power to which its error need not be known
+_LEAST_FALL = 0.25  # share of the last fall of an error that is expected to follow at least
 _NUMBERS_PER_ENTRY = 8  # float64 numbers that the iteration holds for each output and input
 
 
 @dataclass(frozen=True, eq=False)
 class Equations:
-    """The equations `w (G + ridge) = right` for each output `w` of a group, which is zero where not kept.
+    """The equations `(G + ridge) w = right` of the outputs of a group, each on the inputs that the output keeps.
 
     Attributes:
         gram: The Gram matrix `G`, float64, shape `(inputs, inputs)`.
-        ridge: The positive number `ridge` that is added to its diagonal.
+        ridge: The positive number that is added to its diagonal.
         right: Right-hand sides, shape `(outputs, inputs)`.
         kept: Bool, shape `(outputs, inputs)`.
-        error: Squared error of each output at `w = 0`, summed over the rows, shape `(outputs,)`.
+        error: Squared error of each output at `w = 0`, summed over rows, shape `(outputs,)`.
         power: Sum of squares of each wanted output, shape `(outputs,)`.
     """
 
@@ -40,112 +43,172 @@ class Equations:
     power: Tensor
 
     def blocks(self) -> Iterator[tuple[slice, Equations]]:
-        """Yield blocks of outputs whose iteration needs at most `limits().system_bytes`."""
+        """Yield blocks of outputs. The iteration of a block takes at most `limits().system_bytes`."""
         outputs, inputs = self.kept.shape
-        size = max(1, limits().system_bytes // (8 * _NUMBERS_PER_ENTRY * inputs))
+        size = max(1, limits().system_bytes // max(1, 8 * _NUMBERS_PER_ENTRY * inputs))
         for begin in range(0, outputs, size):
-            part = slice(begin, begin + size)
-            yield part, Equations(
-                self.gram, self.ridge, self.right[part], self.kept[part], self.error[part], self.power[part]
-            )
+            some = slice(begin, begin + size)
+            right, kept, error, power = self.right[some], self.kept[some], self.error[some], self.power[some]
+            yield some, Equations(self.gram, self.ridge, right, kept, error, power)
 
 
 def conjugate_gradient(equations: Equations, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve normal equations by conjugate gradients with a diagonal preconditioner (Hestenes and Stiefel, 1952).
+    """Solve the equations by conjugate gradients with a diagonal preconditioner (Hestenes and Stiefel, 1952).
 
-    The iterates of all outputs are multiplied with the same Gram matrix and stay on the kept inputs. The same iteration
-    ends ALPS (Meng et al., "ALPS: Improved optimization for highly sparse one-shot pruning for large language models",
-    2024). An output is solved when its squared error is estimated to be within a thousandth of that of the exact
-    solution. The estimate extrapolates how fast the error falls. Solved outputs leave the iteration.
+    Each step multiplies the directions of all outputs with the same Gram matrix, and sets them to zero where inputs are
+    not kept. ALPS ends so, too (Meng et al., "ALPS: Improved optimization for highly sparse one-shot pruning for large
+    language models", 2024). The iteration of an output ends when its squared error is within a thousandth of the exact
+    solution's. It then leaves the product.
 
     Args:
         equations: The equations.
-        steps: Largest number of steps of each output, shape `(outputs,)`.
+        steps: Number of steps after which an output that is not solved is given up, shape `(outputs,)`.
 
     Returns:
         - The solutions, shape `(outputs, inputs)`.
-        - Which outputs are solved, shape `(outputs,)`. The others need another way.
+        - Which outputs are solved, shape `(outputs,)`. An output that is not finite counts as solved.
     """
     found = torch.zeros_like(equations.right)
     solved = torch.zeros_like(equations.error, dtype=torch.bool)
-    for part, block in equations.blocks():
-        _solve(block, steps[part], found[part], solved[part])
+    if equations.gram.numel() == 0:  # no output keeps an input
+        return found, ~solved
+    for some, block in equations.blocks():
+        found[some], solved[some] = _solution(block, steps[some])
     return found, solved
 
 
-def _solve(equations: Equations, steps: Tensor, found: Tensor, solved: Tensor) -> None:
-    """Write the solutions of some outputs, and which of them are solved."""
-    iterates, taken = _Iterates(equations), 0
+def _solution(equations: Equations, steps: Tensor) -> tuple[Tensor, Tensor]:
+    matrix = _Matrix(equations.gram, equations.ridge, equations.gram.diagonal() + equations.ridge)
+    iterates, errors = _Iterates.at_zero(equations, matrix), _Errors.at_zero(equations, matrix)
+    found, solved, taken = torch.zeros_like(equations.right), torch.zeros_like(steps, dtype=torch.bool), 0
     while len(iterates.outputs):
-        for _ in range(_STEPS_BETWEEN_CHECKS):
-            iterates.move()
-        taken += _STEPS_BETWEEN_CHECKS
-        done = iterates.are_solved()
+        pause = max(_PAUSE, taken // 3)
+        for _ in range(pause):
+            errors.follow(*iterates.move(matrix))
+        taken += pause
+        done = errors.are_small(equations.ridge * _dot(iterates.found, iterates.found), iterates.slope)
         ended = done | (steps[iterates.outputs] <= taken)
         found[iterates.outputs[ended]] = iterates.found[ended]
         solved[iterates.outputs[done]] = True
         if bool(ended.any()):
-            iterates.drop(ended)
+            iterates, errors = _rows(iterates, ~ended), _rows(errors, ~ended)
+    return found, solved
 
 
+@dataclass(frozen=True, eq=False)
+class _Matrix:
+    gram: Tensor
+    ridge: float
+    diagonal: Tensor  # of the Gram matrix with its ridge
+
+
+@dataclass(eq=False)
 class _Iterates:
-    """Outputs that are not solved yet.
+    """The iteration of outputs that are not solved.
 
     Attributes:
-        outputs: Their numbers, shape `(active,)`.
-        found: What is found so far, shape `(active, inputs)`.
+        outputs: Numbers of the outputs, shape `(active,)`.
+        kept: Which inputs they keep, shape `(active, inputs)`.
+        found: What is found so far, the same shape.
+        rest: What the equations leave of the right-hand sides, the same shape.
+        direction: Direction of the next step, the same shape.
+        slope: Products of `rest` with `rest / diagonal`, shape `(active,)`.
     """
 
-    def __init__(self, equations: Equations) -> None:
-        self._gram, self._ridge = equations.gram, equations.ridge
-        self._diagonal = equations.gram.diagonal() + equations.ridge
-        self.outputs = torch.arange(len(equations.right), device=equations.right.device)
-        self.found = torch.zeros_like(equations.right)
-        self._kept, self._power = equations.kept, equations.power
-        self._damped_error = self._error = equations.error
-        self._fall = torch.zeros_like(equations.error)
-        self._rest = torch.where(equations.kept, equations.right, 0.0)
-        self._direction = self._rest / self._diagonal
-        self._slope = _dot(self._rest, self._direction)
+    outputs: Tensor
+    kept: Tensor
+    found: Tensor
+    rest: Tensor
+    direction: Tensor
+    slope: Tensor
 
-    def move(self) -> None:
-        """Make one step."""
-        moved = torch.addmm(self._direction, self._direction, self._gram, beta=self._ridge).mul_(self._kept)
-        length = _ratio(self._slope, _dot(self._direction, moved))
-        self.found.addcmul_(length.unsqueeze(1), self._direction)
-        self._rest.addcmul_(length.unsqueeze(1), moved, value=-1)
-        self._damped_error = self._damped_error - length * self._slope
-        scaled = torch.div(self._rest, self._diagonal, out=moved)
-        before, self._slope = self._slope, _dot(self._rest, scaled)
-        self._direction.mul_(_ratio(self._slope, before).unsqueeze(1)).add_(scaled)
+    @classmethod
+    def at_zero(cls, equations: Equations, matrix: _Matrix) -> _Iterates:
+        """Return the iterates before the first step."""
+        outputs = torch.arange(len(equations.right), device=equations.right.device)
+        rest = torch.where(equations.kept, equations.right, 0.0)
+        scaled = rest / matrix.diagonal
+        return cls(outputs, equations.kept, torch.zeros_like(rest), rest, scaled, _dot(rest, scaled))
 
-    def are_solved(self) -> Tensor:
-        """Return which outputs are solved, or not finite, shape `(active,)`.
+    def move(self, matrix: _Matrix) -> tuple[Tensor, Tensor, Tensor]:
+        """Make one step. Return its length, how much it lowered the damped error, and the ratio of slopes."""
+        moved = torch.addmm(self.direction, self.direction, matrix.gram, beta=matrix.ridge).mul_(self.kept)
+        length = _ratio(self.slope, _dot(self.direction, moved))
+        self.found.addcmul_(length.unsqueeze(1), self.direction)
+        self.rest.addcmul_(length.unsqueeze(1), moved, value=-1)
+        scaled = torch.div(self.rest, matrix.diagonal, out=moved)
+        before, self.slope = self.slope, _dot(self.rest, scaled)
+        ratio = _ratio(self.slope, before)
+        self.direction.mul_(ratio.unsqueeze(1)).add_(scaled)
+        return length, length * before, ratio
 
-        The error of an output falls by about the same factor in equal numbers of steps, so that the next falls are the
-        last fall times powers of this factor.
+
+@dataclass(eq=False)
+class _Errors:
+    """Squared errors of outputs that are not solved, each of shape `(active,)`.
+
+    Attributes:
+        power: Sum of squares of each wanted output.
+        damped: The error with the ridge's part, which the iteration lowers.
+        last: The error without it, at the last check.
+        fall: How much it changed before that check.
+        least: A number below all eigenvalues of the preconditioned matrix on the kept inputs.
+        longest: The damped error exceeds the smallest one by at most `longest * slope` (Meurant and Tichý, "On
+            computing quadrature-based bounds for the A-norm of the error in conjugate gradients", 2013).
+    """
+
+    power: Tensor
+    damped: Tensor
+    last: Tensor
+    fall: Tensor
+    least: Tensor
+    longest: Tensor
+
+    @classmethod
+    def at_zero(cls, equations: Equations, matrix: _Matrix) -> _Errors:
+        """Return the errors before the first step."""
+        largest = torch.where(equations.kept, matrix.diagonal, matrix.ridge).amax(1)
+        error, least = equations.error, matrix.ridge / largest
+        return cls(equations.power, error, error, torch.zeros_like(error), least, 1 / least)
+
+    def follow(self, length: Tensor, lowered: Tensor, ratio: Tensor) -> None:
+        """Follow a step."""
+        self.damped = self.damped - lowered
+        longer = (self.longest - length).clamp(min=0)
+        self.longest = _ratio(longer, self.least * longer + ratio)
+
+    def are_small(self, pull: Tensor, slope: Tensor) -> Tensor:
+        """Return which errors are close to the smallest ones, or not finite.
+
+        Args:
+            pull: The part of the damped errors that is the ridge's.
+            slope: See `_Iterates`.
         """
-        before, fall_before = self._error, self._fall
-        self._error = self._damped_error - self._ridge * _dot(self.found, self.found)
-        self._fall = (before - self._error).abs()
-        factor = _ratio(self._fall, fall_before)
-        still_to_fall = self._fall * (factor / (1 - factor)).clamp(min=_LEAST_NEXT_FALL)
-        slows_down = (self._fall < fall_before) | (self._fall == 0)
-        floor = self._error.clamp(min=_SMALLEST_ERROR * self._power)
-        return slows_down & (still_to_fall <= _SHARE_LEFT * floor) | ~self._error.isfinite()
+        last, fall_before = self.last, self.fall
+        self.last = self.damped - pull
+        self.fall = (last - self.last).abs()
+        # an error falls by about the same factor in equal numbers of steps
+        factor = _ratio(self.fall, fall_before)
+        expected = self.fall * (factor / (1 - factor)).clamp(min=_LEAST_FALL)
+        falls_less = (self.fall < fall_before) | (self.fall == 0)
+        gap = self.longest * slope
+        certain = 2 * gap + 2 * (pull * gap).sqrt()
+        error = self.last.clamp(min=_SMALLEST_ERROR * self.power)
+        small = falls_less & (expected <= _SHARE_EXPECTED * error) & (certain <= _SHARE_CERTAIN * error)
+        return small | ~self.last.isfinite()
 
-    def drop(self, ended: Tensor) -> None:
-        """Forget some outputs."""
-        left = ~ended
-        self.outputs, self.found, self._kept = self.outputs[left], self.found[left], self._kept[left]
-        self._power, self._slope, self._fall = self._power[left], self._slope[left], self._fall[left]
-        self._damped_error, self._error = self._damped_error[left], self._error[left]
-        self._rest, self._direction = self._rest[left], self._direction[left]
+
+_Active = TypeVar("_Active", _Iterates, _Errors)
+
+
+def _rows(of: _Active, left: Tensor) -> _Active:
+    """Return some outputs of iterates or errors."""
+    return replace(of, **{one.name: getattr(of, one.name)[left] for one in fields(of)})
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
     """Return the products of rows, shape `(rows,)`."""
-    return torch.linalg.vecdot(one, other)
+    return (one.unsqueeze(1) @ other.unsqueeze(2)).flatten()
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ _GATHERED_ENTRY = 500  # an entry of a system: it is gathered, padded, factored 
 _SORTED_INPUT = 800  # an input of an output: the kept ones are found and their values written
 _ITERATED_ENTRY = 130  # an input of an output in a step: eight passes over memory
 _STEP = 1e6  # a step of no output
-_USUAL_STEPS = 40  # that solve most outputs
+_USUAL_STEPS = 32  # that solve most outputs
 
 
 def factor_cost(size: Tensor, inputs: int) -> Tensor:
