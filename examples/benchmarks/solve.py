@@ -1,11 +1,13 @@
-"""Measure how long the solution for a layer's survivors takes: exact, by our solver, and the sums that it starts from.
+"""Measure the time to solve for a layer's survivors: exactly, by our solver, and to sum what both start from.
 
-Inputs are made: a power law spectrum (the n-th eigenvalue falls as 1 / n), then a ReLU. Outputs are those of a matrix of
-normal numbers, of which the smallest entries are pruned. `exact` solves some of the outputs by Cholesky factors; its
-seconds are multiplied up to all outputs. Errors are compared on these outputs. `sums` adds 65,536 rows to the Gram sums.
+- Inputs: made. The n-th eigenvalue of their covariance falls as 1 / n, before a ReLU.
+- Wanted outputs: those of a matrix of normal numbers, whose smallest entries are pruned.
+- `exact`: one Cholesky factor for each output. Some outputs are solved, and the seconds multiplied up to all.
+- `error`: the squared error of our solution over that of the exact one, on these outputs.
+- `sums`: adding 65,536 rows to the Gram sums.
 
-`--rates` prints what the constants of `lightning_roulette/refit/solvers/cost.py` come from: times in multiplications of a
-matrix product, beside what the constants say.
+`--rates` prints what the constants of `lightning_roulette/refit/solvers/cost.py` come from, in multiplications
+of a matrix product.
 
 Runs are stored as lines of JSON and not repeated.
 """
@@ -13,6 +15,7 @@ Runs are stored as lines of JSON and not repeated.
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +27,7 @@ from lightning_roulette.refit.solvers import cost
 from lightning_roulette.refit.solvers.cholesky import Cholesky
 from lightning_roulette.refit.solvers.fastest import Fastest
 
-BLOCK, ROWS, DAMPING = 4096, 2**16, 1e-3
+BLOCK, DIFFERENT, ROWS, DAMPING = 4096, 4, 2**16, 1e-3  # 4 blocks of 4,096 rows, each added four times
 
 
 def seconds(work: Callable[[], object], repeats: int = 1) -> float:
@@ -51,13 +54,13 @@ class Layer:
         chance = torch.Generator().manual_seed(0)
         mixing = torch.linalg.qr(torch.randn(inputs, inputs, generator=chance)).Q
         self.matrix = torch.randn(1, outputs, inputs, generator=chance).double() / inputs**0.5
-        self.sums, self.seconds, different = GramSums(), 0.0, 2 * max(1, inputs // BLOCK + 1)
-        for seed in range(different):
+        self.sums, self.seconds = GramSums(), 0.0
+        for seed in range(DIFFERENT):
             x = inputs_of_block(inputs, mixing, seed)
             y = x @ self.matrix.mT
-            for _ in range(ROWS // BLOCK // different):
-                self.seconds += seconds(lambda x=x, y=y: self.sums.add(x, y))
-        self.seconds *= ROWS / self.sums.rows + seconds(lambda: self.sums.gram) / max(1.0, self.seconds)
+            for _ in range(ROWS // BLOCK // DIFFERENT):
+                self.seconds += seconds(partial(self.sums.add, x, y))
+        self.seconds += seconds(lambda: self.sums.gram)
 
     def kept(self, sparsity: float) -> Tensor:
         """Return the mask of the largest weights."""
@@ -80,33 +83,33 @@ class Layer:
 
 
 def rates() -> None:
-    """Print measured times of factors and steps in multiplications of a matrix product."""
-    print("inputs  kept  a factor: measured, by the constants")
+    """Print measured times of factors, and what the constants say."""
+    print("inputs  kept  measured  by the constants")
     for inputs in (100, 300, 785, 1536, 3072):
-        x = torch.randn(inputs + 100, inputs, dtype=torch.float64)
-        gram, outputs = (x.mT @ x).unsqueeze(0), max(16, 40_000 // inputs)
-        right = torch.randn(1, outputs, inputs, dtype=torch.float64)
-        unit = seconds(lambda: right @ gram, 3) / (outputs * inputs**2)
-        sums = GramSums()
-        sums.add(x.unsqueeze(0), torch.randn(1, len(x), outputs, dtype=torch.float64))
         for share in (0.02, 0.05, 0.1, 0.2, 0.5):
-            kept = torch.rand(1, outputs, inputs).argsort(2) < round(share * inputs)
-            took = seconds(lambda: Cholesky(0.0).init(sums).solve(kept, right), 2) / outputs / unit
-            said = float(cost.factor_cost(kept[0, 0].sum(), inputs))
-            print(f"{inputs:6} {int(kept[0, 0].sum()):5}  {took:9.2e}  {said:9.2e}")
+            kept, took = factor_rate(inputs, round(share * inputs))
+            print(f"{inputs:6} {int(kept):5}  {took:8.2e}  {float(cost.factor_cost(kept, inputs)):8.2e}")
+
+
+def factor_rate(inputs: int, keep: int) -> tuple[Tensor, float]:
+    """Return the number of kept inputs, and the time of a factor in multiplications of a matrix product."""
+    x, outputs = torch.randn(1, inputs + 100, inputs, dtype=torch.float64), max(16, 40_000 // inputs)
+    matrix = torch.randn(1, outputs, inputs, dtype=torch.float64)
+    sums = GramSums()
+    sums.add(x, x @ matrix.mT)
+    kept = torch.rand(1, outputs, inputs).argsort(2) < keep
+    product = seconds(lambda: matrix @ sums.gram, 3) / (outputs * inputs**2)
+    return kept[0, 0].sum(), seconds(lambda: Cholesky(0.0).init(sums).solve(kept, matrix), 2) / outputs / product
 
 
 def table(runs: Runs) -> None:
     """Print all runs."""
-    print(
-        "| inputs x outputs | sparsity | exact, s | ours, s | error / exact error | sums of 65,536 rows, s | ours / sums |"
-    )
+    print("| inputs x outputs | sparsity | exact, s | ours, s | error / exact error | sums, s | ours / sums |")
     print("|---|---|---|---|---|---|---|")
     for row in runs.rows:
-        print(
-            f"| {row['inputs']} x {row['outputs']} | {100 * row['sparsity']:.0f} % | {row['exact']:.1f} | {row['ours']:.1f} "
-            f"| {row['error']:.5f} | {row['sums']:.1f} | {row['ours'] / row['sums']:.2f} |"
-        )
+        shape, share = f"{row['inputs']} x {row['outputs']}", row["ours"] / row["sums"]
+        times = f"{row['exact']:.1f} | {row['ours']:.1f} | {row['error']:.5f} | {row['sums']:.1f} | {share:.2f}"
+        print(f"| {shape} | {100 * row['sparsity']:.0f} % | {times} |")
 
 
 def main(shapes: Sequence[str], sparsities: Sequence[float], exact_outputs: int, runs: Runs) -> None:
