@@ -82,8 +82,8 @@ class Calibration:
         """Return the network's values after pruning by a mask and a refit.
 
         The layers of the mask are refitted in the order in which the network calls them. The survivors and the bias of
-        a layer are solved so that its outputs are closest to the dense network's outputs (see `Prepared.solve`). Its
-        inputs come from the pruned network, in which the layers before it are already refitted. Running statistics of
+        a layer are solved so that its outputs are closest to the dense network's outputs, up to a thousandth of the
+        squared error (see `Prepared.solve` and `Fastest`). Its inputs come from the pruned network, in which the layers before it are already refitted. Running statistics of
         batch normalisations become the mean and variance of their inputs.
 
         The refit of a layer is not kept if it is not finite, or if it increases the error on rows that it was not
