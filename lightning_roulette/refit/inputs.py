@@ -83,8 +83,9 @@ class Calibration:
 
         The layers of the mask are refitted in the order in which the network calls them. The survivors and the bias of
         a layer are solved so that its outputs are closest to the dense network's outputs, up to a thousandth of the
-        squared error (see `Prepared.solve` and `Fastest`). Its inputs come from the pruned network, in which the layers before it are already refitted. Running statistics of
-        batch normalisations become the mean and variance of their inputs.
+        squared error (see `Prepared.solve` and `Fastest`). Its inputs come from the pruned network, in which the layers
+        before it are already refitted. Running statistics of batch normalisations become the mean and variance of their
+        inputs.
 
         The refit of a layer is not kept if it is not finite, or if it increases the error on rows that it was not
         solved on. The result depends only on the dense network, the mask and the batches.

@@ -20,7 +20,7 @@ from lightning_roulette.refit.solvers.cholesky import Cholesky
 from lightning_roulette.refit.solvers.conjugate_gradient import Equations, conjugate_gradient
 from lightning_roulette.refit.solvers.cost import most_steps
 from lightning_roulette.refit.solvers.fastest import Fastest
-from lightning_roulette.refit.solvers.supports import codes_of, sharing_of
+from lightning_roulette.refit.solvers.supports import codes_of, supports_of
 from tests.support.limits import set_limits
 from tests.support.networks import numbers
 
@@ -195,7 +195,8 @@ def test_an_output_without_steps_left_is_given_up():
     steps = torch.where(torch.arange(30) % 2 == 0, 1, 1000)
     found, solved = conjugate_gradient(equations, steps)
     assert torch.equal(solved, torch.arange(30) % 2 == 1)
-    assert torch.equal(found[solved], conjugate_gradient(equations, torch.full((30,), 1000))[0][solved])
+    together, _ = conjugate_gradient(equations, torch.full((30,), 1000))
+    assert torch.allclose(found[solved], together[solved], rtol=1e-9, atol=1e-12)
 
 
 def test_outputs_that_are_not_finite_end_the_iteration():
@@ -255,4 +256,10 @@ def test_codes_are_equal_where_supports_are(rows):
     codes = codes_of(members)
     for one, code in zip(rows, codes, strict=True):
         assert [torch.equal(code, other) for other in codes] == [one == other for other in rows]
-    assert sharing_of(members.unsqueeze(0))[0].tolist() == [rows.count(one) for one in rows]
+    numbers_of, sharing = supports_of(members.unsqueeze(0))
+    assert sharing[numbers_of].tolist() == [rows.count(one) for one in rows]
+
+
+def test_groups_share_no_support():
+    _, sharing = supports_of(torch.ones(3, 4, 5, dtype=torch.bool))
+    assert sharing.tolist() == [4, 4, 4]

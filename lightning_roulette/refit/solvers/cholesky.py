@@ -14,7 +14,7 @@ from lightning_roulette.large.limits import limits
 from lightning_roulette.refit.gram import GramSums
 from lightning_roulette.refit.solvers.cost import worth_correcting
 from lightning_roulette.refit.solvers.solver import Prepared, Solver
-from lightning_roulette.refit.solvers.supports import codes_of
+from lightning_roulette.refit.solvers.supports import supports_of
 
 _SIMILAR_SIZE = 0.8  # systems with at least this share of the largest one's size are padded to it
 _ZERO_INPUTS_RIDGE = 1e-12
@@ -197,11 +197,9 @@ def _solved_on(matrix: Tensor, members: Tensor, right: Tensor) -> Tensor:
 
 def _blocks_of(matrix: Tensor, members: Tensor) -> Iterator[_Block]:
     """Yield the distinct supports that are not empty, each with the outputs that share it."""
-    groups, outputs, inputs = members.shape
-    owner = torch.arange(groups, device=members.device).repeat_interleave(outputs)
+    _, outputs, inputs = members.shape
     rows = members.reshape(-1, inputs)
-    keyed = torch.cat([owner.unsqueeze(1), codes_of(rows)], 1)
-    _, support_of, sharing = torch.unique(keyed, dim=0, return_inverse=True, return_counts=True)
+    support_of, sharing = supports_of(members)
     by_support, first = support_of.argsort(), sharing.cumsum(0) - sharing
     one_of = by_support[first]  # an output of each support
     for some in _similar_sized(rows[one_of].sum(1), sharing):
@@ -209,7 +207,7 @@ def _blocks_of(matrix: Tensor, members: Tensor) -> Iterator[_Block]:
         turn = torch.arange(int(sharing[some].max()), device=members.device)
         outs = by_support[(first[some].unsqueeze(1) + turn).clamp(max=len(by_support) - 1)]
         real = (where >= 0).unsqueeze(2) & (turn < sharing[some].unsqueeze(1)).unsqueeze(1)
-        group = owner[one_of[some]]
+        group = one_of[some] // outputs
         yield _Block(group, where, outs.unsqueeze(1), real, _systems(matrix, group, where))
 
 

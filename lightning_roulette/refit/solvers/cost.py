@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_roulette.refit.solvers.supports import sharing_of
+from lightning_roulette.refit.solvers.supports import supports_of
 
 _GATHERED_ENTRY = 500  # an entry of a system: it is gathered, padded, factored at the rate of a short vector
 _SORTED_INPUT = 800  # an input of an output: the kept ones are found and their values written
@@ -35,8 +35,8 @@ def step_cost(inputs: int) -> float:
     return float(inputs) ** 2 + _ITERATED_ENTRY * inputs
 
 
-def direct_costs(kept: Tensor) -> Tensor:
-    """Return the work to factor the system of the inputs that each output keeps.
+def factor_costs(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the work of the two ways to solve with factors, each float64, shape `(groups, outputs)`.
 
     Outputs with equal inputs share a factor.
 
@@ -44,17 +44,14 @@ def direct_costs(kept: Tensor) -> Tensor:
         kept: Bool, shape `(groups, outputs, inputs)`.
 
     Returns:
-        Float64, shape `(groups, outputs)`.
+        - To factor the system of the inputs that an output keeps.
+        - To correct the solution over all inputs for those that it does not keep, without the work of the inverse.
     """
-    return factor_cost(kept.sum(2), kept.shape[2]) / sharing_of(kept)
-
-
-def correction_costs(kept: Tensor) -> Tensor:
-    """Return the work to correct the solution over all inputs for the pruned ones, without that of the inverse.
-
-    For shapes see `direct_costs`.
-    """
-    return factor_cost((~kept).sum(2), kept.shape[2]) / sharing_of(kept) + 2 * kept.shape[2] ** 2
+    inputs, count = kept.shape[2], kept.sum(2)
+    numbers, shared = supports_of(kept)
+    sharing = shared[numbers].view_as(count)
+    direct = factor_cost(count, inputs) / sharing
+    return direct, factor_cost(inputs - count, inputs) / sharing + 2 * inputs**2
 
 
 def worth_correcting(kept: Tensor) -> Tensor:
@@ -62,7 +59,8 @@ def worth_correcting(kept: Tensor) -> Tensor:
 
     It is worth it for none of a group if the inverse takes more work than all of them save.
     """
-    saved = (direct_costs(kept) - correction_costs(kept)).clamp(min=0)
+    direct, correction = factor_costs(kept)
+    saved = (direct - correction).clamp(min=0)
     return (saved > 0) & (saved.sum(1, keepdim=True) > inverse_cost(kept.shape[2]))
 
 
@@ -76,7 +74,8 @@ def most_steps(kept: Tensor) -> Tensor:
         Float64, shape `(groups, outputs)`; zero for outputs that a factor solves in less work than usual steps.
     """
     outputs, inputs = kept.shape[1:]
-    by_factor = torch.minimum(direct_costs(kept), correction_costs(kept) + inverse_cost(inputs) / outputs)
+    direct, correction = factor_costs(kept)
+    by_factor = torch.minimum(direct, correction + inverse_cost(inputs) / outputs)
     saved = (by_factor - _USUAL_STEPS * step_cost(inputs)).clamp(min=0)
     worth = (saved > 0) & (saved.sum(1, keepdim=True) > _USUAL_STEPS * _STEP)
     return torch.where(worth, (by_factor / step_cost(inputs)).floor(), 0.0)

@@ -52,12 +52,12 @@ class FastestPrepared(Prepared):
     def solve(self, kept: Tensor, start: Tensor) -> Tensor:
         """See `Prepared.solve`."""
         found, solved = torch.zeros_like(start), torch.zeros_like(kept[..., 0])
-        for group, steps in enumerate(most_steps(kept)):
-            outputs = steps.nonzero().flatten()
-            if len(outputs):
-                begin = torch.where(kept[group, outputs], start[group, outputs], 0.0)
-                change, done = self._changed(group, outputs, kept[group, outputs], begin, steps[outputs])
-                found[group, outputs], solved[group, outputs] = begin + change, done
+        steps = most_steps(kept)
+        for group in steps.any(1).nonzero().flatten().tolist():
+            outputs = steps[group].nonzero().flatten()
+            begin = torch.where(kept[group, outputs], start[group, outputs], 0.0)
+            change, done = self._changed(group, outputs, kept[group, outputs], begin, steps[group, outputs])
+            found[group, outputs], solved[group, outputs] = begin + change, done
         left = ~solved.unsqueeze(2)
         return torch.where(left, self.exact.solve(kept & left, start), found) if bool(left.any()) else found
 

@@ -23,14 +23,18 @@ def codes_of(members: Tensor) -> Tensor:
     return (whole * powers).sum(2)
 
 
-def sharing_of(kept: Tensor) -> Tensor:
-    """Return how many outputs of its group keep the same inputs as each output, itself included.
+def supports_of(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the different supports of each group.
 
     Args:
         kept: Bool, shape `(groups, outputs, inputs)`.
 
     Returns:
-        Shape `(groups, outputs)`.
+        - The number of each output's support, shape `(groups * outputs,)`.
+        - How many outputs share each support, shape `(supports,)`.
     """
-    found = [torch.unique(codes_of(one), dim=0, return_inverse=True, return_counts=True) for one in kept]
-    return torch.stack([counts[support_of] for _, support_of, counts in found])
+    groups, outputs, inputs = kept.shape
+    group = torch.arange(groups, device=kept.device).repeat_interleave(outputs)
+    codes = torch.cat([group.unsqueeze(1), codes_of(kept.reshape(-1, inputs))], 1)
+    _, numbers, sharing = torch.unique(codes, dim=0, return_inverse=True, return_counts=True)
+    return numbers, sharing
