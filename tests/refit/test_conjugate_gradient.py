@@ -91,7 +91,7 @@ def test_the_error_of_a_layer_is_within_a_thousandth_of_the_exact_one(kind, rows
         assert excess(sums, found, Cholesky(damping).init(sums).solve(kept, start)) <= 1e-3
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     kind=st.sampled_from(list(KINDS)),
     seed=st.integers(0, 2**32 - 1),
@@ -155,14 +155,14 @@ def trained(request) -> tuple[nn.Module, torch.Tensor]:
     return net, x
 
 
-@pytest.mark.parametrize("images", [30, 1000])  # fewer rows than inputs, and more
+@pytest.mark.parametrize("images", [30, 300])  # fewer rows than inputs, and more
 @pytest.mark.parametrize("sparsity", [0.3, 0.6, 0.9])
 def test_layers_of_trained_networks_are_within_a_thousandth(sparsity, images, trained, monkeypatch):
     net, x = trained
     layers = layers_of(net, [x[:images]], sparsity, monkeypatch)
     assert len(layers) >= 3
     for sums, kept, start in layers:
-        for damping in (1e-5, 1e-3, 1e-1):
+        for damping in (1e-5, 1e-3):
             found = iterated(sums, kept, start, damping)
             assert excess(sums, found, Cholesky(damping).init(sums).solve(kept, start)) <= 1e-3
 
