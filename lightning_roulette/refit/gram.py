@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lightning_roulette.large.limits import limits
 
+_COLUMNS = 256  # of a block of the Gram matrix, of which the half below the diagonal is computed
+
 
 class GramSums:
     """Sums of products over rows `x` of inputs and rows `y` of wanted outputs, in float64, for each group.
@@ -17,15 +19,23 @@ class GramSums:
     Memory does not grow with the number of rows: it is `inputs ** 2 + inputs * outputs` numbers for each group.
 
     Attributes:
-        gram: Sum of `x x^T`, shape `(groups, inputs, inputs)`.
         cross: Sum of `x y^T`, shape `(groups, inputs, outputs)`.
         power: Sum of `y ** 2`, shape `(groups, outputs)`.
         rows: Number of rows.
     """
 
     def __init__(self) -> None:
-        self.gram = self.cross = self.power = torch.zeros(())
+        self._gram = self.cross = self.power = torch.zeros(())
+        self._is_whole = True
         self.rows = 0
+
+    @property
+    def gram(self) -> Tensor:
+        """Sum of `x x^T`, shape `(groups, inputs, inputs)`."""
+        if not self._is_whole:
+            _mirror(self._gram)
+            self._is_whole = True
+        return self._gram
 
     @property
     def finite(self) -> bool:
@@ -46,12 +56,13 @@ class GramSums:
         """
         if self.rows == 0:
             groups, inputs, outputs = x.shape[0], x.shape[2], y.shape[2]
-            self.gram, self.cross = x.new_zeros(groups, inputs, inputs), x.new_zeros(groups, inputs, outputs)
+            self._gram, self.cross = x.new_zeros(groups, inputs, inputs), x.new_zeros(groups, inputs, outputs)
             self.power = x.new_zeros(groups, outputs)
         for xs, ys in zip(x.split(limits().gram_rows, 1), y.split(limits().gram_rows, 1), strict=True):
-            self.gram.baddbmm_(xs.mT, xs)
+            _add_products(self._gram, xs)
             self.cross.baddbmm_(xs.mT, ys)
             self.power += ys.square().sum(1)
+        self._is_whole = False
         self.rows += x.shape[1]
 
     def error(self, matrix: Tensor) -> float:
@@ -72,6 +83,22 @@ class GramSums:
         """
         mean = self.cross[:, -1] / self.rows if centred else torch.zeros_like(self.power)
         return (self.power / self.rows - mean.square()).sum().clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _add_products(gram: Tensor, x: Tensor) -> None:
+    """Add `x^T x` to the blocks of a Gram matrix on and below its diagonal."""
+    inputs = gram.shape[1]
+    for begin in range(0, inputs, _COLUMNS):
+        end = min(begin + _COLUMNS, inputs)
+        gram[:, begin:end, :end].baddbmm_(x[..., begin:end].mT, x[..., :end])
+
+
+def _mirror(gram: Tensor) -> None:
+    """Copy the blocks below the diagonal of a matrix to those above it."""
+    inputs = gram.shape[1]
+    for begin in range(_COLUMNS, inputs, _COLUMNS):
+        end = min(begin + _COLUMNS, inputs)
+        gram[:, :begin, begin:end] = gram[:, begin:end, :begin].mT
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lightning_roulette.refit import gram
 from lightning_roulette.refit.gram import GramSums, LayerSums, MeanAndVariance
 from tests.support.limits import set_limits
 from tests.support.networks import numbers
@@ -16,10 +17,12 @@ def rows_of(groups: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("columns", [1, 4, 256])
 @pytest.mark.parametrize("block", [1, 7, 60, 4096])
 @pytest.mark.parametrize("cuts", [[60], [1, 59], [10, 0, 50], [20, 20, 20], [0, 60]])
-def test_gram_sums_are_sums_over_rows_added_in_any_pieces(cuts, block, groups, monkeypatch):
+def test_gram_sums_are_sums_over_rows_added_in_any_pieces(cuts, block, columns, groups, monkeypatch):
     set_limits(monkeypatch, gram_rows=block)
+    monkeypatch.setattr(gram, "_COLUMNS", columns)
     (x, y, matrix), sums = rows_of(groups), GramSums()
     for xs, ys in zip(x.split(cuts, 1), y.split(cuts, 1), strict=True):
         sums.add(xs, ys)
@@ -30,6 +33,32 @@ def test_gram_sums_are_sums_over_rows_added_in_any_pieces(cuts, block, groups, m
     assert sums.error(matrix) == pytest.approx(float((x @ matrix.mT - y).square().sum((0, 2)).mean()), rel=1e-10)
     assert sums.error(0 * matrix) == pytest.approx(sums.mean_square)
     assert sums.mean_square == pytest.approx(float(y.square().sum((0, 2)).mean()))
+
+
+def test_a_gram_matrix_may_be_read_between_two_parts(monkeypatch):
+    monkeypatch.setattr(gram, "_COLUMNS", 4)
+    (x, y, _), sums = rows_of(), GramSums()
+    for xs, ys in zip(x.split(30, 1), y.split(30, 1), strict=True):
+        sums.add(xs, ys)
+        assert torch.allclose(sums.gram, sums.gram.mT, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(sums.gram, x.mT @ x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_sums_are_as_exact_under_autocast_and_low_precision(precision):
+    (x, y, matrix), plain, lowered = rows_of(), GramSums(), GramSums()
+    plain.add(x, y)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            lowered.add(x, y)
+            error = lowered.error(matrix)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(lowered.gram, plain.gram)
+    assert torch.equal(lowered.cross, plain.cross)
+    assert error == plain.error(matrix)
 
 
 def test_rows_held_out_are_summed_apart():

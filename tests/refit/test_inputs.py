@@ -178,6 +178,24 @@ def test_single_precision_is_enough(kind):
     assert_refitted(net, mask, [batch.double() for batch in batches], found, 1e-3, tolerance=1e-5)
 
 
+def test_a_network_that_runs_in_low_precision_is_refitted_in_double():
+    net, inputs = nn.Linear(40, 30), (numbers(400, 8) @ numbers(8, 40, seed=1) + numbers(400, 40, seed=2)).float()
+    mask = mask_of(net, 0.5)
+
+    def run(_):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return net(inputs)
+
+    plain, before = Calibration(net, [inputs]).refit(mask), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        lowered = Calibration(net, 1, run=run).refit(mask)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not plain.undone
+    assert all(torch.equal(lowered.values[name], value) for name, value in plain.values.items())
+
+
 def test_half_precision_comes_closer_than_mere_pruning():
     net, batches, mask = case("mlp")
     net, batches = net.bfloat16(), [batch.bfloat16() for batch in batches]

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from lightning_roulette.refit.gram import GramSums
 from lightning_roulette.refit.solvers import cholesky
 from lightning_roulette.refit.solvers.cholesky import Cholesky, inverse_diagonals
+from lightning_roulette.refit.solvers.fastest import Fastest
 from tests.support.exact import exact_diagonals, exact_fit
 from tests.support.limits import set_limits
 from tests.support.networks import numbers
 
 
-@pytest.fixture(params=[Cholesky], scope="module")
+@pytest.fixture(params=[Cholesky, Fastest], scope="module")
 def solver(request):
     """Each solver. A new one is one more parameter."""
     return request.param
@@ -196,11 +197,11 @@ def test_small_blocks_change_nothing(damping, monkeypatch):
     assert torch.allclose(inverse_diagonals(sums.gram, kept, damping), diagonals, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("few", [0.0, math.inf])
+@pytest.mark.parametrize("few", [False, True])
 def test_solving_directly_and_correcting_the_inverse_agree(few, monkeypatch):
     x, y, start = problem(8, 2, 70, 11, 20)
     kept, sums = some_kept(9, start.shape, 0.6), sums_of(x, y)
-    monkeypatch.setattr(cholesky, "_FEW_PRUNED", few)
+    monkeypatch.setattr(cholesky, "worth_correcting", lambda kept: torch.full(kept.shape[:2], few))
     exact = exact_fit(x, y, start, kept, 1e-3)
     assert torch.allclose(Cholesky(1e-3).init(sums).solve(kept, start), exact, atol=1e-8)
     exact = exact_diagonals(sums.gram, kept, 1e-3)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lightning_roulette.large.limits import limits
 from lightning_roulette.refit.gram import GramSums
+from lightning_roulette.refit.solvers.cost import worth_correcting
 from lightning_roulette.refit.solvers.solver import Prepared, Solver
+from lightning_roulette.refit.solvers.supports import supports_of
 
 _SIMILAR_SIZE = 0.8  # systems with at least this share of the largest one's size are padded to it
-_FEW_PRUNED = 0.7  # pruned inputs per kept input, below which the solution over all inputs is corrected
 _ZERO_INPUTS_RIDGE = 1e-12
 _SAFE_DAMPING = 1e-6  # from this damping on, an inverse in float64 is exact enough to be corrected
 
@@ -38,8 +40,51 @@ class Cholesky(Solver):
 
     def init(self, sums: GramSums) -> CholeskyPrepared:
         """See `Solver.init`."""
-        damped, inverse = _damped(sums.gram, self.damping)
-        return CholeskyPrepared(sums, damped, inverse)
+        return CholeskyPrepared(sums, DampedGram(sums.gram, self.damping))
+
+
+@dataclass(frozen=True, eq=False)
+class DampedGram:
+    """Gram matrices with a ridge on their diagonals.
+
+    Attributes:
+        gram: Gram matrices, shape `(groups, inputs, inputs)`.
+        damping: See `Cholesky`.
+    """
+
+    gram: Tensor
+    damping: float
+
+    @property
+    def ridges(self) -> Tensor:
+        """What is added to the diagonal of each group, shape `(groups,)`. It is tiny where all inputs are zero."""
+        ridge = self.damping * self.gram.diagonal(dim1=1, dim2=2).mean(1)
+        return torch.where(ridge > 0, ridge, _ZERO_INPUTS_RIDGE if self.damping > 0 else 0.0)
+
+    @cached_property
+    def damped(self) -> Tensor:
+        """The damped Gram matrices."""
+        damped = self.gram.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(self.ridges.unsqueeze(1))
+        return damped
+
+    @cached_property
+    def inverse(self) -> Tensor | None:
+        """Their inverses; None if the damping is too small for them to be exact."""
+        if self.damping < _SAFE_DAMPING:
+            return None
+        factor, info = torch.linalg.cholesky_ex(self.damped)
+        return None if bool((info > 0).any()) else torch.cholesky_inverse(factor)
+
+    def corrected(self, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return for which outputs the inverse is corrected, shape `(groups, outputs, 1)`, and the inverse if any is.
+
+        The inverse is computed only if this saves work.
+        """
+        few = worth_correcting(kept).unsqueeze(2)
+        if self.damping < _SAFE_DAMPING or not bool(few.any()) or self.inverse is None:
+            return torch.zeros_like(few), None
+        return few, self.inverse
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,24 +93,22 @@ class CholeskyPrepared(Prepared):
 
     Attributes:
         sums: The Gram sums.
-        damped: Damped Gram matrices, shape `(groups, inputs, inputs)`.
-        inverse: Their inverses; None if the damping is too small for them to be exact.
+        matrix: Their damped Gram matrices.
     """
 
     sums: GramSums
-    damped: Tensor
-    inverse: Tensor | None
+    matrix: DampedGram
 
     def solve(self, kept: Tensor, start: Tensor) -> Tensor:
         """See `Prepared.solve`."""
         begin = torch.where(kept, start, 0.0)
         right = self.sums.cross.mT - begin @ self.sums.gram  # solve for the change, which the ridge draws to zero
-        few = _few_pruned(kept, self.inverse)
-        change = _solved_on(self.damped, kept & ~few, right)
-        if self.inverse is not None and bool(few.any()):
-            free = right @ self.inverse
-            multipliers = _solved_on(self.inverse, ~kept & few, free)
-            change = torch.where(kept & few, free - multipliers @ self.inverse, change)
+        few, inverse = self.matrix.corrected(kept)
+        change = _solved_on(self.matrix.damped, kept & ~few, right)
+        if inverse is not None:
+            free = right @ inverse
+            multipliers = _solved_on(inverse, ~kept & few, free)
+            change = torch.where(kept & few, free - multipliers @ inverse, change)
         return torch.where(kept, begin + change, 0.0)
 
 
@@ -84,10 +127,10 @@ def inverse_diagonals(gram: Tensor, kept: Tensor, damping: float) -> Tensor:
     Returns:
         Float64, the shape of `kept`; infinite where not kept.
     """
-    damped, inverse = _damped(gram, damping)
-    few = _few_pruned(kept, inverse)
+    matrix = DampedGram(gram, damping)
+    few, inverse = matrix.corrected(kept)
     found = torch.full(kept.shape, math.inf, dtype=gram.dtype, device=gram.device).view(-1, gram.shape[-1])
-    for block in _blocks_of(damped, kept & ~few):
+    for block in _blocks_of(matrix.damped, kept & ~few):
         eye = torch.eye(block.system.shape[-1]).to(block.system).expand_as(block.system)
         diagonals = _solved(block.system, eye).diagonal(dim1=1, dim2=2)
         block.write(found, diagonals.unsqueeze(2).expand(-1, -1, block.real.shape[2]))
@@ -107,29 +150,6 @@ def _corrected_diagonals(inverse: Tensor, pruned: Tensor) -> Tensor:
         real = block.real[:, 0]
         removed[block.outs[:, 0][real]] = taken.unsqueeze(1).expand(-1, real.shape[1], -1)[real]
     return whole - removed.view(pruned.shape)
-
-
-def _ridge(gram: Tensor, damping: float) -> Tensor:
-    """Return the number that is added to the diagonal of each group. It is tiny where all inputs are zero."""
-    ridge = damping * gram.diagonal(dim1=1, dim2=2).mean(1)
-    return torch.where(ridge > 0, ridge, _ZERO_INPUTS_RIDGE if damping > 0 else 0.0)
-
-
-def _damped(gram: Tensor, damping: float) -> tuple[Tensor, Tensor | None]:
-    """Return the damped Gram matrices, and their inverses if these are exact enough."""
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    damped = gram + _ridge(gram, damping).view(-1, 1, 1) * eye
-    if damping < _SAFE_DAMPING:
-        return damped, None
-    factor, info = torch.linalg.cholesky_ex(damped)
-    return damped, None if bool((info > 0).any()) else torch.cholesky_inverse(factor)
-
-
-def _few_pruned(kept: Tensor, inverse: Tensor | None) -> Tensor:
-    """Return for which outputs correcting the inverse is faster, shape `(groups, outputs, 1)`."""
-    if inverse is None:
-        return torch.zeros_like(kept[..., :1])
-    return (~kept).sum(-1, keepdim=True) < _FEW_PRUNED * kept.sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,17 +197,17 @@ def _solved_on(matrix: Tensor, members: Tensor, right: Tensor) -> Tensor:
 
 def _blocks_of(matrix: Tensor, members: Tensor) -> Iterator[_Block]:
     """Yield the distinct supports that are not empty, each with the outputs that share it."""
-    groups, outputs, inputs = members.shape
-    owner = torch.arange(groups, device=members.device).repeat_interleave(outputs)
-    keyed = torch.cat([owner.unsqueeze(1), members.reshape(-1, inputs).long()], 1)
-    supports, support_of, sharing = torch.unique(keyed, dim=0, return_inverse=True, return_counts=True)
+    _, outputs, inputs = members.shape
+    rows = members.reshape(-1, inputs)
+    support_of, sharing = supports_of(members)
     by_support, first = support_of.argsort(), sharing.cumsum(0) - sharing
-    for some in _similar_sized(supports[:, 1:].sum(1), sharing):
-        where = _places(supports[some, 1:])
+    one_of = by_support[first]  # an output of each support
+    for some in _similar_sized(rows[one_of].sum(1), sharing):
+        where = _places(rows[one_of[some]])
         turn = torch.arange(int(sharing[some].max()), device=members.device)
         outs = by_support[(first[some].unsqueeze(1) + turn).clamp(max=len(by_support) - 1)]
         real = (where >= 0).unsqueeze(2) & (turn < sharing[some].unsqueeze(1)).unsqueeze(1)
-        group = supports[some, 0]
+        group = one_of[some] // outputs
         yield _Block(group, where, outs.unsqueeze(1), real, _systems(matrix, group, where))
 
 

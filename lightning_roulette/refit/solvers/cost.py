@@ -1,0 +1,81 @@
+"""Work of the ways to solve for the kept weights of a layer, in multiplications of a matrix product.
+
+Work is counted and never measured, so that equal layers are solved in equal ways. The constants are ratios of times of
+float64 kernels, measured on one thread of an x86-64 CPU with MKL (`examples/benchmarks/solve.py --rates`). They count
+what differs between the kernels: a matrix product multiplies 17 times in a nanosecond, gathering the entries of a small
+system from a large matrix takes about 30 ns for each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_roulette.refit.solvers.supports import supports_of
+
+_GATHERED_ENTRY = 500  # an entry of a system: it is gathered, padded, factored at the rate of a short vector
+_SORTED_INPUT = 800  # an input of an output: the kept ones are found and their values written
+_ITERATED_ENTRY = 130  # an input of an output in a step: eight passes over memory
+_STEP = 1e6  # a step of no output
+_USUAL_STEPS = 32  # that solve most outputs
+
+
+def factor_cost(size: Tensor, inputs: int) -> Tensor:
+    """Return the work to gather, factor and solve systems of these sizes, from a matrix with this many inputs."""
+    return size.double() ** 3 / 3 + _GATHERED_ENTRY * size.double().square() + _SORTED_INPUT * inputs
+
+
+def inverse_cost(inputs: int) -> float:
+    """Return the work to invert a matrix."""
+    return float(inputs) ** 3
+
+
+def step_cost(inputs: int) -> float:
+    """Return the work of a step of conjugate gradients for one output, without that of a step of no output."""
+    return float(inputs) ** 2 + _ITERATED_ENTRY * inputs
+
+
+def factor_costs(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the work of the two ways to solve with factors, each float64, shape `(groups, outputs)`.
+
+    Outputs with equal inputs share a factor.
+
+    Args:
+        kept: Bool, shape `(groups, outputs, inputs)`.
+
+    Returns:
+        - To factor the system of the inputs that an output keeps.
+        - To correct the solution over all inputs for those that it does not keep, without the work of the inverse.
+    """
+    inputs, count = kept.shape[2], kept.sum(2)
+    numbers, shared = supports_of(kept)
+    sharing = shared[numbers].view_as(count)
+    direct = factor_cost(count, inputs) / sharing
+    return direct, factor_cost(inputs - count, inputs) / sharing + 2 * inputs**2
+
+
+def worth_correcting(kept: Tensor) -> Tensor:
+    """Return for which outputs a correction takes less work, bool, shape `(groups, outputs)`.
+
+    It is worth it for none of a group if the inverse takes more work than all of them save.
+    """
+    direct, correction = factor_costs(kept)
+    saved = (direct - correction).clamp(min=0)
+    return (saved > 0) & (saved.sum(1, keepdim=True) > inverse_cost(kept.shape[2]))
+
+
+def most_steps(kept: Tensor) -> Tensor:
+    """Return after how many steps of conjugate gradients a factor would have taken less work.
+
+    Args:
+        kept: Bool, shape `(groups, outputs, inputs)`.
+
+    Returns:
+        Float64, shape `(groups, outputs)`; zero for outputs that a factor solves in less work than usual steps.
+    """
+    outputs, inputs = kept.shape[1:]
+    direct, correction = factor_costs(kept)
+    by_factor = torch.minimum(direct, correction + inverse_cost(inputs) / outputs)
+    saved = (by_factor - _USUAL_STEPS * step_cost(inputs)).clamp(min=0)
+    worth = (saved > 0) & (saved.sum(1, keepdim=True) > _USUAL_STEPS * _STEP)
+    return torch.where(worth, (by_factor / step_cost(inputs)).floor(), 0.0)

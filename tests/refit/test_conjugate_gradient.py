@@ -1,0 +1,265 @@
+"""Conjugate gradients against exact solutions, and the choice between the two."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from lightning_roulette import Calibration, Mask, prunable_parameters
+from lightning_roulette.refit import layerwise
+from lightning_roulette.refit.gram import GramSums
+from lightning_roulette.refit.solvers import fastest
+from lightning_roulette.refit.solvers.cholesky import Cholesky
+from lightning_roulette.refit.solvers.conjugate_gradient import Equations, conjugate_gradient
+from lightning_roulette.refit.solvers.cost import most_steps
+from lightning_roulette.refit.solvers.fastest import Fastest
+from lightning_roulette.refit.solvers.supports import codes_of, supports_of
+from tests.support.limits import set_limits
+from tests.support.networks import numbers
+
+
+def sums_of(x: torch.Tensor, y: torch.Tensor) -> GramSums:
+    sums = GramSums()
+    sums.add(x, y)
+    return sums
+
+
+def kept_of(seed: int, shape, density: float) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
+
+
+def iterated(sums: GramSums, kept: torch.Tensor, start: torch.Tensor, damping: float) -> torch.Tensor:
+    """All outputs, solved by conjugate gradients, however many steps it takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fastest, "most_steps", lambda kept: torch.full(kept.shape[:2], 1e5))
+        patch.setattr(fastest.CholeskyPrepared, "solve", None)  # an output that is solved by a factor fails
+        return Fastest(damping).init(sums).solve(kept, start)
+
+
+def excess(sums: GramSums, found: torch.Tensor, exact: torch.Tensor) -> float:
+    """How much larger the error of a layer is than that of the exact solution, as a share, beyond rounding."""
+    rounding = 1e-12 * sums.mean_square
+    return 0.0 if rounding == 0 else (sums.error(found) - rounding) / (sums.error(exact) + rounding) - 1
+
+
+# How the inputs of a layer look, from a matrix of independent numbers, shape (groups, rows, inputs).
+def decaying(x, power):
+    """Inputs whose covariance has eigenvalues that fall with a power of their number."""
+    scale = torch.arange(1, x.shape[2] + 1, dtype=x.dtype) ** (-power / 2)
+    return (x * scale) @ torch.linalg.qr(numbers(x.shape[2], x.shape[2], seed=77)).Q
+
+
+def duplicated(x):
+    return torch.cat([x[..., ::2], x[..., ::2]], 2)[..., : x.shape[2]]
+
+
+def dead(x):
+    return x * (torch.arange(x.shape[2]) % 3 > 0)
+
+
+KINDS = {
+    "independent": lambda x: x,
+    "after a ReLU": lambda x: torch.relu(x + 0.3),
+    "decaying": lambda x: decaying(x, 2),
+    "strongly decaying": lambda x: decaying(x, 5),
+    "of two sizes": lambda x: x * torch.where(torch.arange(x.shape[2]) % 2 == 0, 1.0, 1e-3),
+    "duplicated": duplicated,
+    "dead": dead,
+    "almost constant": lambda x: 1 + 1e-3 * x,
+    "zero": lambda x: 0 * x,
+}
+
+
+@pytest.mark.parametrize("damping", [1e-5, 1e-3, 0.1])
+@pytest.mark.parametrize("rows", [20, 200])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_error_of_a_layer_is_within_a_thousandth_of_the_exact_one(kind, rows, damping):
+    x = KINDS[kind](numbers(2, rows, 60, seed=1))
+    start = numbers(2, 8, 60, seed=2)
+    sums = sums_of(x, x @ start.mT)
+    for density in (0.2, 0.5, 0.9):
+        kept = kept_of(3, start.shape, density)
+        found = iterated(sums, kept, start, damping)
+        assert not found[~kept].any()
+        assert excess(sums, found, Cholesky(damping).init(sums).solve(kept, start)) <= 1e-3
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(list(KINDS)),
+    seed=st.integers(0, 2**32 - 1),
+    groups=st.integers(1, 3),
+    rows=st.integers(2, 80),
+    inputs=st.integers(1, 40),
+    outputs=st.integers(1, 6),
+    density=st.floats(0, 1),
+    damping=st.sampled_from([1e-6, 1e-4, 1e-2, 1.0]),
+)
+def test_the_error_of_any_layer_is_within_a_thousandth_of_the_exact_one(
+    kind, seed, groups, rows, inputs, outputs, density, damping
+):
+    x, start = KINDS[kind](numbers(groups, rows, inputs, seed=seed)), numbers(groups, outputs, inputs, seed=seed + 1)
+    sums, kept = sums_of(x, x @ start.mT), kept_of(seed, start.shape, density)
+    found = iterated(sums, kept, start, damping)
+    assert not found[~kept].any()
+    assert excess(sums, found, Cholesky(damping).init(sums).solve(kept, start)) <= 1e-3
+
+
+def layers_of(net: nn.Module, inputs: list[torch.Tensor], sparsity: float, monkeypatch) -> list:
+    """Gram sums, masks and starts of the layers of a network in which the smallest weights are pruned."""
+    found, fit = [], layerwise.Layerwise._fit
+
+    def record(self, layer, sums, mask, solver):
+        matrix = layerwise.matrix_of(layer, self.tensors)
+        found.append((sums.fit, layerwise.kept_in_matrix(layer, mask).bool(), matrix))
+        fit(self, layer, sums, mask, solver)
+
+    monkeypatch.setattr(layerwise.Layerwise, "_fit", record)
+    weights = prunable_parameters(net)
+    least = torch.cat([weight.detach().abs().flatten() for weight in weights.values()]).quantile(sparsity)
+    Calibration(net, inputs).refit(Mask({name: weight.detach().abs() >= least for name, weight in weights.items()}))
+    return found
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 48), nn.ReLU(), nn.Linear(48, 10))
+
+
+def convolutions() -> nn.Module:
+    body = [nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=2), nn.ReLU()]
+    return nn.Sequential(*body, nn.Conv2d(16, 24, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24 * 16, 10))
+
+
+@pytest.fixture(params=[perceptron, convolutions], scope="module")
+def trained(request) -> tuple[nn.Module, torch.Tensor]:
+    """A network that classifies digits well, and their images."""
+    images, classes = load_digits(return_X_y=True)
+    x, y = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(classes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = request.param()
+        optimizer = torch.optim.Adam(net.parameters(), 5e-3)
+        for chosen in torch.randint(len(x), (150, 64)):
+            optimizer.zero_grad()
+            cross_entropy(net(x[chosen]), y[chosen]).backward()
+            optimizer.step()
+    net.eval()
+    assert (net(x).argmax(1) == y).float().mean() > 0.95
+    return net, x
+
+
+@pytest.mark.parametrize("images", [30, 300])  # fewer rows than inputs, and more
+@pytest.mark.parametrize("sparsity", [0.3, 0.6, 0.9])
+def test_layers_of_trained_networks_are_within_a_thousandth(sparsity, images, trained, monkeypatch):
+    net, x = trained
+    layers = layers_of(net, [x[:images]], sparsity, monkeypatch)
+    assert len(layers) >= 3
+    for sums, kept, start in layers:
+        for damping in (1e-5, 1e-3):
+            found = iterated(sums, kept, start, damping)
+            assert excess(sums, found, Cholesky(damping).init(sums).solve(kept, start)) <= 1e-3
+
+
+def one_group(outputs: int = 30, inputs: int = 40, seed: int = 0) -> tuple[Equations, torch.Tensor]:
+    """Equations of one group, and their exact solutions."""
+    x, y = numbers(1, 100, inputs, seed=seed), numbers(1, 100, outputs, seed=seed + 1)
+    sums, kept = sums_of(x, y), kept_of(seed, (1, outputs, inputs), 0.5)
+    exact = Cholesky(1e-3).init(sums)
+    ridge, power = float(exact.matrix.ridges[0]), sums.power[0]
+    solution = exact.solve(kept, torch.zeros_like(kept, dtype=torch.float64))[0]
+    return Equations(sums.gram[0], ridge, sums.cross[0].mT.contiguous(), kept[0], power, power), solution
+
+
+def test_outputs_are_solved_alone_as_together(monkeypatch):
+    equations, solution = one_group()
+    steps = torch.full((30,), 1000)
+    found, solved = conjugate_gradient(equations, steps)
+    assert solved.all()
+    assert torch.allclose(found, solution, atol=1e-2)
+    set_limits(monkeypatch, system_bytes=1)
+    alone, solved = conjugate_gradient(equations, steps)
+    assert solved.all()
+    assert torch.allclose(alone, found, rtol=1e-9, atol=1e-12)
+    assert len(list(equations.blocks())) == 30
+
+
+def test_an_output_without_steps_left_is_given_up():
+    equations, _ = one_group()
+    steps = torch.where(torch.arange(30) % 2 == 0, 1, 1000)
+    found, solved = conjugate_gradient(equations, steps)
+    assert torch.equal(solved, torch.arange(30) % 2 == 1)
+    together, _ = conjugate_gradient(equations, torch.full((30,), 1000))
+    assert torch.allclose(found[solved], together[solved], rtol=1e-9, atol=1e-12)
+
+
+def test_outputs_that_are_not_finite_end_the_iteration():
+    equations, _ = one_group()
+    equations.right[3] = math.nan
+    found, solved = conjugate_gradient(equations, torch.full((30,), 10**6))
+    assert solved.all()
+    assert torch.equal(found.isnan().any(1), torch.arange(30) == 3)
+
+
+def test_equal_sums_have_equal_solutions_under_any_precision():
+    x, start = torch.relu(numbers(1, 500, 300)), numbers(1, 300, 300, seed=1)
+    sums, kept = sums_of(x, x @ start.mT), kept_of(2, start.shape, 0.6)
+    assert most_steps(kept).any()
+    found, before = Fastest(1e-3).init(sums).solve(kept, start), torch.get_float32_matmul_precision()
+    assert torch.equal(Fastest(1e-3).init(sums).solve(kept, start), found)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(Fastest(1e-3).init(sums).solve(kept, start), found)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_what_steps_do_not_solve_in_time_a_factor_solves(monkeypatch):
+    x, start = decaying(numbers(1, 300, 60), 6), numbers(1, 12, 60, seed=1)
+    sums, kept = sums_of(x, x @ start.mT), kept_of(2, start.shape, 0.9)
+    monkeypatch.setattr(fastest, "most_steps", lambda kept: torch.full(kept.shape[:2], 10.0))
+    exact = Cholesky(1e-6).init(sums).solve(kept, start)
+    assert torch.allclose(Fastest(1e-6).init(sums).solve(kept, start), exact, rtol=1e-8, atol=1e-8)
+    assert isinstance(Fastest(1e-7).init(sums), type(Cholesky(1e-7).init(sums)))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "density", "steps"),
+    [
+        (768, 3072, 0.5, True),
+        (512, 4608, 0.2, True),
+        (768, 3072, 0.05, False),  # small factors
+        (3, 100, 0.5, False),  # little work either way
+        (1, 3072, 0.999, True),  # one output does not pay for an inverse
+    ],
+)
+def test_the_way_with_less_work_is_taken(outputs, inputs, density, steps):
+    assert bool((most_steps(kept_of(0, (1, outputs, inputs), density)) > 0).any()) is steps
+
+
+def test_outputs_that_share_their_inputs_share_a_factor():
+    one = kept_of(0, (1, 1, 3072), 0.5)
+    assert not most_steps(one.expand(1, 768, 3072)).any()
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=70, max_size=70), min_size=1, max_size=6))
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_codes_are_equal_where_supports_are(rows):
+    members = torch.tensor(rows)
+    codes = codes_of(members)
+    for one, code in zip(rows, codes, strict=True):
+        assert [torch.equal(code, other) for other in codes] == [one == other for other in rows]
+    numbers_of, sharing = supports_of(members.unsqueeze(0))
+    assert sharing[numbers_of].tolist() == [rows.count(one) for one in rows]
+
+
+def test_groups_share_no_support():
+    _, sharing = supports_of(torch.ones(3, 4, 5, dtype=torch.bool))
+    assert sharing.tolist() == [4, 4, 4]
