@@ -33,7 +33,10 @@ def resolved(trainer: Trainer, ckpt_path: str | os.PathLike[str] | None) -> str 
     if ckpt_path is None:
         return None
     if not isinstance(ckpt_path, str | os.PathLike):
-        raise TypeError(f"ckpt_path is {ckpt_path!r}, but must be a path, 'best', 'last' or None.")
+        raise TypeError(
+            f"ckpt_path is of type {type(ckpt_path).__name__}, but must be a path, 'best', 'last' or None. To prune weights "
+            "that are in memory, load them into the module and leave ckpt_path out."
+        )
     path = os.fspath(ckpt_path)
     if path in ("best", "last"):
         found = getattr(trainer.checkpoint_callback, f"{path}_model_path", "")
@@ -43,7 +46,7 @@ def resolved(trainer: Trainer, ckpt_path: str | os.PathLike[str] | None) -> str 
                 remedy = f"Use ModelCheckpoint(save_last=True) in the fit before. {remedy}"
             raise ValueError(f"{_HEAD.format(path)}the Trainer knows no such checkpoint of an earlier fit. {remedy}")
         path = str(found)
-    if not get_filesystem(path).exists(path):
+    if not path or not get_filesystem(path).exists(path):
         raise ValueError(f"{_HEAD.format(path)}there is no such file. Pass the path of a checkpoint.")
     return path
 

@@ -170,7 +170,7 @@ def refuse_without_validation(trainer: Trainer, module: LightningModule) -> None
     elif trainer.limit_val_batches == 0:
         why = "limit_val_batches is 0, so candidates cannot be judged. Allow some validation batches."
     else:
-        why = "there is no validation data to judge candidates on. Pass val_dataloaders to fit, or define them."
+        why = "there is no validation data to judge candidates on. Pass val_dataloaders, or define them."
     raise RuntimeError(f"RouletteWheelPruning: {why}")
 
 

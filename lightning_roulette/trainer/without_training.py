@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -85,6 +87,8 @@ def prune(
         )
     if isinstance(train_dataloaders, LightningDataModule):
         train_dataloaders, datamodule = None, train_dataloaders
+    if not isinstance(datamodule, LightningDataModule | None):
+        raise TypeError(f"datamodule is {datamodule!r}, but must be a LightningDataModule, an instance and no class.")
     if trainer.barebones:
         raise ValueError("the Trainer has barebones=True, and logs no metrics. Pass a Trainer without it.")
     pruning = _callback_of(trainer, arguments)
@@ -105,6 +109,11 @@ def _callback_of(trainer: Trainer, arguments: dict[str, Any]) -> RouletteWheelPr
             f"at_epoch is {arguments['at_epoch']!r}, but prune takes no training step. Leave at_epoch out, or pass "
             "RouletteWheelPruning to a Trainer and call fit."
         )
+    for name in arguments:
+        if name not in (known := signature(RouletteWheelPruning).parameters):
+            close = get_close_matches(name, [*known, *signature(prune).parameters], n=1)
+            meant = f" Did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"prune has no argument {name!r}.{meant} It has those of fit and RouletteWheelPruning.")
     own = [one for one in callbacks_of(trainer) if isinstance(one, RouletteWheelPruning)]
     if arguments or not own:
         return RouletteWheelPruning(**arguments)

@@ -173,7 +173,7 @@ AT_THE_START = {
         RouletteWheelPruning(),
         Blobs,
         {"datamodule": OnlyTraining()},
-        "there is no validation data.*Pass val_dataloaders to fit",
+        "there is no validation data.*Pass val_dataloaders",
     ),
     "no batch": (RouletteWheelPruning(2), Blobs, {"val": []}, "the validation data is empty"),
     "no validation_step": (

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
@@ -69,7 +70,8 @@ def main(folder: Path) -> None:
 
 def spawn(folder: Path) -> None:
     """What a process does that starts two others."""
-    torch.save(pruned(folder, folder / "trained.pt", {}, devices=2, strategy="ddp_spawn"), folder / "results.pt")
+    devices = {"devices": 2, "strategy": "ddp_spawn", "callbacks": [EarlyStopping("val_loss")]}
+    torch.save(pruned(folder, folder / "trained.pt", {}, **devices), folder / "results.pt")
 
 
 @pytest.fixture(scope="module")

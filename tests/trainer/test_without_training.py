@@ -456,13 +456,17 @@ def wrong_file(folder: Path, contents: bytes) -> Path:
 REFUSED = {
     "at_epoch": ({"at_epoch": 3}, ValueError, "at_epoch is 3, but prune takes no training step"),
     "a wrong argument": ({"tolerance": -1}, ValueError, "tolerance"),
-    "an unknown argument": ({"branch": 3}, TypeError, "branch"),
+    "an unknown argument": ({"tolerence": 3}, TypeError, "no argument 'tolerence'. Did you mean 'tolerance'?"),
+    "a singular": ({"train_dataloader": 3}, TypeError, "Did you mean 'train_dataloaders'?"),
+    "an argument of nobody": ({"xyz": 3}, TypeError, "prune has no argument 'xyz'. It has those of fit and"),
+    "a class": ({"datamodule": BlobsData}, TypeError, "datamodule is .*BlobsData.*, an instance and no class"),
+    "no file": ({"ckpt_path": ""}, ValueError, "ckpt_path is '', but there is no such file"),
     "no such file": (
         {"ckpt_path": "nowhere.ckpt"},
         ValueError,
         "ckpt_path is 'nowhere.ckpt', but there is no such file",
     ),
-    "no path": ({"ckpt_path": 3}, TypeError, "ckpt_path is 3, but must be a path"),
+    "no path": ({"ckpt_path": 3}, TypeError, "ckpt_path is of type int, but must be a path"),
     "no fit before": ({"ckpt_path": "best"}, ValueError, "knows no such checkpoint of an earlier fit"),
     "not last": ({"ckpt_path": "last"}, ValueError, r"ModelCheckpoint\(save_last=True\)"),
 }

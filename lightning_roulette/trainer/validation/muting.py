@@ -45,8 +45,19 @@ def _muted_callback(callback: Callback) -> Callback | None:
     # a property takes precedence over a hook in the instance's own dict, where LambdaCallback keeps its hooks
     names = (name for name in dir(callback) if name.startswith("on_") or name in ("setup", "teardown"))
     hooks = dict.fromkeys(names, property(lambda self: _do_nothing))
-    twin: Callback | None = twin_with(callback, hooks)
+    twin: Callback | None = twin_with(callback, {**hooks, "__reduce__": _reduced})
     return twin
+
+
+def _reduced(twin: Callback) -> tuple[Any, ...]:
+    """Return how a twin is pickled for a worker process. Its own class has no place there from which it is imported."""
+    state = twin.__getstate__() if hasattr(twin, "__getstate__") else vars(twin)
+    return _new_twin, (type(twin).__base__,), state
+
+
+def _new_twin(kind: type[Callback]) -> Callback | None:
+    """Return a muted callback of a class, without its attributes."""
+    return _muted_callback(object.__new__(kind))
 
 
 def twin_with(original: Any, overrides: Mapping[str, Any]) -> Any:
