@@ -34,8 +34,8 @@ def resolved(trainer: Trainer, ckpt_path: str | os.PathLike[str] | None) -> str 
         return None
     if not isinstance(ckpt_path, str | os.PathLike):
         raise TypeError(
-            f"ckpt_path is of type {type(ckpt_path).__name__}, but must be a path, 'best', 'last' or None. To prune weights "
-            "that are in memory, load them into the module and leave ckpt_path out."
+            f"ckpt_path is of type {type(ckpt_path).__name__}, but must be a path, 'best', 'last' or None. To prune "
+            "weights that are in memory, load them into the module and leave ckpt_path out."
         )
     path = os.fspath(ckpt_path)
     if path in ("best", "last"):
