@@ -159,10 +159,10 @@ def _why_not(
     module: nn.Module, state: Mapping[str, Tensor], names: Collection[str], prefixed: list[str], refused: str
 ) -> str:
     if len(prefixed) > 1:
-        return f"its names fit several parts of the module. {' Or: '.join(prefixed)} Save them with the full names."
+        return f"its names fit several parts of the module. {' Or: '.join(prefixed)} Save them with the full names"
     missing, unknown = sorted(set(names) - state.keys()), sorted(state.keys() - set(names))
     other = _of_other_shapes(module, state)
     parts = [f"{len(missing)} of the module's names are missing ({shortened(missing)})"] if missing else []
     parts += [f"{len(unknown)} names are unknown to the module ({shortened(unknown)})"] if unknown else []
     parts += [f"the shapes of {len(other)} tensors differ: {', '.join(other[:3])}"] if other else []
-    return "; ".join(parts) or refused
+    return "; ".join(parts) or refused.rstrip(".")

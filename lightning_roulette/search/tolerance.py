@@ -54,8 +54,8 @@ def default_tolerance(judge: Judge, network: PrunedWeights, outcomes: Outcomes |
     if not error > 0:
         known = "is unknown" if math.isnan(error) else "is zero"
         return Tolerance(0.0, f"the standard error of the dense score on the {data} {known}")
-    number = f"{size_of(outcomes):,} {'parts' if isinstance(outcomes, Batches) else 'samples'}"
-    value, why = _SHARE * error, f"half a standard error of the dense score on the {data}, {number}"
+    number = f"{size_of(outcomes):,} {'parts of it' if isinstance(outcomes, Batches) else 'samples'}"
+    value, why = _SHARE * error, f"half a standard error of the dense score on the {data}, from {number}"
     most = math.inf if judge.gain is None else max(0.0, _MOST * judge.gain)
     if most < value:
         return Tolerance(most, f"a tenth of what the prunable weights add to the score, because {why}, is {value:.3g}")

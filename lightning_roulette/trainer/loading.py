@@ -17,6 +17,7 @@ from lightning_roulette.network.state_dicts import WrongStateDict, load_under_it
 from lightning_roulette.trainer.show.log import log
 
 _HEAD = "ckpt_path is {!r}, but "
+_UNREADABLE = "torch cannot read it. It is damaged, or it was not written by torch.save or by a Trainer."
 
 
 def resolved(trainer: Trainer, ckpt_path: str | os.PathLike[str] | None) -> str | None:
@@ -68,14 +69,17 @@ def load_checkpoint(trainer: Trainer, module: LightningModule, path: str, weight
         _load_folder(trainer, path, weights_only)
         return
     contents = _read(path, weights_only)
+    if isinstance(contents, dict) and isinstance(contents.get("state_dict"), dict):
+        module.on_load_checkpoint(contents)  # it may change the state dict, as in Lightning
     try:
-        if isinstance(contents, dict) and isinstance(contents.get("state_dict"), dict):
-            module.on_load_checkpoint(contents)  # it may change the state dict, as in Lightning
         state = state_dict_in(contents)
+    except WrongStateDict as error:
+        raise ValueError(f"{_HEAD.format(path)}{error}") from None
+    try:
         said = load_under_its_names(module, state, lambda given, strict: _load(module, given, strict), _strict(module))
     except WrongStateDict as error:
         raise ValueError(
-            f"{_HEAD.format(path)}its weights do not fit {type(module).__name__}: {error} Build the module as it was "
+            f"{_HEAD.format(path)}its weights do not fit {type(module).__name__}: {error}. Build the module as it was "
             "when the checkpoint was written."
         ) from None
     if trainer.is_global_zero:
@@ -119,9 +123,9 @@ def _read(path: str, weights_only: bool | None) -> Any:
                 f"{_HEAD.format(path)}it holds Python objects other than tensors and plain values. If you trust the "
                 "file, pass weights_only=False."
             ) from error
-        raise ValueError(f"{_HEAD.format(path)}torch cannot read it ({error}).") from error
-    except (RuntimeError, EOFError, OSError, KeyError, AttributeError, ImportError) as error:
-        raise ValueError(f"{_HEAD.format(path)}torch cannot read it ({type(error).__name__}: {error}).") from error
+        raise ValueError(f"{_HEAD.format(path)}{_UNREADABLE}") from error
+    except (RuntimeError, EOFError, KeyError, AttributeError, ImportError, IndexError, ValueError) as error:
+        raise ValueError(f"{_HEAD.format(path)}{_UNREADABLE}") from error
 
 
 def _read_safetensors(path: str) -> dict[str, Tensor]:

@@ -37,10 +37,12 @@ def default(evaluate, confirm: float = 0.5) -> Tolerance:
 def test_it_is_half_the_standard_error_of_an_accuracy(wrong, size):
     found = default(Sampled(lambda mask, fold: wrong, 8, size))
     assert found.value == pytest.approx(of_accuracy(4 * wrong, 4 * size) / 2)
-    assert found.why == f"half a standard error of the dense score on the held-out half, {4 * size} samples"
+    assert found.why == f"half a standard error of the dense score on the held-out half, from {4 * size} samples"
 
 
-@pytest.mark.parametrize(("confirm", "data"), [(0.5, "held-out half, 8 parts"), (0, "validation data, 16 parts")])
+@pytest.mark.parametrize(
+    ("confirm", "data"), [(0.5, "held-out half, from 8 parts of it"), (0, "validation data, from 16 parts of it")]
+)
 @pytest.mark.parametrize("kind", [Logged, Telling])
 def test_without_outcomes_it_is_half_the_standard_error_over_the_folds(kind, confirm, data):
     folds = range(8 if confirm else 0, 16)
@@ -112,7 +114,7 @@ def test_a_certificate_needs_a_tolerance_that_was_given():
 def test_nothing_held_out_is_said():
     report = search(WEIGHTS, Sampled(lambda mask, fold: 5, 8, 20), validation=Validation(confirm=0)).report
     assert report.tolerance == pytest.approx(of_accuracy(40, 160) / 2)
-    assert report.tolerance_why.endswith("on the validation data, 160 samples")
+    assert report.tolerance_why.endswith("on the validation data, from 160 samples")
 
 
 def test_outcomes_of_one_sample_have_no_standard_error():

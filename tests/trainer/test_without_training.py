@@ -483,8 +483,10 @@ def test_bad_input_is_refused_and_nothing_is_changed(make_trainer, module, tmp_p
 
 
 WRONG = {
-    "text": (partial(wrong_file, contents=b"weights"), "torch cannot read it"),
+    "text": (partial(wrong_file, contents=b"weights"), "torch cannot read it. It is damaged, or it was not written by"),
+    "letters": (partial(wrong_file, contents=b"hello"), "torch cannot read it"),
     "empty": (partial(wrong_file, contents=b""), "torch cannot read it"),
+    "damaged": (partial(wrong_file, contents=b"PK\x03\x04" + bytes(99)), "torch cannot read it"),
     "objects": (lambda folder: of_torch(folder, {"state_dict": Blobs()}), "pass weights_only=False"),
     "another network": (
         lambda folder: of_torch(folder, torch.nn.Linear(3, 2).state_dict()),
@@ -493,6 +495,10 @@ WRONG = {
     "another width": (
         lambda folder: of_torch(folder, Blobs().state_dict() | {"net.0.weight": torch.ones(8, 16)}),
         r"net.0.weight \(file \(8, 16\), module",
+    ),
+    "no state dict": (
+        lambda folder: of_torch(folder, torch.ones(3)),
+        "but it holds an object of the class Tensor, and no",
     ),
     "no weights": (lambda folder: of_torch(folder, {"epoch": 3}), "it holds no state dict. Its keys are: 'epoch'"),
     "a folder": (lambda folder: folder, "it is a folder that SingleDeviceStrategy cannot load"),

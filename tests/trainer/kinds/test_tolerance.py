@@ -138,7 +138,7 @@ def test_fewer_samples_allow_more(fit, learned):
     for pruning in (halves, whole):
         fit(pruning, module=dense(Blobs, learned), max_epochs=1)
     assert halves.report.tolerance / whole.report.tolerance == pytest.approx(math.sqrt(2), rel=0.3)
-    assert halves.report.tolerance_why.endswith("on the held-out half, 100 samples")
+    assert halves.report.tolerance_why.endswith("on the held-out half, from 100 samples")
 
 
 @pytest.mark.parametrize(("monitor", "verb"), [("val_acc", "fall"), ("val_loss", "rise")])
