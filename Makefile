@@ -9,8 +9,10 @@ MNIST = $(if $(DATA),--data $(DATA))
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/quickstart.py
 
+# transformers is beside the environment, because torchmetrics imports it wherever it is found, which takes seconds
 test: check
 	$(VENV)/bin/python -m pytest --numprocesses=2
+	PYTHONPATH=$(VENV)/beside $(VENV)/bin/python -m pytest tests/examples/test_huggingface.py
 
 coverage: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest --numprocesses=2 --cov --cov-report=term
@@ -42,7 +44,8 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable ".[dev,examples,huggingface]"
+	$(PIP) --editable ".[dev,examples]" tokenizers safetensors regex typer
+	$(PIP) --no-deps --target $(VENV)/beside --upgrade transformers
 	touch $@ $(VENV)/.demo
 
 clean:

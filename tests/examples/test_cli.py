@@ -44,6 +44,7 @@ ARGUMENTS = {
     "tree.max_levels": ("4", 4),
     "tree.patience": ("2", 2),
     "tree.smallest_rate": ("0.125", 0.125),
+    "tree.max_time": ("00:30:00", "00:30:00"),
     "validation.rank_by": ("val_acc", "val_acc"),
     "validation.confirm": ("0.25", 0.25),
     "validation.race": ("false", False),

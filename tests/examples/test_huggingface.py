@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
-pytest.importorskip("transformers", reason="the extra `examples` has transformers")
+pytest.importorskip("transformers", reason="needs the extra `huggingface`; `make test` runs it on its own")
 
 
 def zeros(tensors: dict[str, torch.Tensor]) -> int:
