@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     WeightAveraging,
 )
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_roulette import LeastSquares, RouletteWheelPruning, StopReason, Tree, Wheel, prune, sparsity
@@ -554,7 +554,15 @@ def test_ctrl_c_leaves_the_dense_network_the_report_and_the_trainer(make_trainer
     assert own.report is None or own.report.stop_reason is StopReason.INTERRUPTED
 
 
-def test_a_search_that_failed_goes_on_from_its_journal(make_trainer, tmp_path, module, weights, monkeypatch):
+@pytest.mark.parametrize("place", ["dirpath", "another version of the logger"])
+def test_a_search_that_failed_goes_on_from_its_journal(make_trainer, tmp_path, module, weights, monkeypatch, place):
+    def run() -> None:
+        if place == "dirpath":
+            pruned(make_trainer, module, dirpath=tmp_path)
+        else:
+            trainer = make_trainer(logger=CSVLogger(tmp_path), enable_checkpointing=True)
+            pruned(make_trainer, module, trainer)
+
     judged = []
     original = TrainerEvaluator._as
 
@@ -566,9 +574,9 @@ def test_a_search_that_failed_goes_on_from_its_journal(make_trainer, tmp_path, m
 
     monkeypatch.setattr(TrainerEvaluator, "_as", counted)
     with pytest.raises(RuntimeError, match="power cut"):
-        pruned(make_trainer, module, dirpath=tmp_path)
+        run()
     first = len(judged)
-    pruned(make_trainer, module, dirpath=tmp_path)
+    run()
     resumed = copied(module)
     repeated = len(judged) - first
     judged.clear()
