@@ -282,14 +282,19 @@ def slimmest(case: Case, pruner: Pruner, stride: int = 1, pruned: Callable[[Mask
     return Found(least / case.total, pruned(pruner(least)), path, work)
 
 
-def refitted_once(case: Case) -> Found:
-    """Prune by one-shot magnitude over all layers, then refit by our least squares: the refit without the search."""
+def refitted_once(case: Case, importance: Callable[[Tensor], Tensor]) -> Found:
+    """Prune once over all layers by an importance, then refit by our least squares: the refit without the search.
+
+    Args:
+        case: The network.
+        importance: Function from a weight to its importance.
+    """
     calibration = case.calibration
 
     def pruned(mask: Mask) -> Values:
         return {**case.masked(mask), **calibration.refit(mask, case.size.refit).values}
 
-    return slimmest(case, Falling({name: one.abs() for name, one in case.weights.items()}), STRIDE, pruned)
+    return slimmest(case, Falling({name: importance(one) for name, one in case.weights.items()}), STRIDE, pruned)
 
 
 class Falling:
@@ -511,7 +516,8 @@ OURS: dict[str, Callable[[Case], Found]] = {
     "ours, paper": paper,
     "ours, no refit": lambda case: ours(case, refit=False),
     "ours": ours,
-    "one-shot l1, our refit": refitted_once,
+    "one-shot l1, our refit": lambda case: refitted_once(case, torch.abs),
+    "LAMP, our refit": lambda case: refitted_once(case, lamp),
 }
 METHODS = (*OURS, *PEERS)
 

@@ -20,7 +20,8 @@ from data import SOURCES
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from finished_runs import Row, read
 
-OURS, REFIT_ALONE = "ours", "one-shot l1, our refit"
+OURS = "ours"
+REFIT_ALONE = {"one-shot l1, our refit": "l1, our refit", "LAMP, our refit": "LAMP, our refit"}  # heads of columns
 NUMBERS = ("left", "judge_change", "val_change", "judge", "dense_judge", "rmse", "dense_rmse", "within", "dense_within")
 TICKS = (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001)
 SHOWN = 0.1  # range of a panel below the dense network's score
@@ -103,15 +104,16 @@ def brief(rows: Sequence[Row]) -> str:
     point.
     """
     heads = ["", "weights", "seeds", "dense", "ours keeps, % (range)", "change (range)", "best peer", "keeps, %"]
-    heads += ["change", "ours / peer", "at equal loss", "refit alone keeps, %"]
-    lines = [heads, ["---", *["---:"] * 5, "---", *["---:"] * 5]]
+    heads += ["change", "ours / peer", "at equal loss", *(f"{head} keeps, %" for head in REFIT_ALONE.values())]
+    lines = [heads, ["---", *["---:"] * 5, "---", *["---:"] * 6]]
     for runs, by_peer, found, peer in _compared(rows):
-        our, alone, peers = found[OURS], found.get(REFIT_ALONE), [one for one in found if not takes_ours(one)]
+        our, peers = found[OURS], [one for one in found if not takes_ours(one)]
         line = [f"{SOURCES[runs[0]['task']].title}: {_unit(our)}", f"{runs[0]['weights']:,}", len(runs)]
         line += [_number(our, "dense_judge"), _left(our), _change(our), f"{peer['method']}, of {len(peers)}"]
         line += [f"{100 * peer['left']:.2f}", _number(peer, "judge_change", "+"), f"{our['left'] / peer['left']:.2f}"]
         line += [_at_equal_loss(runs, by_peer, peer["judge_change"])]
-        lines.append([*line, f"{100 * alone['left']:.2f}" if alone else ""])
+        alone = (found.get(method) for method in REFIT_ALONE)
+        lines.append([*line, *(f"{100 * one['left']:.2f}" if one else "" for one in alone)])
     return _lines(lines)
 
 

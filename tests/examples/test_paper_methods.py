@@ -323,13 +323,14 @@ def test_ours_is_compared_with_the_slimmest_peer_that_has_the_same_seeds_and_use
     rows = [a_row("ours", 0.1, -0.03, curve=curve), a_row("ours", 0.2, -0.01, curve=curve[:3], seed=1)]
     for seed in (0, 1):
         rows += [a_row("one-shot l1, our refit", 0.3, 0.0, seed=seed), a_row("Wanda", 0.6, 0.0, seed=seed)]
+        rows.append(a_row("LAMP, our refit", 0.25, 0.0, seed=seed))
         rows.append(a_row("LAMP", 0.5, -0.015, curve=[(1, 0.9), (0.75, 0.885), (0.5, 0.88)], seed=seed))
     rows += [a_row("simulated annealing", 0.01, 0.0), a_row("Wanda", 0.6, 0.0, task="koniqpp")]
     head, _, *lines = table.brief(rows).splitlines()
-    assert head.count("|") == 13
+    assert head.count("|") == 14
     assert lines == [
         "| MNIST, LeNet-300-100: accuracy, % | 1,000 | 2 | 90.00 | 15.00 (10.00 to 20.00) | -2.00 (-3.00 to -1.00) "
-        "| LAMP, of 2 | 50.00 | -1.50 | 0.30 | ≤ 0.27 | 30.00 |"
+        "| LAMP, of 2 | 50.00 | -1.50 | 0.30 | ≤ 0.27 | 30.00 | 25.00 |"
     ]
     *_, shown = table.front(rows).splitlines()
     assert shown == "| MNIST, LeNet-300-100 | 15.00 % | 50.00 % | -2.00 / -1.50 points |"
