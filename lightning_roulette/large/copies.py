@@ -15,14 +15,18 @@ from lightning_roulette.large.limits import limits
 from lightning_roulette.large.shards import any_sharded
 
 
-def copies_of(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def copies_of(tensors: Mapping[str, Tensor], held: int = 0) -> Mapping[str, Tensor]:
     """Copies of tensors on the CPU, or of shards on their own device.
 
     More than `limits().copied_bytes` go to a temporary file if it can be written. Shards always stay in memory.
+
+    Args:
+        tensors: The tensors.
+        held: Bytes of earlier copies in memory, which count too.
     """
     if any_sharded(tensors.values()):
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    if sum(tensor.nbytes for tensor in tensors.values()) > limits().copied_bytes:
+    if held + sum(tensor.nbytes for tensor in tensors.values()) > limits().copied_bytes:
         try:
             return OnDisk(tensors)
         except OSError:  # the disk is full, or there is no folder for temporary files

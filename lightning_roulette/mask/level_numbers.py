@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_roulette.large.bits import Bits, is_small
+from lightning_roulette.large.bits import Bits, Flags, is_small
 from lightning_roulette.large.devices import device_for_bits
 
 
@@ -17,7 +16,7 @@ from lightning_roulette.large.devices import device_for_bits
 class LevelNumbers:
     """For each weight of one parameter, the number of the level that pruned it; 0 while it is kept.
 
-    Since masks nest, these numbers hold the masks of all levels. A number takes as many bits as the number of the
+    As long as masks nest, these numbers hold the masks of all levels. A number takes as many bits as the number of the
     deepest level has.
 
     Attributes:
@@ -66,6 +65,10 @@ class LevelNumbers:
             [plane | now if level >> place & 1 else plane for place, plane in enumerate(known)], self.full
         )
 
+    def revives(self, kept: Flags) -> bool:
+        """Whether a mask keeps a weight that an earlier level pruned."""
+        return not kept.to(self.full.device).bits().within(self.full.but(self._any()))
+
     def kept_at(self, level: int) -> Bits:
         """The mask of one level."""
         above, same = self._none(), self.full  # numbers above `level`; numbers equal to it in all bits so far
@@ -107,12 +110,6 @@ class LevelNumbers:
         for plane in self.planes:
             found = found | plane
         return found
-
-
-def levels_in(state: Mapping[str, Any]) -> dict[str, LevelNumbers]:
-    """The numbers in what `History.state` returned, by parameter name."""
-    packed = state.get("packed", {})
-    return {name: LevelNumbers.from_state(at, packed.get(name)) for name, at in state["pruned_at"].items()}
 
 
 def _planes_of(numbers: Tensor) -> list[Bits]:

@@ -14,7 +14,7 @@ from lightning_roulette.large.bits import Bits, Flags, as_stored, is_small, pack
 from lightning_roulette.large.devices import device_for_bits
 from lightning_roulette.large.masking import fill, pruned_parts
 from lightning_roulette.large.shards import anywhere, filled, nonzeros, reshard
-from lightning_roulette.mask.level_numbers import levels_in
+from lightning_roulette.mask.levels import levels_in, winner_in
 
 
 class Mask(Mapping[str, Tensor]):
@@ -78,7 +78,7 @@ class Mask(Mapping[str, Tensor]):
         states = [stored, *stored.get("callbacks", {}).values()] if isinstance(stored, dict) else []
         for state in states:
             if isinstance(state, dict) and "pruned_at" in state:
-                return cls({name: numbers.kept_at(int(state["level"])) for name, numbers in levels_in(state).items()})
+                return cls(levels_in(state).kept_at(winner_in(state)))
         raise ValueError(
             f"{os.fspath(path)} holds no mask of RouletteWheelPruning. Pass its pruned.ckpt (`best_model_path`) or the "
             "file of an interrupted search."

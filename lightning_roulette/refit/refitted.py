@@ -19,10 +19,17 @@ class Refitted:
         values: All values that may differ from the dense network, by name: weights (zero where pruned), biases and
             running statistics. Empty if the network was not refitted.
         undone: Reasons why a refit was not kept, by the name of the weight. Its survivors have their dense values.
+        mask: The mask of these values, if the refit chose which weights stay. It keeps as many weights as the mask that
+            was given, but not always the same ones. None: the mask that was given.
     """
 
     values: Mapping[str, Tensor] = field(default_factory=dict)
     undone: Mapping[str, str] = field(default_factory=dict)
+    mask: Mask | None = None
+
+    def mask_from(self, given: Mask) -> Mask:
+        """The mask of these values, for the mask that was given to the refit."""
+        return given if self.mask is None else self.mask
 
 
 @dataclass(frozen=True, eq=False)

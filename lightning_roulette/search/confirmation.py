@@ -13,7 +13,7 @@ from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.report.records import Level
 from lightning_roulette.search.level import error_of
 from lightning_roulette.search.run import Run
-from lightning_roulette.search.state import State, kept
+from lightning_roulette.search.state import State
 from lightning_roulette.search.winner import network_at
 
 
@@ -67,6 +67,8 @@ def _held_out(run: Run, state: State, level: Level) -> Level:
 def _refitted(run: Run, state: State) -> State:
     """Refit the accepted levels before they are judged on the held-out half.
 
+    All levels are fixed then, so that they can be tested in order. Their masks need not nest.
+
     Without a held-out half only the last level is refitted, and its refit is kept if it improves the level.
     """
     for place, level in enumerate(state.report.levels):
@@ -76,7 +78,7 @@ def _refitted(run: Run, state: State) -> State:
         refitted = run.refitter.refit(mask)
         if run.judge.held_out_folds or _improves(run, state, level, mask, refitted):
             state = state.with_levels({place: replace(level, undone=refitted.undone)})
-            state = replace(state, refits=kept(state.refits, level.level, mask, refitted))
+            state = state.refitted_later(level.level, mask, refitted)
         else:
             words = f"{state.report.refit}, not kept as it gained nothing"
             state = replace(state, report=replace(state.report, refit=words))
@@ -86,5 +88,6 @@ def _refitted(run: Run, state: State) -> State:
 def _improves(run: Run, state: State, level: Level, mask: Mask, refitted: Refitted) -> bool:
     """Whether a refit improves a level on the data that chose it."""
     before = next(one for one in level.candidates if one.index == level.winner)
-    after = before.scored(run.judge.scores(run.refitter.network(mask, refitted), run.judge.search_folds), 0)
+    network = run.refitter.network(refitted.mask_from(mask), refitted)
+    after = before.scored(run.judge.scores(network, run.judge.search_folds), 0)
     return best_of([before, after]) is after and keeps_floor(after.score, state.report.floor)

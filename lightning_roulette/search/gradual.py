@@ -150,12 +150,16 @@ class Gradual:
 
         Returns:
             The network to train on. None if no weight may be removed, or no candidate has a score.
+
+        Raises:
+            RuntimeError: If a refit kept a weight that was pruned before. Training holds it at zero.
         """
         assert self._shown is not None
         (run, state), began = self._shown, time.monotonic()
         if not isinstance(step := self._cuts.policy(place).next(state), Step):
             return None
         after = try_level(run, state, step)
+        _refuse_revived(state.parent, after.parent)
         self._shown = run, after
         self._add_work(run, began)
         level = after.report.levels[-1]
@@ -242,3 +246,11 @@ class Gradual:
         done, self._counted = run.judge.validations - self._counted, run.judge.validations
         seconds = report.seconds + time.monotonic() - began
         self.report = replace(report, validations=report.validations + done, seconds=seconds)
+
+
+def _refuse_revived(parent: Mask, child: Mask) -> None:
+    if not child <= parent:
+        raise RuntimeError(
+            "a cut kept weights that an earlier cut had pruned, but training holds these at zero, so masks must nest "
+            "between epochs. This is an error in lightning_roulette. Pass refit=None to do without a refit."
+        )

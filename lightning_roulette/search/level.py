@@ -26,7 +26,7 @@ class Branch:
     Attributes:
         candidates: Candidates in the order drawn.
         best: The best candidate. None if no score is a number.
-        refitted: Values that a refit gave the best candidate. Without a refit, those of the parent.
+        refitted: What a refit gave the best candidate. Without a refit, the values of the parent.
         seconds: Wall time of the refits.
     """
 
@@ -51,7 +51,7 @@ def try_level(run: Run, state: State, step: Step) -> State:
     sparsity = 1 - survivors / state.parent.size
     tell = _teller(run, state, sparsity)
     race = _race(run, state, step, sparsity, tell)
-    branch = Branch(raced := race.run(run.stages), best_of(furthest(raced)), state.refitted)
+    branch = Branch(raced := race.run(run.stages), best_of(furthest(raced)), Refitted(state.refitted.values))
     if run.refitter.each_level:
         branch = _refitted(run, race, branch, tell)
     branch, error = _judged_again(run, race, branch)
@@ -68,7 +68,8 @@ def try_level(run: Run, state: State, step: Step) -> State:
     )
     if level.accepted and branch.best is not None:
         best = branch.best.index
-        state = state.accepted(level, race.mask(best), branch.refitted, run.drawing.factors(state, best))
+        mask = branch.refitted.mask_from(race.mask(best))
+        state = state.accepted(level, mask, branch.refitted, run.drawing.factors(state, best))
     else:
         state = state.rejected(level)
     run.observer.on_level(level, so_far := run.winner(state))
@@ -121,9 +122,9 @@ def _refitted(run: Run, race: Race, branch: Branch, tell: Callable[[int, Candida
     while refitted < run.refitter.finalists and (one := best_of(runners)) is not None:
         runners.remove(one)
         began = time.monotonic()
-        found = run.refitter.refit(race.mask(one.index))
+        found = run.refitter.refit(drawn := race.mask(one.index))
         seconds += time.monotonic() - began
-        scores = run.judge.scores(run.refitter.network(race.mask(one.index), found), run.judge.search_folds)
+        scores = run.judge.scores(run.refitter.network(found.mask_from(drawn), found), run.judge.search_folds)
         known[one.index] = one = replace(one.scored(scores, len(run.judge.search_folds)), refitted=True)
         if best is None or best_of([best, one]) is one:
             best, values = one, found
@@ -138,7 +139,8 @@ def _judged_again(run: Run, race: Race, branch: Branch) -> tuple[Branch, float]:
     if best is None:
         return branch, error
     if run.rejudges:
-        network = run.refitter.network(race.mask(best.index), branch.refitted)
+        mask = branch.refitted.mask_from(race.mask(best.index))
+        network = run.refitter.network(mask, branch.refitted)
         scores, outcomes = run.judge.recorded(network, run.judge.search_folds)
         best, error = best.scored(scores, len(run.judge.search_folds)), error_of(run.dense.outcomes, outcomes)
     twins = [one.index for one in branch.candidates if one.same_as == best.index]

@@ -47,10 +47,12 @@ class Observer:
         """
 
     def on_level(self, level: Level, so_far: Winner) -> None:
-        """Called when a level was judged on the search half.
+        """Called when a level was judged on the search half. Levels come in the order of the report, each once.
+
+        One step of a policy may add several levels.
 
         Args:
-            level: The level.
+            level: The level, the last one of the report.
             so_far: What the search would return if it ended now.
         """
 

@@ -72,10 +72,20 @@ class Refitter:
         return {0: Survivors.of(full, self.calibration.others(full, self.how))}
 
     def refit(self, mask: Mask) -> Refitted:
-        """Refit the network that a mask prunes."""
+        """Refit the network that a mask prunes.
+
+        Raises:
+            RuntimeError: If the refit chose another number of weights than the mask keeps.
+        """
         assert self.calibration is not None
         assert self.how is not None
-        return self.calibration.refit(mask, self.how)
+        found = self.calibration.refit(mask, self.how)
+        if (kept := found.mask_from(mask).survivors) != mask.survivors:
+            raise RuntimeError(
+                f"a refit kept {kept} weights, but the level keeps {mask.survivors}. Calibration.refit must return a "
+                "mask with as many weights as the mask that it was given."
+            )
+        return found
 
     def network(self, mask: Mask, refitted: Refitted) -> PrunedWeights:
         """The network that a mask makes of refitted values."""

@@ -43,7 +43,16 @@ class State:
         return self.history.level + 1
 
     def accepted(self, level: Level, mask: Mask, refitted: Refitted, factors: Mapping[str, float]) -> State:
-        """The state after a level that kept the floor: its winner is the next parent."""
+        """The state after a level that kept the floor: its winner is the next parent.
+
+        One step of a policy may add several levels. Levels are numbered in the order in which they are accepted.
+
+        Args:
+            level: The level, with the number `next_level`.
+            mask: The mask of the network that was judged, which need not lie within the parent's.
+            refitted: Values that a refit gave this network.
+            factors: See `State`.
+        """
         return replace(
             self._with(level),
             history=self.history.pruned(mask),
@@ -57,6 +66,20 @@ class State:
     def rejected(self, level: Level) -> State:
         """The state after a level that missed the floor: the parent stays, and the rate is halved."""
         return replace(self._with(level), failures=self.failures + 1, halvings=self.halvings + 1)
+
+    def refitted_later(self, level: int, mask: Mask, refitted: Refitted) -> State:
+        """The state with an accepted level refitted after the search.
+
+        Args:
+            level: The number of the level.
+            mask: Its mask, which the refit was given.
+            refitted: What the refit returned.
+        """
+        refits, chosen = kept(self.refits, level, refitted.mask_from(mask), refitted), refitted.mask
+        if chosen is None:
+            return replace(self, refits=refits)
+        parent = chosen if level == self.history.deepest else self.parent
+        return replace(self, refits=refits, parent=parent, history=self.history.replaced(level, chosen))
 
     def with_levels(self, levels: Mapping[int, Level]) -> State:
         """The same state with some levels replaced, by their place in `report.levels`."""

@@ -24,7 +24,7 @@ class Winner:
         mask: Which weights are kept. All of them if no level was accepted.
         report: Numbers of the search.
         dense: Weights that the search was given, not copied.
-        history: Masks of all accepted levels.
+        history: Masks of all accepted levels. They nest unless a refit chose which weights stay.
         refits: Values that refits changed, by level number, on the CPU: the survivors of each weight, and everything
             else whole. The key 0 has the dense values of everything else. All levels together have at most
             `1 / pruning_rate` numbers per weight.

@@ -25,10 +25,13 @@ class SavedState(TypedDict, total=False):
     """The state of the callback in a checkpoint: plain tensors and Python values.
 
     Attributes:
-        pruned_at: For each parameter the level that pruned each weight; see `History.state`.
+        pruned_at: For each parameter the level that pruned each weight, if all masks nest; see `History.state`.
         packed: Names and shapes of the parameters whose numbers are packed; see `History.state`.
-        level: The winner's level.
+        level: The winner's level, if all masks nest; else a sentence.
         deepest: The last level.
+        level_bits: The masks of all levels, if some do not nest; see `History.state`.
+        shapes: Names and shapes of the parameters of these masks.
+        winner_level: The winner's level, beside `level_bits`.
         report: The report as plain values.
         best_model_path: The checkpoint of the winner, or an empty string.
         measured_at_step: The global step at which the winner was last measured.
@@ -37,8 +40,11 @@ class SavedState(TypedDict, total=False):
 
     pruned_at: dict[str, Tensor]
     packed: dict[str, list[int]]
-    level: int
+    level: int | str
     deepest: int
+    level_bits: list[Tensor]
+    shapes: dict[str, list[int]]
+    winner_level: int
     report: dict[str, Any] | None
     best_model_path: str
     measured_at_step: int

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightning_roulette import Mask
+from lightning_roulette.large.copies import OnDisk
+from lightning_roulette.large.limits import limited
 from lightning_roulette.mask.history import History
 from tests.support.limits import set_limits
 
@@ -96,3 +105,97 @@ def test_a_file_from_before_large_parameters_were_packed_is_read(monkeypatch, tm
     torch.save({"pruned_at": {"a": at.to(torch.uint8)}, "level": 4, "deepest": 6}, tmp_path / "old.pt")
     set_limits(monkeypatch, unpacked_entries=0)
     assert torch.equal(Mask.load(tmp_path / "old.pt")["a"], (at == 0) | (at > 4))
+
+
+LAYERS = {"a": (3, 7), "b": (0,), "c": (11,)}
+SIZE = 21 + 11
+
+
+def mask_of(number: int) -> Mask:
+    """The mask whose bits are those of a number, layer by layer."""
+    bits, kept = torch.tensor([bool(number >> place & 1) for place in range(SIZE)]), {}
+    for name, part in zip(LAYERS, bits.split([21, 0, 11]), strict=True):
+        kept[name] = part.view(LAYERS[name])
+    return Mask(kept)
+
+
+def through_torch(state: dict) -> dict:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def copies(history: History) -> list[History]:
+    """A history as it is, on the CPU, pickled, copied, and read from a file."""
+    read = History.from_state(through_torch(history.state()))
+    return [history, history.cpu(), pickle.loads(pickle.dumps(history)), copy.deepcopy(history), read]
+
+
+any_levels = st.lists(st.tuples(st.booleans(), st.integers(0, 2**SIZE - 1)), max_size=12)
+
+
+@pytest.mark.parametrize("small", [1 << 20, 0, 15], ids=["small", "packed", "some packed"])
+@pytest.mark.parametrize("in_memory", [1 << 30, 0, 9], ids=["in memory", "on disk", "some on disk"])
+@given(steps=any_levels, data=st.data())
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_any_masks_are_read_back_whether_they_nest_or_not(small, in_memory, steps, data):
+    with limited(unpacked_entries=small, packed_entries=8, copied_bytes=in_memory):
+        masks = [2**SIZE - 1]
+        for nests, number in steps:
+            masks.append(number & masks[-1] if nests else number)
+        winner = data.draw(st.integers(0, len(steps)))
+        read_at = data.draw(st.integers(0, len(steps)))
+        history = History.of_dense(mask_of(masks[0]))
+        for place, number in enumerate(masks[1:]):
+            history = History.from_state(through_torch(history.state())) if place == read_at else history
+            history = history.pruned(mask_of(number))
+        for one in copies(history.won_by(winner)):
+            assert (one.level, one.deepest) == (winner, len(steps))
+            assert [one.mask_at(level) for level in range(len(masks))] == [mask_of(number) for number in masks]
+            assert one.mask == mask_of(masks[winner])
+        all_nest = all(child & parent == child for parent, child in pairwise(masks))
+        assert ("level_bits" not in history.state()) == all_nest
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_the_mask_of_a_level_may_be_replaced(nested):
+    masks = nested_masks(4)
+    if not nested:
+        masks[2] = Mask({name: ~kept for name, kept in masks[2].items()})
+    before, other = history_of(masks).won_by(3), nested_masks(9)[9]
+    for level in range(1, 5):
+        after = before.replaced(level, other)
+        assert [after.mask_at(one) for one in range(5)] == [*masks[:level], other, *masks[level + 1 :]]
+        assert (after.level, after.deepest) == (3, 4)
+        assert [before.mask_at(one) for one in range(5)] == masks
+    for level in (0, 5):
+        with pytest.raises(ValueError, match=rf"level is {level}, but must lie between 1 and 4 \(the last accepted\)"):
+            before.replaced(level, other)
+
+
+def not_nested(levels: int = 3) -> History:
+    masks = nested_masks(levels)
+    return history_of([masks[0], *reversed(masks[1:])])
+
+
+def test_bits_take_one_bit_for_each_weight_and_level(stored):
+    history = not_nested(3)
+    state = history.state()
+    assert [(row.shape, row.dtype) for row in state["level_bits"]] == [((88 + 88,), torch.uint8)] * 3
+    assert state["shapes"] == {"a": [100, 7], "b": [700]}
+    assert stored(history.won_by(2)).mask == history.mask_at(2)
+
+
+def test_bits_beyond_the_memory_limit_are_on_disk(monkeypatch):
+    set_limits(monkeypatch, copied_bytes=2 * 176)
+    levels = not_nested(5)._levels.packed
+    assert [isinstance(one, OnDisk) for one in levels] == [False, False, True, True, True]
+
+
+def test_versions_that_know_only_masks_that_nest_fail_with_a_sentence():
+    """They take the names in `pruned_at` for parameters, and `level` for a number."""
+    state = not_nested().state()
+    assert list(state["pruned_at"]) == [state["level"]]
+    with pytest.raises(ValueError, match="the masks of these levels do not nest: read this file with a later version"):
+        int(state["level"])
