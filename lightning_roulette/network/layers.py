@@ -1,24 +1,49 @@
-"""Layers as affine maps: a weight as matrices, and the rows of input that it is multiplied with."""
+"""Layers as affine maps: weights as matrices, and the rows of input that they are multiplied with."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_roulette.large.devices import with_float64
-from lightning_roulette.network.kinds import affine_kind_of
-from lightning_roulette.network.parameters import CONVOLUTIONS, LINEAR_MAPS, aliases, owners_of, parts_of_metrics
+from lightning_roulette.network.kinds import AffineKind, affine_kind_of
+from lightning_roulette.network.parameters import (
+    CONVOLUTIONS,
+    LINEAR_MAPS,
+    TRANSPOSED,
+    aliases,
+    owners_of,
+    parts_of_metrics,
+)
 from lightning_roulette.network.ties import ties_of
+from lightning_roulette.network.windows import Chosen, output_size, patches, spread_patches
 
-# Takes the positional and the keyword arguments of a module's forward. Returns the input of one of its layers.
-Inputs = Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
+# Takes the positional and the keyword arguments of a module's forward, and what chooses rows. Returns some rows of
+# input, shape `(groups, rows, inputs)`. A row is one position of one sample.
+Rows = Callable[[tuple[Any, ...], Mapping[str, Any], Chosen], Tensor]
+
+# Takes the positional and the keyword arguments of a module's forward. Returns one of them.
+Argument = Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Some columns of a layer's matrices: a parameter, or a part of it, and the inputs that it is multiplied with.
+
+    Attributes:
+        name: Name of the parameter.
+        view: Returns a view of the parameter, or of its part, with the shape `(groups, outputs, inputs...)`.
+        rows: Returns some rows of the inputs.
+    """
+
+    name: str
+    view: Callable[[Tensor], Tensor]
+    rows: Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,36 +51,48 @@ class Layer:
     """An affine map `y = W x + b` that a module applies to rows `x` of its input, one map for each group of channels.
 
     Attributes:
-        name: Name of the parameter that holds `W`.
+        columns: What `W` is made of. Several parameters are side by side, and so are their inputs in `x`.
         module: The module that applies the map.
         bias: Name of the parameter that holds `b`; None if there is no bias or if it must not change.
-        outputs: The outputs of the weight that belong to this layer.
         offsets: The part of the bias that belongs to this layer.
-        groups: Number of maps. Each has its own inputs.
-        inputs: Returns the layer's input from the arguments of the module's forward.
-        transposed: Whether the weight is a matrix of shape `(inputs, outputs)`.
     """
 
-    name: str
+    columns: tuple[Columns, ...]
     module: nn.Module
     bias: str | None
-    outputs: slice
-    offsets: slice
-    groups: int
-    inputs: Inputs
-    transposed: bool = False
+    offsets: slice = field(default_factory=lambda: slice(0, None))
 
-    def part(self, weight: Tensor) -> Tensor:
-        """The part of a weight that belongs to this layer, a view with outputs as its first dimension."""
-        return (weight.detach().mT if self.transposed else weight.detach())[self.outputs]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters that hold `W`."""
+        return tuple(one.name for one in self.columns)
 
-    def matrices(self, weight: Tensor) -> Tensor:
-        """`W` as matrices, shape `(groups, outputs, inputs)`; a view if `weight` is contiguous."""
-        part = self.part(weight)
-        return part.reshape(self.groups, len(part) // self.groups, -1)
+    def matrices(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """`W` as matrices, shape `(groups, outputs, inputs)`.
 
-    def rows(self, arguments: tuple[Any, ...], named: Mapping[str, Any], chosen: Callable[[int], Tensor]) -> Tensor:
-        """Some rows of input. A row is one position of one sample.
+        Args:
+            tensors: The parameters that hold `W`, or others of their shapes, by name.
+        """
+        found = [one.view(with_float64(tensors[one.name].detach())).flatten(2) for one in self.columns]
+        return found[0] if len(found) == 1 else torch.cat(found, 2)
+
+    @torch.no_grad()
+    def write(self, tensors: Mapping[str, Tensor], matrices: Tensor) -> None:
+        """Write `W` into the parameters that hold it.
+
+        Args:
+            tensors: The parameters, or others of their shapes, by name.
+            matrices: Shape `(groups, outputs, inputs)`. Further columns are ignored.
+        """
+        start = 0
+        for one in self.columns:
+            view = one.view(tensors[one.name].detach())
+            end = start + view[0, 0].numel()
+            view.copy_(matrices[..., start:end].reshape(view.shape))
+            start = end
+
+    def rows(self, arguments: tuple[Any, ...], named: Mapping[str, Any], chosen: Chosen) -> Tensor:
+        """Some rows of input.
 
         Args:
             arguments: Positional arguments of the module's forward.
@@ -65,13 +102,8 @@ class Layer:
         Returns:
             Float64, shape `(groups, rows, inputs)`.
         """
-        inputs = self.inputs(arguments, named).detach()
-        if isinstance(self.module, CONVOLUTIONS):
-            found = _patches(self.module, inputs, chosen)
-        else:
-            flat = inputs.reshape(-1, inputs.shape[-1])
-            found = flat[chosen(len(flat)).to(flat.device)].unsqueeze(0)
-        return with_float64(found).to(torch.float64)
+        found = [one.rows(arguments, named, chosen).detach() for one in self.columns]
+        return with_float64(found[0] if len(found) == 1 else torch.cat(found, 2)).to(torch.float64)
 
 
 def layers_of(module: nn.Module, names: Collection[str]) -> tuple[list[Layer], dict[str, str]]:
@@ -80,7 +112,7 @@ def layers_of(module: nn.Module, names: Collection[str]) -> tuple[list[Layer], d
     These are:
 
     - Linear,
-    - Conv1d, Conv2d and Conv3d,
+    - Conv1d, Conv2d and Conv3d, and their transposed forms,
     - the projections of queries, keys and values in MultiheadAttention,
     - transformers' `Conv1D`, and classes that `register_layer` names.
 
@@ -91,20 +123,20 @@ def layers_of(module: nn.Module, names: Collection[str]) -> tuple[list[Layer], d
         names: Names of some of its parameters.
 
     Returns:
-        - The layers whose weights have these names.
+        - The layers whose weights have these names. If a layer has several weights, the others are left out of it.
         - The other parameters by name, each with the reason why it is not the weight of a layer.
     """
     shared = {name for known in aliases(module).values() if len(known) > 1 for name in known}
     shared |= {name for tie in ties_of(module) for name in tie.names}
+    free = {*names} - shared
     found: list[Layer] = []
     for prefix, part in module.named_modules():
-        path = f"{prefix}." if prefix else ""
-        found += [one for one in _layers(part, path, shared) if one.name in names and one.name not in shared]
-    covered = {one.name for one in found}
+        whole = _layers(part, f"{prefix}." if prefix else "", shared)
+        limited = [replace(one, columns=tuple(each for each in one.columns if each.name in free)) for one in whole]
+        found += [one for one in limited if one.columns]
+    covered = {name for one in found for name in (*one.names, one.bias)}
     owners = owners_of(module)
-    biases = {one.bias for one in found}
-    others = {name: _why_not(*owners[name], name in shared) for name in names if name not in covered | biases}
-    return found, others
+    return found, {name: _why_not(*owners[name], name in shared) for name in names if name not in covered}
 
 
 def _why_not(owner: nn.Module, own: str, shared: bool) -> str:
@@ -120,7 +152,7 @@ def _why_not(owner: nn.Module, own: str, shared: bool) -> str:
 def _computes_as_usual(part: nn.Module) -> bool:
     """Whether a module computes what its known class computes, because nothing overrides `forward`."""
     affine = affine_kind_of(part)
-    kinds = (*LINEAR_MAPS, nn.MultiheadAttention) if affine is None else (affine.kind,)
+    kinds = (*LINEAR_MAPS, *TRANSPOSED, nn.MultiheadAttention) if affine is None else (affine.kind,)
     usual = next((kind for kind in kinds if isinstance(part, kind)), None)
     if usual is None:
         return True
@@ -155,23 +187,42 @@ def channels(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
     return inputs.movedim(1, -1).reshape(-1, inputs.shape[1])
 
 
-_ALL = slice(0, None)
-
-
 def _layers(part: nn.Module, path: str, shared: Collection[str]) -> list[Layer]:
     if not _computes_as_usual(part):
         return []
     if (kind := affine_kind_of(part)) is not None:
-        bias = None if kind.bias is None else _free(part, path, kind.bias, shared)
-        inputs = _argument(0, kind.argument)
-        return [Layer(f"{path}{kind.weight}", part, bias, _ALL, _ALL, 1, inputs, kind.transposed)]
-    if isinstance(part, LINEAR_MAPS):
-        groups = 1 if isinstance(part, nn.Linear) else part.groups
-        bias = _free(part, path, "bias", shared)
-        return [Layer(f"{path}weight", part, bias, _ALL, _ALL, groups, _argument(0, "input"))]
+        return [_affine(part, kind, path, shared)]
     if isinstance(part, nn.MultiheadAttention):
         return _projections(part, path, shared)
-    return []
+    columns = _columns(part, f"{path}weight")
+    return [] if columns is None else [Layer((columns,), part, _free(part, path, "bias", shared))]
+
+
+def _affine(part: nn.Module, kind: AffineKind, path: str, shared: Collection[str]) -> Layer:
+    columns = Columns(
+        f"{path}{kind.weight}", lambda weight: kind.matrix(weight)[None], flat(_argument(0, kind.argument))
+    )
+    return Layer((columns,), part, None if kind.bias is None else _free(part, path, kind.bias, shared))
+
+
+def _columns(part: nn.Module, name: str) -> Columns | None:
+    """The columns of a module of torch with one weight and one input; None for other modules."""
+    inputs = _argument(0, "input")
+    if isinstance(part, nn.Linear):
+        return Columns(name, lambda weight: weight[None], flat(inputs))
+    if isinstance(part, CONVOLUTIONS):
+        return Columns(
+            name,
+            lambda weight: weight.unflatten(0, (part.groups, -1)),
+            lambda arguments, named, chosen: patches(part, inputs(arguments, named), chosen),
+        )
+    if isinstance(part, TRANSPOSED):
+        return Columns(
+            name,
+            lambda weight: weight.unflatten(0, (part.groups, -1)).transpose(1, 2),
+            lambda *given: spread_patches(part, inputs(*given[:2]), output_size(*given[:2]), given[2]),
+        )
+    return None
 
 
 def _projections(part: nn.MultiheadAttention, path: str, shared: Collection[str]) -> list[Layer]:
@@ -180,9 +231,26 @@ def _projections(part: nn.MultiheadAttention, path: str, shared: Collection[str]
     for place, word in enumerate(("query", "key", "value")):
         offsets = slice(place * part.embed_dim, (place + 1) * part.embed_dim)
         joint = part.in_proj_weight is not None
-        name, outputs = ("in_proj_weight", offsets) if joint else (f"{word[0]}_proj_weight", _ALL)
-        found.append(Layer(f"{path}{name}", part, bias, outputs, offsets, 1, _argument(place, word)))
+        name, outputs = ("in_proj_weight", offsets) if joint else (f"{word[0]}_proj_weight", slice(0, None))
+        columns = Columns(f"{path}{name}", outputs_of(outputs), flat(_argument(place, word)))
+        found.append(Layer((columns,), part, bias, offsets))
     return found
+
+
+def outputs_of(outputs: slice) -> Callable[[Tensor], Tensor]:
+    """The view of some outputs of a weight of shape `(outputs, inputs)`, for `Columns`."""
+    return lambda weight: weight[None, outputs]
+
+
+def flat(argument: Argument) -> Rows:
+    """Rows of an argument that a weight is multiplied with on its last dimension, for `Columns`."""
+
+    def rows(arguments: tuple[Any, ...], named: Mapping[str, Any], chosen: Chosen) -> Tensor:
+        inputs = argument(arguments, named)
+        positions = inputs.reshape(-1, inputs.shape[-1])
+        return positions[chosen(len(positions)).to(positions.device)].unsqueeze(0)
+
+    return rows
 
 
 def _free(part: nn.Module, path: str, own: str, shared: Collection[str]) -> str | None:
@@ -191,26 +259,10 @@ def _free(part: nn.Module, path: str, own: str, shared: Collection[str]) -> str 
     return name if bias is not None and bias.requires_grad and name not in shared else None
 
 
-def _argument(place: int, name: str) -> Inputs:
-    def inputs(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+def _argument(place: int, name: str) -> Argument:
+    def argument(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
         found = arguments[place] if len(arguments) > place else named[name]
         assert isinstance(found, Tensor)
         return found
 
-    return inputs
-
-
-def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, chosen: Callable[[int], Tensor]) -> Tensor:
-    """The inputs that the kernel covers at some positions, shape `(groups, rows, inputs)`."""
-    dims = len(module.kernel_size)
-    batch = inputs if inputs.dim() == dims + 2 else inputs.unsqueeze(0)
-    border = module._reversed_padding_repeated_twice
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    windows = pad(batch, border, mode=mode) if any(border) else batch
-    for dim in range(dims):
-        reach = (module.kernel_size[dim] - 1) * module.dilation[dim] + 1
-        windows = windows.unfold(dim + 2, reach, module.stride[dim])[..., :: module.dilation[dim]]
-    positions = (batch.shape[0], *windows.shape[2 : 2 + dims])  # (samples, channels, positions..., kernel...)
-    where = torch.unravel_index(chosen(math.prod(positions)).to(batch.device), positions)
-    rows = windows.movedim(1, 1 + dims)[where]  # (rows, channels, kernel...)
-    return rows.reshape(len(rows), module.groups, -1).movedim(1, 0)
+    return argument

@@ -51,6 +51,6 @@ class DenseOutputs:
         for layer in call.step.layers:
             rows = self._sampler.rows(layer, call, given)
             outputs = rows.values @ matrix_of(layer, self._tensors).mT
-            stored_in = torch.promote_types(self._tensors[layer.name].dtype, torch.float32)
+            stored_in = torch.promote_types(self._tensors[layer.names[0]].dtype, torch.float32)
             found.append((rows.count, outputs.to(stored_in)))
         return tuple(found)

@@ -58,7 +58,8 @@ class Layerwise:
         self._sampler = sampler
         self._dense_outputs = DenseOutputs(self.tensors, sampler)
         self._traversal = Traversal(steps, run, batches, self._dense_outputs.keep)
-        uncalled = [layer.name for step in steps if step not in self._traversal.order for layer in step.layers]
+        not_met = [step for step in steps if step not in self._traversal.order]
+        uncalled = [name for step in not_met for layer in step.layers for name in layer.names]
         self.left_alone = left_alone | dict.fromkeys(uncalled, "the network does not call it on the calibration inputs")
         self._first_sums: dict[Layer, LayerSums] | None = None
 
@@ -107,13 +108,13 @@ class Layerwise:
         try:
             sums = yield from self._sums_of(step, dense)
         except NotKept as reason:
-            reasons |= {layer.name: str(reason) for layer in step.layers}
+            reasons |= {name: str(reason) for layer in step.layers for name in layer.names}
             return
         for layer, layer_sums in sums.items():
             try:
                 self._fit(layer, layer_sums, mask, solver)
             except NotKept as reason:
-                reasons[layer.name] = str(reason)
+                reasons |= dict.fromkeys(layer.names, str(reason))
 
     def _normalise(self, step: Step) -> CallLoop[None]:
         """Set a batch normalisation's running statistics to the mean and variance of its inputs."""

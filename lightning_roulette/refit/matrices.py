@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_roulette.large.devices import with_float64
 from lightning_roulette.network.layers import Layer
 from lightning_roulette.refit.traversal import Call, Given
 from lightning_roulette.wheel.chance import random_bits, stream
@@ -52,7 +51,7 @@ class RowSampler:
             nonlocal count, held_out
             index = torch.arange(min(rows, most))
             if rows > most:
-                key = stream(self.seed, call.batch, call.number, f"rows of {layer.name} {layer.outputs.start}")
+                key = stream(self.seed, call.batch, call.number, f"rows of {layer.names[0]} {layer.offsets.start}")
                 index = random_bits(key, index).remainder(rows).sort().values
             count, held_out = rows, int((index >= rows - rows // _HELD_OUT).sum())
             return index
@@ -66,7 +65,7 @@ class RowSampler:
 def matrix_of(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return a layer's weight, and its bias as a last column, float64, shape `(groups, outputs, inputs)`."""
     # a copy, as the weight may be written to while the matrix is needed
-    matrix = layer.matrices(with_float64(tensors[layer.name])).to(torch.float64, copy=True)
+    matrix = layer.matrices(tensors).to(torch.float64, copy=True)
     if layer.bias is None:
         return matrix
     bias = tensors[layer.bias].detach()[layer.offsets].to(matrix)
@@ -75,7 +74,7 @@ def matrix_of(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
 
 def kept_in_matrix(layer: Layer, mask: Mapping[str, Tensor]) -> Tensor:
     """Return which entries of a layer's matrix a mask keeps. A bias that the mask does not name is kept."""
-    kept = layer.matrices(with_float64(mask[layer.name]))
+    kept = layer.matrices(mask)
     if layer.bias is None:
         return kept
     biases = mask[layer.bias][layer.offsets].to(kept) if layer.bias in mask else kept.new_ones(kept.shape[:2])
@@ -85,7 +84,6 @@ def kept_in_matrix(layer: Layer, mask: Mapping[str, Tensor]) -> Tensor:
 @torch.no_grad()
 def write_matrix(layer: Layer, tensors: Mapping[str, Tensor], matrix: Tensor) -> None:
     """Write a layer's matrix into its weight and bias."""
-    outputs = layer.part(tensors[layer.name])
-    outputs.copy_(matrix[..., : outputs[0].numel()].reshape(outputs.shape))
+    layer.write(tensors, matrix)
     if layer.bias is not None:
         tensors[layer.bias][layer.offsets].copy_(matrix[..., -1].flatten())

@@ -24,7 +24,7 @@ def input_scales(kind: str, sums: Mapping[Layer, LayerSums], mask: Mask, damping
     for layer, layer_sums in sums.items():
         if not layer_sums.finite:
             raise ValueError(
-                f"importance is {kind!r}, but some inputs of {layer.name!r} are not finite. Check that the network "
+                f"importance is {kind!r}, but some inputs of {layer.names[0]!r} are not finite. Check that the network "
                 "gives finite outputs on the calibration inputs."
             )
         kept = kept_in_matrix(layer, mask)
@@ -32,8 +32,7 @@ def input_scales(kind: str, sums: Mapping[Layer, LayerSums], mask: Mask, damping
             scales = _activation(layer_sums.fit, kept)
         else:
             scales = _obs(layer_sums.fit, kept, damping, layer.bias is not None)
-        part = layer.part(found[layer.name])
-        part.copy_(scales[..., : part[0].numel()].reshape(part.shape))
+        layer.write(found, scales)
         if layer.bias in found:
             found[layer.bias][layer.offsets] = scales[..., -1].flatten()
     return found

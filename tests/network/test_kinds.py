@@ -160,7 +160,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_pruned_but_not_refitted():
     reason = "not supported for Scaled: it overrides forward"
     assert layers_of(Scaled(3, 2), ["weight"]) == ([], {"weight": reason})
     register_layer(Scaled, transposed=True)  # named itself
-    assert [layer.name for layer in layers_of(Scaled(3, 2), ["weight"])[0]] == ["weight"]
+    assert [layer.names for layer in layers_of(Scaled(3, 2), ["weight"])[0]] == [("weight",)]
 
 
 def test_a_registered_layer_needs_no_bias_and_may_be_called_by_name():

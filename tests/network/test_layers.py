@@ -6,6 +6,8 @@ from itertools import product
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import linear
 from torch.nn.utils.parametrize import register_parametrization
@@ -31,10 +33,8 @@ def everywhere(count: int) -> torch.Tensor:
 def applied(layer, arguments, named=None, chosen=everywhere) -> torch.Tensor:
     """The module's outputs computed from rows and matrices, shape (rows, outputs)."""
     parameters = dict(layer.module.named_parameters())
-    maps = layer.matrices(parameters[layer.name.rpartition(".")[2]])
-    found = (layer.rows(arguments, named or {}, chosen) @ maps.mT).movedim(0, 1).flatten(1)
-    own = None if layer.bias is None else parameters[layer.bias.rpartition(".")[2]]
-    return found.detach() if own is None else (found + own[layer.offsets]).detach()
+    found = (layer.rows(arguments, named or {}, chosen) @ layer.matrices(parameters).mT).movedim(0, 1).flatten(1)
+    return found if layer.bias is None else (found + parameters[layer.bias][layer.offsets]).detach()
 
 
 def assert_applies(module: nn.Module, inputs: torch.Tensor, channel: int) -> None:
@@ -88,11 +88,61 @@ def test_the_same_padding_of_even_kernels_is_uneven(dims, mode):
     assert_applies(known(module), numbers(2, 2, *(7, 6)[:dims]), 1)
 
 
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("padding", [0, (1, 2, 1), (3, 1, 0)])  # also more than the kernel reaches
+def test_rows_of_a_transposed_convolution_give_its_outputs(dims, padding):
+    pads = padding if padding == 0 else padding[:dims]
+    for stride, dilation, groups, bias in product([1, STRIDE[:dims]], [1, DILATION[:dims]], [1, 2, 4], [True, False]):
+        for more in [0, 1] if stride != 1 and dims != 2 else [0]:
+            ends = tuple(more if step > 1 else 0 for step in STRIDE[:dims])
+            module = TRANSPOSED[dims](4, 8, KERNEL[:dims], stride, pads, ends, groups, bias, dilation)
+            assert_applies(known(module), numbers(2, 4, *(6, 7, 5)[:dims]), 1)
+
+
+@given(
+    samples=st.integers(1, 3),
+    sizes=st.lists(st.integers(1, 5), min_size=2, max_size=2),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    more=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    channels=st.sampled_from([(1, 1, 1), (2, 3, 1), (4, 2, 2), (3, 6, 3)]),
+)
+def test_rows_of_any_transposed_convolution_give_its_outputs(
+    samples, sizes, kernel, stride, padding, dilation, more, channels
+):
+    inputs, outputs, groups = channels
+    ends = tuple(min(end, max(one) - 1) for end, one in zip(more, zip(stride, dilation, strict=True), strict=True))
+    module = nn.ConvTranspose2d(inputs, outputs, kernel, stride, padding, ends, groups, True, dilation)
+    places = (*zip(sizes, kernel, stride, padding, dilation, ends, strict=True),)
+    assume(all((size - 1) * step - 2 * less + far * (k - 1) + end + 1 > 0 for size, k, step, less, far, end in places))
+    assert_applies(known(module), numbers(samples, inputs, *sizes), 1)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_transposed_convolution_is_told_its_output_size(dims):
+    module = known(TRANSPOSED[dims](4, 6, KERNEL[:dims], (3, 2, 4)[:dims], 1, groups=2))
+    (layer,), x = all_layers(module), numbers(2, 4, *(5, 4, 3)[:dims])
+    shortest = module(x).shape[2:]
+    for more in (0, 1):
+        size = [one + more for one in shortest]
+        wanted = module(x, output_size=size).detach().movedim(1, -1).flatten(0, -2)
+        assert torch.allclose(applied(layer, (x, size)), wanted, atol=1e-12)
+        assert torch.allclose(applied(layer, (x,), {"output_size": size}), wanted, atol=1e-12)
+    assert_applies(module, numbers(4, *(5, 4, 3)[:dims]), 0)
+
+
 def test_memory_formats_do_not_matter():
     module = known(nn.Conv2d(4, 6, 3, groups=2)).to(memory_format=torch.channels_last)
     assert_applies(module, numbers(2, 4, 7, 7).to(memory_format=torch.channels_last), 1)
     assert_applies(module, numbers(2, 7, 7, 4).permute(0, 3, 2, 1), 1)
     assert_applies(known(nn.Linear(4, 3)), numbers(4, 5).T, -1)
+    module = known(nn.ConvTranspose2d(4, 6, 3, groups=2)).to(memory_format=torch.channels_last)
+    assert_applies(module, numbers(2, 4, 7, 7).to(memory_format=torch.channels_last), 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -103,7 +153,7 @@ def test_rows_are_float64_without_gradients_and_matrices_are_views(dtype):
         assert found.dtype == torch.float64
         assert not found.requires_grad
         assert found.unique().tolist() == given.detach().double().unique().tolist()
-        layer.matrices(module.weight).fill_(7)
+        layer.matrices({"weight": module.weight}).fill_(7)
         assert (module.weight == 7).all()
 
 
@@ -121,7 +171,7 @@ def test_attention_rows_give_its_projections(sizes, bias, batch_first):
     else:
         weights = module.in_proj_weight.chunk(3)
     biases = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-    assert {layer.name for layer in layers} == set(names)
+    assert {name for layer in layers for name in layer.names} == set(names)
     for layer, inputs, weight, own in zip(layers, given, weights, biases, strict=True):
         wanted = linear(inputs, weight, own).detach().flatten(0, 1)
         named = dict(zip(("query", "key", "value"), given, strict=True))
@@ -178,7 +228,7 @@ def test_a_bias_that_is_computed_from_other_tensors_must_not_change():
     part = nn.Linear(2, 2)
     register_parametrization(part, "bias", Doubled())
     layers, left = layers_of(part, ["weight"])
-    assert [(layer.name, layer.bias) for layer in layers] == [("weight", None)]
+    assert [(layer.names, layer.bias) for layer in layers] == [(("weight",), None)]
     assert left == {}
 
 
@@ -196,22 +246,21 @@ def test_layers_are_found_by_name_at_any_depth():
     found = [("a.0.weight", "a.0.bias", module["a"][0]), ("b.weight", "b.bias", module["b"])]
     for names, expected in ((["a.0.weight", "b.weight"], found), (["b.weight"], found[1:])):
         layers, left = layers_of(module, names)
-        assert [(layer.name, layer.bias, layer.module) for layer in layers] == expected
+        assert [(*layer.names, layer.bias, layer.module) for layer in layers] == expected
         assert left == {}
 
 
 def test_every_other_weight_has_a_reason():
-    parts = {"lstm": nn.LSTM(2, 2), "cell": nn.GRUCell(2, 2), "up": nn.ConvTranspose1d(2, 2, 3)}
+    parts = {"lstm": nn.LSTM(2, 2), "cell": nn.GRUCell(2, 2)}
     net = nn.ModuleDict({**parts, "one": nn.Linear(2, 2), "other": nn.Linear(2, 2), "free": nn.Linear(2, 2)})
     net.matrix, net["other"].weight = nn.Parameter(torch.ones(2, 2)), net["one"].weight
-    names = ["matrix", "lstm.weight_ih_l0", "cell.weight_hh", "up.weight", "one.weight", "free.weight"]
+    names = ["matrix", "lstm.weight_ih_l0", "cell.weight_hh", "one.weight", "free.weight"]
     layers, left = layers_of(net, names)
-    assert [layer.name for layer in layers] == ["free.weight"]
+    assert [layer.names for layer in layers] == [("free.weight",)]
     assert left == {
         "matrix": "not supported for matrix of ModuleDict",
         "lstm.weight_ih_l0": "not supported for weight_ih_l0 of LSTM",
         "cell.weight_hh": "not supported for weight_hh of GRUCell",
-        "up.weight": "not supported for weight of ConvTranspose1d",
         "one.weight": "not supported for tied weights",
     }
 

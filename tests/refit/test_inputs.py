@@ -38,6 +38,8 @@ from tests.support.networks import (
     state_of,
 )
 
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+
 plain = pytest.mark.parametrize("kind", PLAIN)
 kinds = pytest.mark.parametrize("kind", KINDS)
 memories = pytest.mark.parametrize("most_bytes", [0, 2**29])
@@ -59,6 +61,9 @@ def calls_of(module: nn.Module, batches) -> dict[str, list]:
 
 def maps_of(module: nn.Module):
     """Each affine map of a module: name of its weight, weight, bias, and the place of its input."""
+    if isinstance(module, TRANSPOSED):  # in the form of a convolution's weight: outputs first
+        weight = module.weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return [("weight", weight, module.bias, 0)]
     if not isinstance(module, nn.MultiheadAttention):
         return [("weight", module.weight, module.bias, 0)]
     if module.in_proj_weight is None:
@@ -72,6 +77,8 @@ def maps_of(module: nn.Module):
 
 def rows_of(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """Rows of input of the map, shape (groups, rows, inputs)."""
+    if isinstance(module, TRANSPOSED):
+        return transposed_rows_of(module, inputs)
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return inputs.reshape(1, -1, inputs.shape[-1])
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -80,6 +87,14 @@ def rows_of(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     sizes = [(1, *one) if lift else one for one in (module.kernel_size, module.dilation, module.stride)]
     patches = unfold(inputs.unsqueeze(2) if lift else inputs, sizes[0], sizes[1], 0, sizes[2])
     return patches.movedim(1, 2).flatten(0, 1).unflatten(1, (module.groups, -1)).movedim(0, 1)
+
+
+def transposed_rows_of(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """What a transposed convolution makes of its input with each entry of its weight set to one alone."""
+    alone = torch.eye(module.weight[:, 0].numel() // module.groups, dtype=inputs.dtype)
+    alone, ones = alone.unflatten(0, (-1, *module.kernel_size)).movedim(-1, 1), deepcopy(module)
+    ones.weight.data, ones.bias = torch.cat([alone] * module.groups), None
+    return ones(inputs).movedim(1, -1).unflatten(-1, (module.groups, -1)).flatten(0, -3).movedim(0, 1)
 
 
 def fitted_rows(rows: torch.Tensor) -> torch.Tensor:

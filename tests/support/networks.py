@@ -188,6 +188,18 @@ def encoder() -> nn.Module:
     return nn.Sequential(layer, nn.Linear(6, 3))
 
 
+def decoder() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(5, 12),
+        nn.Unflatten(1, (6, 2)),
+        nn.ConvTranspose1d(6, 4, 3, stride=2, padding=1, output_padding=1, groups=2),
+        nn.BatchNorm1d(4),
+        nn.ReLU(),
+        nn.Unflatten(2, (2, 2)),
+        nn.ConvTranspose2d(4, 3, (3, 2), stride=(1, 2), dilation=2, bias=False),
+    )
+
+
 @dataclass(frozen=True)
 class Kind:
     """How a network is made, the shapes of its arguments, the sizes of its batches, and weights left out of masks."""
@@ -201,6 +213,7 @@ class Kind:
 PLAIN = {
     "mlp": Kind(mlp, ((6,),)),
     "conv": Kind(conv, ((2, 7, 7),)),
+    "decoder": Kind(decoder, ((5,),)),
     "residual": Kind(Residual, ((2, 4, 5),)),
     "encoder": Kind(encoder, ((5, 6),), without=("0.self_attn.out_proj.weight",)),
     "attention": Kind(Attention, ((3, 6), (4, 4), (4, 5)), without=("look.out_proj.weight",)),
