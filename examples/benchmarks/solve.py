@@ -74,8 +74,7 @@ class Layer:
         ours = seconds(lambda: found.append(Fastest(DAMPING).init(self.sums).solve(kept, self.matrix)))
         some = torch.arange(outputs) < exact_outputs
         few = kept[:, some], self.matrix[:, some]
-        part = GramSums()
-        part.__dict__ |= {**vars(self.sums), "cross": self.sums.cross[..., some], "power": self.sums.power[:, some]}
+        part = self.sums.of_outputs(some)
         prepared = Cholesky(DAMPING).init(part)
         exact = seconds(lambda: found.append(prepared.solve(*few)))
         ratio = part.error(found[0][:, some]) / part.error(found[1])

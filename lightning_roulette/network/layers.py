@@ -100,10 +100,11 @@ class Layer:
             chosen: Takes the number of rows and returns the indices of some of them.
 
         Returns:
-            Float64, shape `(groups, rows, inputs)`.
+            Shape `(groups, rows, inputs)`, of the type of the input, but at least float32.
         """
-        found = [one.rows(arguments, named, chosen).detach() for one in self.columns]
-        return with_float64(found[0] if len(found) == 1 else torch.cat(found, 2)).to(torch.float64)
+        found = [with_float64(one.rows(arguments, named, chosen).detach()) for one in self.columns]
+        whole = found[0] if len(found) == 1 else torch.cat(found, 2)
+        return whole.to(torch.promote_types(whole.dtype, torch.float32))
 
 
 def layers_of(module: nn.Module, names: Collection[str]) -> tuple[list[Layer], dict[str, str]]:

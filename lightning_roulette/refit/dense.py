@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.large.limits import limits
-from lightning_roulette.refit.matrices import RowSampler, matrix_of
+from lightning_roulette.refit.matrices import RowSampler, matrix_of, outputs_of
 from lightning_roulette.refit.traversal import Call, Given, Step, Traversal
 
 # For each layer of a step, the number of rows that the dense network gives it, and its outputs on the chosen rows.
@@ -50,7 +50,7 @@ class DenseOutputs:
         found = []
         for layer in call.step.layers:
             rows = self._sampler.rows(layer, call, given)
-            outputs = rows.values @ matrix_of(layer, self._tensors).mT
+            outputs = outputs_of(rows.values, matrix_of(layer, self._tensors))
             stored_in = torch.promote_types(self._tensors[layer.names[0]].dtype, torch.float32)
             found.append((rows.count, outputs.to(stored_in)))
         return tuple(found)

@@ -9,33 +9,59 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.large.limits import limits
+from lightning_roulette.large.precision import full_precision
+from lightning_roulette.refit.centre import Centre
+from lightning_roulette.refit.held_out import HeldOutRows
 
 _COLUMNS = 256  # of a block of the Gram matrix, of which the half below the diagonal is computed
+_NARROW = (
+    32  # fewer inputs are multiplied in float64, as that takes little time and float32 products of them round more
+)
+_SMALLEST, _LARGEST = 2.0**-30, 2.0**50  # between them, squares of float32 numbers neither vanish nor overflow
+_ROUNDING, _ROUNDING_FLOAT64 = 1e-6, 1e-9  # see GramSums.rounding
 
 
 class GramSums:
     """Sums of products over rows `x` of inputs and rows `y` of wanted outputs, in float64, for each group.
 
-    Memory does not grow with the number of rows: it is `inputs ** 2 + inputs * outputs` numbers for each group.
+    Products of float32 rows are computed in float32, over `limits().gram_rows` rows at a time, after a constant near
+    their mean is subtracted. They are summed in float64. The entries of the centred matrix are then exact up to some
+    1e-7 of the root of the product of their two diagonal entries. Products of float64 rows are computed in float64.
+
+    Memory does not grow with the number of rows: it is `inputs ** 2 + inputs * outputs` float64 numbers for each group,
+    and `limits().gram_rows` rows.
 
     Attributes:
-        cross: Sum of `x y^T`, shape `(groups, inputs, outputs)`.
-        power: Sum of `y ** 2`, shape `(groups, outputs)`.
         rows: Number of rows.
+        rounding: Share of the wanted outputs' power to which squared errors from these sums are exact.
     """
 
     def __init__(self) -> None:
-        self._gram = self.cross = self.power = torch.zeros(())
+        self._gram = self._cross = self._power = torch.zeros(())
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._waiting_rows = 0
+        self._centre: Centre | None = None
         self._is_whole = True
         self.rows = 0
+        self.rounding = _ROUNDING_FLOAT64
 
     @property
     def gram(self) -> Tensor:
         """Sum of `x x^T`, shape `(groups, inputs, inputs)`."""
-        if not self._is_whole:
-            _mirror(self._gram)
-            self._is_whole = True
+        self._settle()
         return self._gram
+
+    @property
+    def cross(self) -> Tensor:
+        """Sum of `x y^T`, shape `(groups, inputs, outputs)`."""
+        self._settle()
+        return self._cross
+
+    @property
+    def power(self) -> Tensor:
+        """Sum of `y ** 2`, shape `(groups, outputs)`."""
+        self._settle()
+        return self._power
 
     @property
     def finite(self) -> bool:
@@ -48,22 +74,28 @@ class GramSums:
         return float(self.power.sum() / max(1, self.rows))
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add rows to the sums.
+        """Add rows to the sums. The tensors must not change before the sums are read.
 
         Args:
-            x: Inputs, float64, shape `(groups, rows, inputs)`.
-            y: Wanted outputs, float64, shape `(groups, rows, outputs)`.
+            x: Inputs, float32 or float64, shape `(groups, rows, inputs)`.
+            y: Wanted outputs, float32 or float64, shape `(groups, rows, outputs)`.
         """
-        if self.rows == 0:
-            groups, inputs, outputs = x.shape[0], x.shape[2], y.shape[2]
-            self._gram, self.cross = x.new_zeros(groups, inputs, inputs), x.new_zeros(groups, inputs, outputs)
-            self.power = x.new_zeros(groups, outputs)
-        for xs, ys in zip(x.split(limits().gram_rows, 1), y.split(limits().gram_rows, 1), strict=True):
-            _add_products(self._gram, xs)
-            self.cross.baddbmm_(xs.mT, ys)
-            self.power += ys.square().sum(1)
-        self._is_whole = False
+        self._waiting.append((x, y))
+        self._waiting_rows += x.shape[1]
         self.rows += x.shape[1]
+        if self._waiting_rows >= limits().gram_rows:
+            self._sum_waiting()
+
+    def of_outputs(self, some: Tensor) -> GramSums:
+        """Return the sums for some of the outputs. They share the Gram matrix.
+
+        Args:
+            some: Indices or bools of outputs of each group.
+        """
+        found = GramSums()
+        found._gram, found._cross, found._power = self.gram, self.cross[..., some], self.power[..., some]
+        found.rows, found.rounding = self.rows, self.rounding
+        return found
 
     def error(self, matrix: Tensor) -> float:
         """Mean over rows of the summed squared error of the outputs `matrix @ x`.
@@ -84,13 +116,68 @@ class GramSums:
         mean = self.cross[:, -1] / self.rows if centred else torch.zeros_like(self.power)
         return (self.power / self.rows - mean.square()).sum().clamp(min=torch.finfo(torch.float64).tiny)
 
+    def _settle(self) -> None:
+        """Bring the sums up to date with all rows."""
+        self._sum_waiting()
+        if not self._is_whole:
+            _mirror(self._gram)
+            self._is_whole = True
+        if self._centre is not None:
+            self._centre.move_to_zero(self._gram, self._cross)
+            self._centre = None
+
+    def _sum_waiting(self) -> None:
+        if not self._waiting:
+            return
+        (x, y), self._waiting, self._waiting_rows = _joined(self._waiting), [], 0
+        if self._gram.dim() == 0:
+            groups, inputs, outputs = x.shape[0], x.shape[2], y.shape[2]
+            self._gram = x.new_zeros(groups, inputs, inputs, dtype=torch.float64)
+            self._cross = x.new_zeros(groups, inputs, outputs, dtype=torch.float64)
+            self._power = x.new_zeros(groups, outputs, dtype=torch.float64)
+        with full_precision(x.device):
+            for xs, ys in zip(x.split(limits().gram_rows, 1), y.split(limits().gram_rows, 1), strict=True):
+                self._sum_block(xs, ys)
+
+    def _sum_block(self, x: Tensor, y: Tensor) -> None:
+        self._is_whole = False
+        self._power += y.to(torch.float64).square().sum(1)
+        if x.dtype != torch.float64:
+            self.rounding = _ROUNDING
+            self._centre = Centre.of(x, y) if self._centre is None else self._centre
+            x, y = self._centre.subtracted(x, y)
+            if x.shape[2] < _NARROW or not (_fits(x) and _fits(y)):
+                x, y = x.to(torch.float64), y.to(torch.float64)
+        _add_products(self._gram, x)
+        self._cross += x.mT @ y
+
+
+def _joined(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return all rows together, inputs and wanted outputs of the same type."""
+    x, y = (torch.cat(parts, 1) if len(rows) > 1 else parts[0] for parts in zip(*rows, strict=True))
+    kind = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    return x.to(kind), y.to(kind)
+
+
+def _fits(rows: Tensor) -> bool:
+    """Return whether float32 holds the products of these numbers."""
+    if rows.numel() == 0:
+        return True
+    least, most = torch.aminmax(rows)
+    largest = float(torch.maximum(-least, most))
+    return largest == 0 or _SMALLEST < largest < _LARGEST
+
 
 def _add_products(gram: Tensor, x: Tensor) -> None:
     """Add `x^T x` to the blocks of a Gram matrix on and below its diagonal."""
     inputs = gram.shape[1]
     for begin in range(0, inputs, _COLUMNS):
         end = min(begin + _COLUMNS, inputs)
-        gram[:, begin:end, :end].baddbmm_(x[..., begin:end].mT, x[..., :end])
+        rows, columns = x[..., begin:end].mT, x[..., :end]
+        if x.dtype == gram.dtype:
+            gram[:, begin:end, :end].baddbmm_(rows, columns)
+        else:
+            gram[:, begin:end, :end] += rows @ columns
 
 
 def _mirror(gram: Tensor) -> None:
@@ -103,26 +190,26 @@ def _mirror(gram: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class LayerSums:
-    """Gram sums of one layer.
+    """What is known about one layer.
 
     Attributes:
         fit: Sums over the rows that the layer is fitted to.
-        held_out: Sums over the rows that judge the fit.
+        held_out: The rows that judge the fit.
     """
 
     fit: GramSums = field(default_factory=GramSums)
-    held_out: GramSums = field(default_factory=GramSums)
+    held_out: HeldOutRows = field(default_factory=HeldOutRows)
 
     def add(self, x: Tensor, y: Tensor, held_out: int = 0) -> None:
-        """Add rows to the sums. The last `held_out` rows judge the fit. For shapes see `GramSums.add`."""
+        """Add rows. The last `held_out` rows judge the fit. For shapes see `GramSums.add`."""
         fitted = x.shape[1] - held_out
         self.fit.add(x[:, :fitted], y[:, :fitted])
         if held_out:
-            self.held_out.add(x[:, fitted:], y[:, fitted:])
+            self.held_out.add(x[:, fitted:].clone(), y[:, fitted:].clone())  # copies, so that the other rows are freed
 
     @property
     def finite(self) -> bool:
-        """Whether all sums are finite."""
+        """Whether all sums and rows are finite."""
         return self.fit.finite and self.held_out.finite
 
 

@@ -31,7 +31,8 @@ class Calibration:
 
     - two copies of the weights,
     - the rows of one layer in one batch,
-    - the Gram sums of one layer and of the first layer (`inputs ** 2` float64 numbers for each group),
+    - the Gram sums of one layer and of the first layer (`inputs ** 2` float64 numbers for each group), and an eighth of
+      their rows, which judges the refit,
     - linear systems of at most 2**26 bytes,
     - outputs of the dense network, up to 2**29 bytes. Further outputs are computed again for each refit.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from lightning_roulette.mask.mask import Mask
@@ -16,7 +15,7 @@ from lightning_roulette.network.layers import Layer, batch_norms_of, channels, l
 from lightning_roulette.network.lending import copy_into, lent, named_tensors
 from lightning_roulette.refit.dense import DenseOutputs, Outputs
 from lightning_roulette.refit.gram import LayerSums, MeanAndVariance
-from lightning_roulette.refit.matrices import RowSampler, kept_in_matrix, matrix_of, write_matrix
+from lightning_roulette.refit.matrices import RowSampler, kept_in_matrix, matrix_of, outputs_of, write_matrix
 from lightning_roulette.refit.solvers.solver import Solver
 from lightning_roulette.refit.traversal import Call, CallLoop, Given, Step, Traversal
 
@@ -85,7 +84,7 @@ class Layerwise:
         def add(call: Call, given: Given) -> None:
             for layer in call.step.layers:
                 rows = self._sampler.rows(layer, call, given).values
-                found.setdefault(layer, LayerSums()).add(rows, rows @ matrix_of(layer, self.tensors).mT)
+                found.setdefault(layer, LayerSums()).add(rows, outputs_of(rows, matrix_of(layer, self.tensors)))
 
         for batch in range(self._traversal.batches):
             self._traversal.listen(batch, add)
@@ -159,7 +158,7 @@ class Layerwise:
             rows = self._sampler.rows(layer, call, given)
             if rows.count != count:
                 raise NotKept(f"the pruned network gives it {rows.count} rows of input, the dense network {count}")
-            layer_sums.add(rows.values, wanted.to(torch.float64), rows.held_out)
+            layer_sums.add(rows.values, wanted, rows.held_out)
 
     def _no_mask_changes_inputs_of(self, step: Step) -> bool:
         calls = self._traversal.calls

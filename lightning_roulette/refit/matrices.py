@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_roulette.large.precision import full_precision
 from lightning_roulette.network.layers import Layer
 from lightning_roulette.refit.traversal import Call, Given
 from lightning_roulette.wheel.chance import random_bits, stream
@@ -20,7 +21,7 @@ class Rows:
     """Rows of a layer's input in one call. A layer with a bias has a last column of ones.
 
     Attributes:
-        values: Float64, shape `(groups, rows, inputs)`.
+        values: Float32 or float64, shape `(groups, rows, inputs)`.
         count: Number of rows from which these were chosen.
         held_out: Number of rows, at the end, that judge a fit.
     """
@@ -70,6 +71,12 @@ def matrix_of(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
         return matrix
     bias = tensors[layer.bias].detach()[layer.offsets].to(matrix)
     return torch.cat([matrix, bias.view(*matrix.shape[:2], 1)], 2)
+
+
+def outputs_of(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Return a layer's outputs for rows of its input, of the type of the rows, shape `(groups, rows, outputs)`."""
+    with full_precision(rows.device):
+        return rows @ matrix.to(rows.dtype).mT
 
 
 def kept_in_matrix(layer: Layer, mask: Mapping[str, Tensor]) -> Tensor:

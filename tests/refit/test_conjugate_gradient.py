@@ -44,9 +44,9 @@ def iterated(sums: GramSums, kept: torch.Tensor, start: torch.Tensor, damping: f
 
 
 def excess(sums: GramSums, found: torch.Tensor, exact: torch.Tensor) -> float:
-    """How much larger the error of a layer is than that of the exact solution, as a share, beyond rounding."""
-    rounding = 1e-12 * sums.mean_square
-    return 0.0 if rounding == 0 else (sums.error(found) - rounding) / (sums.error(exact) + rounding) - 1
+    """How much larger the error of a layer is than that of the exact solution, as a share of it or of rounding."""
+    known = max(sums.error(exact), sums.rounding * sums.mean_square)
+    return 0.0 if known == 0 else (sums.error(found) - sums.error(exact)) / known
 
 
 # How the inputs of a layer look, from a matrix of independent numbers, shape (groups, rows, inputs).
@@ -89,6 +89,25 @@ def test_the_error_of_a_layer_is_within_a_thousandth_of_the_exact_one(kind, rows
         found = iterated(sums, kept, start, damping)
         assert not found[~kept].any()
         assert excess(sums, found, Cholesky(damping).init(sums).solve(kept, start)) <= 1e-3
+
+
+@pytest.mark.parametrize("rows", [30, 500])
+@pytest.mark.parametrize("kind", [*KINDS, "of very different sizes", "far from zero"])
+def test_float32_products_are_exact_enough(kind, rows):
+    kinds = {
+        "of very different sizes": lambda x: x * torch.where(torch.arange(x.shape[2]) % 2 == 0, 1e4, 1e-4),
+        "far from zero": lambda x: 1e3 + x,
+    }
+    x, start = (KINDS | kinds)[kind](numbers(2, rows, 60, seed=1)).float(), numbers(2, 8, 60, seed=2)
+    y = x @ start.float().mT
+    single, double = sums_of(x, y), sums_of(x.double(), y.double())
+    for density in (0.2, 0.5, 0.9):
+        kept = kept_of(3, start.shape, density)
+        exact = Cholesky(1e-3).init(double).solve(kept, start)
+        for found in (iterated(single, kept, start, 1e-3), Cholesky(1e-3).init(single).solve(kept, start)):
+            allowed = 1.001 * double.error(exact) + 1e-7 * double.mean_square
+            assert double.error(found) <= allowed
+            assert abs(single.error(found) - double.error(found)) <= single.rounding * double.mean_square
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -174,7 +193,7 @@ def one_group(outputs: int = 30, inputs: int = 40, seed: int = 0) -> tuple[Equat
     exact = Cholesky(1e-3).init(sums)
     ridge, power = float(exact.matrix.ridges[0]), sums.power[0]
     solution = exact.solve(kept, torch.zeros_like(kept, dtype=torch.float64))[0]
-    return Equations(sums.gram[0], ridge, sums.cross[0].mT.contiguous(), kept[0], power, power), solution
+    return Equations(sums.gram[0], ridge, sums.cross[0].mT.contiguous(), kept[0], power, power, 1e-9), solution
 
 
 def test_outputs_are_solved_alone_as_together(monkeypatch):

@@ -44,30 +44,105 @@ def test_a_gram_matrix_may_be_read_between_two_parts(monkeypatch):
     assert torch.allclose(sums.gram, x.mT @ x, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("precision", ["highest", "medium"])
-def test_sums_are_as_exact_under_autocast_and_low_precision(precision):
-    (x, y, matrix), plain, lowered = rows_of(), GramSums(), GramSums()
-    plain.add(x, y)
+def far_from(exact: torch.Tensor, found: torch.Tensor) -> float:
+    """Largest difference of Gram matrices, as a share of the root of the product of the diagonal entries."""
+    size = exact.diagonal(dim1=1, dim2=2).sqrt()
+    return float(((found - exact) / (size.unsqueeze(1) * size.unsqueeze(2)).clamp(min=1e-300)).abs().max())
+
+
+@pytest.mark.parametrize("rows", [3, 700, 5000])
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
+def test_float32_rows_lose_no_more_than_single_products_round(scale, rows):
+    x, y = (scale * numbers(2, rows, 40)).float(), numbers(2, rows, 4, seed=1).float()
+    sums, exact = GramSums(), GramSums()
+    for xs, ys in zip(x.split(333, 1), y.split(333, 1), strict=True):
+        sums.add(xs, ys)
+    exact.add(x.double(), y.double())
+    assert {one.dtype for one in (sums.gram, sums.cross, sums.power)} == {torch.float64}
+    assert far_from(exact.gram, sums.gram) < 5e-7
+    assert torch.allclose(sums.cross, exact.cross, atol=5e-7 * rows * scale)
+    assert torch.allclose(sums.power, exact.power, rtol=1e-12)
+    assert (exact.rounding, sums.rounding) == (1e-9, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_mean_and_columns_of_other_sizes_cost_no_digits(dtype):
+    size = torch.tensor([1e4, 1e-4, 1.0, 1e-2])
+    x = (numbers(1, 3000, 4) * size + torch.tensor([0.0, 1e-1, 1e3, 0.0])).to(dtype)
+    y = (numbers(1, 3000, 2, seed=1) + 100).to(dtype)
+    sums, exact = GramSums(), GramSums()
+    for xs, ys in zip(x.split(500, 1), y.split(500, 1), strict=True):
+        sums.add(xs, ys)
+        assert sums.gram.isfinite().all()  # what is read between two parts changes nothing
+    exact.add(x.double(), y.double())
+    means = x.double().mean(1, keepdim=True), y.double().mean(1, keepdim=True)
+
+    def centred(of):
+        return of.gram - 3000 * means[0].mT * means[0], of.cross - 3000 * means[0].mT * means[1]
+
+    (gram, cross), (exact_gram, exact_cross) = centred(sums), centred(exact)
+    deviation = x.double().std(1), y.double().std(1)
+    assert ((gram - exact_gram).abs() <= 1e-6 * 3000 * deviation[0].unsqueeze(2) * deviation[0].unsqueeze(1)).all()
+    assert ((cross - exact_cross).abs() <= 1e-6 * 3000 * deviation[0].unsqueeze(2) * deviation[1].unsqueeze(1)).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_sums_of_rows_that_are_not_finite_are_not_finite(bad):
+    for row in (0, 50):
+        (x, y, _), sums = rows_of(), GramSums()
+        x[0, row, 2] = bad
+        sums.add(x.float(), y.float())
+        assert not sums.finite
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_sums_are_as_exact_under_autocast_and_low_precision(precision, dtype):
+    x, y, matrix = (one.to(dtype) for one in rows_of())
+    plain, lowered = LayerSums(), LayerSums()
+    plain.add(x, y, held_out=20)
+    wanted = plain.fit.error(matrix.double()), plain.held_out.error(matrix.double())
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            lowered.add(x, y)
-            error = lowered.error(matrix)
+            lowered.add(x, y, held_out=20)
+            assert (lowered.fit.error(matrix.double()), lowered.held_out.error(matrix.double())) == wanted
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
-    assert torch.equal(lowered.gram, plain.gram)
-    assert torch.equal(lowered.cross, plain.cross)
-    assert error == plain.error(matrix)
+    assert torch.equal(lowered.fit.gram, plain.fit.gram)
+    assert torch.equal(lowered.fit.cross, plain.fit.cross)
 
 
-def test_rows_held_out_are_summed_apart():
-    (x, y, _), sums, parts = rows_of(), LayerSums(), (GramSums(), GramSums())
-    sums.add(x, y, held_out=7)
-    parts[0].add(x[:, :-7], y[:, :-7])
-    parts[1].add(x[:, -7:], y[:, -7:])
-    assert [sums.fit.rows, sums.held_out.rows] == [53, 7]
-    assert all(torch.equal(one.gram, part.gram) for one, part in zip((sums.fit, sums.held_out), parts, strict=True))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_held_out_are_kept_apart(dtype):
+    (x, y, matrix), sums, fit = rows_of(), LayerSums(), GramSums()
+    sums.add(x.to(dtype), y.to(dtype), held_out=7)
+    sums.add(x.to(dtype), y.to(dtype), held_out=0)
+    fit.add(torch.cat([x[:, :-7], x], 1).to(dtype), torch.cat([y[:, :-7], y], 1).to(dtype))
+    assert [sums.fit.rows, sums.held_out.rows] == [113, 7]
+    assert torch.equal(sums.fit.gram, fit.gram)
+    lost = (x @ matrix.mT - y)[:, -7:].square().sum((0, 2)).mean()
+    assert sums.held_out.error(matrix) == pytest.approx(float(lost), rel=1e-12 if dtype == torch.float64 else 1e-6)
+    assert sums.held_out.mean_square == pytest.approx(float(y[:, -7:].square().sum((0, 2)).mean()), rel=1e-6)
+    assert sums.finite
+    sums.add(x * torch.nan, y, held_out=60)
+    assert sums.fit.finite
+    assert not sums.finite
+
+
+def test_sums_of_some_outputs_are_those_of_their_rows():
+    (x, y, _), whole, part = rows_of(), GramSums(), GramSums()
+    whole.add(x, y)
+    part.add(x, y[..., 1:3])
+    for some in (torch.tensor([1, 2]), torch.tensor([False, True, True, False, False])):
+        found = whole.of_outputs(some)
+        assert (found.rows, found.rounding) == (part.rows, part.rounding)
+        assert torch.allclose(found.cross, part.cross, rtol=1e-12)
+        assert torch.equal(found.power, part.power)
+        assert found.gram is whole.gram
 
 
 def test_output_variance_is_that_of_the_outputs():

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.parameters import prunable_parameters
-from lightning_roulette.refit.gram import GramSums
+from lightning_roulette.refit.gram import LayerSums
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.refitted import Survivors
 from lightning_roulette.settings import LeastSquares, Refit
@@ -193,7 +193,7 @@ def test_single_precision_is_enough(kind):
     assert_refitted(net, mask, [batch.double() for batch in batches], found, 1e-3, tolerance=1e-5)
 
 
-def test_a_network_that_runs_in_low_precision_is_refitted_in_double():
+def test_a_network_that_runs_in_low_precision_is_refitted_in_full_precision():
     net, inputs = nn.Linear(40, 30), (numbers(400, 8) @ numbers(8, 40, seed=1) + numbers(400, 40, seed=2)).float()
     mask = mask_of(net, 0.5)
 
@@ -384,13 +384,13 @@ def test_rows_chosen_are_the_same_positions_pruned_and_dense():
     ],
 )
 def test_at_most_the_given_number_of_rows_is_used(called, rows, sizes, seen, monkeypatch):
-    added, add = [], GramSums.add
+    added, add = [], LayerSums.add
 
-    def counted(self, x, y):
+    def counted(self, x, y, held_out=0):
         added.append(x.shape[1])
-        add(self, x, y)
+        add(self, x, y, held_out)
 
-    monkeypatch.setattr(GramSums, "add", counted)
+    monkeypatch.setattr(LayerSums, "add", counted)
     net = known(Repeated() if called == "twice" else nn.Sequential(nn.Linear(5, 3)))
     mask = Mask({name: kept for name, kept in mask_of(net).items() if name in ("0.weight", "again.weight")})
     calibration = Calibration(net, [numbers(size, 5, seed=seed) for seed, size in enumerate(sizes)], rows=rows)

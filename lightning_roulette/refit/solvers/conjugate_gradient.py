@@ -17,7 +17,6 @@ _PAUSE = 8  # steps between checks of the errors; after many steps a third of th
 # The bound is far too large, so it is allowed to be far larger.
 _SHARE_EXPECTED = 5e-4
 _SHARE_CERTAIN = 0.05
-_SMALLEST_ERROR = 1e-9  # share of an output's power to which its error need not be known
 _LEAST_FALL = 0.25  # share of the last fall of an error that is expected to follow at least
 _NUMBERS_PER_ENTRY = 8  # float64 numbers that the iteration holds for each output and input
 
@@ -33,6 +32,7 @@ class Equations:
         kept: Bool, shape `(outputs, inputs)`.
         error: Squared error of each output at `w = 0`, summed over rows, shape `(outputs,)`.
         power: Sum of squares of each wanted output, shape `(outputs,)`.
+        rounding: Share of the power to which errors need not be known.
     """
 
     gram: Tensor
@@ -41,6 +41,7 @@ class Equations:
     kept: Tensor
     error: Tensor
     power: Tensor
+    rounding: float
 
     def blocks(self) -> Iterator[tuple[slice, Equations]]:
         """Yield blocks of outputs. The iteration of a block takes at most `limits().system_bytes`."""
@@ -49,7 +50,7 @@ class Equations:
         for begin in range(0, outputs, size):
             some = slice(begin, begin + size)
             right, kept, error, power = self.right[some], self.kept[some], self.error[some], self.power[some]
-            yield some, Equations(self.gram, self.ridge, right, kept, error, power)
+            yield some, replace(self, right=right, kept=kept, error=error, power=power)
 
 
 def conjugate_gradient(equations: Equations, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +149,7 @@ class _Errors:
     """Squared errors of outputs that are not solved, each of shape `(active,)`.
 
     Attributes:
-        power: Sum of squares of each wanted output.
+        unknown: Error that need not be known.
         damped: The error with the ridge's part, which the iteration lowers.
         last: The error without it, at the last check.
         fall: How much it changed before that check.
@@ -157,7 +158,7 @@ class _Errors:
             computing quadrature-based bounds for the A-norm of the error in conjugate gradients", 2013).
     """
 
-    power: Tensor
+    unknown: Tensor
     damped: Tensor
     last: Tensor
     fall: Tensor
@@ -169,7 +170,8 @@ class _Errors:
         """Return the errors before the first step."""
         largest = torch.where(equations.kept, matrix.diagonal, matrix.ridge).amax(1)
         error, least = equations.error, matrix.ridge / largest
-        return cls(equations.power, error, error, torch.zeros_like(error), least, 1 / least)
+        unknown = equations.rounding * equations.power
+        return cls(unknown, error, error, torch.zeros_like(error), least, 1 / least)
 
     def follow(self, length: Tensor, lowered: Tensor, ratio: Tensor) -> None:
         """Follow a step."""
@@ -193,7 +195,7 @@ class _Errors:
         falls_less = (self.fall < fall_before) | (self.fall == 0)
         gap = self.longest * slope
         certain = 2 * gap + 2 * (pull * gap).sqrt()
-        error = self.last.clamp(min=_SMALLEST_ERROR * self.power)
+        error = torch.maximum(self.last, self.unknown)
         small = falls_less & (expected <= _SHARE_EXPECTED * error) & (certain <= _SHARE_CERTAIN * error)
         return small | ~self.last.isfinite()
 

@@ -78,6 +78,7 @@ class FastestPrepared(Prepared):
             kept[:, used],
             error,
             power,
+            self.sums.rounding,
         )
         found, solved = conjugate_gradient(equations, steps)
         change = torch.zeros_like(begin)
