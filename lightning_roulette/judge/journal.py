@@ -1,8 +1,10 @@
 """The journal of a search: a file with the evaluator's answers, so that a killed search repeats no validation.
 
-Random draws are counter-based, and a refit depends on its arguments only. With the same answers a search therefore
-takes the same steps. A search that is started again gets the answers from the journal as long as it asks the same
-questions. Networks are drawn and refitted again, but not validated again.
+A question names what is judged: the network, by a digest of its mask and its refitted values, the folds, and the kind
+of answer. An answer is found by its question, whatever the order. Random draws are counter-based, and a refit depends
+on its arguments only. A search that is started again therefore asks about the same networks. They are drawn and
+refitted again, but not validated again. Refitted values, and masks that a refit chose, may differ on another machine or
+with another number of threads. Then there is no answer for them, and they are validated.
 
 The first question and all questions about the dense network are validated in any case. If the numbers differ in any bit
 from the journal, the data or the network have changed, and the journal is not used.
@@ -13,29 +15,20 @@ its answer. A line that is cut off is ignored, with all lines after it.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_roulette.judge.evaluator import Evaluator, as_evaluator
-from lightning_roulette.judge.outcomes import Batches, Outcomes, Resamples, Singles
 from lightning_roulette.large.shards import local
-from lightning_roulette.mask.mask import Mask
-from lightning_roulette.mask.pruned import PrunedWeights
-from lightning_roulette.report.records import Scores
-
-_Answer = tuple[Scores, Outcomes | None]
 
 
 def fingerprint(tensors: Mapping[str, Tensor], *facts: object) -> str:
@@ -82,13 +75,14 @@ def _sound(lines: Sequence[bytes]) -> int:
 
 
 class Journal:
-    """Questions and answers, in the order asked.
+    """Questions and answers.
 
     Args:
         path: Path of the file; None: nothing is written.
         search: Fingerprint of the search.
         lines: Lines that `lines_in` returned for the file.
-        agreed: Returns whether a condition is true in all processes. They must take the same steps.
+        agreed: Returns whether a condition is true in all processes. They must take the same steps, so all of them use
+            an answer or none does.
     """
 
     def __init__(
@@ -99,32 +93,54 @@ class Journal:
         agreed: Callable[[bool], bool] = lambda here: here,
     ) -> None:
         self._path, self._head, self._agreed = path, f"{_head(search)}\n".encode(), agreed
-        self._waiting = deque(lines)
-        self._size = len(self._head) if lines else 0
+        self._size = len(self._head) + sum(len(line.encode()) + 1 for line in lines) if lines else 0
+        self._answers = _by_question(lines)
+        self._left = len(lines)  # equal in all processes, even if their questions differ
+        self._asked = self._writing = False
+        self._verified = b""  # lines of answers that were evaluated in any case
+
+    def answer(self, question: Mapping[str, Any], evaluate: Callable[[], Any], verify: bool) -> Any:
+        """Return the noted answer to a question, or a new one, which is then noted.
+
+        A search may ask the same question several times. Each noted answer is used once.
+
+        Args:
+            question: Plain values.
+            evaluate: Returns a new answer, in plain values.
+            verify: Whether to evaluate in any case. The first question is always evaluated. If the noted answer
+                differs, or if there is none for the first question, all noted answers are dropped.
+        """
+        noted, first, self._asked = self._recall(question), not self._asked, True
+        if noted is not None and not (verify or first):
+            return noted
+        answer = evaluate()
+        if noted is None or not self._agreed(_text(noted) == _text(answer)):
+            if noted is not None or first:
+                self._drop()
+            self.note(question, answer)
+        if verify or first:
+            self._verified += _line(question, answer)
+        return answer
+
+    def _recall(self, question: Mapping[str, Any]) -> Any:
+        """Return a noted answer that was not used yet; None if a process has none."""
+        if not self._left or not self._agreed(bool(self._answers.get(key := _text(question)))):
+            return None
+        self._left -= 1
+        return self._answers[key].popleft()
+
+    def _drop(self) -> None:
+        """Forget all noted answers but those that were verified. The next new answer replaces the file."""
+        self._answers.clear()
+        self._left = self._size = 0
         self._writing = False
 
-    def recall(self, question: Mapping[str, Any]) -> Any:
-        """Return the noted answer if this question is the next in the journal; else None."""
-        if not self._waiting:
-            return None
-        noted = json.loads(self._waiting[0])
-        if self._agreed(noted["question"] == question):
-            return noted["answer"]
-        self._waiting.clear()
-        return None
-
     def note(self, question: Mapping[str, Any], answer: Any) -> None:
-        """Step to the next question. If the journal holds another line here, the new line replaces all that follow."""
-        line = json.dumps({"question": question, "answer": answer}, sort_keys=True)
-        if self._waiting and self._agreed(self._waiting[0] == line):
-            self._waiting.popleft()
-            self._size += len(line) + 1
-            return
-        self._waiting.clear()
+        """Write a new answer to the end of the file."""
         if self._path is None:
             return
         try:
-            self._write(self._path, f"{line}\n".encode())
+            self._write(self._path, _line(question, answer))
         except OSError as error:
             self._path = None
             warnings.warn(
@@ -140,13 +156,13 @@ class Journal:
             file.write(line)
 
     def _begin(self, path: str) -> None:
-        """Keep the part of the file that was used, and drop the rest."""
+        """Keep the lines that were read, and drop the rest of the file."""
         if self._size:
             os.truncate(path, self._size)
             return
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(path, "wb") as file:
-            file.write(self._head)
+            file.write(self._head + self._verified)
 
     def remove(self) -> None:
         """Delete the file. Call this when the search has ended."""
@@ -155,94 +171,21 @@ class Journal:
                 os.remove(self._path)
 
 
-class Noted(Evaluator):
-    """An evaluator whose answers are written to a journal, or read from it.
-
-    Args:
-        evaluate: The evaluator, or anything else that `as_evaluator` accepts.
-        journal: Journal of a search with this evaluator.
-    """
-
-    def __init__(self, evaluate: Evaluator | Callable[[Mask], float], journal: Journal) -> None:
-        self._evaluate, self._journal = as_evaluator(evaluate), journal
-        self.folds, self.undivided_because = self._evaluate.folds, self._evaluate.undivided_because
-        self.at_once, self.at_least = self._evaluate.at_once, self._evaluate.at_least
-        self.gain = self._evaluate.gain
-        self._asked = False
-        self._refitted: tuple[Mapping[str, Tensor], str] = ({}, "")  # the last values hashed: a branch shares them
-
-    def __call__(self, candidate: PrunedWeights, folds: Sequence[int]) -> Scores:
-        """See `Evaluator`."""
-        return self._answer(lambda *asked: (self._evaluate(*asked), None), "scores", candidate, folds)[0]
-
-    def recorded(self, candidate: PrunedWeights, folds: Sequence[int]) -> _Answer:
-        """See `Evaluator`."""
-        return self._answer(self._evaluate.recorded, "recorded", candidate, folds)
-
-    def in_any_process(self, here: bool) -> bool:
-        """See `Evaluator`."""
-        return self._evaluate.in_any_process(here)
-
-    @property
-    def records(self) -> bool:
-        """Whether the evaluator itself returns outcomes."""
-        return self._evaluate.records
-
-    def _answer(
-        self,
-        evaluate: Callable[[PrunedWeights, Sequence[int]], _Answer],
-        what: str,
-        candidate: PrunedWeights,
-        folds: Sequence[int],
-    ) -> _Answer:
-        network = self._digest(candidate)
-        question = {"asked": what, "network": network, "folds": list(folds)}
-        found: Outcomes | None = None
-        first, self._asked = not self._asked, True
-        if (noted := self._journal.recall(question)) is None or first or _is_dense(candidate):
-            scores, found = evaluate(candidate, folds)
-            noted = {"scores": [float(one) for one in (scores.rank, scores.score, scores.tiebreak)]}
-            noted["outcomes"] = _plain(found)
-        self._journal.note(question, noted)
-        score = _Score(self._journal, network, found, lambda: evaluate(candidate, folds)[1])
-        return Scores(*noted["scores"]), _outcomes(noted["outcomes"], score)
-
-    def _digest(self, candidate: PrunedWeights) -> str:
-        """Return digits that identify a pruned network; two networks share them with probability 2**-128."""
-        if candidate.refitted and candidate.refitted is not self._refitted[0]:
-            self._refitted = (candidate.refitted, fingerprint(candidate.refitted))
-        return candidate.mask.digest.hex() + (self._refitted[1] if candidate.refitted else "")
+def _text(plain: Any) -> str:
+    return json.dumps(plain, sort_keys=True)
 
 
-@dataclass
-class _Score:
-    """The score of resamples, through the journal. The network is validated if the journal does not hold the score.
-
-    Attributes:
-        journal: Journal of the search.
-        network: Digest of the network.
-        found: Outcomes of the network, if it was validated.
-        validate: Validates the network and returns its outcomes.
-    """
-
-    journal: Journal
-    network: str
-    found: Outcomes | None
-    validate: Callable[[], Outcomes | None]
-
-    def __call__(self, index: Tensor) -> float:
-        samples = blake2b(_bytes(index), digest_size=8).hexdigest()
-        question = {"asked": "resample", "network": self.network, "samples": samples}
-        if (score := self.journal.recall(question)) is None:
-            self.found = self.validate() if self.found is None else self.found
-            assert isinstance(self.found, Resamples)
-            score = float(self.found.score(index))
-        self.journal.note(question, score)
-        return float(score)
+def _line(question: Mapping[str, Any], answer: Any) -> bytes:
+    return f"{_text({'question': question, 'answer': answer})}\n".encode()
 
 
-def _is_dense(candidate: PrunedWeights) -> bool:
-    return not candidate.refitted and candidate.mask.survivors == candidate.mask.size
+def _by_question(lines: Sequence[str]) -> dict[str, deque[Any]]:
+    """Return the answers to each question, in the order noted."""
+    found = defaultdict[str, deque[Any]](deque)
+    for line in lines:
+        noted = json.loads(line)
+        found[_text(noted["question"])].append(noted["answer"])
+    return found
 
 
 def _take_in(digest: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -250,44 +193,11 @@ def _take_in(digest: Any, tensors: Mapping[str, Tensor]) -> None:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.layout != torch.strided:
             sparse = tensor.detach().to_sparse_coo().coalesce()
-            digest.update(_bytes(sparse.indices()))
+            digest.update(bytes_of(sparse.indices()))
             tensor = sparse.values()
-        digest.update(_bytes(tensor))
+        digest.update(bytes_of(tensor))
 
 
-def _bytes(tensor: Tensor) -> Any:
+def bytes_of(tensor: Tensor) -> Any:
+    """Return the bytes of a tensor, or of the part of it that this process holds."""
     return local(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _plain(outcomes: Outcomes | None) -> dict[str, Any] | None:
-    """Return outcomes as plain values for JSON."""
-    match outcomes:
-        case None:
-            return None
-        case Singles(values, low, high):
-            return {"kind": "singles", "values": _written(values), "low": float(low), "high": float(high)}
-        case Resamples():
-            return {"kind": "resamples", "size": outcomes.size}
-        case Batches(values, weights):
-            return {"kind": "batches", "values": _written(values), "weights": _written(weights)}
-
-
-def _outcomes(plain: Mapping[str, Any] | None, score: Callable[[Tensor], float]) -> Outcomes | None:
-    """Return the outcomes that `_plain` wrote. Those of resamples use the given score."""
-    match plain and plain["kind"]:
-        case "singles":
-            return Singles(_read(plain["values"]), plain["low"], plain["high"])  # type: ignore[index]
-        case "resamples":
-            return Resamples(score, plain["size"])  # type: ignore[index]
-        case "batches":
-            return Batches(_read(plain["values"]), _read(plain["weights"]))  # type: ignore[index]
-    return None
-
-
-def _written(values: Tensor) -> dict[str, str]:
-    return {"dtype": str(values.dtype).removeprefix("torch."), "bytes": base64.b64encode(_bytes(values)).decode()}
-
-
-def _read(written: Mapping[str, str]) -> Tensor:
-    values, dtype = bytearray(base64.b64decode(written["bytes"])), getattr(torch, written["dtype"])
-    return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)

@@ -63,7 +63,7 @@ def _found(trainer: Trainer, files: RunFiles, search: str) -> tuple[str, list[st
         if lines := lines_in(path, search):
             log.info(
                 f"RouletteWheelPruning: continues the search whose journal is {path!r}. Networks that were validated "
-                "then are not validated again, as long as the search makes the same steps."
+                "then are not validated again."
             )
             return path, lines
     return os.path.join(own, name), []

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lightning_roulette.judge.evaluator import Evaluator
-from lightning_roulette.judge.journal import Noted
+from lightning_roulette.judge.noted import Noted
 from lightning_roulette.report.records import StopReason
 from lightning_roulette.report.report import SearchReport
 from lightning_roulette.search.search import search

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from lightning_roulette import Batches, Calibration, PrunedWeights, Resamples, Scores, Singles, Tree, Wheel, search
-from lightning_roulette.judge.journal import Journal, Noted, fingerprint, lines_in
+from lightning_roulette import (
+    Batches,
+    Calibration,
+    PrunedWeights,
+    Resamples,
+    Scores,
+    Singles,
+    Tree,
+    Validation,
+    Wheel,
+    search,
+)
+from lightning_roulette.judge.journal import Journal, fingerprint, lines_in
+from lightning_roulette.judge.noted import Noted
 from tests.support.evaluators import Logged, Sampled, Telling, key_of, noise
 
 SEARCH = "0" * 32
@@ -115,18 +131,118 @@ def test_a_search_that_is_cut_off_anywhere_ends_as_if_it_was_not(tmp_path, kind)
     assert in_order == sorted(in_order, reverse=True)
 
 
-@pytest.mark.parametrize("damage", [bytes(40), None, b"1", b'{"answer": 1}', b"\xff\xfe"])
+@pytest.mark.parametrize("damage", [bytes(40), b"1", b'{"answer": 1}', b"\xff\xfe"])
 def test_a_damaged_line_and_all_after_it_are_ignored(tmp_path, damage):
     path, whole = tmp_path / "journal", EVALUATORS["singles"]()
     expected = found(resumed(path, whole))
     content = path.read_bytes()
     lines = content.split(b"\n")
-    lines[40] = lines[41] if damage is None else damage
+    lines[40] = damage
     path.write_bytes(b"\n".join(lines))
     again = EVALUATORS["singles"]()
     assert found(resumed(path, again)) == expected
     assert 0 < work(again) < work(whole)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("kind", "confidence"), [*((kind, None) for kind in EVALUATORS), ("batches", 0.9), ("resamples", 0.9)]
+)
+def test_answers_are_found_in_any_order(tmp_path, kind, confidence):
+    path, options = tmp_path / "journal", {"confidence": confidence, "tolerance": 0.4}
+    expected = found(resumed(path, EVALUATORS[kind](), **options))
+    head, *lines = path.read_bytes().splitlines(keepends=True)
+    random.Random(1).shuffle(lines)
+    path.write_bytes(head + b"".join(lines))
+    again = EVALUATORS[kind]()
+    assert found(resumed(path, again, **options)) == expected
+    assert work(again) == 0
+
+
+def test_an_answer_that_is_missing_is_validated_alone(tmp_path):
+    path, whole = tmp_path / "journal", EVALUATORS["singles"]()
+    expected = found(resumed(path, whole))
+    head, *lines = path.read_bytes().splitlines(keepends=True)
+    missing = lines[25]
+    path.write_bytes(head + b"".join(line for line in lines if line != missing))
+    again = EVALUATORS["singles"]()
+    assert found(resumed(path, again)) == expected
+    assert work(again) == 1
+    assert path.read_bytes().splitlines(keepends=True) == [head, *(line for line in lines if line != missing), missing]
+
+
+def test_a_search_uses_the_answers_of_one_that_asked_in_another_order(tmp_path):
+    path, options = tmp_path / "journal", {"wheel": Wheel(1.0), "validation": Validation(race=False)}
+    resumed(path, Logged(slope, 8), branches=5, tree=Tree(0.15, max_levels=3), **options)
+    again, plain = Logged(slope, 8), Logged(slope, 8)
+    options |= {"branches": 3, "tree": Tree(0.15, max_levels=1)}
+    assert found(resumed(path, again, **options)) == found(run(plain, **options))
+    drawn = {key_of(mask) for mask, _ in plain.log if mask.sparsity > 0}
+    assert len(drawn) == 3  # among the five of the first search
+    assert work(plain) - work(again) >= 3
+
+
+def test_an_answer_is_used_once():
+    """A search that asked twice asks twice when it is started again, and gets both answers in turn."""
+    question, given = {"asked": "scores"}, iter([1.0, 2.0, 3.0])
+    line = '{"answer": %s, "question": {"asked": "%s"}}'
+    lines = [line % (0.0, "first"), line % (1.0, "scores"), line % (2.0, "scores")]
+    journal = Journal(None, SEARCH, lines)
+    assert journal.answer({"asked": "first"}, lambda: 0.0, False) == 0.0
+    assert [journal.answer(question, lambda: pytest.fail("evaluated"), False) for _ in range(2)] == [1.0, 2.0]
+    assert journal.answer(question, lambda: next(given), False) == 1.0
+
+
+def test_without_an_answer_to_the_first_question_the_journal_is_void(tmp_path):
+    path = tmp_path / "journal"
+    resumed(path, Logged(slope, 8))
+    head, _, *lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(head + b"".join(lines))
+    assert saved_work(path, lambda: Logged(slope, 8)) == 0
+
+
+class Together:
+    """Asks the other process, a thread, whether a condition is true there too."""
+
+    def __init__(self) -> None:
+        self.barrier, self.said = threading.Barrier(2, timeout=20), [False, False]
+
+    def agreed(self, rank: int) -> Callable[[bool], bool]:
+        def ask(here: bool) -> bool:
+            self.said[rank] = here
+            self.barrier.wait()
+            both = all(self.said)
+            self.barrier.wait()
+            return both
+
+        return ask
+
+
+@pytest.mark.parametrize("differs", ["nothing", "some networks", "the dense network", "the first question"])
+def test_processes_use_the_same_answers_even_if_their_networks_differ(differs):
+    asked = [f"{number}" for number in range(12)]
+    lines = [json.dumps({"question": {"asked": one}, "answer": number}) for number, one in enumerate(asked)]
+    together, evaluated = Together(), ([], [])
+
+    def process(rank: int) -> None:
+        journal = Journal(None, SEARCH, lines, together.agreed(rank))
+        for number, one in enumerate(asked):
+            other = rank and number in {"some networks": (1, 4, 7, 10), "the first question": (0,)}.get(differs, ())
+            wrong = rank and differs == "the dense network" and number == 1
+
+            def evaluate(number=number, wrong=wrong) -> int:
+                evaluated[rank].append(number)
+                return -1 if wrong else number
+
+            journal.answer({"asked": f"other {one}" if other else one}, evaluate, number == 1)
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join(30)
+    expected = {"nothing": [0, 1], "some networks": [0, 1, 4, 7, 10]}.get(differs, list(range(12)))
+    assert evaluated == (expected, expected)
 
 
 def saved_work(path: Path, make, **options) -> int:
@@ -157,6 +273,9 @@ def test_outcomes_of_the_dense_network_that_differ_make_the_journal_void(tmp_pat
     path, wrong = tmp_path / "journal", lambda mask, fold: 1 + few_wrong(mask, fold)
     resumed(path, Sampled(wrong, 8, 30))
     assert saved_work(path, lambda: Swapped(wrong, 8, 30)) == 0
+    again = Swapped(wrong, 8, 30)
+    resumed(path, again)
+    assert work(again) == 0  # the file has all answers of the search that dropped it
 
 
 @pytest.mark.parametrize(
@@ -244,7 +363,7 @@ def test_an_answer_is_replayed_only_if_all_processes_agree(tmp_path, here):
     assert found(run(Noted(again, journal))) == found(run(Logged(slope, 8)))
     assert all(asked)
     dense = len(whole.log) - work(whole)
-    replayed = 20 - dense  # each answer is agreed on twice, when it is looked for and when it was used
+    replayed = 40 - 2 * dense  # answers about the dense network are agreed on twice, also when they were verified
     assert work(again) == (0 if here else work(whole) - replayed) < work(whole)
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lightning_roulette import Evaluator, PrunedWeights, Scores, StopReason, Tree, search
-from lightning_roulette.judge.journal import Journal, Noted
+from lightning_roulette.judge.journal import Journal
+from lightning_roulette.judge.noted import Noted
 
 WEIGHTS = {"w": torch.arange(1.0, 1001.0)}
 LEVEL = 10.0  # seconds

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lightning_roulette import Calibration, LeastSquares, Mask, PrunedWeights, Tree, Validation, Wheel, search
-from lightning_roulette.judge.journal import Journal, Noted, lines_in
+from lightning_roulette.judge.journal import Journal, lines_in
+from lightning_roulette.judge.noted import Noted
 from lightning_roulette.mask.history import History
 from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.search.gradual import Cuts, Gradual
