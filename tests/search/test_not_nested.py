@@ -53,6 +53,8 @@ def test_every_level_has_the_mask_and_the_weights_that_were_judged(each_level, c
     refit = LeastSquares(finalists=2, each_level=each_level)
     validation = Validation(confirm=confirm, race=False)
     winner = grown(net, evaluate, refit=refit, validation=validation)
+    for candidate in evaluate.refitted:  # a drawn mask lies within its parent's, a chosen one is that of its values
+        assert candidate.mask <= Mask.of_nonzeros({name: candidate.refitted[name] for name in candidate.mask})
     by_digest = {one.mask.digest: one for one in judged(evaluate)}
     chain = winner.report.accepted
     assert [level.level for level in chain] == [1, 2, 3]
