@@ -203,6 +203,9 @@ class Refit:
             - `True`: before each level is compared with the floor. Reaches higher sparsity.
             - `False`: after the search, accepted levels only. Faster.
         finalists: Number of the best candidates of each level that are refitted and ranked again.
+        cache_bytes: Memory for what the calibration keeps between layers: batches that wait while a layer is refitted,
+            and outputs of the dense network. If it is too small, some batches run anew for each layer, which takes
+            longer. The log says how many, and how much memory would suffice. See `Calibration`.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -212,12 +215,14 @@ class Refit:
     batches: int = 100
     each_level: bool = True
     finalists: int = 1
+    cache_bytes: int = 2**31
 
     def __post_init__(self) -> None:
         check_count("batches", self.batches)
         if not isinstance(self.each_level, bool):
             raise TypeError(f"each_level is {self.each_level!r}, but must be True or False.")
         check_count("finalists", self.finalists)
+        check_count("cache_bytes", self.cache_bytes, at_least=0)
 
 
 @dataclass(frozen=True)
@@ -236,6 +241,9 @@ class LeastSquares(Refit):
             - `True`: before each level is compared with the floor. Reaches higher sparsity.
             - `False`: after the search, accepted levels only. Faster.
         finalists: Number of the best candidates of each level that are refitted and ranked again.
+        cache_bytes: Memory for what the calibration keeps between layers: batches that wait while a layer is refitted,
+            and outputs of the dense network. If it is too small, some batches run anew for each layer, which takes
+            longer. The log says how many, and how much memory would suffice. See `Calibration`.
         damping: How strongly weights are pulled towards their dense values, in units of the mean square of a layer's
             inputs. Larger values are safer with few calibration batches.
 

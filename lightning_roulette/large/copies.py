@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +36,62 @@ def copies_of(tensors: Mapping[str, Tensor], held: int = 0) -> Mapping[str, Tens
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is in a file.
+
+    Attributes:
+        start: Position of its first byte.
+        shape: Shape of the tensor.
+        dtype: Type of the tensor.
+    """
+
+    start: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class TensorFile:
+    """Tensors in a temporary file, which is deleted with this object.
+
+    Raises:
+        OSError: If there is no folder for temporary files.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # it stays open as long as this object lives
+        weakref.finalize(self, self._file.close)
+
+    def add(self, tensor: Tensor) -> Place:
+        """Append the values of a tensor.
+
+        Raises:
+            OSError: If they cannot be written.
+        """
+        place = Place(self._file.seek(0, os.SEEK_END), tensor.shape, tensor.dtype)
+        for start in range(0, tensor.numel(), limits().written_entries):
+            stop = min(start + limits().written_entries, tensor.numel())
+            self._file.write(_bytes_of(flat_part(tensor.detach(), start, stop).cpu()))
+        self._file.flush()
+        return place
+
+    def read(self, place: Place, what: str) -> Tensor:
+        """Return a tensor on the CPU, contiguous.
+
+        Args:
+            place: Where it is.
+            what: What it holds, for the error message.
+
+        Raises:
+            OSError: If the file has become too short.
+        """
+        found = torch.empty(place.shape, dtype=place.dtype)
+        self._file.seek(place.start)
+        if self._file.readinto(_bytes_of(found.view(-1))) != found.nbytes:
+            raise OSError(f"the temporary file with {what} is too short. Another process changed it.")
+        return found
+
+
 class OnDisk(Mapping[str, Tensor]):
     """Copies of tensors in a temporary file, which is deleted with this object. Each access reads a tensor again.
 
@@ -45,33 +103,20 @@ class OnDisk(Mapping[str, Tensor]):
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        self._starts: dict[str, int] = {}
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # it stays open as long as this object lives
-        weakref.finalize(self, self._file.close)
-        for name, tensor in tensors.items():
-            self._starts[name] = self._file.tell()
-            for start in range(0, tensor.numel(), limits().written_entries):
-                stop = min(start + limits().written_entries, tensor.numel())
-                self._file.write(_bytes_of(flat_part(tensor.detach(), start, stop).cpu()))
-        self._file.flush()
+        self._file = TensorFile()
+        self._places = {name: self._file.add(tensor) for name, tensor in tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        shape, dtype = self._kinds[name]
-        found = torch.empty(shape, dtype=dtype)
-        self._file.seek(self._starts[name])
-        if self._file.readinto(_bytes_of(found.view(-1))) != found.nbytes:
-            raise OSError(f"the temporary file with the weights of {name!r} is too short. Another process changed it.")
-        return found
+        return self._file.read(self._places[name], f"the weights of {name!r}")
 
     def __contains__(self, name: object) -> bool:
-        return name in self._kinds  # Mapping's own method would read the tensor
+        return name in self._places  # Mapping's own method would read the tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._kinds)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._kinds)
+        return len(self._places)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return OnDisk, (dict(self),)

@@ -30,7 +30,7 @@ class Limits:
         branch_mask_bytes: Masks of one branch that are kept. The others are drawn again.
         gram_rows: Rows whose products are summed together.
         system_bytes: Linear systems that are solved together.
-        dense_output_bytes: Outputs of the dense network that a refit keeps. The others are computed again.
+        waiting_threads: Threads of calibration runs that wait, with the threads that compute for each of them.
         recorded_bytes: Arguments of metric updates that are recorded. If there are more, none are recorded.
         calibration_bytes: Calibration batches that are kept. At least one batch is kept.
         joined_bytes: Calibration batches that are joined into one.
@@ -50,7 +50,7 @@ class Limits:
     branch_mask_bytes: int = 1 << 24
     gram_rows: int = 1 << 9
     system_bytes: int = 1 << 26
-    dense_output_bytes: int = 1 << 29
+    waiting_threads: int = 1 << 10
     recorded_bytes: int = 1 << 30
     calibration_bytes: int = 1 << 28
     joined_bytes: int = 1 << 25

@@ -65,6 +65,24 @@ def run_with_hooks(
         before: Called before each forward of these modules.
         after: Called after each forward of these modules.
     """
+    try:
+        with hooked(modules, before=before, after=after):
+            run()
+    except Enough:
+        pass
+
+
+@contextmanager
+def hooked(
+    modules: Iterable[nn.Module], *, before: BeforeCall | None = None, after: AfterCall | None = None
+) -> Iterator[None]:
+    """Hooks listen to every call of some modules inside the block, in all threads. This thread has no gradients.
+
+    Args:
+        modules: The modules.
+        before: Called before each forward of these modules.
+        after: Called after each forward of these modules.
+    """
     hooks: list[Removable] = []
     listened = list(modules)
     known = {id(module) for module in listened}
@@ -84,9 +102,7 @@ def run_with_hooks(
             if after is not None:
                 hooks.append(module.register_forward_hook(heard_after))
         with every_call_seen(), torch.no_grad():
-            run()
-    except Enough:
-        pass
+            yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -3,54 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_roulette.large.limits import limits
+from lightning_roulette.large.copies import Place, TensorFile
+from lightning_roulette.network.layers import Layer
 from lightning_roulette.refit.matrices import RowSampler, matrix_of, outputs_of
-from lightning_roulette.refit.traversal import Call, Given, Step, Traversal
+from lightning_roulette.refit.traversal import Call, Given
 
-# For each layer of a step, the number of rows that the dense network gives it, and its outputs on the chosen rows.
-Outputs = tuple[tuple[int, Tensor], ...]
+
+@dataclass(frozen=True)
+class DenseRows:
+    """Outputs of a layer of the dense network in one call.
+
+    Attributes:
+        count: Number of rows that the network gives the layer.
+        outputs: Its outputs on the chosen rows, shape `(groups, rows, outputs)`.
+    """
+
+    count: int
+    outputs: Tensor
 
 
 class DenseOutputs:
-    """Outputs of the dense network on calibration batches; kept up to `limits().dense_output_bytes`.
+    """Outputs of the dense network on the chosen rows of all calls.
 
     Args:
         tensors: Parameters of the network by name.
         sampler: Chooses the rows.
+        memory: Bytes that stay in memory. More go to a temporary file if it can be written.
+
+    Attributes:
+        bytes: Bytes in memory.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], sampler: RowSampler) -> None:
-        self._tensors, self._sampler = tensors, sampler
-        self._kept: dict[tuple[Step, int], list[Outputs]] = {}
-        self._bytes = 0
+    def __init__(self, tensors: Mapping[str, Tensor], sampler: RowSampler, memory: int) -> None:
+        self._tensors, self._sampler, self._memory = tensors, sampler, memory
+        self._kept: dict[tuple[Layer, Call], tuple[int, Tensor | Place]] = {}
+        self._file: TensorFile | None = None
+        self.bytes = 0
 
     def keep(self, call: Call, given: Given) -> None:
-        """Keep the outputs of a call if there is memory; the network must be dense."""
-        if self._bytes < limits().dense_output_bytes:
-            outputs = self._outputs(call, given)
-            self._bytes += sum(values.nbytes for _, values in outputs)
-            self._kept.setdefault((call.step, call.batch), []).append(outputs)
-
-    def kept(self, step: Step, batch: int, calls: int) -> list[Outputs] | None:
-        """Return the outputs of each call of a step on a batch; None if not all of them were kept."""
-        found = self._kept.get((step, batch), [])
-        return found if len(found) == calls else None
-
-    def computed(self, traversal: Traversal, step: Step, batch: int) -> list[Outputs]:
-        """Run the network, which must be dense, and return the outputs of each call of a step on a batch."""
-        found: list[Outputs] = []
-        traversal.calls_of(step, batch, lambda call, given: found.append(self._outputs(call, given)))
-        return found
-
-    def _outputs(self, call: Call, given: Given) -> Outputs:
-        found = []
+        """Keep the outputs of a call. The network must be dense."""
         for layer in call.step.layers:
             rows = self._sampler.rows(layer, call, given)
             outputs = outputs_of(rows.values, matrix_of(layer, self._tensors))
             stored_in = torch.promote_types(self._tensors[layer.names[0]].dtype, torch.float32)
-            found.append((rows.count, outputs.to(stored_in)))
-        return tuple(found)
+            self._kept[layer, call] = rows.count, self._put(outputs.to(stored_in))
+
+    def of(self, layer: Layer, call: Call) -> DenseRows:
+        """Return the outputs of a layer in a call."""
+        count, kept = self._kept[layer, call]
+        if isinstance(kept, Place):
+            assert self._file is not None
+            name = layer.names[0]
+            kept = self._file.read(kept, f"outputs of {name!r}").to(self._tensors[name].device)
+        return DenseRows(count, kept)
+
+    def _put(self, outputs: Tensor) -> Tensor | Place:
+        if self.bytes + outputs.nbytes > self._memory:
+            try:
+                self._file = self._file or TensorFile()
+                return self._file.add(outputs)
+            except OSError:  # the disk is full, or there is no folder for temporary files
+                pass
+        self.bytes += outputs.nbytes
+        return outputs

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
 
+from lightning_roulette.checks import check_count
 from lightning_roulette.mask.mask import Mask, fill_pruned
 from lightning_roulette.network.lending import copy_into, lent, named_tensors
 from lightning_roulette.network.samples import pieces_of
@@ -17,7 +20,11 @@ from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.refit.scales import input_scales
 from lightning_roulette.refit.sensitivity import Sensitivity
 from lightning_roulette.refit.solvers.fastest import Fastest
+from lightning_roulette.refit.traversal import Runs
+from lightning_roulette.refit.turns import Turns
 from lightning_roulette.settings import LeastSquares, Refit, refit_of
+
+_log = logging.getLogger(__name__)
 
 
 class Calibration:
@@ -27,6 +34,12 @@ class Calibration:
     `rows / batches` rows of its input are used, but at least eight. If the input has more rows, they are chosen at
     random. A row is one position of one sample.
 
+    In a refit, all batches run by turns, each in a thread of its own. A batch waits at the layer that is being solved,
+    and goes on with the new weights. So a refit runs each batch once, and once more for each layer that is called
+    several times. Before the first refit, this is tried without a change of weights. Every batch runs anew for each
+    layer if an input of a layer is then not the same to the bit, or if the network fails. This is logged with the
+    reason.
+
     Memory, in addition to the batches:
 
     - two copies of the weights,
@@ -34,19 +47,23 @@ class Calibration:
     - the Gram sums of one layer and of the first layer (`inputs ** 2` float64 numbers for each group), and an eighth of
       their rows, which judges the refit,
     - linear systems of at most 2**26 bytes,
-    - outputs of the dense network, up to 2**29 bytes. Further outputs are computed again for each refit.
+    - `cache_bytes` for what is kept between layers: a quarter for outputs of the dense network on the chosen rows, of
+      which more go to a temporary file if one can be written; the rest for batches that wait. If not all fit, the
+      others run anew for each layer. This is logged with the number of bytes that would suffice.
 
     Args:
         module: The network. It must have its dense weights at each call.
         batches: Inputs of the network's forward, each a tensor or a tuple of arguments; or the number of batches that
             `run` knows.
         run: Runs the network on the batch of a given number, in evaluation mode. None calls the network's forward on
-            `batches`.
+            `batches`. Several runs may be under way, see above.
+        around: Returns a context that is entered around one run or around several, for what `run` needs.
         pieces: Functions that each run the network on a few samples, for `"sensitivity"`, which needs the memory of a
             training step. None uses the first 2,048 samples of `batches`, 256 at a time, if the first dimension counts
             samples; with `run`, it uses whole batches.
         rows: Number of rows of each layer's input, over all batches.
         seed: Seed of the choice of rows and of random directions.
+        cache_bytes: Memory for what a refit keeps between layers, see above.
 
     Attributes:
         batches: Number of batches.
@@ -62,22 +79,27 @@ class Calibration:
         batches: Sequence[Any] | int,
         *,
         run: Callable[[int], object] | None = None,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
         pieces: Sequence[Callable[[], object]] | None = None,
         rows: int = 2**16,
         seed: int = 0,
+        cache_bytes: int = 2**31,
     ) -> None:
         self.batches = _number_of(batches, run is not None)
         if run is None:
-            few = pieces_of(cast("Sequence[Any]", batches))
-            run, small = _forward(module, cast("Sequence[Any]", batches)), _forward(module, few)
-            whole = [partial(small, number) for number in range(len(few))]
+            few = _forward(module, pieces_of(cast("Sequence[Any]", batches)))
+            self._runs = _forward(module, cast("Sequence[Any]", batches))
         else:
-            whole = [partial(run, number) for number in range(self.batches)]
-        self._module, self._run, self._pieces = module, run, whole if pieces is None else pieces
+            few = self._runs = Runs(self.batches, run, around)
+        whole = [partial(few.alone, number) for number in range(few.batches)]
+        self._module, self._pieces = module, whole if pieces is None else pieces
         self._sampler, self._seed = RowSampler(rows // self.batches, seed), seed
-        # both are prepared once for each set of names
+        check_count("cache_bytes", cache_bytes, at_least=0)
+        self._cache_bytes = cache_bytes
+        # all are prepared once for each set of names
         self._layerwise: dict[tuple[Any, ...], Layerwise] = {}
         self._sensitivities: dict[tuple[str, ...], Sensitivity] = {}
+        self._tried: set[Layerwise] = set()
 
     def refit(self, mask: Mask, how: str | Refit = "least_squares") -> Refitted:
         """Return the network's values after pruning by a mask and a refit.
@@ -104,10 +126,11 @@ class Calibration:
         """
         choices = refit_of(how)
         layerwise = self._prepared(mask, isinstance(choices, LeastSquares))
+        self._try_turns(layerwise)
         solver = Fastest(choices.damping if isinstance(choices, LeastSquares) else 0.0)
-        with lent(self._written(layerwise)) as dense:
+        with lent(self._written(layerwise)):
             fill_pruned(layerwise.tensors, mask)
-            reasons = layerwise.refit(mask, solver, dense)
+            reasons = layerwise.refit(mask, solver)
             return Refitted({name: one.detach().clone() for name, one in layerwise.tensors.items()}, reasons)
 
     def others(self, mask: Mask, how: Refit) -> dict[str, Tensor]:
@@ -171,12 +194,28 @@ class Calibration:
         """Return all tensors that a refit or the network itself writes to."""
         return {**dict(self._module.named_buffers()), **layerwise.tensors}
 
+    def _try_turns(self, layerwise: Layerwise) -> None:
+        if layerwise not in self._tried:
+            with lent(dict(self._module.named_buffers())):
+                turns = self._agreed(layerwise.try_turns())
+            layerwise.take_turns(turns)
+            self._tried.add(layerwise)
+            if turns.note:
+                self._say(turns.note)
+
+    def _agreed(self, turns: Turns) -> Turns:
+        """Return what all processes do."""
+        return turns
+
+    def _say(self, sentence: str) -> None:
+        _log.info(sentence)
+
     def _prepared(self, mask: Mask, layers: bool) -> Layerwise:
         key = (layers, *mask)
         if key not in self._layerwise:
             with lent(dict(self._module.named_buffers())):
                 self._layerwise[key] = Layerwise(
-                    self._module, list(mask), layers, self._run, self.batches, self._sampler
+                    self._module, list(mask), layers, self._runs, self._sampler, self._cache_bytes
                 )
         return self._layerwise[key]
 
@@ -193,15 +232,19 @@ def _number_of(batches: Sequence[Any] | int, has_run: bool) -> int:
     return number
 
 
-def _forward(module: nn.Module, batches: Sequence[Any]) -> Callable[[int], object]:
-    def run(number: int) -> object:
+def _forward(module: nn.Module, batches: Sequence[Any]) -> Runs:
+    @contextmanager
+    def evaluating() -> Iterator[None]:
         modes = {part: part.training for part in module.modules()}
         module.eval()
         try:
-            batch = batches[number]
-            return module(*batch) if isinstance(batch, tuple | list) else module(batch)
+            yield
         finally:
             for part, training in modes.items():
                 part.training = training
 
-    return run
+    def run(number: int) -> object:
+        batch = batches[number]
+        return module(*batch) if isinstance(batch, tuple | list) else module(batch)
+
+    return Runs(len(batches), run, evaluating)

@@ -6,19 +6,22 @@ The order is that of Dong, Chen and Pan, "Learning to prune deep neural networks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.layers import Layer, batch_norms_of, channels, layers_of
-from lightning_roulette.network.lending import copy_into, lent, named_tensors
-from lightning_roulette.refit.dense import DenseOutputs, Outputs
+from lightning_roulette.network.lending import copy_into, named_tensors
+from lightning_roulette.refit.dense import DenseOutputs
 from lightning_roulette.refit.gram import LayerSums, MeanAndVariance
+from lightning_roulette.refit.interleaved import Interleaved
 from lightning_roulette.refit.matrices import RowSampler, kept_in_matrix, matrix_of, outputs_of, write_matrix
 from lightning_roulette.refit.solvers.solver import Solver
-from lightning_roulette.refit.traversal import Call, CallLoop, Given, Step, Traversal
+from lightning_roulette.refit.traversal import Call, CallLoop, Given, Runs, Step, Traversal
+from lightning_roulette.refit.turns import Turns, turns_of
 
+_DENSE_SHARE = 4  # outputs of the dense network take at most one part in this many of the memory
 _ROUNDING = 1e-9  # share of the mean square of a layer's outputs by which rounding may increase its error
 
 
@@ -33,9 +36,9 @@ class Layerwise:
         module: The network. It must be dense here.
         names: Names of the weights that masks prune.
         layers: Whether to refit layers; otherwise only running statistics.
-        run: Runs the network on the batch of a given number.
-        batches: Number of batches.
+        runs: Runs of the network.
         sampler: Chooses the rows of input.
+        memory: Bytes for what is kept between layers: outputs of the dense network, and runs that wait.
 
     Attributes:
         tensors: The parameters and buffers that a refit may change, by name.
@@ -47,35 +50,49 @@ class Layerwise:
         module: nn.Module,
         names: Sequence[str],
         layers: bool,
-        run: Callable[[int], object],
-        batches: int,
+        runs: Runs,
         sampler: RowSampler,
+        memory: int,
     ) -> None:
         found, left_alone = layers_of(module, names) if layers else ([], {})
         steps = _steps(module, found)
         self.tensors = _changeable(module, names, steps)
-        self._sampler = sampler
-        self._dense_outputs = DenseOutputs(self.tensors, sampler)
-        self._traversal = Traversal(steps, run, batches, self._dense_outputs.keep)
+        self._module, self._sampler, self._memory = module, sampler, memory
+        self._dense_outputs = DenseOutputs(self.tensors, sampler, memory // _DENSE_SHARE)
+        self._traversal = Traversal(steps, runs, self._dense_outputs.keep)
+        self._turns = Turns(0)
         not_met = [step for step in steps if step not in self._traversal.order]
         uncalled = [name for step in not_met for layer in step.layers for name in layer.names]
         self.left_alone = left_alone | dict.fromkeys(uncalled, "the network does not call it on the calibration inputs")
         self._first_sums: dict[Layer, LayerSums] | None = None
 
-    def refit(self, mask: Mask, solver: Solver, dense: Mapping[str, Tensor]) -> dict[str, str]:
+    def try_turns(self) -> Turns:
+        """Try whether batches may run by turns. The network must be dense."""
+        return turns_of(self._module, self._traversal, max(0, self._memory - self._dense_outputs.bytes))
+
+    def take_turns(self, turns: Turns) -> None:
+        """Let batches run by turns from now on, or one after the other."""
+        self._turns = turns
+
+    def refit(self, mask: Mask, solver: Solver) -> dict[str, str]:
         """Refit the network, which must be pruned by the mask, in place.
 
         Args:
             mask: Which weights are kept.
             solver: Solves for the kept weights.
-            dense: Values of `tensors` in the dense network.
 
         Returns:
             Names of the weights whose refit is not kept, with the reason.
         """
         reasons: dict[str, str] = {}
-        self._traversal.follow(self._refit_steps(mask, solver, dense, reasons))
+        self._followed(self._refit_steps(mask, solver, reasons))
         return reasons
+
+    def _followed(self, loop: CallLoop[None]) -> None:
+        if self._turns.waiting:
+            Interleaved(self._module, self._traversal, self._turns.waiting).follow(loop)
+        else:
+            self._traversal.follow(loop)
 
     def sums(self) -> dict[Layer, LayerSums]:
         """Return Gram sums of each layer's inputs and outputs in the network as it is. All rows are fitted."""
@@ -90,22 +107,18 @@ class Layerwise:
             self._traversal.listen(batch, add)
         return found
 
-    def _refit_steps(
-        self, mask: Mask, solver: Solver, dense: Mapping[str, Tensor], reasons: dict[str, str]
-    ) -> CallLoop[None]:
+    def _refit_steps(self, mask: Mask, solver: Solver, reasons: dict[str, str]) -> CallLoop[None]:
         """Collect the inputs of each step, refit it, and go on to the next step."""
         for step in self._traversal.order:
             if step.layers:
-                yield from self._refit_layers(step, mask, solver, dense, reasons)
+                yield from self._refit_layers(step, mask, solver, reasons)
             else:
                 yield from self._normalise(step)
 
-    def _refit_layers(
-        self, step: Step, mask: Mask, solver: Solver, dense: Mapping[str, Tensor], reasons: dict[str, str]
-    ) -> CallLoop[None]:
+    def _refit_layers(self, step: Step, mask: Mask, solver: Solver, reasons: dict[str, str]) -> CallLoop[None]:
         """Collect the inputs of a step with layers, and refit them. The Gram sums are freed at the end."""
         try:
-            sums = yield from self._sums_of(step, dense)
+            sums = yield from self._sums_of(step)
         except NotKept as reason:
             reasons |= {name: str(reason) for layer in step.layers for name in layer.names}
             return
@@ -118,47 +131,36 @@ class Layerwise:
     def _normalise(self, step: Step) -> CallLoop[None]:
         """Set a batch normalisation's running statistics to the mean and variance of its inputs."""
         inputs = MeanAndVariance()
-        for batch in self._traversal.batches_of(step):
-            for number in range(self._traversal.calls[step, batch]):
-                given = yield Call(step, batch, number)
-                if given is None:
-                    return
-                inputs.add(channels(*given))
+        for call in self._traversal.calls_of(step):
+            if (given := (yield call)) is None:
+                return
+            inputs.add(channels(*given))
         mean, variance = inputs.result()
         if bool(mean.isfinite().all() & variance.isfinite().all()):
             copy_into(self.tensors, {f"{step.prefix}running_mean": mean, f"{step.prefix}running_var": variance})
 
-    def _sums_of(self, step: Step, dense: Mapping[str, Tensor]) -> CallLoop[dict[Layer, LayerSums]]:
+    def _sums_of(self, step: Step) -> CallLoop[dict[Layer, LayerSums]]:
         """Return Gram sums of a step's inputs in the network as it is now and its outputs in the dense network."""
         is_first = step is self._traversal.order[0]
         if is_first and self._first_sums is not None:
             return self._first_sums
         sums = {layer: LayerSums() for layer in step.layers}
-        for batch in self._traversal.batches_of(step):
-            outputs = self._dense_outputs.kept(step, batch, self._traversal.calls[step, batch])
-            if outputs is None:
-                yield None
-                outputs = self._computed_outputs(step, batch, dense)
-            for number, wanted in enumerate(outputs):
-                call = Call(step, batch, number)
-                self._add(sums, call, (yield call), wanted)
+        for call in self._traversal.calls_of(step):
+            self._add(sums, call, (yield call))
         if is_first and self._no_mask_changes_inputs_of(step):
             self._first_sums = sums
         return sums
 
-    def _computed_outputs(self, step: Step, batch: int, dense: Mapping[str, Tensor]) -> list[Outputs]:
-        with lent(self.tensors):
-            copy_into(self.tensors, {name: dense[name] for name in self.tensors})
-            return self._dense_outputs.computed(self._traversal, step, batch)
-
-    def _add(self, sums: Mapping[Layer, LayerSums], call: Call, given: Given | None, outputs: Outputs) -> None:
+    def _add(self, sums: Mapping[Layer, LayerSums], call: Call, given: Given | None) -> None:
         if given is None:
             raise NotKept("the pruned network does not call it as the dense network does")
-        for (layer, layer_sums), (count, wanted) in zip(sums.items(), outputs, strict=True):
-            rows = self._sampler.rows(layer, call, given)
-            if rows.count != count:
-                raise NotKept(f"the pruned network gives it {rows.count} rows of input, the dense network {count}")
-            layer_sums.add(rows.values, wanted, rows.held_out)
+        for layer, layer_sums in sums.items():
+            rows, dense = self._sampler.rows(layer, call, given), self._dense_outputs.of(layer, call)
+            if rows.count != dense.count:
+                raise NotKept(
+                    f"the pruned network gives it {rows.count} rows of input, the dense network {dense.count}"
+                )
+            layer_sums.add(rows.values, dense.outputs, rows.held_out)
 
     def _no_mask_changes_inputs_of(self, step: Step) -> bool:
         calls = self._traversal.calls

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
+from lightning_roulette.large.digests import digests_of
+from lightning_roulette.network.containers import tensors_of
 from lightning_roulette.network.hooks import Enough, run_with_hooks
 from lightning_roulette.network.layers import Layer
 
@@ -16,6 +21,8 @@ from lightning_roulette.network.layers import Layer
 @dataclass(frozen=True, eq=False)
 class Step:
     """A module whose input a refit looks at: one or more layers, or a batch normalisation.
+
+    Several steps may belong to one module. They are solved in their order, each with the module's arguments.
 
     Attributes:
         module: The module that is called.
@@ -43,6 +50,27 @@ class Call:
     number: int
 
 
+@dataclass(frozen=True)
+class Runs:
+    """Runs of a network on batches.
+
+    Attributes:
+        batches: Number of batches.
+        run: Runs the network on the batch of a given number, inside `around`.
+        around: Sets up what runs need, and puts it back. It is entered around one run or around several.
+    """
+
+    batches: int
+    run: Callable[[int], object]
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def alone(self, batch: int) -> None:
+        """Run the network on one batch."""
+        torch.clear_autocast_cache()  # it may hold casts of weights that have changed since
+        with self.around():
+            self.run(batch)
+
+
 # The arguments of a call: positional and keyword arguments of the module's forward.
 Given = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -52,8 +80,8 @@ Meet = Callable[[Call, Given], None]
 Result = TypeVar("Result")
 
 # A loop over calls. It yields the call that it needs next and is sent the arguments of that call; None if the network
-# does not make the call. If it yields None, it continues when the network is not running.
-CallLoop = Generator[Call | None, Given | None, Result]
+# does not make the call.
+CallLoop = Generator[Call, Given | None, Result]
 
 
 class Traversal:
@@ -61,62 +89,60 @@ class Traversal:
 
     Args:
         steps: The steps.
-        run: Runs the network on the batch of a given number.
-        batches: Number of batches.
+        runs: Runs of the network.
         meet: Called with every call of the first run, in which the order of steps is found.
 
     Attributes:
+        runs: See above.
         batches: Number of batches.
+        steps: The steps of each module, in their order.
         order: The steps in the order of their first calls. Steps that are never called are left out.
         calls: For each step and batch, the number of calls.
         leading: The steps that are called first on some batch.
+        digests: For each call of the first run, the digests of its arguments. Empty with a single batch.
+        longest: Seconds that the slowest batch took.
     """
 
-    def __init__(self, steps: Sequence[Step], run: Callable[[int], object], batches: int, meet: Meet) -> None:
-        self._steps = {step.module: step for step in steps}
-        self._run = run
-        self.batches = batches
+    def __init__(self, steps: Sequence[Step], runs: Runs, meet: Meet) -> None:
+        self.steps: dict[nn.Module, list[Step]] = {}
+        for step in steps:
+            self.steps.setdefault(step.module, []).append(step)
+        self.runs, self.batches = runs, runs.batches
         self.calls: Counter[tuple[Step, int]] = Counter()
+        self.digests: dict[Call, list[int]] = {}
         self.leading: set[Step] = set()
+        self.longest = 0.0
         self.order = self._first_run(meet)
 
     def batches_of(self, step: Step) -> list[int]:
         """Numbers of the batches on which the network called a step in the first run."""
         return [batch for batch in range(self.batches) if self.calls[step, batch]]
 
+    def calls_of(self, step: Step) -> list[Call]:
+        """Calls of a step in the first run."""
+        return [Call(step, batch, number) for batch in range(self.batches) for number in range(self.calls[step, batch])]
+
     def listen(self, batch: int, meet: Meet) -> None:
         """Run the network on a batch and pass each call of a step to `meet`, before the step's forward."""
-        met: Counter[Step] = Counter()
+        met: Counter[nn.Module] = Counter()
 
         def hook(module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-            step = self._steps[module]
-            met[step] += 1
-            meet(Call(step, batch, met[step] - 1), (arguments, named))
+            met[module] += 1
+            for step in self.steps[module]:
+                meet(Call(step, batch, met[module] - 1), (arguments, named))
 
-        run_with_hooks(lambda: self._run(batch), self._steps, before=hook)
-
-    def calls_of(self, step: Step, batch: int, meet: Meet) -> None:
-        """Run the network on a batch until the last call of a step, and pass the step's calls to `meet`."""
-
-        def meet_step(call: Call, given: Given) -> None:
-            if call.step is step:
-                meet(call, given)
-                if call.number + 1 == self.calls[step, batch]:
-                    raise Enough
-
-        self.listen(batch, meet_step)
+        run_with_hooks(lambda: self.runs.alone(batch), self.steps, before=hook)
 
     def follow(self, loop: CallLoop[None]) -> None:
         """Run the network as often as a loop over calls needs, and send the loop the arguments of its calls.
 
         The loop may change the weights of a step after it has seen the step's calls. A run goes on as long as it is
-        valid: if a network calls each step once, a loop over its steps takes a single run on a single batch.
+        valid: if a network calls each step once, a loop over its steps takes a single run on a single batch. On several
+        batches it takes one for each step and batch.
         """
-        reader = _Reader(loop)
-        while not reader.finished:
-            wanted = reader.wanted
-            if wanted is not None:
-                self.listen(wanted.batch, reader.meet)
+        reader = Reader(loop)
+        while (wanted := reader.wanted) is not None:
+            self.listen(wanted.batch, reader.meet)
             if reader.wanted is wanted:
                 reader.send(None)
 
@@ -128,33 +154,37 @@ class Traversal:
             if not any(self.calls[step, call.batch] for step in order):
                 self.leading.add(call.step)
             self.calls[call.step, call.batch] += 1
+            if self.batches > 1:
+                self.digests[call] = digests_of(tensors_of(given))
             meet(call, given)
 
         for batch in range(self.batches):
+            began = time.monotonic()
             self.listen(batch, note)
+            self.longest = max(self.longest, time.monotonic() - began)
         return tuple(order)
 
 
-class _Reader:
+class Reader:
     """A loop over calls and the call that it waits for.
 
+    Args:
+        loop: The loop.
+
     Attributes:
-        wanted: That call; None if the loop waits for the end of the run.
-        finished: Whether the loop is over.
+        wanted: That call; None if the loop is over.
     """
 
     def __init__(self, loop: CallLoop[None]) -> None:
         self._loop = loop
-        self.wanted: Call | None = None
-        self.finished = False
-        self.send(None)
+        self.wanted: Call | None = next(loop, None)
 
     def send(self, given: Given | None) -> None:
         """Send the loop the arguments of its call, and let it go on to the next call that it needs."""
         try:
             self.wanted = self._loop.send(given)
         except StopIteration:
-            self.wanted, self.finished = None, True
+            self.wanted = None
 
     def meet(self, call: Call, given: Given) -> None:
         """Serve the loop if it waits for this call; end the run if the next call needs another run."""

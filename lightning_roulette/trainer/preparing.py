@@ -188,7 +188,7 @@ def calibration_of(fit: FitState, validation: IsolatedValidation) -> Calibration
     how = refit_of(choices.refit) or Refit()
     batches = calibration_batches(fit.trainer, validation, 1 if fit.only_tries else how.batches, choices.seed)
     by_layer = choices.refit is not None or choices.wheel.importance in ("activation", "obs")
-    return TrainerCalibration(fit.trainer, fit.module, validation, batches, choices.seed, by_layer)
+    return TrainerCalibration(fit.trainer, fit.module, validation, batches, choices.seed, by_layer, how.cache_bytes)
 
 
 def measured(fit: FitState, monitor: str, data: FoldedData | None = None) -> float:

@@ -55,6 +55,6 @@ def test_copies_stay_in_memory_if_the_disk_is_full(monkeypatch):
 
 def test_a_file_that_was_cut_short_is_named():
     stored = OnDisk(odd_weights())
-    stored._file.truncate(3)
+    stored._file._file.truncate(3)
     with pytest.raises(OSError, match="the temporary file with the weights of 'double' is too short"):
         stored["double"]

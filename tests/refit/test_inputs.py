@@ -16,6 +16,7 @@ from torch.nn.functional import pad, unfold
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_roulette.large.copies import TensorFile
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.parameters import prunable_parameters
 from lightning_roulette.refit.gram import LayerSums
@@ -23,7 +24,6 @@ from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.refitted import Survivors
 from lightning_roulette.settings import LeastSquares, Refit
 from tests.support.exact import exact_diagonals, exact_fit
-from tests.support.limits import set_limits
 from tests.support.networks import (
     KINDS,
     PLAIN,
@@ -42,7 +42,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 plain = pytest.mark.parametrize("kind", PLAIN)
 kinds = pytest.mark.parametrize("kind", KINDS)
-memories = pytest.mark.parametrize("most_bytes", [0, 2**29])
+memories = pytest.mark.parametrize("memory", [0, 20_000, 2**31])
 words = pytest.mark.parametrize("word", ["activation", "obs"])
 
 
@@ -176,10 +176,9 @@ def test_every_layer_is_the_best_for_its_inputs(kind, density, damping):
 
 @memories
 @pytest.mark.parametrize("sizes", [(48, 40, 48), (48, 48, 40)])
-def test_a_layer_may_be_called_on_some_batches_only(sizes, most_bytes, monkeypatch):
-    set_limits(monkeypatch, dense_output_bytes=most_bytes)
+def test_a_layer_may_be_called_on_some_batches_only(sizes, memory):
     net, batches, mask = case("choosy", sizes=sizes)
-    found = refit(net, batches, mask)
+    found = refit(net, batches, mask, cache_bytes=memory)
     assert found.undone == {}
     assert_refitted(net, mask, batches, found, 1e-3)
 
@@ -227,11 +226,11 @@ def test_half_precision_comes_closer_than_mere_pruning():
 
 @torch.no_grad()
 @memories
-def test_a_layer_called_twice_is_fitted_to_both_calls(most_bytes, monkeypatch):
-    set_limits(monkeypatch, dense_output_bytes=most_bytes)
+def test_a_layer_called_twice_is_fitted_to_both_calls(memory):
     net, batches = known(Repeated()), [numbers(40, 5, seed=seed) for seed in range(3)]
     mask = mask_of(net, 0.6)
-    found, pruned = refit(net, batches, mask, LeastSquares(damping=1e-4)), changed(net, mask)
+    found = refit(net, batches, mask, LeastSquares(damping=1e-4), cache_bytes=memory)
+    pruned = changed(net, mask)
     assert found.undone == {}
     calls = zip(calls_of(pruned, batches)["again"], calls_of(net, batches)["again"], strict=True)
     pairs = [(given[:35], output[:35]) for ((given,), _), (_, output) in calls]
@@ -308,13 +307,11 @@ def test_a_refit_repeated_is_equal_to_the_bit(kind, how):
 
 
 @kinds
-@pytest.mark.parametrize("most_bytes", [0, 10_000])
-def test_outputs_computed_again_are_those_kept(kind, most_bytes, monkeypatch):
+@pytest.mark.parametrize("memory", [0, 10_000, 40_000])
+def test_results_do_not_depend_on_the_memory(kind, memory):
     net, batches, mask = case(kind)
-    kept = refit(net, batches, mask)
-    set_limits(monkeypatch, dense_output_bytes=most_bytes)
-    again = Calibration(net, batches)
-    assert all(alike(again.refit(mask, LeastSquares()), kept) for _ in range(2))
+    ample, scarce = (Calibration(net, batches, cache_bytes=most) for most in (2**31, memory))
+    assert all(same(scarce.refit(mask, LeastSquares()), ample.refit(mask, LeastSquares())) for _ in range(2))
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv", "encoder"])
@@ -325,26 +322,39 @@ def test_one_batch_gives_the_same_as_many(kind):
     assert alike(refit(net, batches, mask), refit(net, [alone], mask))
 
 
+def test_outputs_are_kept_in_memory_if_no_file_can_be_written(monkeypatch):
+    net, batches, mask = case("conv")
+    expected = refit(net, batches, mask)
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(TensorFile, "add", full)
+    assert same(refit(net, batches, mask, cache_bytes=0), expected)
+
+
 @pytest.mark.parametrize(
-    ("kind", "sizes", "most_bytes", "runs"),
+    ("kind", "sizes", "memory", "runs"),
     [
-        ("mlp", (40,), 2**29, [1, 1]),  # three layers, one run
-        ("mlp", (40,), 0, [6, 4]),  # each layer: the dense network, then the pruned one; the first is remembered
-        ("mlp", (40, 40), 2**29, [6, 4]),
-        ("mlp", (40, 40), 0, [12, 8]),
-        ("conv", (40,), 2**29, [1, 1]),  # four layers and three batch normalisations
-        ("conv", (40, 40), 2**29, [14, 12]),
-        ("repeated", (40,), 2**29, [2, 2]),  # what comes after a second call starts again
-        ("late", (40,), 2**29, [1, 1]),
-        ("choosy", (48, 40), 2**29, [4, 2]),  # on the long batch, the last layer follows in the same run
+        ("mlp", (40,), 0, [1, 1]),  # three layers, one run
+        ("mlp", (40, 40), 0, [6, 4]),  # one run for each layer and batch; the sums of the first layer are remembered
+        ("mlp", (40, 40), 2**31, [2 + 2, 2]),  # the trial, then one run for each batch
+        ("conv", (40,), 0, [1, 1]),  # four layers and three batch normalisations
+        ("conv", (40, 40), 0, [14, 12]),
+        ("conv", (40,) * 5, 2**31, [5 + 5, 5]),
+        ("repeated", (40,), 0, [2, 2]),  # what comes after a second call starts again
+        ("repeated", (40, 40), 2**31, [4 + 4, 4]),
+        ("late", (40,), 0, [1, 1]),
+        ("choosy", (48, 40), 0, [4, 2]),  # on the long batch, the last layer follows in the same run
+        ("choosy", (48, 40, 48), 2**31, [3 + 3, 3]),
+        ("either", (48, 40), 2**31, [3 + 3, 3]),  # the second batch calls the layers in the other order
     ],
 )
-def test_a_refit_runs_the_network_no_more_often_than_needed(kind, sizes, most_bytes, runs, monkeypatch):
-    set_limits(monkeypatch, dense_output_bytes=most_bytes)
+def test_a_refit_runs_the_network_no_more_often_than_needed(kind, sizes, memory, runs):
     net, batches, mask = case(kind, sizes=sizes)
     counted = []
     net.register_forward_pre_hook(lambda *_: counted.append(None))
-    calibration = Calibration(net, batches)
+    calibration = Calibration(net, batches, cache_bytes=memory)
     calibration.others(mask, LeastSquares())
     assert len(counted) == len(sizes)
     found = []
@@ -470,13 +480,12 @@ class Trap(nn.Module):
 
 @memories
 @pytest.mark.parametrize("passes", [0, 1, 3, 4, 6])
-def test_a_forward_that_raises_leaves_the_network_as_it_was(passes, most_bytes, monkeypatch):
-    set_limits(monkeypatch, dense_output_bytes=most_bytes)
+def test_a_forward_that_raises_leaves_the_network_as_it_was(passes, memory):
     net, batches, _ = case("conv")
     net.insert(5, Trap())
-    mask, calibration = mask_of(unlike(net)), Calibration(net, batches)
+    mask, calibration = mask_of(unlike(net)), Calibration(net, batches, cache_bytes=memory)
     expected = calibration.refit(mask, LeastSquares())
-    for one in (calibration, Calibration(net, batches)):
+    for one in (calibration, Calibration(net, batches, cache_bytes=memory)):
         before, net[5].left = state_of(net), passes if one is not calibration else min(passes, 2)
         with pytest.raises(RuntimeError, match="out of luck"):
             one.refit(mask, LeastSquares())
@@ -570,13 +579,10 @@ class Fickle(nn.Module):
 @memories
 @pytest.mark.parametrize("batches", [1, 3])
 @pytest.mark.parametrize("least", [0, 1])
-def test_a_layer_that_the_pruned_network_calls_less_often_does_not_hold_up_the_others(
-    least, batches, most_bytes, monkeypatch
-):
-    set_limits(monkeypatch, dense_output_bytes=most_bytes)
+def test_a_layer_that_the_pruned_network_calls_less_often_does_not_hold_up_the_others(least, batches, memory):
     net, batches = known(Fickle(False, least)), [related(40, 4, seed=seed) for seed in range(batches)]
     mask = Mask({**mask_of(net), "a.weight": torch.zeros(4, 4, dtype=torch.bool)})
-    found = refit(net, batches, mask)
+    found = refit(net, batches, mask, cache_bytes=memory)
     assert found.undone["loop.weight"] == "the pruned network does not call it as the dense network does"
     assert "c.weight" not in found.undone
     assert_merely_pruned(net, mask, found, ["loop.weight"])

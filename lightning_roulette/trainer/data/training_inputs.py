@@ -18,10 +18,12 @@ from lightning_roulette.network.parameters import parts_of_metrics
 from lightning_roulette.network.samples import bytes_of, joined, pieces_of, rows_of, tensors_of
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.refitted import Refitted
+from lightning_roulette.refit.turns import Turns
 from lightning_roulette.settings import Refit
 from lightning_roulette.trainer.data.containers import rebuilt
 from lightning_roulette.trainer.data.own_loader import own_loader
 from lightning_roulette.trainer.data.reading import rounding
+from lightning_roulette.trainer.show.log import log
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
 
 
@@ -39,6 +41,7 @@ class TrainerCalibration(Calibration):
         batches: Batches that `calibration_batches` gave.
         seed: See `Calibration`.
         by_layer: Whether the inputs of layers will be asked for. Only then are batches joined.
+        cache_bytes: See `Calibration`.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class TrainerCalibration(Calibration):
         batches: Sequence[Any],
         seed: int,
         by_layer: bool = True,
+        cache_bytes: int = 2**31,
     ) -> None:
         self._trainer = trainer
         whole = _fewer(trainer, validation, module, batches) if by_layer else batches
@@ -59,9 +63,11 @@ class TrainerCalibration(Calibration):
         super().__init__(
             module,
             len(whole),
-            run=lambda number: _see(validation, whole[number], statistics),
+            run=lambda number: validation.step(rebuilt(whole[number], copies=True)),
+            around=partial(validation.seeing, statistics),
             pieces=[partial(_see, validation, piece, statistics) for piece in pieces],
             seed=seed,
+            cache_bytes=cache_bytes,
         )
 
     def refit(self, mask: Mask, how: str | Refit = "least_squares") -> Refitted:
@@ -79,6 +85,13 @@ class TrainerCalibration(Calibration):
         """See `Calibration.scales`."""
         found = super().scales(kind, mask, values, damping)
         return found if self._trainer.world_size == 1 else self._trainer.strategy.broadcast(found)
+
+    def _agreed(self, turns: Turns) -> Turns:
+        return turns if self._trainer.world_size == 1 else self._trainer.strategy.broadcast(turns)
+
+    def _say(self, sentence: str) -> None:
+        if self._trainer.is_global_zero:
+            log.info(f"RouletteWheelPruning: {sentence}")
 
 
 def calibration_batches(trainer: Trainer, validation: IsolatedValidation, most: int, seed: int) -> list[Any]:

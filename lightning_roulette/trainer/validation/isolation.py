@@ -232,28 +232,43 @@ class IsolatedValidation:
 
     # ---- steps on training data
 
-    @torch.no_grad()
     def see(self, batch: Any, spared: Collection[Tensor] = ()) -> None:
-        """Let the module take one step on a batch of any data. Nothing is logged or kept.
+        """Let the module take one step on a batch of any data, see `seeing`."""
+        with self.seeing(spared):
+            self.step(batch)
+
+    @contextmanager
+    def seeing(self, spared: Collection[Tensor] = ()) -> Iterator[None]:
+        """Inside the block the module may take steps on batches of any data, see `step`. Nothing is logged or kept.
+
+        Plain attributes that the steps write to, for example a list of outputs, are put back after the block.
+
+        Args:
+            spared: Buffers that are not put back.
+        """
+        with torch.no_grad():
+            self._prepared()
+            before = PlainAttributes([vars(part) for part in self._module.modules()])
+            try:
+                with self._validating(Results(), spared):
+                    self._module._current_fx_name = "validation_step"  # so that all steps may log
+                    yield
+            finally:
+                surely(before.restore)
+
+    def step(self, batch: Any) -> None:
+        """Let the module take one step on a batch, inside `seeing`.
 
         The step is `calibration_step(batch)` if the module has one. Otherwise it is `validation_step`, after the hooks
-        of the module that come before it. Plain attributes that the step writes to, for example a list of outputs, are
-        put back.
+        of the module that come before it.
 
         Args:
             batch: A batch that `read_training` gave.
-            spared: Buffers that are not put back.
         """
-        steps = self._prepared()
-        before = PlainAttributes([vars(part) for part in self._module.modules()])
-        try:
-            with self._validating(Results(), spared):
-                if (step := getattr(self._module, "calibration_step", None)) is None:
-                    steps.one(batch)
-                else:
-                    self._calibrate(step, batch)
-        finally:
-            surely(before.restore)
+        if (step := getattr(self._module, "calibration_step", None)) is None:
+            self._prepared().one(batch)
+        else:
+            self._calibrate(step, batch)
 
     @torch.no_grad()
     def read_training(self, loader: Iterable[Any], most: int, seed: int) -> Iterator[Any]:
@@ -289,7 +304,6 @@ class IsolatedValidation:
 
     def _calibrate(self, step: Callable[[Any], object], batch: Any) -> None:
         trainer = self.trainer
-        self._module._current_fx_name = "validation_step"  # so that the step may log
         trainer._logger_connector.on_batch_start(batch)
         with trainer.precision_plugin.val_step_context():
             step(batch)
