@@ -246,6 +246,11 @@ class LeastSquares(Refit):
             longer. The log says how many, and how much memory would suffice. See `Calibration`.
         damping: How strongly weights are pulled towards their dense values, in units of the mean square of a layer's
             inputs. Larger values are safer with few calibration batches.
+        choose: Which weights of a layer stay:
+
+            - `True`: as many as the wheel drew for the layer, chosen on its inputs so that its outputs come closest.
+              Levels may then bring back weights that an earlier level pruned. Between epochs they do not.
+            - `False`: those that the wheel drew.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -253,10 +258,13 @@ class LeastSquares(Refit):
     """
 
     damping: float = 1e-3
+    choose: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("damping", self.damping, at_least=0)
+        if not isinstance(self.choose, bool):
+            raise TypeError(f"choose is {self.choose!r}, but must be True or False.")
 
 
 def refit_of(refit: str | Refit | Mapping[str, Any] | None) -> Refit | None:

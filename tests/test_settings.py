@@ -16,7 +16,14 @@ DEFAULTS = {
     Tree: {"pruning_rate": 0.1, "max_levels": None, "patience": 3, "smallest_rate": 0.01, "max_time": None},
     Validation: {"rank_by": None, "confirm": 0.5, "race": True, "cache_bytes": 2**31, "keep_callbacks": ()},
     Refit: {"batches": 100, "each_level": True, "finalists": 1, "cache_bytes": 2**31},
-    LeastSquares: {"batches": 100, "each_level": True, "finalists": 1, "cache_bytes": 2**31, "damping": 1e-3},
+    LeastSquares: {
+        "batches": 100,
+        "each_level": True,
+        "finalists": 1,
+        "cache_bytes": 2**31,
+        "damping": 1e-3,
+        "choose": False,
+    },
 }
 groups = pytest.mark.parametrize("group", DEFAULTS)
 
@@ -49,7 +56,10 @@ def test_a_group_is_frozen_and_has_the_documented_defaults(group):
         (Validation, {"confirm": np.float32(0.999)}),
         (Validation, {"race": False, "cache_bytes": 0}),
         (Validation, {"cache_bytes": np.int64(2**40), "keep_callbacks": ("MyLogger",)}),
-        (LeastSquares, {"damping": 0, "batches": 1, "each_level": False, "finalists": 4, "cache_bytes": 0}),
+        (
+            LeastSquares,
+            {"damping": 0, "batches": 1, "each_level": False, "finalists": 4, "cache_bytes": 0, "choose": True},
+        ),
     ],
 )
 def test_a_value_in_range_is_kept(group, fields):
@@ -89,6 +99,7 @@ KINDS = "must be one of 'magnitude', 'lamp', 'sensitivity', 'activation', 'obs'.
         (LeastSquares, "finalists", 0, ValueError, "must be at least 1"),
         (Refit, "cache_bytes", -1, ValueError, "must be at least 0"),
         (LeastSquares, "damping", -1, ValueError, "must be at least 0"),
+        (LeastSquares, "choose", 1, TypeError, "must be True or False"),
     ],
 )
 def test_a_value_out_of_range_is_named(group, field, value, error, message):

@@ -14,12 +14,12 @@ from lightning_roulette.checks import check_count
 from lightning_roulette.mask.mask import Mask, fill_pruned
 from lightning_roulette.network.lending import copy_into, lent, named_tensors
 from lightning_roulette.network.samples import pieces_of
+from lightning_roulette.refit.fitting import Fitting
 from lightning_roulette.refit.layerwise import Layerwise
 from lightning_roulette.refit.matrices import RowSampler
 from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.refit.scales import input_scales
 from lightning_roulette.refit.sensitivity import Sensitivity
-from lightning_roulette.refit.solvers.fastest import Fastest
 from lightning_roulette.refit.traversal import Runs
 from lightning_roulette.refit.turns import Turns
 from lightning_roulette.settings import LeastSquares, Refit, refit_of
@@ -101,7 +101,7 @@ class Calibration:
         self._sensitivities: dict[tuple[str, ...], Sensitivity] = {}
         self._tried: set[Layerwise] = set()
 
-    def refit(self, mask: Mask, how: str | Refit = "least_squares") -> Refitted:
+    def refit(self, mask: Mask, how: str | Refit = "least_squares", allowed: Mask | None = None) -> Refitted:
         """Return the network's values after pruning by a mask and a refit.
 
         The layers of the mask are refitted in the order in which the network calls them. The survivors and the bias of
@@ -109,6 +109,10 @@ class Calibration:
         squared error (see `Prepared.solve` and `Fastest`). Its inputs come from the pruned network, in which the layers
         before it are already refitted. Running statistics of batch normalisations become the mean and variance of their
         inputs.
+
+        With `LeastSquares(choose=True)` a layer keeps as many weights as the mask keeps of it, but not always the same
+        ones: those that leave a smaller squared error on its inputs (see `chosen`). The choice of a layer is kept only
+        if the error is smaller than that of the mask's weights, and not larger on rows that it was not solved on.
 
         The refit of a layer is not kept if it is not finite, or if it increases the error on rows that it was not
         solved on. The result depends only on the dense network, the mask and the batches.
@@ -119,6 +123,7 @@ class Calibration:
 
                 - `"least_squares"`, or a `LeastSquares` with other choices.
                 - `"batch_norm"`, or a `Refit`: only running statistics change.
+            allowed: With `choose`, the weights that may be kept, the mask's among them. None: all.
 
         Raises:
             TypeError: If `how` is neither a word nor a `Refit`.
@@ -127,11 +132,12 @@ class Calibration:
         choices = refit_of(how)
         layerwise = self._prepared(mask, isinstance(choices, LeastSquares))
         self._try_turns(layerwise)
-        solver = Fastest(choices.damping if isinstance(choices, LeastSquares) else 0.0)
-        with lent(self._written(layerwise)):
+        with lent(self._written(layerwise)) as dense:
+            fitting = _fitting(mask, dense, choices, allowed)
             fill_pruned(layerwise.tensors, mask)
-            reasons = layerwise.refit(mask, solver)
-            return Refitted({name: one.detach().clone() for name, one in layerwise.tensors.items()}, reasons)
+            reasons = layerwise.refit(fitting)
+            values = {name: one.detach().clone() for name, one in layerwise.tensors.items()}
+            return Refitted(values, reasons, fitting.chosen)
 
     def others(self, mask: Mask, how: Refit) -> dict[str, Tensor]:
         """Return copies of the biases and running statistics that `refit` may change, by name."""
@@ -218,6 +224,12 @@ class Calibration:
                     self._module, list(mask), layers, self._runs, self._sampler, self._cache_bytes
                 )
         return self._layerwise[key]
+
+
+def _fitting(mask: Mask, dense: Mapping[str, Tensor], how: Refit | None, allowed: Mask | None) -> Fitting:
+    if not isinstance(how, LeastSquares):
+        return Fitting(mask, dense, damping=0.0)
+    return Fitting(mask, dense, how.damping, how.choose, allowed)
 
 
 def _number_of(batches: Sequence[Any] | int, has_run: bool) -> int:

@@ -1,7 +1,8 @@
 """A pruned network refitted layer by layer, each layer on inputs from the layers that are already refitted.
 
 The order is that of Dong, Chen and Pan, "Learning to prune deep neural networks via layer-wise optimal brain surgeon"
-(NeurIPS 2017), and of Frantar and Alistarh, "Optimal brain compression" (NeurIPS 2022). The mask is given.
+(NeurIPS 2017), and of Frantar and Alistarh, "Optimal brain compression" (NeurIPS 2022). Which weights a layer
+keeps is given, or is chosen on the same inputs.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.layers import Layer, batch_norms_of, channels, layers_of
 from lightning_roulette.network.lending import copy_into, named_tensors
 from lightning_roulette.refit.dense import DenseOutputs
+from lightning_roulette.refit.fitting import Fitting
 from lightning_roulette.refit.gram import LayerSums, MeanAndVariance
 from lightning_roulette.refit.interleaved import Interleaved
-from lightning_roulette.refit.matrices import RowSampler, kept_in_matrix, matrix_of, outputs_of, write_matrix
-from lightning_roulette.refit.solvers.solver import Solver
+from lightning_roulette.refit.matrices import RowSampler, matrix_of, outputs_of, write_matrix
 from lightning_roulette.refit.traversal import Call, CallLoop, Given, Runs, Step, Traversal
 from lightning_roulette.refit.turns import Turns, turns_of
 
@@ -74,18 +74,17 @@ class Layerwise:
         """Let batches run by turns from now on, or one after the other."""
         self._turns = turns
 
-    def refit(self, mask: Mask, solver: Solver) -> dict[str, str]:
+    def refit(self, fitting: Fitting) -> dict[str, str]:
         """Refit the network, which must be pruned by the mask, in place.
 
         Args:
-            mask: Which weights are kept.
-            solver: Solves for the kept weights.
+            fitting: How layers are refitted, with the mask. It notes which weights are chosen.
 
         Returns:
             Names of the weights whose refit is not kept, with the reason.
         """
         reasons: dict[str, str] = {}
-        self._followed(self._refit_steps(mask, solver, reasons))
+        self._followed(self._refit_steps(fitting, reasons))
         return reasons
 
     def _followed(self, loop: CallLoop[None]) -> None:
@@ -107,15 +106,15 @@ class Layerwise:
             self._traversal.listen(batch, add)
         return found
 
-    def _refit_steps(self, mask: Mask, solver: Solver, reasons: dict[str, str]) -> CallLoop[None]:
+    def _refit_steps(self, fitting: Fitting, reasons: dict[str, str]) -> CallLoop[None]:
         """Collect the inputs of each step, refit it, and go on to the next step."""
         for step in self._traversal.order:
             if step.layers:
-                yield from self._refit_layers(step, mask, solver, reasons)
+                yield from self._refit_layers(step, fitting, reasons)
             else:
                 yield from self._normalise(step)
 
-    def _refit_layers(self, step: Step, mask: Mask, solver: Solver, reasons: dict[str, str]) -> CallLoop[None]:
+    def _refit_layers(self, step: Step, fitting: Fitting, reasons: dict[str, str]) -> CallLoop[None]:
         """Collect the inputs of a step with layers, and refit them. The Gram sums are freed at the end."""
         try:
             sums = yield from self._sums_of(step)
@@ -124,7 +123,7 @@ class Layerwise:
             return
         for layer, layer_sums in sums.items():
             try:
-                self._fit(layer, layer_sums, mask, solver)
+                self._fit(layer, layer_sums, fitting)
             except NotKept as reason:
                 reasons |= dict.fromkeys(layer.names, str(reason))
 
@@ -167,16 +166,17 @@ class Layerwise:
         once = all(calls[step, batch] <= 1 for batch in range(self._traversal.batches))
         return once and not self.left_alone and self._traversal.leading == {step}
 
-    def _fit(self, layer: Layer, sums: LayerSums, mask: Mask, solver: Solver) -> None:
+    def _fit(self, layer: Layer, sums: LayerSums, fitting: Fitting) -> None:
         """Solve for a layer's kept weights and write them. Undo it and raise `NotKept` if they are no improvement."""
         start = matrix_of(layer, self.tensors)
-        solved = solver.init(sums.fit).solve(kept_in_matrix(layer, mask), start)
+        solved, kept = fitting.fit(layer, sums)
         write_matrix(layer, self.tensors, solved)
         try:
             _check(sums, start, matrix_of(layer, self.tensors))
         except NotKept:
             write_matrix(layer, self.tensors, start)
             raise
+        fitting.note(layer, kept)
 
 
 def _check(sums: LayerSums, start: Tensor, refitted: Tensor) -> None:

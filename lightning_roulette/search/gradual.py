@@ -210,7 +210,7 @@ class Gradual:
         """Validate the network as the parent of a level. The first one, the dense network, sets the tolerance."""
         cuts = self._cuts
         judge = Judge(evaluate, cuts.validation.confirm if cuts.branches > 1 else 0.0)
-        refitter = Refitter(weights, cuts.refit, calibration)
+        refitter = Refitter(weights, cuts.refit, calibration, nests=True)
         importance = None if calibration is None else "sensitivity"
         return begin(
             judge,

@@ -53,7 +53,7 @@ def try_level(run: Run, state: State, step: Step) -> State:
     race = _race(run, state, step, sparsity, tell)
     branch = Branch(raced := race.run(run.stages), best_of(furthest(raced)), Refitted(state.refitted.values))
     if run.refitter.each_level:
-        branch = _refitted(run, race, branch, tell)
+        branch = _refitted(run, state, race, branch, tell)
     branch, error = _judged_again(run, race, branch)
     level = Level(
         state.next_level,
@@ -113,7 +113,9 @@ def _race(run: Run, state: State, step: Step, sparsity: float, tell: Callable[[i
     )
 
 
-def _refitted(run: Run, race: Race, branch: Branch, tell: Callable[[int, Candidate | None], None]) -> Branch:
+def _refitted(
+    run: Run, state: State, race: Race, branch: Branch, tell: Callable[[int, Candidate | None], None]
+) -> Branch:
     """The branch with its best candidates refitted and judged again. Its `best` is one of these."""
     known = {one.index: one for one in branch.candidates}
     runners = [one for one in furthest(branch.candidates) if one.same_as is None and not math.isnan(one.rank)]
@@ -122,7 +124,7 @@ def _refitted(run: Run, race: Race, branch: Branch, tell: Callable[[int, Candida
     while refitted < run.refitter.finalists and (one := best_of(runners)) is not None:
         runners.remove(one)
         began = time.monotonic()
-        found = run.refitter.refit(drawn := race.mask(one.index))
+        found = run.refitter.refit(drawn := race.mask(one.index), state.parent)
         seconds += time.monotonic() - began
         scores = run.judge.scores(run.refitter.network(found.mask_from(drawn), found), run.judge.search_folds)
         known[one.index] = one = replace(one.scored(scores, len(run.judge.search_folds)), refitted=True)

@@ -22,11 +22,13 @@ class Refitter:
         weights: Weights of the dense network.
         how: Kind of refit. None: no refit.
         calibration: The dense network with inputs. None: no inputs.
+        nests: Whether a refit may only keep weights that the parent keeps.
     """
 
     weights: Mapping[str, Tensor]
     how: Refit | None
     calibration: Calibration | None
+    nests: bool = False
 
     @property
     def each_level(self) -> bool:
@@ -53,8 +55,7 @@ class Refitter:
         """What is refitted, and when. Empty without a refit."""
         if (how := self.how) is None:
             return ""
-        least_squares = isinstance(how, LeastSquares)
-        what = "survivors by least squares, and running statistics" if least_squares else "running statistics"
+        what = f"{_solved(how)}, and running statistics" if isinstance(how, LeastSquares) else "running statistics"
         best = "of the best candidate" if how.finalists == 1 else f"of the best {how.finalists} candidates"
         return f"{what}, {f'{best} of a level' if how.each_level else 'at the end'}"
 
@@ -71,15 +72,19 @@ class Refitter:
         full = Mask.full(self.weights)
         return {0: Survivors.of(full, self.calibration.others(full, self.how))}
 
-    def refit(self, mask: Mask) -> Refitted:
+    def refit(self, mask: Mask, parent: Mask | None = None) -> Refitted:
         """Refit the network that a mask prunes.
+
+        Args:
+            mask: The mask.
+            parent: The mask of the parent. Needed if masks must nest.
 
         Raises:
             RuntimeError: If the refit chose another number of weights than the mask keeps.
         """
         assert self.calibration is not None
         assert self.how is not None
-        found = self.calibration.refit(mask, self.how)
+        found = self.calibration.refit(mask, self.how, parent if self.nests else None)
         if (kept := found.mask_from(mask).survivors) != mask.survivors:
             raise RuntimeError(
                 f"a refit kept {kept} weights, but the level keeps {mask.survivors}. Calibration.refit must return a "
@@ -95,3 +100,7 @@ class Refitter:
         """See `Calibration.scales`."""
         assert self.calibration is not None
         return self.calibration.scales(kind, mask, refitted.values)
+
+
+def _solved(how: LeastSquares) -> str:
+    return "survivors chosen and solved by least squares" if how.choose else "survivors by least squares"

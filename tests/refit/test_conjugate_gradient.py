@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from lightning_roulette import Calibration, Mask, prunable_parameters
 from lightning_roulette.refit import layerwise
 from lightning_roulette.refit.gram import GramSums
+from lightning_roulette.refit.matrices import kept_in_matrix, matrix_of
 from lightning_roulette.refit.solvers import fastest
 from lightning_roulette.refit.solvers.cholesky import Cholesky
 from lightning_roulette.refit.solvers.conjugate_gradient import Equations, conjugate_gradient
@@ -135,10 +136,9 @@ def layers_of(net: nn.Module, inputs: list[torch.Tensor], sparsity: float, monke
     """Gram sums, masks and starts of the layers of a network in which the smallest weights are pruned."""
     found, fit = [], layerwise.Layerwise._fit
 
-    def record(self, layer, sums, mask, solver):
-        matrix = layerwise.matrix_of(layer, self.tensors)
-        found.append((sums.fit, layerwise.kept_in_matrix(layer, mask).bool(), matrix))
-        fit(self, layer, sums, mask, solver)
+    def record(self, layer, sums, fitting):
+        found.append((sums.fit, kept_in_matrix(layer, fitting.mask), matrix_of(layer, self.tensors)))
+        fit(self, layer, sums, fitting)
 
     monkeypatch.setattr(layerwise.Layerwise, "_fit", record)
     weights = prunable_parameters(net)

@@ -157,7 +157,7 @@ def test_between_epochs_a_weight_that_was_pruned_is_never_revived():
 
 def test_a_refit_that_keeps_another_number_of_weights_is_refused():
     class Greedy(Choosing):
-        def refit(self, mask: Mask, how="least_squares") -> Refitted:
+        def refit(self, mask: Mask, how="least_squares", allowed=None) -> Refitted:
             return replace(super().refit(mask, how), mask=Mask.full(weights_of(self._module)))
 
     net = network()

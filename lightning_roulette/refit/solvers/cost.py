@@ -79,3 +79,15 @@ def most_steps(kept: Tensor) -> Tensor:
     saved = (by_factor - _USUAL_STEPS * step_cost(inputs)).clamp(min=0)
     worth = (saved > 0) & (saved.sum(1, keepdim=True) > _USUAL_STEPS * _STEP)
     return torch.where(worth, (by_factor / step_cost(inputs)).floor(), 0.0)
+
+
+def inverses_pay(inputs: int, outputs: int, inverses: int, steps: int) -> bool:
+    """Return whether some inverses, and products with them, take less work than steps of conjugate gradients.
+
+    Args:
+        inputs: Inputs of the layer.
+        outputs: Outputs of the layer.
+        inverses: Number of inverses.
+        steps: Number of steps for each output. The products with the inverses are far fewer.
+    """
+    return inverses * inverse_cost(inputs) <= steps * outputs * step_cost(inputs)

@@ -70,14 +70,17 @@ class TrainerCalibration(Calibration):
             cache_bytes=cache_bytes,
         )
 
-    def refit(self, mask: Mask, how: str | Refit = "least_squares") -> Refitted:
+    def refit(self, mask: Mask, how: str | Refit = "least_squares", allowed: Mask | None = None) -> Refitted:
         """See `Calibration.refit`."""
-        found = super().refit(mask, how)
+        found = super().refit(mask, how, allowed)
         if self._trainer.world_size == 1:
             return found
         device = self._trainer.strategy.root_device
-        values, undone = self._trainer.strategy.broadcast((dict(found.values), dict(found.undone)))
-        return Refitted({name: value.to(device) for name, value in values.items()}, undone)
+        flags = None if found.mask is None else found.mask.stored
+        ours = dict(found.values), dict(found.undone), flags
+        values, undone, flags = self._trainer.strategy.broadcast(ours)
+        chosen = None if flags is None else Mask({name: one.to(mask.flags[name].device) for name, one in flags.items()})
+        return Refitted({name: value.to(device) for name, value in values.items()}, undone, chosen)
 
     def scales(
         self, kind: str, mask: Mask, values: Mapping[str, Tensor], damping: float = 1e-3

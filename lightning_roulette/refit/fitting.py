@@ -1,0 +1,77 @@
+"""One layer refitted on its Gram sums: which of its weights are kept, and their values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_roulette.mask.mask import Mask
+from lightning_roulette.network.layers import Layer
+from lightning_roulette.refit.gram import LayerSums
+from lightning_roulette.refit.matrices import kept_in_matrix, matrix_of
+from lightning_roulette.refit.solvers.choice import Problem, chosen
+from lightning_roulette.refit.solvers.cholesky import DampedGram
+from lightning_roulette.refit.solvers.fastest import Fastest
+
+
+@dataclass(frozen=True, eq=False)
+class Fitting:
+    """How the layers of a network are refitted for one mask.
+
+    Attributes:
+        mask: The mask that is given.
+        dense: The weights and biases of the dense network.
+        damping: See `Cholesky`.
+        choose: Whether a layer may keep other weights than those of the mask, as many as these.
+        allowed: The weights that may be kept. None: all.
+        flags: The masks of weights of which others were chosen, by name.
+    """
+
+    mask: Mask
+    dense: Mapping[str, Tensor]
+    damping: float
+    choose: bool = False
+    allowed: Mask | None = None
+    flags: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> Mask | None:
+        """The mask with the weights that were chosen. None if they are those of the mask."""
+        return Mask({**self.mask.stored, **self.flags}) if self.flags else None
+
+    def fit(self, layer: Layer, sums: LayerSums) -> tuple[Tensor, Tensor]:
+        """Return the refitted matrix of a layer, and which of its entries are kept.
+
+        The chosen entries are kept only if their damped error on the fitted rows is smaller than that of the given
+        entries, and their error on the held-out rows is not larger.
+        """
+        kept, dense = kept_in_matrix(layer, self.mask), matrix_of(layer, self.dense)
+        prepared = Fastest(self.damping).init(sums.fit)
+        given = prepared.solve(kept, torch.where(kept, dense, 0.0))
+        if not (self.choose and sums.finite):
+            return given, kept
+        problem = Problem(sums.fit, DampedGram(sums.fit.gram, self.damping).ridges, dense, self._free(layer, kept))
+        other = chosen(problem, kept)
+        if torch.equal(other, kept):
+            return given, kept
+        found = prepared.solve(other, torch.where(other, dense, 0.0))
+        lower = problem.error(found) < problem.error(given)
+        holds = not sums.held_out.rows or sums.held_out.error(found) <= sums.held_out.error(given)
+        return (found, other) if lower and holds else (given, kept)
+
+    def note(self, layer: Layer, kept: Tensor) -> None:
+        """Note which entries of a layer's matrix are kept."""
+        if not torch.equal(kept, kept_in_matrix(layer, self.mask)):
+            for name in layer.names:
+                self.flags.setdefault(name, self.mask[name].clone())
+            layer.write(self.flags, kept)
+
+    def _free(self, layer: Layer, kept: Tensor) -> Tensor:
+        """Return the entries of a layer's matrix that may be chosen. A bias may not."""
+        free = torch.ones_like(kept) if self.allowed is None else kept_in_matrix(layer, self.allowed)
+        if layer.bias is not None:
+            free[..., -1] = False
+        return free

@@ -1,0 +1,170 @@
+"""Which weights of a layer stay, for a given number of them, by the layer's squared error on its Gram sums.
+
+The method is the alternating direction method of multipliers for a sparse least-squares problem, as in Meng et al.,
+"ALPS: Improved optimization for highly sparse one-shot pruning for large language models" (NeurIPS 2024,
+arXiv:2406.07831). It alternates between the matrix that fits best and stays close to a sparse one, and the sparse
+matrix that is closest to it. A penalty on their distance grows in a few stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_roulette.refit.gram import GramSums
+from lightning_roulette.refit.solvers.cost import inverses_pay
+
+# The penalties are in units of the diagonal of the scaled Gram matrix, which is one.
+_PENALTIES = (0.1, 0.3, 1.0)
+_ROUNDS = 10  # with each penalty
+_STEPS = 8  # of conjugate gradients in a round, where no inverse is computed
+
+# Takes right-hand sides, shape `(groups, outputs, inputs)`, and a matrix to start from. Returns solutions.
+_Fit = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """The weights of a layer, of which a number is to be kept.
+
+    Attributes:
+        sums: Gram sums of the layer.
+        ridges: What is added to the diagonal of each group's Gram matrix, shape `(groups,)`.
+        dense: The matrix of the dense layer, float64, shape `(groups, outputs, inputs)`. The ridge pulls to it.
+        free: Which entries are chosen among, bool, the same shape. The others stay as they are given.
+    """
+
+    sums: GramSums
+    ridges: Tensor
+    dense: Tensor
+    free: Tensor
+
+    def error(self, matrix: Tensor) -> float:
+        """Squared error of a matrix with the part of the ridge, summed over the rows."""
+        pull = (self.ridges.view(-1, 1, 1) * (matrix - self.dense).square()).sum()
+        return self.sums.error(matrix) * max(1, self.sums.rows) + float(pull)
+
+
+def chosen(problem: Problem, kept: Tensor) -> Tensor:
+    """Return other kept entries, as many as given, that leave a small error after the kept weights are solved.
+
+    The choice is a heuristic: it may be worse than what is given. It works on float32 copies. It depends on the number
+    of given entries, and on which ones are given only as the start.
+
+    Args:
+        problem: The layer.
+        kept: The entries that are given, bool, shape `(groups, outputs, inputs)`.
+
+    Returns:
+        Bool, the same shape. Outside of `problem.free` it is `kept`. Equal to `kept` if there is nothing to choose.
+    """
+    count = int((kept & problem.free).sum())
+    if count in (0, int(problem.free.sum())):
+        return kept
+    split = _Splitting.begun(problem, kept, count)
+    for penalty in _PENALTIES:
+        fit = _fit_of(split.gram, penalty, kept.shape[1])
+        for _ in range(_ROUNDS):
+            split.go(fit, penalty)
+    return largest(split.wanted.abs(), split.free, count) | (kept & ~problem.free)
+
+
+def largest(values: Tensor, among: Tensor, count: int) -> Tensor:
+    """Return where the `count` largest values are. Of equal values the first ones are taken.
+
+    Args:
+        values: At least 0, not NaN.
+        among: Bool, the same shape. Only these are compared.
+        count: At least 1, and at most the number of compared values.
+    """
+    flat = values.masked_fill(~among, -1.0).flatten()
+    threshold = flat.kthvalue(len(flat) - count + 1).values
+    found = flat > threshold
+    equal = (flat == threshold).nonzero().flatten()
+    found[equal[: count - int(found.sum())]] = True
+    return found.view(values.shape)
+
+
+@dataclass(eq=False)
+class _Splitting:
+    """The iteration, in scaled weights `w * sqrt(diagonal)`, with which the Gram matrix has a diagonal of ones.
+
+    Attributes:
+        gram: The scaled and damped Gram matrices, shape `(groups, inputs, inputs)`.
+        right: Right-hand sides, shape `(groups, outputs, inputs)`.
+        free: The entries that are chosen among, the same shape.
+        pruned: The entries that are zero in any case, the same shape.
+        count: Number of kept entries among the free ones.
+        dense: The matrix that fits, the same shape.
+        sparse: The sparse matrix, the same shape.
+        dual: The multipliers, the same shape.
+        wanted: What the sparse matrix is closest to, the same shape.
+    """
+
+    gram: Tensor
+    right: Tensor
+    free: Tensor
+    pruned: Tensor
+    count: int
+    dense: Tensor
+    sparse: Tensor
+    dual: Tensor
+    wanted: Tensor
+
+    @classmethod
+    def begun(cls, problem: Problem, kept: Tensor, count: int) -> _Splitting:
+        """Return the iteration before its first round."""
+        gram, ridges = problem.sums.gram, problem.ridges
+        diagonal = gram.diagonal(dim1=1, dim2=2) + ridges.unsqueeze(1)
+        root = torch.where(diagonal > 0, diagonal, 1.0).sqrt()
+        scaled = (gram / root.unsqueeze(1) / root.unsqueeze(2)).float()
+        scaled.diagonal(dim1=1, dim2=2).fill_(1.0)
+        right = (problem.sums.cross.mT + ridges.view(-1, 1, 1) * problem.dense) / root.unsqueeze(1)
+        begin = torch.where(kept, problem.dense, 0.0) * root.unsqueeze(1)
+        most = torch.maximum(right.abs().max(), begin.abs().max())  # float32 has a smaller range
+        most = torch.where(most > 0, most, 1.0)
+        right, begin = (right / most).float(), (begin / most).float()
+        zeros = torch.zeros_like(begin)
+        return cls(scaled, right, problem.free, ~problem.free & ~kept, count, begin, begin, zeros, begin)
+
+    def go(self, fit: _Fit, penalty: float) -> None:
+        """Go on by one round."""
+        self.dense = fit(self.right - self.dual + penalty * self.sparse, self.dense)
+        self.wanted = self.dense + self.dual / penalty
+        size = self.wanted.abs().masked_fill_(~self.free, -1.0)
+        threshold = size.flatten().kthvalue(size.numel() - self.count + 1).values
+        small = (size < threshold) & self.free
+        self.sparse = self.wanted.masked_fill(small | self.pruned, 0.0)
+        self.dual = self.dual + penalty * (self.dense - self.sparse)
+
+
+def _fit_of(gram: Tensor, penalty: float, outputs: int) -> _Fit:
+    """Return what solves with Gram matrices to whose diagonals a penalty is added: exactly, or by a few steps."""
+    penalised = gram.clone()
+    penalised.diagonal(dim1=1, dim2=2).add_(penalty)
+    if not inverses_pay(gram.shape[1], outputs, len(_PENALTIES), _ROUNDS * len(_PENALTIES) * _STEPS):
+        return lambda right, begin: _closer(penalised, right, begin)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(penalised))
+    return lambda right, begin: right @ inverse
+
+
+def _closer(matrix: Tensor, right: Tensor, begin: Tensor) -> Tensor:
+    """Return solutions that a few steps of conjugate gradients bring closer."""
+    found = begin.clone()
+    rest = right - begin @ matrix
+    direction, square = rest.clone(), rest.square().sum(2, keepdim=True)
+    for _ in range(_STEPS):
+        moved = direction @ matrix
+        length = _ratio(square, (direction * moved).sum(2, keepdim=True))
+        found += length * direction
+        rest -= length * moved
+        before, square = square, rest.square().sum(2, keepdim=True)
+        direction = rest + _ratio(square, before) * direction
+    return found
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    return torch.where(below == 0, 0.0, above / below)
