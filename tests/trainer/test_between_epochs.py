@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,7 +14,16 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_roulette import Mask, RouletteWheelPruning, StopReason, Tree, Validation, Wheel
+from lightning_roulette import (
+    Calibration,
+    LeastSquares,
+    Mask,
+    RouletteWheelPruning,
+    StopReason,
+    Tree,
+    Validation,
+    Wheel,
+)
 from tests.support.callbacks import within
 from tests.support.copies import COPIES
 from tests.support.modules import Blobs, blobs, val_loader
@@ -65,6 +75,25 @@ def test_levels_are_cut_between_epochs_and_zeros_held_in_between(fit):
     assert equal(pruning.weights_at(4), dict(module.state_dict()))
     with pytest.raises(RuntimeError, match="weights of level 2 were not kept"):
         pruning.weights_at(2)
+
+
+def test_a_refit_that_chooses_revives_no_weight_that_training_holds_at_zero(fit, monkeypatch):
+    found, refit = [], Calibration.refit
+
+    def recorded(self, mask, how="least_squares", allowed=None):
+        found.append((mask, refit(self, mask, how, allowed)))
+        return found[-1][1]
+
+    monkeypatch.setattr(Calibration, "refit", recorded)
+    pruning = pruner(tolerance=math.inf, tree=Tree(0.5), refit=LeastSquares(choose=True))
+    module = fit(pruning)
+    masks = [pruning.mask_at(level) for level in range(len(pruning.report.levels) + 1)]
+    assert len(masks) > 3
+    assert all(child <= parent for parent, child in pairwise(masks))
+    assert nonzeros(module) == masks[-1]
+    chosen = [refitted.mask for drawn, refitted in found if refitted.mask not in (None, drawn)]
+    assert len(chosen) > 1
+    assert all(mask in masks for mask in chosen)
 
 
 @pytest.mark.parametrize("keep_files", [True, False])

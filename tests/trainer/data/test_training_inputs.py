@@ -41,6 +41,8 @@ from lightning_roulette import (
     Wheel,
     prunable_parameters,
 )
+from lightning_roulette.refit import fitting
+from lightning_roulette.refit.solvers import choice
 from lightning_roulette.settings import Refit
 from tests.support import fits
 from tests.support.callbacks import within
@@ -1047,11 +1049,20 @@ def test_what_a_module_gathers_in_validation_steps_is_of_validation_alone(fit, k
 # ---- two processes
 
 
+SPREAD = {"end": {}, "at epoch": {"at_epoch": 1}, "chosen": {"refit": LeastSquares(batches=4, choose=True)}}
+
+
+def chosen_otherwise(problem, kept):
+    """A choice that differs between the processes, as floating point may."""
+    return choice.chosen(problem, kept).roll(torch.distributed.get_rank(), 1)
+
+
 def spread(folder: Path) -> None:
     """What each of two processes does."""
     torch.set_num_threads(1)
+    fitting.chosen = chosen_otherwise
     found = {}
-    for name, options in {"end": {}, "at epoch": {"at_epoch": 1}}.items():
+    for name, options in SPREAD.items():
         pruning, module = pruner(dirpath=folder / name, **options), Normed()
         module.aside.requires_grad_(False)  # It takes no part in the loss.
         devices = {"accelerator": "cpu", "strategy": "ddp", "devices": 2, "max_epochs": 2}
@@ -1066,16 +1077,17 @@ def spread(folder: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_refit_alike(tmp_path):
     first, second = two_processes(__file__, tmp_path, {})
-    for name in ("end", "at epoch"):
+    for name in SPREAD:
         one, two = first[name], second[name]
         parameters = [key for key in one["weights"] if "running" not in key and "tracked" not in key]
-        parameters += STATISTICS if name == "end" else ()
+        parameters += () if name == "at epoch" else STATISTICS
         assert equal(parts(one["weights"], parameters), parts(two["weights"], parameters))
         assert all(map(equal, one["levels"][1:], two["levels"][1:]))
         assert one["report"] == two["report"]
         assert one["report"]["levels"][-1]["level"] == 2
-        if name == "end":
+        if name != "at epoch":
             assert among(one["weights"], one["levels"][2])
+        assert ("chosen" in one["report"]["refit"]) == (name == "chosen")
 
 
 if __name__ == "__main__":
