@@ -101,7 +101,14 @@ class Calibration:
         self._sensitivities: dict[tuple[str, ...], Sensitivity] = {}
         self._tried: set[Layerwise] = set()
 
-    def refit(self, mask: Mask, how: str | Refit = "least_squares", allowed: Mask | None = None) -> Refitted:
+    def refit(
+        self,
+        mask: Mask,
+        how: str | Refit = "least_squares",
+        allowed: Mask | None = None,
+        *,
+        statistics: bool = True,
+    ) -> Refitted:
         """Return the network's values after pruning by a mask and a refit.
 
         The layers of the mask are refitted in the order in which the network calls them. The survivors and the bias of
@@ -124,6 +131,7 @@ class Calibration:
                 - `"least_squares"`, or a `LeastSquares` with other choices.
                 - `"batch_norm"`, or a `Refit`: only running statistics change.
             allowed: With `choose`, the weights that may be kept, the mask's among them. None: all.
+            statistics: Whether running statistics are computed. False: they stay as in the dense network.
 
         Raises:
             TypeError: If `how` is neither a word nor a `Refit`.
@@ -135,7 +143,7 @@ class Calibration:
         with lent(self._written(layerwise)) as dense:
             fitting = _fitting(mask, dense, choices, allowed)
             fill_pruned(layerwise.tensors, mask)
-            reasons = layerwise.refit(fitting)
+            reasons = layerwise.refit(fitting, statistics)
             values = {name: one.detach().clone() for name, one in layerwise.tensors.items()}
             return Refitted(values, reasons, fitting.chosen)
 

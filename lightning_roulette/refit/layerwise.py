@@ -74,17 +74,19 @@ class Layerwise:
         """Let batches run by turns from now on, or one after the other."""
         self._turns = turns
 
-    def refit(self, fitting: Fitting) -> dict[str, str]:
+    def refit(self, fitting: Fitting, statistics: bool = True) -> dict[str, str]:
         """Refit the network, which must be pruned by the mask, in place.
 
         Args:
             fitting: How layers are refitted, with the mask. It notes which weights are chosen.
+            statistics: Whether running statistics are computed.
 
         Returns:
             Names of the weights whose refit is not kept, with the reason.
         """
         reasons: dict[str, str] = {}
-        self._followed(self._refit_steps(fitting, reasons))
+        steps = [step for step in self._traversal.order if step.layers or statistics]
+        self._followed(self._refit_steps(steps, fitting, reasons))
         return reasons
 
     def _followed(self, loop: CallLoop[None]) -> None:
@@ -106,9 +108,9 @@ class Layerwise:
             self._traversal.listen(batch, add)
         return found
 
-    def _refit_steps(self, fitting: Fitting, reasons: dict[str, str]) -> CallLoop[None]:
+    def _refit_steps(self, steps: Sequence[Step], fitting: Fitting, reasons: dict[str, str]) -> CallLoop[None]:
         """Collect the inputs of each step, refit it, and go on to the next step."""
-        for step in self._traversal.order:
+        for step in steps:
             if step.layers:
                 yield from self._refit_layers(step, fitting, reasons)
             else:

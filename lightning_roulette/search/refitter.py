@@ -13,6 +13,8 @@ from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.refitted import Refitted, Survivors
 from lightning_roulette.settings import LeastSquares, Refit
 
+_STATISTICS = Refit()  # computes running statistics only
+
 
 @dataclass(frozen=True, eq=False)
 class Refitter:
@@ -23,12 +25,14 @@ class Refitter:
         how: Kind of refit. None: no refit.
         calibration: The dense network with inputs. None: no inputs.
         nests: Whether a refit may only keep weights that the parent keeps.
+        keeps_statistics: Whether running statistics stay as trained.
     """
 
     weights: Mapping[str, Tensor]
     how: Refit | None
     calibration: Calibration | None
     nests: bool = False
+    keeps_statistics: bool = False
 
     @property
     def each_level(self) -> bool:
@@ -55,7 +59,8 @@ class Refitter:
         """What is refitted, and when. Empty without a refit."""
         if (how := self.how) is None:
             return ""
-        what = f"{_solved(how)}, and running statistics" if isinstance(how, LeastSquares) else "running statistics"
+        statistics = "running statistics kept as trained" if self.keeps_statistics else "running statistics"
+        what = f"{_solved(how)}, and {statistics}" if isinstance(how, LeastSquares) else statistics
         best = "of the best candidate" if how.finalists == 1 else f"of the best {how.finalists} candidates"
         return f"{what}, {f'{best} of a level' if how.each_level else 'at the end'}"
 
@@ -84,13 +89,25 @@ class Refitter:
         """
         assert self.calibration is not None
         assert self.how is not None
-        found = self.calibration.refit(mask, self.how, parent if self.nests else None)
+        allowed = parent if self.nests else None
+        found = self.calibration.refit(mask, self.how, allowed, statistics=not self.keeps_statistics)
         if (kept := found.mask_from(mask).survivors) != mask.survivors:
             raise RuntimeError(
                 f"a refit kept {kept} weights, but the level keeps {mask.survivors}. Calibration.refit must return a "
                 "mask with as many weights as the mask that it was given."
             )
         return found
+
+    def normalises(self, mask: Mask) -> bool:
+        """Whether a refit computes running statistics of batch normalisations."""
+        if self.how is None or self.calibration is None or self.keeps_statistics:
+            return False
+        return bool(self.calibration.others(mask, _STATISTICS))
+
+    def normalised(self, mask: Mask) -> Refitted:
+        """The network that a mask prunes, with nothing computed but running statistics."""
+        assert self.calibration is not None
+        return self.calibration.refit(mask, _STATISTICS)
 
     def network(self, mask: Mask, refitted: Refitted) -> PrunedWeights:
         """The network that a mask makes of refitted values."""

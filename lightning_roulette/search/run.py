@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,7 @@ from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.report.records import Scores, StopReason
 from lightning_roulette.report.report import SearchReport
+from lightning_roulette.search.calibration_fit import misfit
 from lightning_roulette.search.drawing import Drawing
 from lightning_roulette.search.observer import Observer
 from lightning_roulette.search.refitter import Refitter
@@ -170,6 +172,11 @@ def begin(
         target_sparsity=target_sparsity,
         tolerance_why=allowed.why,
     )
+    if note := misfit(judge, refitter, parent, dense.scores, dense.outcomes):
+        if not history.deepest:
+            warnings.warn(note, stacklevel=3)
+        refitter = replace(refitter, keeps_statistics=True)
+        report = replace(report, notes=(note,), refit=refitter.in_words)
     if confidence is not None:
         report = _promised(report, judge, dense, float(confidence))
     stages, reference = _stages(judge, network, dense.scores, branches, refitter.finalists, race)

@@ -44,5 +44,5 @@ class Facts:
             matrices=self.matrices,
             skipped=self.skipped,
             dense_measured=self.dense_measured,
-            notes=tuple(self.notes),
+            notes=tuple(dict.fromkeys([*report.notes, *self.notes])),
         )

@@ -129,6 +129,7 @@ def pruned_work(evaluate: Asked) -> int:
     return sum(one.mask.survivors < one.mask.size for one, _ in evaluate.log)
 
 
+@pytest.mark.usefixtures("any_calibration_fits")
 def test_a_killed_search_goes_on_from_its_journal(tmp_path):
     path, net = tmp_path / "journal", network()
     whole, first = resumed(path, net)
@@ -157,8 +158,8 @@ def test_between_epochs_a_weight_that_was_pruned_is_never_revived():
 
 def test_a_refit_that_keeps_another_number_of_weights_is_refused():
     class Greedy(Choosing):
-        def refit(self, mask: Mask, how="least_squares", allowed=None) -> Refitted:
-            return replace(super().refit(mask, how), mask=Mask.full(weights_of(self._module)))
+        def refit(self, mask: Mask, how="least_squares", allowed=None, **choices) -> Refitted:
+            return replace(super().refit(mask, how, **choices), mask=Mask.full(weights_of(self._module)))
 
     net = network()
     mask = Mask({name: torch.arange(one.numel()).view(one.shape) > 9 for name, one in weights_of(net).items()})

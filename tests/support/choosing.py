@@ -22,8 +22,8 @@ def chosen(mask: Mask) -> Mask:
 class Choosing(Calibration):
     """Keeps as many weights of each layer as it is told, but others, with 1.25 times their dense values."""
 
-    def refit(self, mask: Mask, how="least_squares", allowed=None) -> Refitted:
-        found, keeps = super().refit(mask, how, allowed), chosen(mask)
+    def refit(self, mask: Mask, how="least_squares", allowed=None, **choices) -> Refitted:
+        found, keeps = super().refit(mask, how, allowed, **choices), chosen(mask)
         dense = {name: self._module.get_parameter(name).detach() for name in mask}
         values = {name: 1.25 * dense[name] * kept for name, kept in keeps.items()}
         return Refitted({**found.values, **values}, found.undone, keeps)

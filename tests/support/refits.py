@@ -87,15 +87,17 @@ class Asked:
 
     @property
     def refitted(self) -> list[PrunedWeights]:
-        return [candidate for candidate, _ in self.log if candidate.refitted]
+        """Refitted candidates. Those with all weights are asked for to see whether the calibration data fits."""
+        return [candidate for candidate, _ in self.log if candidate.refitted and candidate.mask.sparsity]
 
 
 def faithful(net: nn.Module, folds: int = 4) -> Asked:
-    """Scores how close a network's outputs are to the dense one's."""
+    """Scores how close a network's outputs are to the dense one's with some noise, as targets are."""
     dense = copy.deepcopy(net)
     data = (random(folds, 16, 8, seed=50) @ MIX).to(next(net.parameters()).dtype)
     with torch.no_grad():
         wanted = dense(data.flatten(0, 1)).unflatten(0, (folds, 16))
+        wanted += random(*wanted.shape, seed=51)
 
     @torch.no_grad()
     def score(candidate, asked):
@@ -107,7 +109,7 @@ def faithful(net: nn.Module, folds: int = 4) -> Asked:
 
 def by_turns(before: Callable[[Mask], float], after: Callable[[Mask], float]) -> Asked:
     """Scores by one function until a candidate is refitted, then by another; for one level."""
-    return Asked(lambda candidate, _: after(candidate.mask) if candidate.refitted else before(candidate.mask))
+    return Asked(lambda one, _: (after if one.refitted and one.mask.sparsity else before)(one.mask))
 
 
 def ranked(net: nn.Module, refit="least_squares", evaluate=None, batches=None, **options) -> Winner:

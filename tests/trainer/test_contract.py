@@ -620,6 +620,7 @@ def test_training_is_the_same_with_searches_in_its_hooks(name, which, trained, p
     assert all(3 <= report.validations <= 4 for report in reports)
 
 
+@pytest.mark.usefixtures("any_calibration_fits")
 @pytest.mark.parametrize("at_epoch", [None, 2])
 @pytest.mark.parametrize(
     ("name", "refit"), [("default", None), *(param(name, QUICK, slow=name != "default") for name in REFIT)]

@@ -70,9 +70,16 @@ class TrainerCalibration(Calibration):
             cache_bytes=cache_bytes,
         )
 
-    def refit(self, mask: Mask, how: str | Refit = "least_squares", allowed: Mask | None = None) -> Refitted:
+    def refit(
+        self,
+        mask: Mask,
+        how: str | Refit = "least_squares",
+        allowed: Mask | None = None,
+        *,
+        statistics: bool = True,
+    ) -> Refitted:
         """See `Calibration.refit`."""
-        found = super().refit(mask, how, allowed)
+        found = super().refit(mask, how, allowed, statistics=statistics)
         if self._trainer.world_size == 1:
             return found
         device = self._trainer.strategy.root_device

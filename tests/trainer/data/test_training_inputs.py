@@ -53,6 +53,7 @@ from tests.support.state import content
 from tests.support.together import two_processes
 
 pytestmark = [
+    pytest.mark.usefixtures("any_calibration_fits"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled.*"),
     pytest.mark.filterwarnings("ignore:.*`dataloader_iter`.*"),
