@@ -119,9 +119,9 @@ def test_a_level_that_misses_the_held_out_floor_leaves_the_winner_before_it():
     assert not nests(masks_of(winner))
 
 
-def resumed(path, net):
+def resumed(path, net, **options):
     evaluate = faithful(net, 8)
-    winner = grown(net, Noted(evaluate, Journal(str(path), SEARCH, lines_in(str(path), SEARCH))))
+    winner = grown(net, Noted(evaluate, Journal(str(path), SEARCH, lines_in(str(path), SEARCH))), **options)
     return winner, evaluate
 
 
@@ -130,13 +130,16 @@ def pruned_work(evaluate: Asked) -> int:
 
 
 @pytest.mark.usefixtures("any_calibration_fits")
-def test_a_killed_search_goes_on_from_its_journal(tmp_path):
+@pytest.mark.parametrize("kind", [Choosing, Calibration], ids=["by a script", "on the Gram matrix"])
+def test_a_killed_search_goes_on_from_its_journal(tmp_path, kind):
     path, net = tmp_path / "journal", network()
-    whole, first = resumed(path, net)
+    options = {"calibration": kind(net, inputs()), "refit": LeastSquares(finalists=2, choose=True)}
+    whole, first = resumed(path, net, **options)
+    assert not nests(masks_of(whole))
     content = path.read_bytes()
     for share in (0.3, 0.6, 1.0):
         path.write_bytes(content[: int(share * len(content))])
-        winner, again = resumed(path, net)
+        winner, again = resumed(path, net, **options)
         assert masks_of(winner) == masks_of(whole)
         assert winner.report.to_dict() | {"seconds": 0} == whole.report.to_dict() | {"seconds": 0}
         assert (pruned_work(again) == 0) == (share == 1.0)
