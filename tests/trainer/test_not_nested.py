@@ -36,8 +36,8 @@ def choosing(monkeypatch):
     """Every refit keeps as many weights of each layer as it is told, but others, with their dense values."""
     refit = Calibration.refit
 
-    def choose(calibration, mask, *more):
-        found, keeps = refit(calibration, mask, *more), chosen(mask)
+    def choose(calibration, mask, *more, **choices):
+        found, keeps = refit(calibration, mask, *more, **choices), chosen(mask)
         values = {name: calibration._module.get_parameter(name).detach() * kept for name, kept in keeps.items()}
         return Refitted({**found.values, **values}, found.undone, keeps)
 
