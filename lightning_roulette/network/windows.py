@@ -31,8 +31,9 @@ def patches(module: Convolution, inputs: Tensor, chosen: Chosen) -> Tensor:
     border = module._reversed_padding_repeated_twice
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     batch = _batched(module, inputs)
-    windows = _windows(pad(batch, border, mode=mode) if any(border) else batch, module, module.stride)
-    return _grouped(_rows(windows, len(module.kernel_size), chosen), module.groups)
+    return _grouped(
+        _windows(pad(batch, border, mode=mode) if any(border) else batch, module, module.stride, chosen), module
+    )
 
 
 def spread_patches(module: Transposed, inputs: Tensor, size: Sequence[int] | None, chosen: Chosen) -> Tensor:
@@ -50,9 +51,8 @@ def spread_patches(module: Transposed, inputs: Tensor, size: Sequence[int] | Non
     Returns:
         Shape `(groups, rows, inputs)`. The inputs of a row are in the order of the weight's: channels, then kernel.
     """
-    dims = len(module.kernel_size)
-    windows = _windows(_spread(module, _batched(module, inputs), _more(module, inputs, size)), module, (1,) * dims)
-    return _grouped(_rows(windows, dims, chosen).flip(tuple(range(2, 2 + dims))), module.groups)
+    spread = _spread(module, _batched(module, inputs), _more(module, inputs, size))
+    return _grouped(_windows(spread, module, (1,) * len(module.kernel_size), chosen).flip(1), module)
 
 
 def output_size(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Sequence[int] | None:
@@ -65,22 +65,27 @@ def _batched(module: Convolution | Transposed, inputs: Tensor) -> Tensor:
     return inputs if inputs.dim() == len(module.kernel_size) + 2 else inputs.unsqueeze(0)
 
 
-def _windows(inputs: Tensor, module: Convolution | Transposed, stride: Sequence[int]) -> Tensor:
-    """All windows of the kernel, a view of shape (samples, channels, positions..., kernel...)."""
-    for dim, (size, dilation) in enumerate(zip(module.kernel_size, module.dilation, strict=True)):
-        inputs = inputs.unfold(dim + 2, (size - 1) * dilation + 1, stride[dim])[..., ::dilation]
-    return inputs
+def _windows(inputs: Tensor, module: Convolution | Transposed, stride: Sequence[int], chosen: Chosen) -> Tensor:
+    """Some windows of the kernel, shape (rows, places in the kernel, channels).
+
+    Channels come last in memory, so that the numbers of a place lie side by side.
+    """
+    sizes = inputs.shape[2:]
+    reach = [(size - 1) * dilation + 1 for size, dilation in zip(module.kernel_size, module.dilation, strict=True)]
+    positions = [(size - far) // by + 1 for size, far, by in zip(sizes, reach, stride, strict=True)]
+    sample, *where = torch.unravel_index(
+        chosen(len(inputs) * math.prod(positions)).to(inputs.device), (len(inputs), *positions)
+    )
+    begin, places = sample, sample.new_zeros(1)
+    for size, at, by, kernel, dilation in zip(sizes, where, stride, module.kernel_size, module.dilation, strict=True):
+        begin = begin * size + at * by
+        places = (places.unsqueeze(1) * size + torch.arange(kernel, device=places.device) * dilation).flatten()
+    return inputs.movedim(1, -1).flatten(0, -2)[begin.unsqueeze(1) + places]
 
 
-def _rows(windows: Tensor, dims: int, chosen: Chosen) -> Tensor:
-    """Some of the windows, shape (rows, channels, kernel...)."""
-    positions = (windows.shape[0], *windows.shape[2 : 2 + dims])
-    where = torch.unravel_index(chosen(math.prod(positions)).to(windows.device), positions)
-    return windows.movedim(1, 1 + dims)[where]
-
-
-def _grouped(rows: Tensor, groups: int) -> Tensor:
-    return rows.reshape(len(rows), groups, -1).movedim(1, 0)
+def _grouped(windows: Tensor, module: Convolution | Transposed) -> Tensor:
+    """Windows in the order of a weight, shape (groups, rows, inputs)."""
+    return windows.mT.reshape(len(windows), module.groups, -1).movedim(1, 0)
 
 
 def _more(module: Transposed, inputs: Tensor, size: Sequence[int] | None) -> list[int]:
