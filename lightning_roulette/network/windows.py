@@ -85,7 +85,7 @@ def _windows(inputs: Tensor, module: Convolution | Transposed, stride: Sequence[
 
 def _grouped(windows: Tensor, module: Convolution | Transposed) -> Tensor:
     """Windows in the order of a weight, shape (groups, rows, inputs)."""
-    return windows.mT.reshape(len(windows), module.groups, -1).movedim(1, 0)
+    return windows.mT.reshape(len(windows), module.groups, windows.shape[1:].numel() // module.groups).movedim(1, 0)
 
 
 def _more(module: Transposed, inputs: Tensor, size: Sequence[int] | None) -> list[int]:

@@ -31,8 +31,8 @@ class Calibration:
     """A network and batches of inputs without labels, on which pruned versions of the network are refitted.
 
     Each method changes the network while it runs, and restores it bit for bit. In each call of a layer,
-    `rows / batches` rows of its input are used, but at least eight. If the input has more rows, they are chosen at
-    random. A row is one position of one sample.
+    `rows / batches` rows of its input are used, but at least eight. If the input has more rows, it is cut into as many
+    equal parts, and one row of each is chosen at random. A row is one position of one sample.
 
     In a refit, all batches run by turns, each in a thread of its own. A batch waits at the layer that is being solved,
     and goes on with the new weights. So a refit runs each batch once, and once more for each layer that is called
@@ -61,7 +61,8 @@ class Calibration:
         pieces: Functions that each run the network on a few samples, for `"sensitivity"`, which needs the memory of a
             training step. None uses the first 2,048 samples of `batches`, 256 at a time, if the first dimension counts
             samples; with `run`, it uses whole batches.
-        rows: Number of rows of each layer's input, over all batches.
+        rows: Number of rows of each layer's input, over all batches. None takes 16 for each input of a layer, at least
+            4,096 and at most 65,536. See docs/measurements.md for what fewer rows cost.
         seed: Seed of the choice of rows and of random directions.
         cache_bytes: Memory for what a refit keeps between layers, see above.
 
@@ -81,7 +82,7 @@ class Calibration:
         run: Callable[[int], object] | None = None,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
         pieces: Sequence[Callable[[], object]] | None = None,
-        rows: int = 2**16,
+        rows: int | None = None,
         seed: int = 0,
         cache_bytes: int = 2**31,
     ) -> None:
@@ -93,7 +94,7 @@ class Calibration:
             few = self._runs = Runs(self.batches, run, around)
         whole = [partial(few.alone, number) for number in range(few.batches)]
         self._module, self._pieces = module, whole if pieces is None else pieces
-        self._sampler, self._seed = RowSampler(rows // self.batches, seed), seed
+        self._sampler, self._seed = RowSampler(rows, self.batches, seed), seed
         check_count("cache_bytes", cache_bytes, at_least=0)
         self._cache_bytes = cache_bytes
         # all are prepared once for each set of names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from lightning_roulette.refit.traversal import Call, Given
 from lightning_roulette.wheel.chance import random_bits, stream
 
 _HELD_OUT = 8  # one row in this many judges a fit
+_ROWS_FOR_EACH_INPUT, _LEAST_ROWS, _MOST_ROWS = 16, 2**12, 2**16
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,27 +34,34 @@ class Rows:
 
 @dataclass(frozen=True)
 class RowSampler:
-    """Chooses rows of a layer's input. The choice depends on the number of rows, but not on their values.
+    """Chooses rows of a layer's input: one row of each of equal parts of a call's rows.
+
+    The choice depends on the number of rows, but not on their values.
 
     Attributes:
-        most: Largest number of rows chosen from one call; at least 8 are chosen.
+        total: Number of rows over all batches. None chooses 16 for each input of the layer, at least 4,096 and at most
+            65,536. Eight are chosen from each call at least.
+        batches: Number of batches.
         seed: Seed of the choice.
     """
 
-    most: int
+    total: int | None
+    batches: int
     seed: int
+    _inputs: dict[Layer, int] = field(default_factory=dict, repr=False)
 
     def rows(self, layer: Layer, call: Call, given: Given) -> Rows:
         """Return rows of a layer's input in a call."""
         count = held_out = 0
-        most = max(_HELD_OUT, self.most)
+        most = self._most(layer, given)
 
         def chosen(rows: int) -> Tensor:
             nonlocal count, held_out
             index = torch.arange(min(rows, most))
             if rows > most:
                 key = stream(self.seed, call.batch, call.number, f"rows of {layer.names[0]} {layer.offsets.start}")
-                index = random_bits(key, index).remainder(rows).sort().values
+                begin, end = index * rows // most, (index + 1) * rows // most
+                index = begin + random_bits(key, index).remainder(end - begin)
             count, held_out = rows, int((index >= rows - rows // _HELD_OUT).sum())
             return index
 
@@ -61,6 +69,15 @@ class RowSampler:
         if layer.bias is not None:
             values = torch.cat([values, values.new_ones(*values.shape[:2], 1)], 2)
         return Rows(values, count, held_out)
+
+    def _most(self, layer: Layer, given: Given) -> int:
+        """Return the largest number of rows that are chosen from a call."""
+        if self.total is not None:
+            return max(_HELD_OUT, self.total // self.batches)
+        if layer not in self._inputs:
+            self._inputs[layer] = layer.rows(*given, lambda _: torch.arange(0)).shape[2]
+        rows = min(max(_LEAST_ROWS, _ROWS_FOR_EACH_INPUT * self._inputs[layer]), _MOST_ROWS)
+        return max(_HELD_OUT, rows // self.batches)
 
 
 def matrix_of(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
