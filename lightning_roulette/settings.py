@@ -204,8 +204,8 @@ class Refit:
             - `False`: after the search, accepted levels only. Faster.
         finalists: Number of the best candidates of each level that are refitted and ranked again.
         cache_bytes: Memory for what the calibration keeps between layers: batches that wait while a layer is refitted,
-            and outputs of the dense network. If it is too small, some batches run anew for each layer, which takes
-            longer. The log says how many, and how much memory would suffice. See `Calibration`.
+            and outputs of the dense network. If it is too small, some batches run anew for some layers, which takes
+            longer. The log says how often, and how much memory would suffice. See `Calibration`.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -242,8 +242,8 @@ class LeastSquares(Refit):
             - `False`: after the search, accepted levels only. Faster.
         finalists: Number of the best candidates of each level that are refitted and ranked again.
         cache_bytes: Memory for what the calibration keeps between layers: batches that wait while a layer is refitted,
-            and outputs of the dense network. If it is too small, some batches run anew for each layer, which takes
-            longer. The log says how many, and how much memory would suffice. See `Calibration`.
+            and outputs of the dense network. If it is too small, some batches run anew for some layers, which takes
+            longer. The log says how often, and how much memory would suffice. See `Calibration`.
         damping: How strongly weights are pulled towards their dense values, in units of the mean square of a layer's
             inputs. Larger values are safer with few calibration batches.
         choose: Which weights of a layer stay:

@@ -48,8 +48,8 @@ class Calibration:
       their rows, which judges the refit,
     - linear systems of at most 2**26 bytes,
     - `cache_bytes` for what is kept between layers: a quarter for outputs of the dense network on the chosen rows, of
-      which more go to a temporary file if one can be written; the rest for batches that wait. If not all fit, the
-      others run anew for each layer. This is logged with the number of bytes that would suffice.
+      which more go to a temporary file if one can be written; the rest for batches that wait. A batch that
+      does not fit at a layer runs anew for the next one. This is logged with the number of bytes that would suffice.
 
     Args:
         module: The network. It must have its dense weights at each call.
@@ -182,7 +182,7 @@ class Calibration:
         """
         if kind == "sensitivity":
             return self._sensitivity(mask, values)
-        layerwise = self._prepared(mask, True)
+        layerwise = self._prepared(mask, True, refits=False)
         for name, why in layerwise.left_alone.items():
             raise ValueError(
                 f"importance is {kind!r}, but the inputs of {name!r} are not known ({why}). Leave the parameter out "
@@ -225,12 +225,14 @@ class Calibration:
     def _say(self, sentence: str) -> None:
         _log.info(sentence)
 
-    def _prepared(self, mask: Mask, layers: bool) -> Layerwise:
-        key = (layers, *mask)
+    def _prepared(self, mask: Mask, layers: bool, refits: bool = True) -> Layerwise:
+        key = (layers, refits, *mask)
+        if not refits and (ready := self._layerwise.get((layers, True, *mask))) is not None:
+            return ready
         if key not in self._layerwise:
             with lent(dict(self._module.named_buffers())):
                 self._layerwise[key] = Layerwise(
-                    self._module, list(mask), layers, self._runs, self._sampler, self._cache_bytes
+                    self._module, list(mask), layers, self._runs, self._sampler, self._cache_bytes if refits else None
                 )
         return self._layerwise[key]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -30,25 +30,22 @@ class Interleaved:
     Args:
         module: The network.
         traversal: Its first run.
-        waiting: How many batches may wait, from the first one on. A run of another batch ends when the next batch is
-            asked for.
+        ends: Steps at which the run of a batch ends instead of waiting until it is asked for the next step. They may
+            be added while the step's calls are looked at.
         watched: Whether to count the memory of runs that wait.
         seconds: The longest time between two calls. None: no limit.
-
-    Attributes:
-        waiting: See above. It may be lowered between calls.
     """
 
     def __init__(
         self,
         module: nn.Module,
         traversal: Traversal,
-        waiting: int,
+        ends: Container[tuple[Step, int]] = (),
         watched: bool = False,
         seconds: float | None = None,
     ) -> None:
         self._module, self._traversal = module, traversal
-        self.waiting, self._watched, self._seconds = waiting, watched, seconds
+        self._ends, self._watched, self._seconds = ends, watched, seconds
         self._here = threading.local()
         self._open: list[_Run] = []  # in the order of their beginning
 
@@ -61,16 +58,15 @@ class Interleaved:
         with self._listening(), self._all_closed() as modes:
             while (wanted := reader.wanted) is not None:
                 reader.send(self._given(wanted, modes))
-                if reader.wanted is None or reader.wanted.step is not wanted.step:
-                    self._changed(wanted.step.module)
+                self._left(wanted, reader.wanted)
 
-    def live_bytes(self) -> dict[int, int]:
-        """Return the bytes of memory that the run of each batch holds, if they are counted."""
-        return {run.batch: run.live.total() for run in self._open if run.live is not None}
+    @property
+    def open(self) -> dict[int, LiveBytes | None]:
+        """For each batch that runs, the memory that it holds."""
+        return {run.batch: run.live for run in self._open}
 
     def _given(self, wanted: Call, modes: ThreadModes) -> Given | None:
         """Return the arguments of a call; None if a valid run of the batch does not make it."""
-        self._close([run for run in self._open if run.batch >= self.waiting and run.batch != wanted.batch])
         run = next((one for one in self._open if one.batch == wanted.batch), None)
         if run is not None and (given := run.until(wanted, self._seconds)) is not None:
             return given
@@ -89,10 +85,15 @@ class Interleaved:
         self._open.append(run)
         return run
 
-    def _changed(self, module: nn.Module) -> None:
-        """End the runs that have passed a module whose weights may have changed."""
-        self._close([run for run in self._open if module in run.passed])
-        torch.clear_autocast_cache()
+    def _left(self, call: Call, wanted: Call | None) -> None:
+        """End the run of a batch that may not wait, and runs that have passed weights that may have changed."""
+        if wanted is None or wanted.step is not call.step:
+            self._close([run for run in self._open if call.step.module in run.passed])
+            torch.clear_autocast_cache()
+        elif wanted.batch == call.batch:
+            return
+        if (call.step, call.batch) in self._ends:
+            self._close([run for run in self._open if run.batch == call.batch])
 
     @contextmanager
     def _listening(self) -> Iterator[None]:

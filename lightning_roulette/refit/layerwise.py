@@ -38,7 +38,8 @@ class Layerwise:
         layers: Whether to refit layers; otherwise only running statistics.
         runs: Runs of the network.
         sampler: Chooses the rows of input.
-        memory: Bytes for what is kept between layers: outputs of the dense network, and runs that wait.
+        memory: Bytes for what is kept between layers: outputs of the dense network, and runs that wait. None: nothing
+            is kept, and `refit` cannot be called.
 
     Attributes:
         tensors: The parameters and buffers that a refit may change, by name.
@@ -52,15 +53,15 @@ class Layerwise:
         layers: bool,
         runs: Runs,
         sampler: RowSampler,
-        memory: int,
+        memory: int | None,
     ) -> None:
         found, left_alone = layers_of(module, names) if layers else ([], {})
         steps = _steps(module, found)
         self.tensors = _changeable(module, names, steps)
-        self._module, self._sampler, self._memory = module, sampler, memory
-        self._dense_outputs = DenseOutputs(self.tensors, sampler, memory // _DENSE_SHARE)
-        self._traversal = Traversal(steps, runs, self._dense_outputs.keep)
-        self._turns = Turns(0)
+        self._module, self._sampler, self._memory = module, sampler, memory or 0
+        self._dense_outputs = DenseOutputs(self.tensors, sampler, self._memory // _DENSE_SHARE)
+        self._traversal = Traversal(steps, runs, None if memory is None else self._dense_outputs.keep)
+        self._turns = Turns(False)
         not_met = [step for step in steps if step not in self._traversal.order]
         uncalled = [name for step in not_met for layer in step.layers for name in layer.names]
         self.left_alone = left_alone | dict.fromkeys(uncalled, "the network does not call it on the calibration inputs")
@@ -90,10 +91,15 @@ class Layerwise:
         return reasons
 
     def _followed(self, loop: CallLoop[None]) -> None:
-        if self._turns.waiting:
-            Interleaved(self._module, self._traversal, self._turns.waiting).follow(loop)
+        if self._turns.by_turns:
+            ends = {(self._traversal.order[place], batch) for place, batch in self._turns.ends}
+            Interleaved(self._module, self._traversal, ends).follow(loop)
         else:
             self._traversal.follow(loop)
+
+    def _calls_of(self, step: Step) -> list[Call]:
+        traversal = self._traversal
+        return [call for batch in range(traversal.batches) for call in traversal.calls_of(step, batch)]
 
     def sums(self) -> dict[Layer, LayerSums]:
         """Return Gram sums of each layer's inputs and outputs in the network as it is. All rows are fitted."""
@@ -132,7 +138,7 @@ class Layerwise:
     def _normalise(self, step: Step) -> CallLoop[None]:
         """Set a batch normalisation's running statistics to the mean and variance of its inputs."""
         inputs = MeanAndVariance()
-        for call in self._traversal.calls_of(step):
+        for call in self._calls_of(step):
             if (given := (yield call)) is None:
                 return
             inputs.add(channels(*given))
@@ -146,7 +152,7 @@ class Layerwise:
         if is_first and self._first_sums is not None:
             return self._first_sums
         sums = {layer: LayerSums() for layer in step.layers}
-        for call in self._traversal.calls_of(step):
+        for call in self._calls_of(step):
             self._add(sums, call, (yield call))
         if is_first and self._no_mask_changes_inputs_of(step):
             self._first_sums = sums

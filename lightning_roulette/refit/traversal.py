@@ -90,7 +90,7 @@ class Traversal:
     Args:
         steps: The steps.
         runs: Runs of the network.
-        meet: Called with every call of the first run, in which the order of steps is found.
+        meet: Called with every call of the first run, in which the order of steps is found. None: no refit follows.
 
     Attributes:
         runs: See above.
@@ -99,11 +99,12 @@ class Traversal:
         order: The steps in the order of their first calls. Steps that are never called are left out.
         calls: For each step and batch, the number of calls.
         leading: The steps that are called first on some batch.
-        digests: For each call of the first run, the digests of its arguments. Empty with a single batch.
+        digests: For each call of the first run, the digests of its arguments. Empty if there is a single batch, or if
+            no refit follows.
         longest: Seconds that the slowest batch took.
     """
 
-    def __init__(self, steps: Sequence[Step], runs: Runs, meet: Meet) -> None:
+    def __init__(self, steps: Sequence[Step], runs: Runs, meet: Meet | None) -> None:
         self.steps: dict[nn.Module, list[Step]] = {}
         for step in steps:
             self.steps.setdefault(step.module, []).append(step)
@@ -118,9 +119,9 @@ class Traversal:
         """Numbers of the batches on which the network called a step in the first run."""
         return [batch for batch in range(self.batches) if self.calls[step, batch]]
 
-    def calls_of(self, step: Step) -> list[Call]:
-        """Calls of a step in the first run."""
-        return [Call(step, batch, number) for batch in range(self.batches) for number in range(self.calls[step, batch])]
+    def calls_of(self, step: Step, batch: int) -> list[Call]:
+        """Calls of a step on a batch in the first run."""
+        return [Call(step, batch, number) for number in range(self.calls[step, batch])]
 
     def listen(self, batch: int, meet: Meet) -> None:
         """Run the network on a batch and pass each call of a step to `meet`, before the step's forward."""
@@ -146,7 +147,7 @@ class Traversal:
             if reader.wanted is wanted:
                 reader.send(None)
 
-    def _first_run(self, meet: Meet) -> tuple[Step, ...]:
+    def _first_run(self, meet: Meet | None) -> tuple[Step, ...]:
         order: dict[Step, None] = {}
 
         def note(call: Call, given: Given) -> None:
@@ -154,9 +155,10 @@ class Traversal:
             if not any(self.calls[step, call.batch] for step in order):
                 self.leading.add(call.step)
             self.calls[call.step, call.batch] += 1
-            if self.batches > 1:
-                self.digests[call] = digests_of(tensors_of(given))
-            meet(call, given)
+            if meet is not None:
+                meet(call, given)
+                if self.batches > 1:
+                    self.digests[call] = digests_of(tensors_of(given))
 
         for batch in range(self.batches):
             began = time.monotonic()

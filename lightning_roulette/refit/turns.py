@@ -15,6 +15,7 @@ from lightning_roulette.refit.traversal import CallLoop, Step, Traversal
 
 _PATIENCE = 30  # longest forwards that a run may take between two calls before it counts as blocked
 _LEAST_SECONDS = 60.0
+_ANEW = "the calibration batches run anew for each layer"
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Turns:
     """How the batches of a calibration run during a refit.
 
     Attributes:
-        waiting: How many batches may wait at a layer. 0: every batch runs anew for each layer.
-        note: One sentence if not all batches may wait; otherwise empty.
+        by_turns: Whether batches run by turns; otherwise every batch runs anew for each layer.
+        ends: Steps, by their number in the order, at which the run of a batch, by its number, ends.
+        note: One sentence if some batches run anew; otherwise empty.
     """
 
-    waiting: int
+    by_turns: bool
+    ends: frozenset[tuple[int, int]] = frozenset()
     note: str = ""
 
 
@@ -46,67 +49,72 @@ def turns_of(module: nn.Module, traversal: Traversal, memory: int) -> Turns:
         memory: Bytes that runs may hold together while they wait.
     """
     if traversal.batches < 2 or len(traversal.order) < 2:
-        return Turns(0)
+        return Turns(False)
     if memory < 1:
-        return Turns(0, "the calibration batches run anew for each layer, because cache_bytes is too small.")
-    threads = max(1, limits().waiting_threads // torch.get_num_threads())
-    trial = _Trial(module, traversal, memory, min(traversal.batches, threads))
+        return Turns(False, note=f"{_ANEW}, because cache_bytes is too small.")
+    trial = _Trial(module, traversal, memory)
     try:
-        trial.run()
+        return trial.turns()
     except Exception as error:
         why = str(error) if isinstance(error, _Differs) else f"{type(error).__name__}: {error}"
-        return Turns(0, f"the calibration batches run anew for each layer, because they cannot run by turns ({why}).")
-    return Turns(trial.waiting, trial.note)
+        return Turns(False, note=f"{_ANEW}, because they cannot run by turns ({why}).")
 
 
 class _Trial:
     """A pass by turns that solves nothing."""
 
-    def __init__(self, module: nn.Module, traversal: Traversal, memory: int, waiting: int) -> None:
+    def __init__(self, module: nn.Module, traversal: Traversal, memory: int) -> None:
+        self._order, self._traversal, self._memory = traversal.order, traversal, memory
+        self._threads = max(1, limits().waiting_threads // torch.get_num_threads())
+        # nothing comes after the last step
+        self._ends = {(self._order[-1], batch) for batch in range(traversal.batches)}
         seconds = _LEAST_SECONDS + _PATIENCE * traversal.longest
-        self._traversal, self._memory = traversal, memory
-        self._runs = Interleaved(module, traversal, waiting, watched=True, seconds=seconds)
-        self._most = 0  # bytes of one run
+        self._runs = Interleaved(module, traversal, self._ends, watched=True, seconds=seconds)
+        self._held: dict[int, int] = {}  # bytes, by batch
+        self._most = 0  # bytes of all batches
 
-    def run(self) -> None:
+    def turns(self) -> Turns:
+        """Make the pass, and return how batches run in the next one."""
         self._runs.follow(self._compared())
+        all_calls = {(step, batch) for step in self._order for batch in self._traversal.batches_of(step)}
+        anew = len(self._ends & all_calls) - len(self._traversal.batches_of(self._order[-1]))
+        if self._ends >= all_calls:
+            return Turns(False, note=f"{_ANEW}{self._why}")
+        place = {step: number for number, step in enumerate(self._order)}
+        note = f"a calibration batch runs anew {anew} times in a refit{self._why}" if anew else ""
+        return Turns(True, frozenset((place[step], batch) for step, batch in self._ends), note)
 
     @property
-    def waiting(self) -> int:
-        return self._runs.waiting
-
-    @property
-    def note(self) -> str:
-        batches = self._traversal.batches
-        if self.waiting == batches:
-            return ""
-        said = (
-            f"{self.waiting} of {batches} calibration batches wait while a layer is refitted. The others run anew for "
-        )
-        if (need := self._most * batches) <= self._memory:
-            return f"{said}each layer, because so many threads are allowed."
+    def _why(self) -> str:
+        if self._most <= self._memory:
+            return ", because so many threads are allowed."
         # outputs of the dense network take up to a quarter
         return (
-            f"{said}each layer, because all would hold about {need:,} bytes, of {self._memory:,} that are left. "
-            f"Pass cache_bytes={-(-need * 4 // 3)} to the refit to let all wait."
+            f", because all batches together would hold {self._most:,} bytes while they wait, of {self._memory:,} that "
+            f"are left. Pass cache_bytes={-(-self._most * 4 // 3)} to the refit to let all wait."
         )
 
     def _compared(self) -> CallLoop[None]:
-        for step in self._traversal.order:
-            for call in self._traversal.calls_of(step):
-                given = yield call
-                if given is None or digests_of(tensors_of(given)) != self._traversal.digests[call]:
-                    raise _Differs(f"the inputs of {_name(step)} change then")
-                self._fit_into_memory()
-                if not self.waiting:
-                    return
+        for step in self._order:
+            together = 0
+            for batch in self._traversal.batches_of(step):
+                for call in self._traversal.calls_of(step, batch):
+                    given = yield call
+                    if given is None or digests_of(tensors_of(given)) != self._traversal.digests[call]:
+                        raise _Differs(f"the inputs of {_name(step)} change then")
+                together += self._fit_into_memory(step, batch)
+            self._most = max(self._most, together if step is not self._order[-1] else 0)
 
-    def _fit_into_memory(self) -> None:
-        """Let fewer batches wait if all together hold too much. Those ends are at the next call of another batch."""
-        held = self._runs.live_bytes()
-        self._most = max(self._most, *held.values())
-        while sum(size for batch, size in held.items() if batch < self.waiting) > self._memory:
-            self._runs.waiting -= 1
+    def _fit_into_memory(self, step: Step, batch: int) -> int:
+        """Let a batch end at a step if all that wait together hold too much. Return what it holds."""
+        live = self._runs.open[batch]
+        assert live is not None
+        held = {one: size for one, size in self._held.items() if one in self._runs.open}
+        held[batch] = live.total()
+        if sum(held.values()) > self._memory or len(held) > self._threads:
+            self._ends.add((step, batch))
+        self._held = held
+        return held[batch]
 
 
 def _name(step: Step) -> str:

@@ -10,7 +10,7 @@ import tempfile
 import pytest
 import torch
 
-from lightning_roulette.large.copies import OnDisk, copies_of
+from lightning_roulette.large.copies import OnDisk, TensorFile, copies_of
 from tests.support.limits import set_limits
 from tests.support.weights import bits_of, odd_weights
 
@@ -58,3 +58,13 @@ def test_a_file_that_was_cut_short_is_named():
     stored._file._file.truncate(3)
     with pytest.raises(OSError, match="the temporary file with the weights of 'double' is too short"):
         stored["double"]
+
+
+def test_tensors_are_read_back_from_a_file_in_any_order(monkeypatch):
+    set_limits(monkeypatch, written_entries=3)
+    tensors = odd_weights() | {"turned": torch.arange(12.0).view(3, 4).mT, "none": torch.zeros(0, 3)}
+    written, before, places = TensorFile(), bits_of(tensors), {}
+    for name, tensor in tensors.items():
+        places[name] = written.add(tensor)
+        assert bits_of({name: written.read(places[name], "numbers")})[name] == before[name]
+    assert bits_of({name: written.read(places[name], "numbers") for name in reversed(places)}) == before

@@ -354,9 +354,25 @@ def test_only_as_many_batches_wait_as_fit(room, waiting, caplog):
         assert caplog.messages == []
     else:
         (message,) = caplog.messages
-        assert message.startswith(f"{waiting} of 5 calibration batches wait while a layer is refitted. The others run")
-        assert f"all would hold about {5 * ONE:,} bytes" in message
+        # nothing waits for long at the first layer, before which there is nothing to hold
+        assert message.startswith(f"a calibration batch runs anew {5 - waiting} times in a refit, because all batches")
+        assert f"would hold {5 * ONE:,} bytes while they wait" in message
         assert f"Pass cache_bytes={math.ceil(5 * ONE * 4 / 3)} to the refit" in message
+
+
+def test_batches_that_run_anew_at_a_wide_layer_wait_at_those_after_it(caplog):
+    sizes = [(4, 64), (64, 64), *[(64, 8)], *[(8, 8)] * 6]
+    net = known(nn.Sequential(*[layer for size in sizes for layer in (nn.Linear(*size), nn.Tanh())]))
+    batches, mask = [related(200, 4, seed=seed) for seed in range(5)], mask_of(net)
+    caplog.set_level(logging.INFO)
+    calibration = Calibration(net, batches, cache_bytes=2 * ONE)
+    expected = Calibration(net, batches, cache_bytes=0).refit(mask)
+    runs = counted(net)
+    assert alike(calibration.refit(mask), expected)
+    runs.clear()
+    assert alike(calibration.refit(mask), expected)
+    assert len(runs) == 5 + 2 * 4  # four of five run anew after each of the two wide layers
+    assert any(message.startswith("a calibration batch runs anew 8 times in a refit") for message in caplog.messages)
 
 
 def test_the_memory_that_is_asked_for_is_enough(caplog):
@@ -371,9 +387,9 @@ def test_threads_are_bounded(monkeypatch, caplog):
     set_limits(monkeypatch, waiting_threads=2 * torch.get_num_threads())
     caplog.set_level(logging.INFO)
     calibration, most = Calibration(net, batches), []
-    net[4].register_forward_pre_hook(lambda *_: most.append(threading.active_count()))
+    net[2].register_forward_pre_hook(lambda *_: most.append(threading.active_count()))
     calibration.refit(mask)
     assert max(most) == 1 + 2 + 1
     (message,) = caplog.messages
-    assert message.startswith("2 of 5 calibration batches wait while a layer is refitted. The others run anew")
-    assert message.endswith("because so many threads are allowed.")
+    # three do not wait at the first layer, and three at the second
+    assert message == "a calibration batch runs anew 6 times in a refit, because so many threads are allowed."
