@@ -263,7 +263,8 @@ def test_an_error_of_the_solver_ends_all_threads(layers, error, monkeypatch):
     before, calibration = state_of(net), Calibration(net, batches)
     expected = calibration.refit(mask)
     with monkeypatch.context() as patched:
-        patched.setattr("lightning_roulette.refit.inputs.Fastest", lambda _: Solver(layers, error))
+        solver = Solver(layers, error)
+        patched.setattr("lightning_roulette.refit.fitting.Fastest", lambda _: solver)
         with pytest.raises(error, match="no more"):
             calibration.refit(mask)
     assert threading.active_count() == 1
