@@ -138,7 +138,7 @@ any_levels = st.lists(st.tuples(st.booleans(), st.integers(0, 2**SIZE - 1)), max
 @pytest.mark.parametrize("small", [1 << 20, 0, 15], ids=["small", "packed", "some packed"])
 @pytest.mark.parametrize("in_memory", [1 << 30, 0, 9], ids=["in memory", "on disk", "some on disk"])
 @given(steps=any_levels, data=st.data())
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 def test_any_masks_are_read_back_whether_they_nest_or_not(small, in_memory, steps, data):
     with limited(unpacked_entries=small, packed_entries=8, copied_bytes=in_memory):
         masks = [2**SIZE - 1]
