@@ -89,6 +89,10 @@ class Tree:
     Attributes:
         pruning_rate: Share of the current survivors that a level removes, in (0, 1). A smaller rate takes more levels
             to the same sparsity.
+        coarse_rate: Pruning rate of coarse levels, in (0, 1). They have one candidate each, and come first. When one
+            fails, the levels of `pruning_rate` begin. It does not count for `patience`. Faster, and as slim. There are
+            coarse levels only if every level gets a least-squares refit and if this rate is larger than `pruning_rate`.
+            None: no coarse levels.
         max_levels: Stop after this many accepted levels. None: no such limit.
         patience: Stop after this many failed levels in a row.
         smallest_rate: Stop when a failure would halve the rate below this value, whatever the patience. Without this
@@ -108,6 +112,7 @@ class Tree:
     """
 
     pruning_rate: float = 0.1
+    coarse_rate: float | None = None
     max_levels: int | None = None
     patience: int = 3
     smallest_rate: float = 0.01
@@ -126,6 +131,8 @@ class Tree:
             below=1,
             remedy="It is the share of the surviving weights that one level removes.",
         )
+        if self.coarse_rate is not None:
+            check_number("coarse_rate", self.coarse_rate, above=0, below=1, remedy="None stands for no coarse levels.")
         if self.max_levels is not None:
             check_count("max_levels", self.max_levels)
         check_count("patience", self.patience)

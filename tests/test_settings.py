@@ -13,7 +13,14 @@ from lightning_roulette.settings import Refit, refit_of
 
 DEFAULTS = {
     Wheel: {"sharpness": 16.0, "importance": None, "scope": "global", "allocation": None},
-    Tree: {"pruning_rate": 0.1, "max_levels": None, "patience": 3, "smallest_rate": 0.01, "max_time": None},
+    Tree: {
+        "pruning_rate": 0.1,
+        "coarse_rate": None,
+        "max_levels": None,
+        "patience": 3,
+        "smallest_rate": 0.01,
+        "max_time": None,
+    },
     Validation: {"rank_by": None, "confirm": 0.5, "race": True, "cache_bytes": 2**31, "keep_callbacks": ()},
     Refit: {"batches": 100, "each_level": True, "finalists": 1, "cache_bytes": 2**31},
     LeastSquares: {
@@ -50,6 +57,8 @@ def test_a_group_is_frozen_and_has_the_documented_defaults(group):
         (Wheel, {"importance": lambda weights: weights}),
         (Tree, {"pruning_rate": 1e-9}),
         (Tree, {"pruning_rate": 0.999}),
+        (Tree, {"coarse_rate": 0.5}),
+        (Tree, {"coarse_rate": 0.01}),
         (Tree, {"max_levels": 1, "patience": 1}),
         (Tree, {"patience": np.int64(5), "smallest_rate": 2.0}),
         (Validation, {"rank_by": "val_loss", "confirm": 0}),
@@ -83,6 +92,8 @@ KINDS = "must be one of 'magnitude', 'lamp', 'sensitivity', 'activation', 'obs'.
         (Wheel, "allocation", -1, ValueError, "must be at least 0"),
         (Tree, "pruning_rate", 0.0, ValueError, RATE),
         (Tree, "pruning_rate", 1.0, ValueError, RATE),
+        (Tree, "coarse_rate", 0.0, ValueError, "must be more than 0 and less than 1. None stands for no coarse levels"),
+        (Tree, "coarse_rate", "all", TypeError, "must be a number"),
         (Tree, "max_levels", 0, ValueError, "must be at least 1"),
         (Tree, "max_levels", 3.0, TypeError, "must be a whole number"),
         (Tree, "patience", 0, ValueError, "must be at least 1"),

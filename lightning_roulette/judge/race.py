@@ -169,6 +169,7 @@ class Race:
         tell: Called after each judgement with the number of judgements so far and the best candidate so far.
 
     Attributes:
+        candidates: Candidates without scores.
         mask: Returns the mask of a candidate, by its index.
     """
 
@@ -182,7 +183,7 @@ class Race:
         tell: Callable[[int, Candidate | None], None],
     ) -> None:
         self.mask = Masks(spin)
-        self._candidates, self._network = candidates, network
+        self.candidates, self._network = candidates, network
         self._judge, self._dense, self._tell = judge, dense, tell
 
     def run(self, stages: Sequence[Rung]) -> list[Candidate]:
@@ -191,7 +192,7 @@ class Race:
         Candidates that saw fewer folds dropped out. A candidate with the mask of an earlier candidate is not judged; it
         gets the scores of the earlier one.
         """
-        runners = {one.index: Runner(one) for one in self._candidates}
+        runners = {one.index: Runner(one) for one in self.candidates}
         owners: dict[bytes, int] = {}  # the first candidate with a mask, by the mask's digest
         done = 0
         for rung in stages:

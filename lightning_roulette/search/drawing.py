@@ -62,23 +62,24 @@ class Drawing:
         self._level_wheel = None if self._allocation else self._wheel_of(self._importance, state.parent)
         self._parent = state.parent
 
-    def spin(self, state: State, draws: int, candidate: int) -> Mask:
+    def spin(self, state: State, draws: int, candidate: int, varied: bool = True) -> Mask:
         """Mask of one candidate: the parent's mask without `draws` of its weights.
 
         Args:
             state: Where the search stands; `prepare` was called for it.
             draws: Weights to remove.
             candidate: Index of the candidate among all of its level.
+            varied: Whether it has importance factors of its own. False: those of its parent.
         """
         level_wheel = self._level_wheel
         if level_wheel is None:
-            factors = {name: math.exp(value) for name, value in self.factors(state, candidate).items()}
+            factors = {name: math.exp(value) for name, value in self.factors(state, candidate, varied).items()}
             level_wheel = self._wheel_of(weighed(self._importance, factors), state.parent)
         return level_wheel.spin(draws, seed=self._seed, level=state.next_level, candidate=candidate)
 
-    def factors(self, state: State, candidate: int) -> Mapping[str, float]:
-        """Logarithm of a candidate's importance factor for each parameter."""
-        if not self._allocation:
+    def factors(self, state: State, candidate: int, varied: bool = True) -> Mapping[str, float]:
+        """Logarithm of a candidate's importance factor for each parameter. Takes the arguments of `spin`."""
+        if not (self._allocation and varied):
             return state.factors
         return {
             name: before + self._allocation * normal(stream(self._seed, state.next_level, candidate, name))

@@ -49,12 +49,10 @@ def try_level(run: Run, state: State, step: Step) -> State:
     """
     began, survivors = time.monotonic(), state.parent.survivors - step.draws
     sparsity = 1 - survivors / state.parent.size
-    tell = _teller(run, state, sparsity)
+    tell = _teller(run, state, step, sparsity)
     race = _race(run, state, step, sparsity, tell)
-    branch = Branch(raced := race.run(run.stages), best_of(furthest(raced)), Refitted(state.refitted.values))
-    if run.refitter.each_level:
-        branch = _refitted(run, state, race, branch, tell)
-    branch, error = _judged_again(run, race, branch)
+    judged = _single if _is_single(run, step) else _raced
+    branch, error = judged(run, state, race, tell)
     level = Level(
         state.next_level,
         step.rate,
@@ -69,9 +67,9 @@ def try_level(run: Run, state: State, step: Step) -> State:
     if level.accepted and branch.best is not None:
         best = branch.best.index
         mask = branch.refitted.mask_from(race.mask(best))
-        state = state.accepted(level, mask, branch.refitted, run.drawing.factors(state, best))
+        state = state.accepted(level, mask, branch.refitted, run.drawing.factors(state, best, not step.coarse))
     else:
-        state = state.rejected(level)
+        state = state.rejected(level, step.coarse)
     run.observer.on_level(level, so_far := run.winner(state))
     run.observer.on_timed(level, so_far, LevelTime(time.monotonic() - began, branch.seconds))
     return state
@@ -86,9 +84,14 @@ def _is_accepted(best: Candidate | None, floor: float) -> bool:
     return best is not None and not math.isnan(best.rank) and keeps_floor(best.score, floor)
 
 
-def _teller(run: Run, state: State, sparsity: float) -> Callable[[int, Candidate | None], None]:
+def _is_single(run: Run, step: Step) -> bool:
+    """Whether a level has one candidate, which is refitted without a race."""
+    return step.branches == 1 and run.refitter.each_level
+
+
+def _teller(run: Run, state: State, step: Step, sparsity: float) -> Callable[[int, Candidate | None], None]:
     """A function that tells the observer how many candidates were judged, and the best so far."""
-    planned = run.race_length + run.refitter.finalists
+    planned = 1 if _is_single(run, step) else run.race_length + run.refitter.finalists
 
     def tell(done: int, best: Candidate | None) -> None:
         run.observer.on_candidate(state.next_level, done, planned, best, sparsity)
@@ -99,18 +102,35 @@ def _teller(run: Run, state: State, sparsity: float) -> Callable[[int, Candidate
 def _race(run: Run, state: State, step: Step, sparsity: float, tell: Callable[[int, Candidate | None], None]) -> Race:
     """The race of one level's candidates. Retries of a level continue the numbering."""
     run.drawing.prepare(state)
-    first = state.failures * step.branches
-    candidates = [
-        Candidate(index, sparsity, math.nan, math.nan, folds=0) for index in range(first, first + step.branches)
-    ]
+    indices = range(state.tried, state.tried + step.branches)
     return Race(
-        candidates,
-        lambda index: run.drawing.spin(state, step.draws, index),
+        [Candidate(index, sparsity, math.nan, math.nan, folds=0) for index in indices],
+        lambda index: run.drawing.spin(state, step.draws, index, not step.coarse),
         lambda mask: run.refitter.network(mask, state.refitted),
         run.judge,
         run.reference,
         tell,
     )
+
+
+def _single(run: Run, state: State, race: Race, tell: Callable[[int, Candidate | None], None]) -> tuple[Branch, float]:
+    """The branch of a single candidate, which is judged after its refit only, and its paired standard error."""
+    (candidate,), folds, began = race.candidates, run.judge.search_folds, time.monotonic()
+    found = run.refitter.refit(drawn := race.mask(candidate.index), state.parent)
+    seconds = time.monotonic() - began
+    network = run.refitter.network(found.mask_from(drawn), found)
+    scores, outcomes = run.judge.recorded(network, folds) if run.rejudges else (run.judge.scores(network, folds), None)
+    one = replace(candidate.scored(scores, len(folds)), refitted=True)
+    tell(1, best := best_of([one]))
+    return Branch([one], best, found, seconds), error_of(run.dense.outcomes, outcomes)
+
+
+def _raced(run: Run, state: State, race: Race, tell: Callable[[int, Candidate | None], None]) -> tuple[Branch, float]:
+    """The branch after its race, with its best candidates refitted, and the best one's paired standard error."""
+    branch = Branch(raced := race.run(run.stages), best_of(furthest(raced)), Refitted(state.refitted.values))
+    if run.refitter.each_level:
+        branch = _refitted(run, state, race, branch, tell)
+    return _judged_again(run, race, branch)
 
 
 def _refitted(

@@ -13,6 +13,7 @@ Only the abstract of the paper and public summaries were available. These choice
 - Odds are a power of importance (`Wheel.sharpness`).
 - A level must keep the dense score minus a tolerance.
 - A level that fails is tried again at half the rate, `Tree.patience` times in a row, down to `Tree.smallest_rate`.
+- With a least-squares refit of each level, the first levels are coarse (`Tree.coarse_rate`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from lightning_roulette.search.confirmation import confirm
 from lightning_roulette.search.drawing import Drawing
 from lightning_roulette.search.level import try_level
 from lightning_roulette.search.observer import Observer
-from lightning_roulette.search.policies import Levels, Policy, Step
+from lightning_roulette.search.policies import CoarseToFine, Levels, Policy, Step
 from lightning_roulette.search.refitter import Refitter
 from lightning_roulette.search.run import Run, begin
 from lightning_roulette.search.state import State
@@ -95,7 +96,8 @@ def search(
             read here.
         seed: Source of all chance, a signed 64-bit number. Equal seeds and scores give equal masks.
         policy: Decides which level is tried next, and when the search ends. Its steps have at most `branches`
-            candidates. None: `Levels`, which follows `tree` and `target_sparsity`.
+            candidates. None: `Levels`, which follows `tree` and `target_sparsity`; with a least-squares refit of each
+            level `CoarseToFine`.
         observer: Is told of each step.
 
     Returns:
@@ -135,7 +137,8 @@ def search(
         seed=seed,
         target_sparsity=None if target_sparsity is None else float(target_sparsity),
     )
-    policy = policy or Levels(tree, branches, wheel.scope, target_sparsity)
+    levels = Levels(tree, branches, wheel.scope, target_sparsity)
+    policy = policy or (CoarseToFine(levels) if refitter.solves else levels)
     state, reason = _levels(run, state, policy, tree.seconds)
     state = confirm(run, state)
     return run.winner(state, reason=_confirmed(reason, run.winner(state)))

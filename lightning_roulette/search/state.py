@@ -26,6 +26,7 @@ class State:
             everything else that a refit changes.
         failures: Failed levels since the last accepted one.
         halvings: How often the pruning rate was halved.
+        fine: Whether a coarse level failed, so that no further level is coarse.
     """
 
     report: SearchReport
@@ -36,6 +37,7 @@ class State:
     refits: Mapping[int, Survivors]
     failures: int = 0
     halvings: int = 0
+    fine: bool = False
 
     @property
     def next_level(self) -> int:
@@ -63,8 +65,20 @@ class State:
             failures=0,
         )
 
-    def rejected(self, level: Level) -> State:
-        """The state after a level that missed the floor: the parent stays, and the rate is halved."""
+    @property
+    def tried(self) -> int:
+        """Candidates that were drawn for the next level: those of failed levels with the same number."""
+        return sum(len(one.candidates) for one in self.report.levels if one.level == self.next_level)
+
+    def rejected(self, level: Level, coarse: bool = False) -> State:
+        """The state after a level that missed the floor: the parent stays, and the rate is halved.
+
+        Args:
+            level: The level.
+            coarse: Whether it was coarse. Then the rate stays, and the failure does not count.
+        """
+        if coarse:
+            return replace(self._with(level), fine=True)
         return replace(self._with(level), failures=self.failures + 1, halvings=self.halvings + 1)
 
     def refitted_later(self, level: int, mask: Mask, refitted: Refitted) -> State:

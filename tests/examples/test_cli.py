@@ -41,6 +41,7 @@ ARGUMENTS = {
     "wheel.scope": ("layer", "layer"),
     "wheel.allocation": ("0.25", 0.25),
     "tree.pruning_rate": ("0.25", 0.25),
+    "tree.coarse_rate": ("0.375", 0.375),
     "tree.max_levels": ("4", 4),
     "tree.patience": ("2", 2),
     "tree.smallest_rate": ("0.125", 0.125),

@@ -13,13 +13,23 @@ from hypothesis import strategies as st
 from lightning_roulette import Candidate, Level, Mask, SearchReport, StopReason, Tree, search
 from lightning_roulette.mask.history import History
 from lightning_roulette.refit.refitted import Refitted
-from lightning_roulette.search.policies import Levels, OneLevel, Policy, Step, cubic, level_draws, missing, removable
+from lightning_roulette.search.policies import (
+    CoarseToFine,
+    Levels,
+    OneLevel,
+    Policy,
+    Step,
+    cubic,
+    level_draws,
+    missing,
+    removable,
+)
 from lightning_roulette.search.state import State
 
 SIZES = {"a": 60, "b": 40}
 
 
-def state(survivors: int = 100, *, levels: int = 0, failures: int = 0, halvings: int = 0) -> State:
+def state(survivors: int = 100, *, levels: int = 0, failures: int = 0, halvings: int = 0, fine: bool = False) -> State:
     """A state whose parent keeps the last `survivors` of 100 weights, after so many accepted levels."""
     weights = {name: torch.ones(size) for name, size in SIZES.items()}
     kept = (torch.arange(100) >= 100 - survivors).split(list(SIZES.values()))
@@ -27,7 +37,10 @@ def state(survivors: int = 100, *, levels: int = 0, failures: int = 0, halvings:
     for _ in range(levels):
         history = history.pruned(parent)
     report = SearchReport("score", "max", 0.9, 0.0, branches=4, seed=0, size=100)
-    return State(report, history, parent, Refitted(), dict.fromkeys(SIZES, 0.0), {}, failures, halvings)
+    return State(report, history, parent, Refitted(), dict.fromkeys(SIZES, 0.0), {}, failures, halvings, fine)
+
+
+COARSE = Tree(0.1, coarse_rate=0.2)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +62,19 @@ def state(survivors: int = 100, *, levels: int = 0, failures: int = 0, halvings:
         (Levels(Tree(0.9), 4), state(1, levels=1), StopReason.EXHAUSTED),
         (Levels(Tree(0.9), 4, "layer"), state(100), Step(0.9, 90, 4)),
         (Levels(Tree(0.99), 4, "layer"), state(100), Step(0.99, 98, 4)),
+        (CoarseToFine(Levels(COARSE, 4)), state(), Step(0.2, 20, 1, coarse=True)),
+        (CoarseToFine(Levels(COARSE, 4)), state(50, levels=4), Step(0.2, 10, 1, coarse=True)),
+        (CoarseToFine(Levels(COARSE, 4)), state(50, levels=4, fine=True), Step(0.1, 5, 4)),
+        (CoarseToFine(Levels(COARSE, 4)), state(50, fine=True, failures=1, halvings=1), Step(0.05, 3, 4)),
+        (CoarseToFine(Levels(COARSE, 4)), state(fine=True, failures=3, halvings=3), StopReason.DECLINED),
+        (CoarseToFine(Levels(Tree(0.1, coarse_rate=0.1), 4)), state(), Step(0.1, 10, 4)),
+        (CoarseToFine(Levels(Tree(0.1), 4)), state(), Step(0.1, 10, 4)),
+        (CoarseToFine(Levels(COARSE, 4, target_sparsity=0.4)), state(), Step(0.2, 20, 1, coarse=True)),
+        (CoarseToFine(Levels(COARSE, 4, target_sparsity=0.39)), state(), Step(0.1, 10, 4)),
+        (CoarseToFine(Levels(COARSE, 4, target_sparsity=0.5)), state(50), StopReason.TARGET_REACHED),
+        (CoarseToFine(Levels(Tree(0.1, coarse_rate=0.2, max_levels=2), 4)), state(64, levels=2), StopReason.MAX_LEVELS),
+        (CoarseToFine(Levels(Tree(0.1, coarse_rate=0.99), 4, "layer")), state(), Step(0.99, 98, 1, coarse=True)),
+        (CoarseToFine(Levels(COARSE, 4)), state(1, levels=9), StopReason.EXHAUSTED),
     ],
 )
 def test_the_next_step_follows_from_the_state(policy, at, expected):
@@ -94,6 +120,17 @@ def test_a_state_is_never_changed_and_a_failure_keeps_the_parent():
     assert failed.accepted(level, slim, Refitted(), {}).halvings == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         dense.failures = 3
+
+
+def test_a_failed_coarse_level_makes_later_levels_fine_and_does_not_count():
+    dense = state()
+    level = Level(1, 0.2, 0.2, 80, (Candidate(0, 0.2, 0.5, 0.5),), winner=0, accepted=False)
+    failed = dense.rejected(level, coarse=True)
+    assert (failed.fine, failed.failures, failed.halvings, failed.report.levels) == (True, 0, 0, (level,))
+    assert (failed.next_level, failed.tried, dense.tried) == (1, 1, 0)
+    assert failed.rejected(level).fine
+    assert failed.rejected(level).tried == 2
+    assert not dense.rejected(level).fine
 
 
 @dataclasses.dataclass(frozen=True)
