@@ -238,8 +238,8 @@ class LeastSquares(Refit):
 
     The remaining weights and the bias of each layer are solved by least squares on its inputs. Running statistics are
     also computed again. Use it to reach a high sparsity without training. It needs calibration batches, but no labels
-    and no gradients. It refits Linear, Conv1d to Conv3d and their transposed forms, and the input projections of
-    MultiheadAttention.
+    and no gradients. It refits Linear, Conv1d to Conv3d and their transposed forms, MultiheadAttention, LSTM, GRU and
+    RNN.
 
     Attributes:
         batches: Number of training batches used for calibration.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,17 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_roulette.large.devices import with_float64
-from lightning_roulette.network.kinds import AffineKind, affine_kind_of
 from lightning_roulette.network.parameters import (
-    CONVOLUTIONS,
-    LINEAR_MAPS,
-    TRANSPOSED,
-    aliases,
-    owners_of,
     parts_of_metrics,
 )
-from lightning_roulette.network.ties import ties_of
-from lightning_roulette.network.windows import Chosen, output_size, patches, spread_patches
+from lightning_roulette.network.windows import Chosen
 
 # Takes the positional and the keyword arguments of a module's forward, and what chooses rows. Returns some rows of
 # input, shape `(groups, rows, inputs)`. A row is one position of one sample.
@@ -55,17 +48,26 @@ class Layer:
         module: The module that applies the map.
         bias: Name of the parameter that holds `b`; None if there is no bias or if it must not change.
         offsets: The part of the bias that belongs to this layer.
+        turn: Layers of one module are solved in this order, as the inputs of later ones depend on those before.
+        recurrent: Whether its inputs depend on its own outputs at other rows.
     """
 
     columns: tuple[Columns, ...]
     module: nn.Module
     bias: str | None
     offsets: slice = field(default_factory=lambda: slice(0, None))
+    turn: int = 0
+    recurrent: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the parameters that hold `W`."""
         return tuple(one.name for one in self.columns)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of all parameters that a refit of the layer may change."""
+        return self.names if self.bias is None else (*self.names, self.bias)
 
     def matrices(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """`W` as matrices, shape `(groups, outputs, inputs)`.
@@ -107,61 +109,6 @@ class Layer:
         return whole.to(torch.promote_types(whole.dtype, torch.float32))
 
 
-def layers_of(module: nn.Module, names: Collection[str]) -> tuple[list[Layer], dict[str, str]]:
-    """The layers of a network that can be refitted.
-
-    These are:
-
-    - Linear,
-    - Conv1d, Conv2d and Conv3d, and their transposed forms,
-    - the projections of queries, keys and values in MultiheadAttention,
-    - transformers' `Conv1D`, and classes that `register_layer` names.
-
-    Subclasses count if they do not override `forward`.
-
-    Args:
-        module: The network.
-        names: Names of some of its parameters.
-
-    Returns:
-        - The layers whose weights have these names. If a layer has several weights, the others are left out of it.
-        - The other parameters by name, each with the reason why it is not the weight of a layer.
-    """
-    shared = {name for known in aliases(module).values() if len(known) > 1 for name in known}
-    shared |= {name for tie in ties_of(module) for name in tie.names}
-    free = {*names} - shared
-    found: list[Layer] = []
-    for prefix, part in module.named_modules():
-        whole = _layers(part, f"{prefix}." if prefix else "", shared)
-        limited = [replace(one, columns=tuple(each for each in one.columns if each.name in free)) for one in whole]
-        found += [one for one in limited if one.columns]
-    covered = {name for one in found for name in (*one.names, one.bias)}
-    owners = owners_of(module)
-    return found, {name: _why_not(*owners[name], name in shared) for name in names if name not in covered}
-
-
-def _why_not(owner: nn.Module, own: str, shared: bool) -> str:
-    """The reason why a parameter is not the weight of a layer."""
-    kind = type(owner).__name__
-    if shared:
-        return "not supported for tied weights"
-    if not _computes_as_usual(owner):
-        return f"not supported for {kind}: it overrides forward"
-    return f"not supported for {own} of {kind}"
-
-
-def _computes_as_usual(part: nn.Module) -> bool:
-    """Whether a module computes what its known class computes, because nothing overrides `forward`."""
-    affine = affine_kind_of(part)
-    kinds = (*LINEAR_MAPS, *TRANSPOSED, nn.MultiheadAttention) if affine is None else (affine.kind,)
-    usual = next((kind for kind in kinds if isinstance(part, kind)), None)
-    if usual is None:
-        return True
-    names = ("forward", "_conv_forward")
-    own = any(name in vars(part) for name in names)
-    return not own and all(getattr(type(part), name, None) is getattr(usual, name, None) for name in names)
-
-
 def batch_norms_of(module: nn.Module) -> dict[str, _BatchNorm]:
     """The batch normalisations with running statistics, by the prefix of their buffers' names.
 
@@ -184,86 +131,38 @@ def channels(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
         arguments: Positional arguments of the module's forward.
         named: Keyword arguments of the module's forward.
     """
-    inputs = with_float64(_argument(0, "input")(arguments, named).detach()).to(torch.float64)
+    inputs = with_float64(argument(0, "input")(arguments, named).detach()).to(torch.float64)
     return inputs.movedim(1, -1).reshape(-1, inputs.shape[1])
 
 
-def _layers(part: nn.Module, path: str, shared: Collection[str]) -> list[Layer]:
-    if not _computes_as_usual(part):
-        return []
-    if (kind := affine_kind_of(part)) is not None:
-        return [_affine(part, kind, path, shared)]
-    if isinstance(part, nn.MultiheadAttention):
-        return _projections(part, path, shared)
-    columns = _columns(part, f"{path}weight")
-    return [] if columns is None else [Layer((columns,), part, _free(part, path, "bias", shared))]
-
-
-def _affine(part: nn.Module, kind: AffineKind, path: str, shared: Collection[str]) -> Layer:
-    columns = Columns(
-        f"{path}{kind.weight}", lambda weight: kind.matrix(weight)[None], flat(_argument(0, kind.argument))
-    )
-    return Layer((columns,), part, None if kind.bias is None else _free(part, path, kind.bias, shared))
-
-
-def _columns(part: nn.Module, name: str) -> Columns | None:
-    """The columns of a module of torch with one weight and one input; None for other modules."""
-    inputs = _argument(0, "input")
-    if isinstance(part, nn.Linear):
-        return Columns(name, lambda weight: weight[None], flat(inputs))
-    if isinstance(part, CONVOLUTIONS):
-        return Columns(
-            name,
-            lambda weight: weight.unflatten(0, (part.groups, -1)),
-            lambda arguments, named, chosen: patches(part, inputs(arguments, named), chosen),
-        )
-    if isinstance(part, TRANSPOSED):
-        return Columns(
-            name,
-            lambda weight: weight.unflatten(0, (part.groups, -1)).transpose(1, 2),
-            lambda *given: spread_patches(part, inputs(*given[:2]), output_size(*given[:2]), given[2]),
-        )
-    return None
-
-
-def _projections(part: nn.MultiheadAttention, path: str, shared: Collection[str]) -> list[Layer]:
-    """The projections of queries, keys and values. The module of the output projection is not called."""
-    found, bias = [], _free(part, path, "in_proj_bias", shared)
-    for place, word in enumerate(("query", "key", "value")):
-        offsets = slice(place * part.embed_dim, (place + 1) * part.embed_dim)
-        joint = part.in_proj_weight is not None
-        name, outputs = ("in_proj_weight", offsets) if joint else (f"{word[0]}_proj_weight", slice(0, None))
-        columns = Columns(f"{path}{name}", outputs_of(outputs), flat(_argument(place, word)))
-        found.append(Layer((columns,), part, bias, offsets))
-    return found
-
-
-def outputs_of(outputs: slice) -> Callable[[Tensor], Tensor]:
+def some_outputs(outputs: slice) -> Callable[[Tensor], Tensor]:
     """The view of some outputs of a weight of shape `(outputs, inputs)`, for `Columns`."""
     return lambda weight: weight[None, outputs]
 
 
-def flat(argument: Argument) -> Rows:
+def flat(inputs_of: Argument) -> Rows:
     """Rows of an argument that a weight is multiplied with on its last dimension, for `Columns`."""
 
     def rows(arguments: tuple[Any, ...], named: Mapping[str, Any], chosen: Chosen) -> Tensor:
-        inputs = argument(arguments, named)
+        inputs = inputs_of(arguments, named)
         positions = inputs.reshape(-1, inputs.shape[-1])
         return positions[chosen(len(positions)).to(positions.device)].unsqueeze(0)
 
     return rows
 
 
-def _free(part: nn.Module, path: str, own: str, shared: Collection[str]) -> str | None:
+def free(part: nn.Module, path: str, own: str, shared: Collection[str]) -> str | None:
     """The name of a bias that may change; None if it is missing, frozen, tied or computed from other tensors."""
     bias, name = part._parameters.get(own), f"{path}{own}"
     return name if bias is not None and bias.requires_grad and name not in shared else None
 
 
-def _argument(place: int, name: str) -> Argument:
-    def argument(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+def argument(place: int, name: str) -> Argument:
+    """The argument of a forward at a place, or of a name."""
+
+    def found_in(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
         found = arguments[place] if len(arguments) > place else named[name]
         assert isinstance(found, Tensor)
         return found
 
-    return argument
+    return found_in

@@ -45,10 +45,12 @@ class Fitting:
     def fit(self, layer: Layer, sums: LayerSums) -> tuple[Tensor, Tensor]:
         """Return the refitted matrix of a layer, and which of its entries are kept.
 
+        The entries that were chosen for the layer before, if any, are those given.
+
         The chosen entries are kept only if their damped error on the fitted rows is smaller than that of the given
         entries, and their error on the held-out rows is not larger.
         """
-        kept, dense = kept_in_matrix(layer, self.mask), matrix_of(layer, self.dense)
+        kept, dense = self._kept(layer), matrix_of(layer, self.dense)
         prepared = Fastest(self.damping).init(sums.fit)
         given = prepared.solve(kept, torch.where(kept, dense, 0.0))
         if not (self.choose and sums.finite):
@@ -64,10 +66,15 @@ class Fitting:
 
     def note(self, layer: Layer, kept: Tensor) -> None:
         """Note which entries of a layer's matrix are kept."""
-        if not torch.equal(kept, kept_in_matrix(layer, self.mask)):
+        if not torch.equal(kept, self._kept(layer)):
             for name in layer.names:
                 self.flags.setdefault(name, self.mask[name].clone())
             layer.write(self.flags, kept)
+
+    def _kept(self, layer: Layer) -> Tensor:
+        """Return the entries of a layer's matrix that are kept until now."""
+        names = (name for name in layer.parameters if name in self.mask)
+        return kept_in_matrix(layer, {name: self.flags.get(name, self.mask[name]) for name in names})
 
     def _free(self, layer: Layer, kept: Tensor) -> Tensor:
         """Return the entries of a layer's matrix that may be chosen. A bias may not."""

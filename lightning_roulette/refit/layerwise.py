@@ -7,12 +7,15 @@ keeps is given, or is chosen on the same inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from lightning_roulette.network.layers import Layer, batch_norms_of, channels, layers_of
-from lightning_roulette.network.lending import copy_into, named_tensors
+from lightning_roulette.network.layers import Layer, batch_norms_of, channels
+from lightning_roulette.network.lending import copy_into, lent, named_tensors
+from lightning_roulette.network.recurrent import has_state
+from lightning_roulette.network.refittable import layers_of
 from lightning_roulette.refit.dense import DenseOutputs
 from lightning_roulette.refit.fitting import Fitting
 from lightning_roulette.refit.gram import LayerSums, MeanAndVariance
@@ -60,11 +63,16 @@ class Layerwise:
         self.tensors = _changeable(module, names, steps)
         self._module, self._sampler, self._memory = module, sampler, memory or 0
         self._dense_outputs = DenseOutputs(self.tensors, sampler, self._memory // _DENSE_SHARE)
-        self._traversal = Traversal(steps, runs, None if memory is None else self._dense_outputs.keep)
+        self._carrying: set[nn.Module] = set()
+        self._traversal = Traversal(steps, runs, None if memory is None else self._meet)
         self._turns = Turns(False)
-        not_met = [step for step in steps if step not in self._traversal.order]
-        uncalled = [name for step in not_met for layer in step.layers for name in layer.names]
-        self.left_alone = left_alone | dict.fromkeys(uncalled, "the network does not call it on the calibration inputs")
+        uncalled = [step for step in steps if step not in self._traversal.order]
+        carrying = [step for step in steps if step.module in self._carrying]
+        self.left_alone = {
+            **left_alone,
+            **dict.fromkeys(_names(uncalled), "the network does not call it on the calibration inputs"),
+            **dict.fromkeys(_names(carrying), "the network calls it again with states that it gave before"),
+        }
         self._first_sums: dict[Layer, LayerSums] | None = None
 
     def try_turns(self) -> Turns:
@@ -86,9 +94,18 @@ class Layerwise:
             Names of the weights whose refit is not kept, with the reason.
         """
         reasons: dict[str, str] = {}
-        steps = [step for step in self._traversal.order if step.layers or statistics]
+        steps = [step for step in self._traversal.order if step.module not in self._carrying]
+        steps = [step for step in steps if step.layers or statistics]
         self._followed(self._refit_steps(steps, fitting, reasons))
         return reasons
+
+    def _meet(self, call: Call, given: Given) -> None:
+        """Note what is needed of a call in the dense network."""
+        self._dense_outputs.keep(call, given)
+        # such states are outputs of the step itself: the fit to those of a layer that is not refitted can be worse than
+        # no refit
+        if call.number and call.step.followed and has_state(*given):
+            self._carrying.add(call.step.module)
 
     def _followed(self, loop: CallLoop[None]) -> None:
         if self._turns.by_turns:
@@ -106,7 +123,7 @@ class Layerwise:
         found: dict[Layer, LayerSums] = {}
 
         def add(call: Call, given: Given) -> None:
-            for layer in call.step.layers:
+            for layer in () if call.step.followed else call.step.layers:
                 rows = self._sampler.rows(layer, call, given).values
                 found.setdefault(layer, LayerSums()).add(rows, outputs_of(rows, matrix_of(layer, self.tensors)))
 
@@ -125,15 +142,18 @@ class Layerwise:
     def _refit_layers(self, step: Step, fitting: Fitting, reasons: dict[str, str]) -> CallLoop[None]:
         """Collect the inputs of a step with layers, and refit them. The Gram sums are freed at the end."""
         try:
-            sums = yield from self._sums_of(step)
+            sums = yield from self._sums_of(step, fitting.dense)
         except NotKept as reason:
             reasons |= {name: str(reason) for layer in step.layers for name in layer.names}
             return
         for layer, layer_sums in sums.items():
+            again = layer.recurrent and not step.followed
+            if again and not reasons.keys().isdisjoint(layer.names):
+                continue
             try:
                 self._fit(layer, layer_sums, fitting)
             except NotKept as reason:
-                reasons |= dict.fromkeys(layer.names, str(reason))
+                reasons |= {} if again else dict.fromkeys(layer.names, str(reason))  # it keeps what was solved before
 
     def _normalise(self, step: Step) -> CallLoop[None]:
         """Set a batch normalisation's running statistics to the mean and variance of its inputs."""
@@ -146,14 +166,16 @@ class Layerwise:
         if bool(mean.isfinite().all() & variance.isfinite().all()):
             copy_into(self.tensors, {f"{step.prefix}running_mean": mean, f"{step.prefix}running_var": variance})
 
-    def _sums_of(self, step: Step) -> CallLoop[dict[Layer, LayerSums]]:
+    def _sums_of(self, step: Step, dense: Mapping[str, Tensor]) -> CallLoop[dict[Layer, LayerSums]]:
         """Return Gram sums of a step's inputs in the network as it is now and its outputs in the dense network."""
         is_first = step is self._traversal.order[0]
         if is_first and self._first_sums is not None:
             return self._first_sums
         sums = {layer: LayerSums() for layer in step.layers}
         for call in self._calls_of(step):
-            self._add(sums, call, (yield call))
+            given = yield call
+            with self._dense_layers(step, dense):
+                self._add(sums, call, given)
         if is_first and self._no_mask_changes_inputs_of(step):
             self._first_sums = sums
         return sums
@@ -168,6 +190,15 @@ class Layerwise:
                     f"the pruned network gives it {rows.count} rows of input, the dense network {dense.count}"
                 )
             layer_sums.add(rows.values, dense.outputs, rows.held_out)
+
+    @contextmanager
+    def _dense_layers(self, step: Step, dense: Mapping[str, Tensor]) -> Iterator[None]:
+        """Give the layers of a step their dense weights inside the block, if another step follows for them."""
+        names = [name for layer in step.layers for name in layer.parameters] if step.followed else []
+        own = {name: self.tensors[name] for name in names}
+        with lent(own):
+            copy_into(own, {name: dense[name] for name in own})
+            yield
 
     def _no_mask_changes_inputs_of(self, step: Step) -> bool:
         calls = self._traversal.calls
@@ -197,16 +228,24 @@ def _check(sums: LayerSums, start: Tensor, refitted: Tensor) -> None:
 
 
 def _steps(module: nn.Module, layers: Sequence[Layer]) -> list[Step]:
-    by_module: dict[nn.Module, list[Layer]] = {}
+    together: dict[tuple[nn.Module, int], list[Layer]] = {}
     for layer in layers:
-        by_module.setdefault(layer.module, []).append(layer)
-    steps = [Step(part, tuple(its)) for part, its in by_module.items()]
+        together.setdefault((layer.module, layer.turn), []).append(layer)
+    steps = []
+    for (part, _), its in together.items():
+        if any(layer.recurrent for layer in its):
+            steps.append(Step(part, tuple(its), followed=True))
+        steps.append(Step(part, tuple(its)))
     return steps + [Step(part, prefix=prefix) for prefix, part in batch_norms_of(module).items()]
 
 
+def _names(steps: Sequence[Step]) -> list[str]:
+    return [name for step in steps for layer in step.layers for name in layer.names]
+
+
 def _changeable(module: nn.Module, names: Sequence[str], steps: Sequence[Step]) -> dict[str, Tensor]:
-    biases = [layer.bias for step in steps for layer in step.layers if layer.bias is not None]
+    own = [name for step in steps for layer in step.layers for name in layer.parameters]
     norms = [step.prefix for step in steps if not step.layers]
     statistics = [f"{prefix}{own}" for prefix in norms for own in ("running_mean", "running_var")]
     tensors = named_tensors(module)
-    return {name: tensors[name] for name in dict.fromkeys([*names, *biases, *statistics])}
+    return {name: tensors[name] for name in dict.fromkeys([*names, *own, *statistics])}

@@ -28,11 +28,14 @@ class Step:
         module: The module that is called.
         layers: The layers whose weights it holds; empty for a batch normalisation.
         prefix: Prefix of the names of a batch normalisation's buffers.
+        followed: Whether the next step solves the same layers again: those whose inputs depend on their own outputs.
+            Until then, the inputs are computed with the dense weights of these layers.
     """
 
     module: nn.Module
     layers: tuple[Layer, ...] = ()
     prefix: str = ""
+    followed: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lightning_roulette import (
 )
 from lightning_roulette.network import kinds
 from lightning_roulette.network.kinds import AffineKind, affine_kind_of, register_layer
-from lightning_roulette.network.layers import layers_of
+from lightning_roulette.network.refittable import layers_of
 from lightning_roulette.settings import CALIBRATED
 from tests.support.networks import mask_of, numbers
 

@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.functional import linear
 from torch.nn.utils.parametrize import register_parametrization
 
-from lightning_roulette.network.layers import batch_norms_of, channels, layers_of
+from lightning_roulette.network.layers import batch_norms_of, channels
 from lightning_roulette.network.parameters import prunable_parameters
+from lightning_roulette.network.refittable import layers_of
 from tests.support.networks import MetricOf, known, numbers
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -30,9 +31,9 @@ def everywhere(count: int) -> torch.Tensor:
     return torch.arange(count)
 
 
-def applied(layer, arguments, named=None, chosen=everywhere) -> torch.Tensor:
+def applied(layer, arguments, named=None, chosen=everywhere, module=None) -> torch.Tensor:
     """The module's outputs computed from rows and matrices, shape (rows, outputs)."""
-    parameters = dict(layer.module.named_parameters())
+    parameters = dict((module or layer.module).named_parameters())
     found = (layer.rows(arguments, named or {}, chosen) @ layer.matrices(parameters).mT).movedim(0, 1).flatten(1)
     return found if layer.bias is None else (found + parameters[layer.bias][layer.offsets]).detach()
 
@@ -181,6 +182,75 @@ def test_attention_rows_give_its_projections(sizes, bias, batch_first):
         assert torch.allclose(applied(layer, tuple(given[:2]), value), wanted, atol=1e-12)
 
 
+ATTENTIONS = {
+    "plain": {},
+    "batch first": {"batch_first": True},
+    "other sizes": {"kdim": 3, "vdim": 5},
+    "biases of keys and values": {"add_bias_kv": True},
+    "zeros": {"add_zero_attn": True},
+    "without biases": {"bias": False},
+    "dropout": {"dropout": 0.5},
+}
+
+
+def attended(kind: str, batched: bool = True):
+    """A module, its arguments, and the place of their batch dimension."""
+    options = ATTENTIONS[kind]
+    module = known(nn.MultiheadAttention(6, 2, **options))
+    sizes = [(4, 6), (3, options.get("kdim", 6)), (3, options.get("vdim", 6))]
+    place = 0 if options.get("batch_first") else 1
+    shapes = [[*size[:place], 2, *size[place:]] if batched else size for size in sizes]
+    return module, [numbers(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+
+
+MASKS = [
+    {},
+    {"need_weights": False},
+    {"average_attn_weights": False},
+    {"attn_mask": torch.tensor([[False, True, False]] * 4)},
+    {"key_padding_mask": torch.tensor([[False, False, True], [False, False, False]])},
+    {"attn_mask": torch.ones(4, 3, dtype=torch.bool).triu(1), "is_causal": True, "need_weights": False},
+]
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+@pytest.mark.parametrize("named", MASKS)
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_rows_give_its_outputs(kind, named, training):
+    module, given = attended(kind)
+    layers, _ = layers_of(module, list(prunable_parameters(module)))
+    layer = layers[-1]
+    assert (layer.names, layer.turn, {one.turn for one in layers[:-1]}) == (("out_proj.weight",), 1, {0})
+    wanted = module.eval()(*given, **named)[0].detach().flatten(0, 1)
+    before, generator = [one.clone() for one in module.parameters()], torch.get_rng_state()
+    found = applied(layer, tuple(given), named, module=module.train(training))
+    assert torch.allclose(found, wanted, atol=1e-12)
+    assert all(torch.equal(*pair) for pair in zip(module.parameters(), before, strict=True))
+    assert torch.equal(torch.get_rng_state(), generator)
+    words = dict(zip(("query", "key", "value"), given, strict=True))
+    assert torch.equal(applied(layer, (), words | named, module=module), found)
+    rows = layer.rows(tuple(given), named, everywhere)
+    with torch.no_grad():
+        module.out_proj.weight.fill_(7)
+        module.out_proj.bias = None
+    assert torch.equal(layer.rows(tuple(given), named, everywhere), rows)
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_attention_rows_without_a_batch_give_its_outputs(kind):
+    module, given = attended(kind, batched=False)
+    layer = layers_of(module, list(prunable_parameters(module)))[0][-1]
+    wanted = module.eval()(*given)[0].detach()
+    assert torch.allclose(applied(layer, tuple(given), module=module), wanted, atol=1e-12)
+
+
+def test_an_output_projection_inside_an_attention_of_its_own_is_a_layer_of_its_own():
+    part = Attends(4, 2)
+    layers, left = layers_of(part, ["in_proj_weight", "out_proj.weight"])
+    assert [(layer.names, layer.module) for layer in layers] == [(("out_proj.weight",), part.out_proj)]
+    assert left.keys() == {"in_proj_weight"}
+
+
 def test_a_bias_that_is_frozen_or_tied_must_not_change():
     def biases() -> list[str | None]:
         return [layer.bias for layer in layers_of(module, ["0.weight", "2.weight", "1.in_proj_weight"])[0]]
@@ -251,16 +321,17 @@ def test_layers_are_found_by_name_at_any_depth():
 
 
 def test_every_other_weight_has_a_reason():
-    parts = {"lstm": nn.LSTM(2, 2), "cell": nn.GRUCell(2, 2)}
-    net = nn.ModuleDict({**parts, "one": nn.Linear(2, 2), "other": nn.Linear(2, 2), "free": nn.Linear(2, 2)})
+    net = nn.ModuleDict(
+        {"cell": nn.GRUCell(2, 2), "one": nn.Linear(2, 2), "other": nn.Linear(2, 2), "free": nn.Linear(2, 2)}
+    )
     net.matrix, net["other"].weight = nn.Parameter(torch.ones(2, 2)), net["one"].weight
-    names = ["matrix", "lstm.weight_ih_l0", "cell.weight_hh", "one.weight", "free.weight"]
+    names = ["matrix", "cell.weight_ih", "cell.weight_hh", "one.weight", "free.weight"]
     layers, left = layers_of(net, names)
     assert [layer.names for layer in layers] == [("free.weight",)]
     assert left == {
         "matrix": "not supported for matrix of ModuleDict",
-        "lstm.weight_ih_l0": "not supported for weight_ih_l0 of LSTM",
-        "cell.weight_hh": "not supported for weight_hh of GRUCell",
+        "cell.weight_ih": "not supported for GRUCell",
+        "cell.weight_hh": "not supported for GRUCell",
         "one.weight": "not supported for tied weights",
     }
 

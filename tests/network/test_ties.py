@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_roulette import prunable_parameters, skipped_parameters
-from lightning_roulette.network.layers import layers_of
+from lightning_roulette.network.refittable import layers_of
 from lightning_roulette.network.ties import Tie, shared_with_buffers, ties_of
 
 

@@ -38,6 +38,7 @@ from tests.support.networks import (
     state_of,
 )
 
+ATTENTION = nn.MultiheadAttention
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 plain = pytest.mark.parametrize("kind", PLAIN)
@@ -49,14 +50,28 @@ words = pytest.mark.parametrize("word", ["activation", "obs"])
 def calls_of(module: nn.Module, batches) -> dict[str, list]:
     """By each module's name, the inputs and the output of all its calls on the batches."""
     found, module = defaultdict(list), deepcopy(module).eval()
+    inside = {name: with_identity(part) for name, part in module.named_modules() if isinstance(part, ATTENTION)}
+
+    def note(name, given, named, output):
+        found[name].append(((*given, *named.values()), output))
+        if name in inside:  # the output projection is not called
+            found[f"{name}.out_proj"].append((inside[name](*given, **named)[:1], output[0]))
+
     for name, part in module.named_modules():
         part.register_forward_hook(
-            lambda _, given, named, output, name=name: found[name].append(((*given, *named.values()), output)),
-            with_kwargs=True,
+            lambda _, given, named, output, name=name: note(name, given, named, output), with_kwargs=True
         )
     for batch in batches:
         module(*batch) if isinstance(batch, tuple) else module(batch)
     return found
+
+
+def with_identity(attention: nn.MultiheadAttention) -> nn.Module:
+    """The attention without its output projection."""
+    other = deepcopy(attention)
+    other.out_proj.weight.data = torch.eye(attention.embed_dim, dtype=torch.float64)
+    nn.init.zeros_(other.out_proj.bias)
+    return other
 
 
 def maps_of(module: nn.Module):
@@ -171,7 +186,8 @@ def test_every_layer_is_the_best_for_its_inputs(kind, density, damping):
     net, batches, mask = case(kind, density)
     found = refit(net, batches, mask, LeastSquares(damping=damping))
     assert found.undone == {}
-    assert_refitted(net, mask, batches, found, damping)
+    # the heads of an attention of few tokens are nearly dependent
+    assert_refitted(net, mask, batches, found, damping, 2e-6 if kind in ("encoder", "attention") else 1e-7)
 
 
 @memories
@@ -603,12 +619,11 @@ def test_a_layer_that_the_pruned_network_gives_other_rows_is_not_refitted():
 
 
 @pytest.mark.parametrize(
-    ("kind", "left"), [("encoder", {"0.self_attn.out_proj.weight"}), ("repeated", {"spare.weight"}), ("late", None)]
+    ("kind", "left"), [("repeated", {"spare.weight"}), ("late", {"cell.weight_ih", "cell.weight_hh"})]
 )
 def test_weights_left_alone_are_named_and_merely_pruned(kind, left):
     net, batches, _ = case(kind)
     mask, calibration = mask_of(net), Calibration(net, batches)
-    left = left or {name for name in mask if name.startswith("lstm")}
     reasons = calibration.left_alone(mask, LeastSquares())
     assert reasons.keys() == left
     assert kind == "late" or set(reasons.values()) == {"the network does not call it on the calibration inputs"}
@@ -618,8 +633,6 @@ def test_weights_left_alone_are_named_and_merely_pruned(kind, left):
     biases = {name.replace("weight", "bias") for name in left} & found.values.keys()
     assert_merely_pruned(net, mask, found, left | biases)
     assert alike(calibration.refit(mask, LeastSquares()), found)
-    if kind == "encoder":
-        assert_refitted(net, mask, batches, found, 1e-3, left=left)
 
 
 @pytest.mark.parametrize("how", [Refit(), LeastSquares()])

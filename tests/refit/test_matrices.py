@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_roulette.network.layers import layers_of
+from lightning_roulette.network.refittable import layers_of
 from lightning_roulette.refit import matrices
 from lightning_roulette.refit.matrices import RowSampler, kept_in_matrix, matrix_of, write_matrix
 from lightning_roulette.refit.traversal import Call, Step

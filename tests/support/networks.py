@@ -156,7 +156,35 @@ class Late(Layers):
     """Its first layer comes after weights that no refit looks at."""
 
     def forward(self, x):
-        return self.head(self.lstm(x)[0])
+        return self.head(self.cell(x)[0])
+
+
+class Recurring(Layers):
+    """Reads sequences and gives a number for each time step."""
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.read(x)[0]))
+
+
+class Stepwise(Layers):
+    """Reads sequences step by step, with the state that the step before gave, or afresh."""
+
+    def __init__(self, carries: bool) -> None:
+        super().__init__(read=nn.LSTM(4, 5), head=nn.Linear(5, 3))
+        self.carries = carries
+
+    def forward(self, x):
+        outputs, state = [], None
+        for one in x.unbind(1):
+            output, found = self.read(one[None], state)
+            state = found if self.carries else None
+            outputs.append(output[0])
+        return self.head(torch.stack(outputs, 1))
+
+
+def recurring(kind: Callable[..., nn.Module], **options: object) -> nn.Module:
+    read = kind(4, 5, num_layers=2, batch_first=True, bidirectional=True, dropout=0.5, **options)
+    return Recurring(read=read, head=nn.Linear(2 * (read.proj_size or 5), 3))
 
 
 def choosy() -> nn.Module:
@@ -215,8 +243,8 @@ PLAIN = {
     "conv": Kind(conv, ((2, 7, 7),)),
     "decoder": Kind(decoder, ((5,),)),
     "residual": Kind(Residual, ((2, 4, 5),)),
-    "encoder": Kind(encoder, ((5, 6),), without=("0.self_attn.out_proj.weight",)),
-    "attention": Kind(Attention, ((3, 6), (4, 4), (4, 5)), without=("look.out_proj.weight",)),
+    "encoder": Kind(encoder, ((5, 6),)),
+    "attention": Kind(Attention, ((3, 6), (4, 4), (4, 5))),
 }
 KINDS = PLAIN | {
     "repeated": Kind(Repeated, ((5,),), without=("spare.weight",)),
@@ -224,7 +252,9 @@ KINDS = PLAIN | {
     "choosy": Kind(choosy, ((4,),), sizes=(48, 40, 48)),
     "choosy at last": Kind(choosy, ((4,),), sizes=(40, 40, 48)),
     "careful": Kind(lambda: Careful(a=nn.Linear(4, 4), b=nn.Linear(4, 4)), ((4,),)),
-    "late": Kind(lambda: Late(lstm=nn.LSTM(5, 6), head=nn.Linear(6, 3)), ((5,),)),
+    "late": Kind(lambda: Late(cell=nn.LSTMCell(5, 6), head=nn.Linear(6, 3)), ((5,),)),
+    "lstm": Kind(lambda: recurring(nn.LSTM), ((6, 4),)),
+    "gru": Kind(lambda: recurring(nn.GRU), ((6, 4),)),
     "norm first": Kind(lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)), ((6,),)),
 }
 
