@@ -255,8 +255,8 @@ class LeastSquares(Refit):
             inputs. Larger values are safer with few calibration batches.
         choose: Which weights of a layer stay:
 
-            - `True`: as many as the wheel drew for the layer, chosen on its inputs so that its outputs come closest.
-              Levels may then bring back weights that an earlier level pruned. Between epochs they do not.
+            - `True`: as many of each output as the wheel drew, chosen on the layer's inputs so that the output comes
+              closest. Levels may then bring back weights that an earlier level pruned. Between epochs they do not.
             - `False`: those that the wheel drew.
 
     Raises:

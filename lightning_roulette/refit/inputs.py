@@ -118,9 +118,9 @@ class Calibration:
         before it are already refitted. Running statistics of batch normalisations become the mean and variance of their
         inputs.
 
-        With `LeastSquares(choose=True)` a layer keeps as many weights as the mask keeps of it, but not always the same
-        ones: those that leave a smaller squared error on its inputs (see `chosen`). The choice of a layer is kept only
-        if the error is smaller than that of the mask's weights, and not larger on rows that it was not solved on.
+        With `LeastSquares(choose=True)` each output of a layer keeps as many weights as in the mask, but not always the
+        same ones: those that leave a smaller squared error on its inputs (see `chosen`). The choice of a layer is kept
+        only if the error is smaller than that of the mask's weights, and not larger on rows that it was not solved on.
 
         The refit of a layer is not kept if it is not finite, or if it increases the error on rows that it was not
         solved on. The result depends only on the dense network, the mask and the batches.

@@ -1,4 +1,4 @@
-"""Which weights of a layer stay, for a given number of them, by the layer's squared error on its Gram sums.
+"""Which weights of each output of a layer stay, for a given number, by its squared error on the layer's Gram sums.
 
 The method is the alternating direction method of multipliers for a sparse least-squares problem, as in Meng et al.,
 "ALPS: Improved optimization for highly sparse one-shot pruning for large language models" (NeurIPS 2024,
@@ -20,6 +20,7 @@ from lightning_roulette.refit.solvers.cost import inverses_pay
 # The penalties are in units of the diagonal of the scaled Gram matrix, which is one.
 _PENALTIES = (0.1, 0.3, 1.0)
 _ROUNDS = 10  # with each penalty
+_HALVINGS = 16  # of the range in which a threshold is sought; a sort takes longer than all else
 _STEPS = 8  # of conjugate gradients in a round, where no inverse is computed
 
 # Takes right-hand sides, shape `(groups, outputs, inputs)`, and a matrix to start from. Returns solutions.
@@ -49,10 +50,11 @@ class Problem:
 
 
 def chosen(problem: Problem, kept: Tensor) -> Tensor:
-    """Return other kept entries, as many as given, that leave a small error after the kept weights are solved.
+    """Return other kept entries, as many for each output, that leave a small error after the kept weights are solved.
 
-    The choice is a heuristic: it may be worse than what is given. It works on float32 copies. It depends on the number
-    of given entries, and on which ones are given only as the start.
+    Which outputs keep more is not chosen: the squared error of a layer does not tell which of its outputs matter. The
+    choice is a heuristic, which may be worse than what is given. It works on float32 copies. Of the given entries it
+    uses the numbers, and the entries themselves only as the start.
 
     Args:
         problem: The layer.
@@ -61,31 +63,28 @@ def chosen(problem: Problem, kept: Tensor) -> Tensor:
     Returns:
         Bool, the same shape. Outside of `problem.free` it is `kept`. Equal to `kept` if there is nothing to choose.
     """
-    count = int((kept & problem.free).sum())
-    if count in (0, int(problem.free.sum())):
+    counts = (kept & problem.free).sum(2, keepdim=True)
+    if not bool(((counts > 0) & (counts < problem.free.sum(2, keepdim=True))).any()):
         return kept
-    split = _Splitting.begun(problem, kept, count)
+    split = _Splitting.begun(problem, kept, counts)
     for penalty in _PENALTIES:
         fit = _fit_of(split.gram, penalty, kept.shape[1])
         for _ in range(_ROUNDS):
             split.go(fit, penalty)
-    return largest(split.wanted.abs(), split.free, count) | (kept & ~problem.free)
+    return largest(split.wanted.abs(), split.free, counts) | (kept & ~problem.free)
 
 
-def largest(values: Tensor, among: Tensor, count: int) -> Tensor:
-    """Return where the `count` largest values are. Of equal values the first ones are taken.
+def largest(values: Tensor, among: Tensor, counts: Tensor) -> Tensor:
+    """Return where the largest values of each row are. Of equal values the first ones are taken.
 
     Args:
-        values: At least 0, not NaN.
+        values: At least 0, shape `(groups, outputs, inputs)`.
         among: Bool, the same shape. Only these are compared.
-        count: At least 1, and at most the number of compared values.
+        counts: How many of each row, shape `(groups, outputs, 1)`.
     """
-    flat = values.masked_fill(~among, -1.0).flatten()
-    threshold = flat.kthvalue(len(flat) - count + 1).values
-    found = flat > threshold
-    equal = (flat == threshold).nonzero().flatten()
-    found[equal[: count - int(found.sum())]] = True
-    return found.view(values.shape)
+    order = values.masked_fill(~among, -1.0).argsort(dim=2, descending=True, stable=True)
+    first = torch.arange(values.shape[2], device=values.device) < counts
+    return torch.zeros_like(among).scatter_(2, order, first)
 
 
 @dataclass(eq=False)
@@ -97,7 +96,7 @@ class _Splitting:
         right: Right-hand sides, shape `(groups, outputs, inputs)`.
         free: The entries that are chosen among, the same shape.
         pruned: The entries that are zero in any case, the same shape.
-        count: Number of kept entries among the free ones.
+        counts: Number of kept entries of each output among the free ones, shape `(groups, outputs, 1)`.
         dense: The matrix that fits, the same shape.
         sparse: The sparse matrix, the same shape.
         dual: The multipliers, the same shape.
@@ -108,14 +107,14 @@ class _Splitting:
     right: Tensor
     free: Tensor
     pruned: Tensor
-    count: int
+    counts: Tensor
     dense: Tensor
     sparse: Tensor
     dual: Tensor
     wanted: Tensor
 
     @classmethod
-    def begun(cls, problem: Problem, kept: Tensor, count: int) -> _Splitting:
+    def begun(cls, problem: Problem, kept: Tensor, counts: Tensor) -> _Splitting:
         """Return the iteration before its first round."""
         gram, ridges = problem.sums.gram, problem.ridges
         diagonal = gram.diagonal(dim1=1, dim2=2) + ridges.unsqueeze(1)
@@ -128,17 +127,26 @@ class _Splitting:
         most = torch.where(most > 0, most, 1.0)
         right, begin = (right / most).float(), (begin / most).float()
         zeros = torch.zeros_like(begin)
-        return cls(scaled, right, problem.free, ~problem.free & ~kept, count, begin, begin, zeros, begin)
+        return cls(scaled, right, problem.free, ~problem.free & ~kept, counts, begin, begin, zeros, begin)
 
     def go(self, fit: _Fit, penalty: float) -> None:
         """Go on by one round."""
         self.dense = fit(self.right - self.dual + penalty * self.sparse, self.dense)
         self.wanted = self.dense + self.dual / penalty
         size = self.wanted.abs().masked_fill_(~self.free, -1.0)
-        threshold = size.flatten().kthvalue(size.numel() - self.count + 1).values
-        small = (size < threshold) & self.free
+        small = ((size < _threshold(size, self.counts)) | (self.counts == 0)) & self.free
         self.sparse = self.wanted.masked_fill(small | self.pruned, 0.0)
         self.dual = self.dual + penalty * (self.dense - self.sparse)
+
+
+def _threshold(size: Tensor, counts: Tensor) -> Tensor:
+    """Return for each row a number that about as many entries reach as given, and not fewer."""
+    low, high = torch.zeros_like(size[..., :1]), size.amax(2, keepdim=True)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        enough = (size >= middle).sum(2, keepdim=True) >= counts
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return low
 
 
 def _fit_of(gram: Tensor, penalty: float, outputs: int) -> _Fit:
