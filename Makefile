@@ -32,6 +32,7 @@ bench: $(VENV)/.demo
 	$(VENV)/bin/python examples/benchmarks/refit.py $(MNIST)
 	$(VENV)/bin/python examples/benchmarks/gradual.py $(MNIST)
 	$(VENV)/bin/python examples/benchmarks/memory.py
+	$(VENV)/bin/python examples/benchmarks/scale.py --most inputs=1024 depth=16 outputs=1024 rows=16384 --width 32
 
 # torch goes first, as its pinned version names a build that the constraint alone might not prefer
 $(VENV)/.torch: constraints.txt
