@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "paper"))
+import checkpoints
 import data
 import methods
 import networks
+import one_shot
 import run
 import table
 
-__all__ = ["data", "methods", "networks", "run", "table", "write"]
+__all__ = ["checkpoints", "data", "methods", "networks", "one_shot", "run", "table", "write"]
 
 
 def write(folder: Path, file: str, *shape: int, train: int = 60, test: int = 20) -> dict[str, np.ndarray]:
