@@ -118,7 +118,16 @@ def digest(tensor: Tensor) -> str:
 
 
 # Fields of records that came after a reference was written.
-ADDED = {"matrices", "skipped", "dense_measured", "notes", "target_sparsity", "target_met", "tolerance_why"}
+ADDED = {
+    "matrices",
+    "skipped",
+    "dense_measured",
+    "notes",
+    "target_sparsity",
+    "target_met",
+    "tolerance_why",
+    "not_refitted",
+}
 
 
 def frozen(value: Any) -> Any:

@@ -32,7 +32,8 @@ def read(record: Mapping[str, Any]) -> dict[str, Any]:
         "stop_reason": StopReason[record["stop_reason"]] if record["stop_reason"] else None,
         "method": Method[record["method"]] if record.get("method") else None,
         "folds": tuple(record["folds"]),
-        "skipped": tuple(Skipped(**{**one, "names": tuple(one["names"])}) for one in record.get("skipped", ())),
+        "skipped": _skipped(record.get("skipped", ())),
+        "not_refitted": _skipped(record.get("not_refitted", ())),
         "notes": tuple(record.get("notes", ())),
     }
 
@@ -47,6 +48,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(member) for member in value]
     return dict(value) if isinstance(value, Mapping) else value
+
+
+def _skipped(records: Sequence[Mapping[str, Any]]) -> tuple[Skipped, ...]:
+    return tuple(Skipped(**{**one, "names": tuple(one["names"])}) for one in records)
 
 
 def _level(record: Mapping[str, Any]) -> Level:

@@ -39,7 +39,7 @@ class StopReason(Enum):
 
 @dataclass(frozen=True)
 class Skipped:
-    """Parameters that are not prunable for the same reason.
+    """Parameters that are not prunable, or not refitted, for the same reason.
 
     Attributes:
         names: Names of the parameters.

@@ -47,6 +47,7 @@ class SearchReport(FormerNames):
         notes: What else the reader of the report must know, in sentences.
         target_sparsity: Sparsity at which the search was to end; None without a target.
         tolerance_why: How the tolerance was chosen, in words; empty if it was given.
+        not_refitted: The weights in `left_alone`, grouped by reason, largest group first.
     """
 
     monitor: str
@@ -79,6 +80,7 @@ class SearchReport(FormerNames):
     notes: tuple[str, ...] = ()
     target_sparsity: float | None = None
     tolerance_why: str = ""
+    not_refitted: tuple[Skipped, ...] = ()
 
     @property
     def floor(self) -> float:

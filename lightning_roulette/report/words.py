@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from lightning_roulette.report.names import listed
+from lightning_roulette.report.names import listed, shortened
 from lightning_roulette.report.records import Level, StopReason
 
 if TYPE_CHECKING:
@@ -230,9 +230,20 @@ def _unusual(report: SearchReport) -> list[str]:
     """Return what is unusual about the importance and the refit: a fallback, and weights that were not refitted."""
     lines = [f"Importance: {report.importance}."] if ", as " in report.importance else []
     undone = _by_reason(report.winner.undone) if report.winner else {}
-    lines += [f"Not refitted: {names} ({why})." for why, names in _by_reason(report.left_alone).items()]
+    lines += [f"Not refitted: {one}." for one in _not_refitted(report)]
     lines += [f"Refit not kept for {names}: {why}." for why, names in undone.items()]
     return [*lines, f"Refit: {report.refit}."] if "not kept" in report.refit else lines
+
+
+def _not_refitted(report: SearchReport) -> list[str]:
+    """Return which weights were not refitted, with their share of the prunable weights and the reason."""
+    if not report.not_refitted:  # reports of earlier versions have names alone
+        return [f"{names} ({why})" for why, names in _by_reason(report.left_alone).items()]
+    size = max(1, report.size)
+    return [
+        f"{one.weights / size:.1%} of the prunable weights, in {shortened(one.names)} ({one.why})"
+        for one in report.not_refitted
+    ]
 
 
 def _by_reason(reasons: Mapping[str, str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from lightning_roulette.mask.mask import Mask
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.refitted import Refitted, Survivors
+from lightning_roulette.report.records import Skipped
 from lightning_roulette.settings import LeastSquares, Refit
 
 _STATISTICS = Refit()  # computes running statistics only
@@ -69,6 +70,17 @@ class Refitter:
         if self.how is None or self.calibration is None:
             return {}
         return self.calibration.left_alone(Mask.full(self.weights), self.how)
+
+    def not_refitted(self) -> tuple[Skipped, ...]:
+        """These weights grouped by reason, largest group first."""
+        groups: dict[str, list[str]] = {}
+        for name, why in self.left_alone().items():
+            groups.setdefault(why, []).append(name)
+        found = [
+            Skipped(tuple(names), sum(self.weights[name].numel() for name in names), why)
+            for why, names in groups.items()
+        ]
+        return tuple(sorted(found, key=lambda one: -one.weights))
 
     def dense(self) -> dict[int, Survivors]:
         """Dense values of everything else that a refit changes, under the key 0. Empty without a refit."""

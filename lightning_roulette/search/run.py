@@ -166,6 +166,7 @@ def begin(
         undivided_because=judge.undivided_because,
         refit=refitter.in_words,
         left_alone=refitter.left_alone(),
+        not_refitted=refitter.not_refitted(),
         importance=drawing.in_words,
         held_out_dense=dense.held_out,
         samples=None if dense.held_out_outcomes is None else size_of(dense.held_out_outcomes),

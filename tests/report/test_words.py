@@ -214,6 +214,8 @@ def test_a_network_that_stays_dense_is_said_to(report, line):
 
 REFITTED = replace(REPORT, importance="sensitivity", refit="survivors by least squares")
 WHY = "it did not improve held-out inputs"
+OWN = "not supported for LSTMCell"
+CELL = dict.fromkeys(("cell.weight_ih", "cell.weight_hh"), OWN)
 MANY = {f"w{number}": WHY for number in range(8)}
 
 
@@ -229,6 +231,10 @@ MANY = {f"w{number}": WHY for number in range(8)}
         (
             replace(REFITTED, left_alone={"a": "refit not supported for LSTM"}),
             ["Not refitted: a (refit not supported for LSTM)."],
+        ),
+        (
+            replace(REFITTED, left_alone=CELL, not_refitted=(Skipped(tuple(CELL), REFITTED.size // 4, OWN),)),
+            [f"Not refitted: 25.0% of the prunable weights, in cell.weight_ih, cell.weight_hh ({OWN})."],
         ),
         (
             replace(REFITTED, levels=(replace(LEVELS[2], undone={"b": WHY, "c": WHY}),)),

@@ -533,10 +533,12 @@ def test_the_report_names_the_weights_that_cannot_be_refitted(each_level):
     assert report.left_alone.keys() == {"free", "unused.weight"}
     assert "not supported for free" in report.left_alone["free"]
     assert "does not call it" in report.left_alone["unused.weight"]
-    assert "Not refitted: free (" in str(report)
+    assert "Not refitted: 9.5% of the prunable weights, in free (not supported for free of Partly)." in str(report)
+    assert [(one.names, one.weights) for one in report.not_refitted] == [(("free",), 16), (("unused.weight",), 9)]
     for name in report.left_alone:
         assert torch.equal(winner.weights[name], weights[name] * winner.mask[name])
     assert read_back(report).left_alone == report.left_alone
+    assert read_back(report).not_refitted == report.not_refitted
     assert str(read_back(report)) == str(report)
 
 
