@@ -115,9 +115,9 @@ class Calibration:
         The layers of the mask are refitted in the order in which the network calls them. The survivors and the bias of
         a layer are solved so that its outputs are closest to the dense network's outputs, up to a thousandth of the
         squared error (see `Prepared.solve` and `Fastest`). Its inputs come from the pruned network, in which the layers
-        before it are already refitted. A recurrent layer is solved twice: with the states before each time step that its
-        dense weights would give, and then with those that it gives itself. Running statistics of batch normalisations
-        become the mean and variance of their inputs.
+        before it are already refitted. A recurrent layer is solved twice: with the states that its dense weights would
+        give, and then with those that it gives itself. Running statistics of batch normalisations become the mean and
+        variance of their inputs.
 
         With `LeastSquares(choose=True)` each output of a layer keeps as many weights as in the mask, but not always the
         same ones: those that leave a smaller squared error on its inputs (see `chosen`). The choice of a layer is kept
