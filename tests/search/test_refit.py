@@ -106,6 +106,20 @@ def test_a_candidate_has_its_parents_values_until_it_is_refitted_and_then_its_ow
         assert equal(candidate.weights, pruned(net, candidate.mask))
 
 
+def test_levels_with_chosen_survivors_have_the_counts_of_the_wheel_and_are_judged_as_they_are_kept():
+    net = network()
+    evaluate = faithful(net)
+    winner, drawn = ranked(net, LeastSquares(choose=True), evaluate), ranked(net, LeastSquares(), faithful(net))
+    masks = masks_of(winner)
+    assert [one.survivors for one in winner.report.levels] == [one.survivors for one in drawn.report.levels]
+    assert masks != masks_of(drawn)
+    judged = {key_of(candidate.mask) for candidate, _ in evaluate.log if candidate.refitted}
+    for level, mask in enumerate(masks[1:], 1):
+        weights = winner.weights_at(level)
+        assert all(torch.equal(weights[name] != 0, kept) for name, kept in mask.items())
+        assert key_of(mask) in judged
+
+
 def test_the_wheel_of_the_next_level_looks_at_the_refitted_weights():
     net, seen = network(), []
 
@@ -489,6 +503,10 @@ def test_a_refit_that_is_not_possible_is_refused(options, error, message):
         ("batch_norm", "running statistics, of the best candidate of a level"),
         (END, "survivors by least squares, and running statistics, at the end"),
         (Refit(each_level=False), "running statistics, at the end"),
+        (
+            LeastSquares(choose=True),
+            "survivors chosen and solved by least squares, and running statistics, of the best",
+        ),
         (LeastSquares(finalists=2), "survivors by least squares, and running statistics, of the best 2 candidates of"),
         (None, ""),
     ],
