@@ -159,7 +159,7 @@ def _packed(part: nn.RNNBase, given: Tensor) -> tuple[Tensor, Tensor]:
     """The entries of sequences of equal length by time step, and their number at each time step."""
     batch = given if given.dim() == 3 else given.unsqueeze(0 if part.batch_first else 1)
     batch = batch.transpose(0, 1) if part.batch_first else batch
-    return batch.flatten(0, 1), torch.full((batch.shape[0],), batch.shape[1])
+    return batch.flatten(0, 1), torch.full((batch.shape[0],), batch.shape[1], device="cpu")
 
 
 def _zeros(part: nn.RNNBase, data: Tensor, sequences: int) -> tuple[Tensor, ...]:

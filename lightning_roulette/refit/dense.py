@@ -41,21 +41,23 @@ class DenseOutputs:
 
     def __init__(self, tensors: Mapping[str, Tensor], sampler: RowSampler, memory: int) -> None:
         self._tensors, self._sampler, self._memory = tensors, sampler, memory
-        self._kept: dict[tuple[Layer, Call], tuple[int, Tensor | Place]] = {}
+        self._kept: dict[tuple[Layer, int, int], tuple[int, Tensor | Place]] = {}  # by batch and number of the call
         self._file: TensorFile | None = None
         self.bytes = 0
 
     def keep(self, call: Call, given: Given) -> None:
         """Keep the outputs of a call. The network must be dense."""
         for layer in call.step.layers:
+            if (key := (layer, call.batch, call.number)) in self._kept:  # several steps may solve a layer
+                continue
             rows = self._sampler.rows(layer, call, given)
             outputs = outputs_of(rows.values, matrix_of(layer, self._tensors))
             stored_in = torch.promote_types(self._tensors[layer.names[0]].dtype, torch.float32)
-            self._kept[layer, call] = rows.count, self._put(outputs.to(stored_in))
+            self._kept[key] = rows.count, self._put(outputs.to(stored_in))
 
     def of(self, layer: Layer, call: Call) -> DenseRows:
         """Return the outputs of a layer in a call."""
-        count, kept = self._kept[layer, call]
+        count, kept = self._kept[layer, call.batch, call.number]
         if isinstance(kept, Place):
             assert self._file is not None
             name = layer.names[0]

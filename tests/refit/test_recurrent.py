@@ -10,7 +10,11 @@ from torch import nn
 
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.parameters import prunable_parameters
+from lightning_roulette.network.refittable import layers_of
+from lightning_roulette.refit.dense import DenseOutputs
 from lightning_roulette.refit.inputs import Calibration
+from lightning_roulette.refit.matrices import RowSampler
+from lightning_roulette.refit.traversal import Call, Step
 from lightning_roulette.settings import LeastSquares
 from tests.support.exact import exact_fit
 from tests.support.networks import Recurring, Stepwise, changed, known, mask_of, numbers, related
@@ -184,3 +188,14 @@ def test_the_weights_that_are_chosen_are_those_that_are_written(kind):
         for one, values in ((found.mask, found.values), (mask, given.values))
     )
     assert close < far
+
+
+def test_outputs_of_a_layer_that_is_solved_twice_are_kept_once():
+    net, batches, mask = case("LSTM", False, layers=1)
+    (layer, _), _ = layers_of(net, [*mask])
+    outputs = DenseOutputs(dict(net.named_parameters()), RowSampler(None, 1, 0), 2**20)
+    calls = [Call(Step(net.read, (layer,), followed=followed), 0, 0) for followed in (True, False)]
+    for call in calls:
+        outputs.keep(call, ((batches[0],), {}))
+        assert outputs.bytes == batches[0][..., 0].numel() * 20 * 8
+    assert outputs.of(layer, calls[0]).outputs is outputs.of(layer, calls[1]).outputs
