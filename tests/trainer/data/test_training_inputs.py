@@ -9,6 +9,7 @@ import random
 import sys
 import threading
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -41,8 +42,10 @@ from lightning_roulette import (
     Wheel,
     prunable_parameters,
 )
-from lightning_roulette.refit import fitting
+from lightning_roulette.large.limits import limited
+from lightning_roulette.refit import fitting, layerwise
 from lightning_roulette.refit.solvers import choice
+from lightning_roulette.refit.turns import Turns, turns_of
 from lightning_roulette.settings import Refit
 from tests.support import fits
 from tests.support.callbacks import within
@@ -1050,7 +1053,12 @@ def test_what_a_module_gathers_in_validation_steps_is_of_validation_alone(fit, k
 # ---- two processes
 
 
-SPREAD = {"end": {}, "at epoch": {"at_epoch": 1}, "chosen": {"refit": LeastSquares(batches=4, choose=True)}}
+SPREAD = {
+    "end": {},
+    "by turns": {},
+    "at epoch": {"at_epoch": 1},
+    "chosen": {"refit": LeastSquares(batches=4, choose=True)},
+}
 
 
 def chosen_otherwise(problem, kept):
@@ -1058,17 +1066,23 @@ def chosen_otherwise(problem, kept):
     return choice.chosen(problem, kept).roll(torch.distributed.get_rank(), 1)
 
 
+def by_turns_or_not(*arguments):
+    """A trial that fails in the second process only."""
+    return turns_of(*arguments) if torch.distributed.get_rank() == 0 else Turns(False, note="not here")
+
+
 def spread(folder: Path) -> None:
     """What each of two processes does."""
     torch.set_num_threads(1)
-    fitting.chosen = chosen_otherwise
+    fitting.chosen, layerwise.turns_of = chosen_otherwise, by_turns_or_not
     found = {}
     for name, options in SPREAD.items():
         pruning, module = pruner(dirpath=folder / name, **options), Normed()
         module.aside.requires_grad_(False)  # It takes no part in the loss.
         devices = {"accelerator": "cpu", "strategy": "ddp", "devices": 2, "max_epochs": 2}
         trainer = Trainer(default_root_dir=folder, callbacks=[pruning], **devices, **QUIET)
-        trainer.fit(module, train_loader(), val_loader(batch_size=25))
+        with limited(joined_bytes=0) if name == "by turns" else nullcontext():
+            trainer.fit(module, train_loader(), val_loader(batch_size=25))
         report = pruning.report.to_dict() | {"seconds": None}
         found[name] = {"weights": module.state_dict(), "levels": found_by(pruning), "report": report}
         found["rank"] = trainer.global_rank
