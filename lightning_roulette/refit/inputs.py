@@ -61,7 +61,7 @@ class Calibration:
         pieces: Functions that each run the network on a few samples, for `"sensitivity"`, which needs the memory of a
             training step. None uses the first 2,048 samples of `batches`, 256 at a time, if the first dimension counts
             samples; with `run`, it uses whole batches.
-        rows: Number of rows of each layer's input, over all batches. None takes 16 for each input of a layer, at least
+        rows: Number of rows of each layer's input, over all batches. None takes 32 for each input of a layer, at least
             4,096 and at most 65,536. See docs/measurements.md for what fewer rows cost.
         seed: Seed of the choice of rows and of random directions.
         cache_bytes: Memory for what a refit keeps between layers, see above.

@@ -14,7 +14,7 @@ from lightning_roulette.refit.traversal import Call, Given
 from lightning_roulette.wheel.chance import random_bits, stream
 
 _HELD_OUT = 8  # one row in this many judges a fit
-_ROWS_FOR_EACH_INPUT, _LEAST_ROWS, _MOST_ROWS = 16, 2**12, 2**16
+_ROWS_FOR_EACH_INPUT, _LEAST_ROWS, _MOST_ROWS = 32, 2**12, 2**16
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class RowSampler:
     The choice depends on the number of rows, but not on their values.
 
     Attributes:
-        total: Number of rows over all batches. None chooses 16 for each input of the layer, at least 4,096 and at most
+        total: Number of rows over all batches. None chooses 32 for each input of the layer, at least 4,096 and at most
             65,536. Eight are chosen from each call at least.
         batches: Number of batches.
         seed: Seed of the choice.
