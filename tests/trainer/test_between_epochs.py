@@ -80,8 +80,8 @@ def test_levels_are_cut_between_epochs_and_zeros_held_in_between(fit):
 def test_a_refit_that_chooses_revives_no_weight_that_training_holds_at_zero(fit, monkeypatch):
     found, refit = [], Calibration.refit
 
-    def recorded(self, mask, how="least_squares", allowed=None):
-        found.append((mask, refit(self, mask, how, allowed)))
+    def recorded(self, mask, how="least_squares", allowed=None, **choices):
+        found.append((mask, refit(self, mask, how, allowed, **choices)))
         return found[-1][1]
 
     monkeypatch.setattr(Calibration, "refit", recorded)

@@ -70,8 +70,14 @@ def _forecast(report: SearchReport, time: LevelTime) -> str:
     whole = f", and {left} levels to the target about {_duration(left * time.seconds)}" if left else ""
     return (
         f"level {report.levels[-1].level} took {time.seconds:.1f} s{refit}. "
-        f"A level of {report.branches} candidates will take about {time.seconds:.1f} s{whole}."
+        f"A level of {_candidates(report)} will take about {time.seconds:.1f} s{whole}."
     )
+
+
+def _candidates(report: SearchReport) -> str:
+    """Return how many candidates the last level has. A coarse level has one."""
+    count = len(report.levels[-1].candidates)
+    return "one candidate" if count == 1 else f"{count} candidates"
 
 
 def levels_left(report: SearchReport) -> int:

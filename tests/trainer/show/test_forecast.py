@@ -41,6 +41,12 @@ def test_the_first_level_forecasts_the_next_with_its_refit():
     assert lines == [f"level 1 took 0.9 s, 0.3 s of it for the refit. {FIT} 0.9 s."]
 
 
+def test_a_coarse_level_forecasts_levels_with_one_candidate():
+    coarse = replace(SOLVED, levels=(replace(LEVELS[0], candidates=LEVELS[0].candidates[:1]),))
+    (lines,) = said(coarse, LevelTime(0.9, 0.3))
+    assert lines == ["level 1 took 0.9 s, 0.3 s of it for the refit. A level of one candidate will take about 0.9 s."]
+
+
 def test_a_forecast_that_was_right_is_not_said_again():
     assert said(FIRST, 8.5, 8.0, 11.5, 6.2) == [[]] * 4
 
