@@ -112,7 +112,7 @@ class Tree:
     """
 
     pruning_rate: float = 0.1
-    coarse_rate: float | None = None
+    coarse_rate: float | None = 0.2
     max_levels: int | None = None
     patience: int = 3
     smallest_rate: float = 0.01

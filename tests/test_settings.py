@@ -15,7 +15,7 @@ DEFAULTS = {
     Wheel: {"sharpness": 16.0, "importance": None, "scope": "global", "allocation": None},
     Tree: {
         "pruning_rate": 0.1,
-        "coarse_rate": None,
+        "coarse_rate": 0.2,
         "max_levels": None,
         "patience": 3,
         "smallest_rate": 0.01,
@@ -57,7 +57,7 @@ def test_a_group_is_frozen_and_has_the_documented_defaults(group):
         (Wheel, {"importance": lambda weights: weights}),
         (Tree, {"pruning_rate": 1e-9}),
         (Tree, {"pruning_rate": 0.999}),
-        (Tree, {"coarse_rate": 0.5}),
+        (Tree, {"coarse_rate": None}),
         (Tree, {"coarse_rate": 0.01}),
         (Tree, {"max_levels": 1, "patience": 1}),
         (Tree, {"patience": np.int64(5), "smallest_rate": 2.0}),

@@ -29,10 +29,10 @@ from lightning_roulette import LeastSquares, PrunedWeights, Scores, Tree, Valida
 TASKS = ("mnist", "tid2013", "kadid10k")
 LEFT = (0.2, 0.1, 0.05, 0.03)  # shares of weights at which a search is judged
 INPUTS = 10_000
-# The start. The defaults chosen since are the variant "pruning_rate 0.1, finalists 1, sharpness 16".
+# The start. The defaults chosen since are the variant "coarse_rate 0.2".
 START: dict[str, object] = {
     "wheel": Wheel(sharpness=8, allocation=0.3, importance="sensitivity"),
-    "tree": Tree(pruning_rate=0.2),
+    "tree": Tree(pruning_rate=0.2, coarse_rate=None),
     "validation": Validation(confirm=0.5),
     "refit": LeastSquares(finalists=4),
 }
@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     **{f"confirm {one:g}": {"confirm": one} for one in (0, 0.25, 0.75)},
     **{f"finalists {one}": {"finalists": one} for one in (1, 10)},
     **{f"pruning_rate 0.1, finalists 1, sharpness {one:g}": {**FINE, "sharpness": one} for one in (8, 16, math.inf)},
+    "coarse_rate 0.2": {**FINE, "sharpness": 16.0, "coarse_rate": 0.2},
     "refit at the end": {"each_level": False, "importance": "magnitude", "allocation": 0},
     "no refit": {"refit": None, "importance": "magnitude", "allocation": 0},
     "no refit, sensitivity": {"refit": None, "allocation": 0},
@@ -83,7 +84,8 @@ def measured(case: Case, variant: str) -> Row:
     """Return the curve of the held-out score, and its change at the shares in `LEFT`."""
     options = choices(variant)
     evaluate = (ByScore if "by_score" in VARIANTS[variant] else OnPart)(case, case.val)
-    levels = math.ceil(math.log(LEFT[-1]) / math.log(1 - options["tree"].pruning_rate))
+    rate = max(options["tree"].pruning_rate, options["tree"].coarse_rate or 0)  # no coarse level fails without a floor
+    levels = math.ceil(math.log(LEFT[-1]) / math.log(1 - rate))
     options["tree"] = replace(options["tree"], max_levels=levels)
     began = time.monotonic()
     winner = search(case.weights, evaluate, tolerance=math.inf, calibration=case.calibration, seed=case.seed, **options)

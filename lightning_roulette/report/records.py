@@ -72,8 +72,8 @@ class Candidate:
     """One proposed mask, one level below its parent. It holds numbers only, no tensors.
 
     The mask can be drawn again. This needs the parent's weights and mask, the settings of the wheel, the report's seed,
-    the level, `index`, and the indices of the earlier winners, because their importance factors are passed on. A refit
-    may keep other weights than those drawn.
+    the level, `index`, and the indices of the earlier winners, because their importance factors are passed on. The
+    candidate of a coarse level has the factors of its parent. A refit may keep other weights than those drawn.
 
     Attributes:
         index: Its number among all candidates of its level, retries included.

@@ -21,7 +21,7 @@ class SearchReport(FormerNames):
         mode: `"max"` if larger scores are better, else `"min"`.
         dense_score: Score of the network before pruning, on the search folds.
         tolerance: How much worse than the dense score a winner may be, in the metric's own units.
-        branches: Number of candidates of a level.
+        branches: Number of candidates of a level. A coarse level has one.
         seed: Seed of all random draws.
         size: Number of prunable weights.
         levels: All levels in the order tried, failed ones included.

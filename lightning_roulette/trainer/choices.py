@@ -111,7 +111,7 @@ class Choices:
             "tree": self.tree,
         }
         if fast_dev_run:
-            tree = replace(self.tree, max_levels=1)
+            tree = replace(self.tree, max_levels=1, coarse_rate=None)
             limits = {"branches": 2, "tolerance": math.inf, "confidence": None, "tree": tree}
         same = ("target_sparsity", "refit", "wheel", "validation", "seed")
         return limits | {name: getattr(self, name) for name in same}

@@ -85,7 +85,7 @@ def test_a_coarse_candidate_is_judged_after_its_refit_only_and_has_its_parents_a
         {"refit": Refit(each_level=True)},
         {"refit": LeastSquares(each_level=False)},
         {"tree": Tree(0.2, coarse_rate=0.2)},
-        {"tree": Tree(0.2)},
+        {"tree": Tree(0.15, coarse_rate=None, max_levels=1)},
     ],
 )
 def test_there_are_no_coarse_levels_without_a_refit_of_each_level_or_with_a_small_rate(options):

@@ -68,7 +68,7 @@ COARSE = Tree(0.1, coarse_rate=0.2)
         (CoarseToFine(Levels(COARSE, 4)), state(50, fine=True, failures=1, halvings=1), Step(0.05, 3, 4)),
         (CoarseToFine(Levels(COARSE, 4)), state(fine=True, failures=3, halvings=3), StopReason.DECLINED),
         (CoarseToFine(Levels(Tree(0.1, coarse_rate=0.1), 4)), state(), Step(0.1, 10, 4)),
-        (CoarseToFine(Levels(Tree(0.1), 4)), state(), Step(0.1, 10, 4)),
+        (CoarseToFine(Levels(Tree(0.1, coarse_rate=None), 4)), state(), Step(0.1, 10, 4)),
         (CoarseToFine(Levels(COARSE, 4, target_sparsity=0.4)), state(), Step(0.2, 20, 1, coarse=True)),
         (CoarseToFine(Levels(COARSE, 4, target_sparsity=0.39)), state(), Step(0.1, 10, 4)),
         (CoarseToFine(Levels(COARSE, 4, target_sparsity=0.5)), state(50), StopReason.TARGET_REACHED),
