@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from torchmetrics import Metric
 
 from lightning_roulette.mask.mask import Mask
@@ -166,6 +167,16 @@ class Recurring(Layers):
         return self.head(torch.tanh(self.read(x)[0]))
 
 
+class Packs(Layers):
+    """Reads sequences of different lengths."""
+
+    def forward(self, x):
+        lengths = torch.arange(len(x)).remainder(x.shape[1]) + 1
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        _, (last, _) = self.read(packed)
+        return self.head(last[-1])
+
+
 class Stepwise(Layers):
     """Reads sequences step by step, with the state that the step before gave, or afresh."""
 
@@ -255,6 +266,7 @@ KINDS = PLAIN | {
     "late": Kind(lambda: Late(cell=nn.LSTMCell(5, 6), head=nn.Linear(6, 3)), ((5,),)),
     "lstm": Kind(lambda: recurring(nn.LSTM), ((6, 4),)),
     "gru": Kind(lambda: recurring(nn.GRU), ((6, 4),)),
+    "packed": Kind(lambda: Packs(read=nn.LSTM(4, 5), head=nn.Linear(5, 3)), ((6, 4),)),
     "norm first": Kind(lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)), ((6,),)),
 }
 
