@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_roulette.large.processes import ONE_PROCESS, Processes
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.layers import Layer
 from lightning_roulette.refit.gram import LayerSums
@@ -15,6 +16,7 @@ from lightning_roulette.refit.matrices import kept_in_matrix, matrix_of
 from lightning_roulette.refit.solvers.choice import Problem, chosen
 from lightning_roulette.refit.solvers.cholesky import DampedGram
 from lightning_roulette.refit.solvers.fastest import Fastest
+from lightning_roulette.refit.solvers.shared import Shared
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,7 @@ class Fitting:
         damping: See `Cholesky`.
         choose: Whether a layer may keep other weights than those of the mask, as many as these.
         allowed: The weights that may be kept. None: all.
+        processes: Those that fit the layers together.
         flags: The masks of weights of which others were chosen, by name.
     """
 
@@ -35,6 +38,7 @@ class Fitting:
     damping: float
     choose: bool = False
     allowed: Mask | None = None
+    processes: Processes = field(default=ONE_PROCESS, repr=False)
     flags: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -48,21 +52,22 @@ class Fitting:
         The entries that were chosen for the layer before, if any, are those given.
 
         The chosen entries are kept only if their damped error on the fitted rows is smaller than that of the given
-        entries, and their error on the held-out rows is not larger.
+        entries, and their error on the held-out rows is not larger. With several processes, the first one chooses.
         """
         kept, dense = self._kept(layer), matrix_of(layer, self.dense)
-        prepared = Fastest(self.damping).init(sums.fit)
+        prepared = Shared(Fastest(self.damping), self.processes).init(sums.fit)
         given = prepared.solve(kept, torch.where(kept, dense, 0.0))
         if not (self.choose and sums.finite):
             return given, kept
         problem = Problem(sums.fit, DampedGram(sums.fit.gram, self.damping).ridges, dense, self._free(layer, kept))
-        other = chosen(problem, kept)
+        other = self.processes.first(chosen(problem, kept) if self.processes.rank == 0 else kept)
         if torch.equal(other, kept):
             return given, kept
         found = prepared.solve(other, torch.where(other, dense, 0.0))
         lower = problem.error(found) < problem.error(given)
         holds = not sums.held_out.rows or sums.held_out.error(found) <= sums.held_out.error(given)
-        return (found, other) if lower and holds else (given, kept)
+        better = self.processes.first(torch.tensor(lower and holds))
+        return (found, other) if better else (given, kept)
 
     def note(self, layer: Layer, kept: Tensor) -> None:
         """Note which entries of a layer's matrix are kept."""

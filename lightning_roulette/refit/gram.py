@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_roulette.large.limits import limits
 from lightning_roulette.large.precision import full_precision
+from lightning_roulette.large.processes import Processes
 from lightning_roulette.refit.centre import Centre
 from lightning_roulette.refit.held_out import HeldOutRows
 
@@ -97,6 +98,22 @@ class GramSums:
         found.rows, found.rounding = self.rows, self.rounding
         return found
 
+    def over(self, processes: Processes, like: Tensor) -> GramSums:
+        """Return the sums over the rows of all processes.
+
+        Args:
+            processes: They all call this.
+            like: A matrix of the layer, shape `(groups, outputs, inputs)`.
+        """
+        if processes.ranks == 1:
+            return self
+        found = GramSums()
+        sums = (self.gram, self.cross, self.power) if self.rows else _no_sums(like)
+        found._gram, found._cross, found._power = processes.add(*sums)
+        known = processes.each(torch.tensor([self.rows, self.rounding], dtype=torch.float64))
+        found.rows, found.rounding = int(known[:, 0].sum()), float(known[:, 1].max())
+        return found
+
     def error(self, matrix: Tensor) -> float:
         """Mean over rows of the summed squared error of the outputs `matrix @ x`.
 
@@ -150,6 +167,14 @@ class GramSums:
                 x, y = x.to(torch.float64), y.to(torch.float64)
         _add_products(self._gram, x)
         self._cross += x.mT @ y
+
+
+def _no_sums(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sums over no rows."""
+    groups, outputs, inputs = like.shape
+    shapes = (groups, inputs, inputs), (groups, inputs, outputs), (groups, outputs)
+    gram, cross, power = (like.new_zeros(shape, dtype=torch.float64) for shape in shapes)
+    return gram, cross, power
 
 
 def _joined(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -207,6 +232,10 @@ class LayerSums:
         if held_out:
             self.held_out.add(x[:, fitted:].clone(), y[:, fitted:].clone())  # copies, so that the other rows are freed
 
+    def over(self, processes: Processes, like: Tensor) -> LayerSums:
+        """Return what all processes know together; see `GramSums.over`."""
+        return LayerSums(self.fit.over(processes, like), self.held_out.over(processes))
+
     @property
     def finite(self) -> bool:
         """Whether all sums and rows are finite."""
@@ -235,3 +264,24 @@ class MeanAndVariance:
         mean = self._total / self._rows
         variance = (self._squares - self._rows * mean.square()).clamp(min=0) / (self._rows - 1)
         return mean + self._shift, variance
+
+    def over(self, processes: Processes, like: Tensor) -> MeanAndVariance:
+        """Return the sums over the rows of all processes.
+
+        Args:
+            processes: They all call this.
+            like: A tensor of as many numbers.
+        """
+        if processes.ranks == 1:
+            return self
+        found, empty = MeanAndVariance(), like.new_zeros(like.shape, dtype=torch.float64)
+        rows = torch.tensor(self._rows)
+        found._rows = int(processes.add(rows.clone())[0])
+        total = self._total + rows * self._shift if self._rows else empty
+        (whole,) = processes.add(total.clone())
+        found._shift, found._total = whole / max(1, found._rows), empty
+        # squares of the distances to the common mean
+        moved = self._shift - found._shift
+        squares = self._squares + 2 * moved * self._total + rows * moved.square() if self._rows else empty
+        (found._squares,) = processes.add(squares.clone())
+        return found

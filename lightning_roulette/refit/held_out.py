@@ -8,28 +8,32 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.large.precision import full_precision
+from lightning_roulette.large.processes import ONE_PROCESS, Processes
 
 
 @dataclass(eq=False)
 class HeldOutRows:
-    """Rows that judge a fit. All of them are kept.
+    """Rows that judge a fit. All of them are kept. Each process keeps its own.
 
     Attributes:
         rows: Number of rows.
+        processes: Those over whose rows errors are computed. They must all ask for the same.
     """
 
     rows: int = 0
+    processes: Processes = field(default=ONE_PROCESS, repr=False)
     _parts: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
 
     @property
     def finite(self) -> bool:
         """Whether all rows are finite."""
-        return all(bool(one.isfinite().all()) for part in self._parts for one in part)
+        ours = all(bool(one.isfinite().all()) for part in self._parts for one in part)
+        return not self.processes.anywhere(not ours)
 
     @property
     def mean_square(self) -> float:
         """Mean over rows of the summed square of the wanted outputs."""
-        return sum(_squares(y) for _, y in self._parts) / max(1, self.rows)
+        return self._mean(sum(_squares(y) for _, y in self._parts))
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Keep rows, which must not change. For shapes see `GramSums.add`."""
@@ -45,7 +49,17 @@ class HeldOutRows:
             matrix: Float64, shape `(groups, outputs, inputs)`.
         """
         with full_precision(matrix.device):
-            return sum(_squares(x @ matrix.to(x.dtype).mT - y) for x, y in self._parts) / max(1, self.rows)
+            return self._mean(sum(_squares(x @ matrix.to(x.dtype).mT - y) for x, y in self._parts))
+
+    def over(self, processes: Processes) -> HeldOutRows:
+        """Return the rows of all processes, of which each keeps its own. All processes call this."""
+        if processes.ranks == 1:
+            return self
+        return HeldOutRows(int(processes.add(torch.tensor(self.rows))[0]), processes, self._parts)
+
+    def _mean(self, total: float) -> float:
+        (whole,) = self.processes.add(torch.tensor(total, dtype=torch.float64))
+        return float(whole) / max(1, self.rows)
 
 
 def _squares(numbers: Tensor) -> float:

@@ -8,9 +8,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from lightning_roulette.checks import check_count
+from lightning_roulette.large.processes import ONE_PROCESS, Processes
 from lightning_roulette.mask.mask import Mask, fill_pruned
 from lightning_roulette.network.lending import copy_into, lent, named_tensors
 from lightning_roulette.network.samples import pieces_of
@@ -21,7 +23,6 @@ from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.refit.scales import input_scales
 from lightning_roulette.refit.sensitivity import Sensitivity
 from lightning_roulette.refit.traversal import Runs
-from lightning_roulette.refit.turns import Turns
 from lightning_roulette.settings import LeastSquares, Refit, refit_of
 
 _log = logging.getLogger(__name__)
@@ -65,13 +66,17 @@ class Calibration:
             4,096 and at most 65,536. See docs/measurements.md for what fewer rows cost.
         seed: Seed of the choice of rows and of random directions.
         cache_bytes: Memory for what a refit keeps between layers, see above.
+        processes: Processes that each have a share of the batches and pieces; see `Processes.share`. All of them must
+            call the same methods. They sum over their batches and solve for shares of the weights, so results are
+            those of one process with all batches, up to rounding.
 
     Attributes:
-        batches: Number of batches.
+        batches: Number of batches of this process.
 
     Raises:
         TypeError: If `batches` is neither a list nor a number, or if it is a number and `run` is None.
-        ValueError: If there is no batch.
+        ValueError: If no process has a batch, or if the networks of the processes differ.
+        FailedElsewhere: If another process fails.
     """
 
     def __init__(
@@ -85,8 +90,12 @@ class Calibration:
         rows: int | None = None,
         seed: int = 0,
         cache_bytes: int = 2**31,
+        processes: Processes = ONE_PROCESS,
     ) -> None:
+        self._processes = processes
         self.batches = _number_of(batches, run is not None)
+        if (total := int(self._processes.add(torch.tensor(self.batches))[0])) < 1:
+            raise ValueError("batches is empty, but must have at least one batch of inputs.")
         if run is None:
             few = _forward(module, pieces_of(cast("Sequence[Any]", batches)))
             self._runs = _forward(module, cast("Sequence[Any]", batches))
@@ -94,7 +103,7 @@ class Calibration:
             few = self._runs = Runs(self.batches, run, around)
         whole = [partial(few.alone, number) for number in range(few.batches)]
         self._module, self._pieces = module, whole if pieces is None else pieces
-        self._sampler, self._seed = RowSampler(rows, self.batches, seed), seed
+        self._sampler, self._seed = RowSampler(rows, total, seed, self._processes), seed
         check_count("cache_bytes", cache_bytes, at_least=0)
         self._cache_bytes = cache_bytes
         # all are prepared once for each set of names
@@ -140,10 +149,14 @@ class Calibration:
             ValueError: If `how` is another word.
         """
         choices = refit_of(how)
-        layerwise = self._prepared(mask, isinstance(choices, LeastSquares))
+        with self._processes.failing_together():
+            return self._refitted(mask, choices, allowed, statistics)
+
+    def _refitted(self, mask: Mask, how: Refit | None, allowed: Mask | None, statistics: bool) -> Refitted:
+        layerwise = self._prepared(mask, isinstance(how, LeastSquares))
         self._try_turns(layerwise)
         with lent(self._written(layerwise)) as dense:
-            fitting = _fitting(mask, dense, choices, allowed)
+            fitting = self._fitting(mask, dense, how, allowed)
             fill_pruned(layerwise.tensors, mask)
             reasons = layerwise.refit(fitting, statistics)
             values = {name: one.detach().clone() for name, one in layerwise.tensors.items()}
@@ -151,12 +164,16 @@ class Calibration:
 
     def others(self, mask: Mask, how: Refit) -> dict[str, Tensor]:
         """Return copies of the biases and running statistics that `refit` may change, by name."""
-        tensors = self._prepared(mask, isinstance(how, LeastSquares)).tensors
+        with self._processes.failing_together():
+            tensors = self._prepared(mask, isinstance(how, LeastSquares)).tensors
         return {name: one.detach().clone() for name, one in tensors.items() if name not in mask}
 
     def left_alone(self, mask: Mask, how: Refit) -> dict[str, str]:
         """Return the weights of the mask that `refit` does not change, by name, with the reason."""
-        return dict(self._prepared(mask, True).left_alone) if isinstance(how, LeastSquares) else {}
+        if not isinstance(how, LeastSquares):
+            return {}
+        with self._processes.failing_together():
+            return dict(self._prepared(mask, True).left_alone)
 
     def scales(
         self, kind: str, mask: Mask, values: Mapping[str, Tensor], damping: float = 1e-3
@@ -181,8 +198,14 @@ class Calibration:
             NoGradients: If the kind is `"sensitivity"` and the network has no derivatives.
             ValueError: If the inputs of a weight are unknown or not finite.
         """
-        if kind == "sensitivity":
-            return self._sensitivity(mask, values)
+        with self._processes.failing_together():
+            if kind == "sensitivity":
+                return self._sensitivity(mask, values)
+            return self._input_scales(kind, mask, values, damping)
+
+    def _input_scales(
+        self, kind: str, mask: Mask, values: Mapping[str, Tensor], damping: float
+    ) -> Mapping[str, Tensor]:
         layerwise = self._prepared(mask, True, refits=False)
         for name, why in layerwise.left_alone.items():
             raise ValueError(
@@ -200,7 +223,7 @@ class Calibration:
         tensors = {name: one for name, one in named_tensors(self._module).items() if name in names}
         with lent(tensors):
             if (key := tuple(mask)) not in self._sensitivities:
-                self._sensitivities[key] = Sensitivity(self._module, key, self._pieces, self._seed)
+                self._sensitivities[key] = Sensitivity(self._module, key, self._pieces, self._seed, self._processes)
             copy_into(tensors, values)
             fill_pruned(tensors, mask)
             found = self._sensitivities[key].scales()
@@ -213,15 +236,16 @@ class Calibration:
     def _try_turns(self, layerwise: Layerwise) -> None:
         if layerwise not in self._tried:
             with lent(dict(self._module.named_buffers())):
-                turns = self._agreed(layerwise.try_turns())
+                turns = layerwise.try_turns()
             layerwise.take_turns(turns)
             self._tried.add(layerwise)
-            if turns.note:
-                self._say(turns.note)
+            if note := self._processes.first_text(turns.note):
+                self._say(note)
 
-    def _agreed(self, turns: Turns) -> Turns:
-        """Return what all processes do."""
-        return turns
+    def _fitting(self, mask: Mask, dense: Mapping[str, Tensor], how: Refit | None, allowed: Mask | None) -> Fitting:
+        if not isinstance(how, LeastSquares):
+            return Fitting(mask, dense, damping=0.0)
+        return Fitting(mask, dense, how.damping, how.choose, allowed, self._processes)
 
     def _say(self, sentence: str) -> None:
         _log.info(sentence)
@@ -233,15 +257,15 @@ class Calibration:
         if key not in self._layerwise:
             with lent(dict(self._module.named_buffers())):
                 self._layerwise[key] = Layerwise(
-                    self._module, list(mask), layers, self._runs, self._sampler, self._cache_bytes if refits else None
+                    self._module,
+                    list(mask),
+                    layers,
+                    self._runs,
+                    self._sampler,
+                    self._cache_bytes if refits else None,
+                    self._processes,
                 )
         return self._layerwise[key]
-
-
-def _fitting(mask: Mask, dense: Mapping[str, Tensor], how: Refit | None, allowed: Mask | None) -> Fitting:
-    if not isinstance(how, LeastSquares):
-        return Fitting(mask, dense, damping=0.0)
-    return Fitting(mask, dense, how.damping, how.choose, allowed)
 
 
 def _number_of(batches: Sequence[Any] | int, has_run: bool) -> int:
@@ -249,8 +273,6 @@ def _number_of(batches: Sequence[Any] | int, has_run: bool) -> int:
         kind = type(batches).__name__
         raise TypeError(f"batches is a {kind}, but must be a list of batches, or a number. Pass list(...) of it.")
     number = batches if isinstance(batches, int) else len(batches)
-    if number < 1:
-        raise ValueError("batches is empty, but must have at least one batch of inputs.")
     if isinstance(batches, int) and not has_run:
         raise TypeError(f"batches is {batches}, but must be a list of inputs if run is None. Pass the inputs, or run.")
     return number

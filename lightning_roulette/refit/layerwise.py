@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from lightning_roulette.large.processes import Processes
 from lightning_roulette.network.layers import Layer, batch_norms_of, channels
 from lightning_roulette.network.lending import copy_into, lent, named_tensors
 from lightning_roulette.network.recurrent import has_state
@@ -43,6 +44,7 @@ class Layerwise:
         sampler: Chooses the rows of input.
         memory: Bytes for what is kept between layers: outputs of the dense network, and runs that wait. None: nothing
             is kept, and `refit` cannot be called.
+        processes: Those that share the batches. They all call the same methods.
 
     Attributes:
         tensors: The parameters and buffers that a refit may change, by name.
@@ -57,16 +59,18 @@ class Layerwise:
         runs: Runs,
         sampler: RowSampler,
         memory: int | None,
+        processes: Processes,
     ) -> None:
         found, left_alone = layers_of(module, names) if layers else ([], {})
         steps = _steps(module, found)
         self.tensors = _changeable(module, names, steps)
-        self._module, self._sampler, self._memory = module, sampler, memory or 0
+        self._module, self._sampler, self._memory, self._processes = module, sampler, memory or 0, processes
         self._dense_outputs = DenseOutputs(self.tensors, sampler, self._memory // _DENSE_SHARE)
         self._carrying: set[nn.Module] = set()
-        self._traversal = Traversal(steps, runs, None if memory is None else self._meet)
+        self._traversal = Traversal(steps, runs, None if memory is None else self._meet, processes)
         self._turns = Turns(False)
         uncalled = [step for step in steps if step not in self._traversal.order]
+        self._carrying = processes.any_of([step.module for step in steps], self._carrying)
         carrying = [step for step in steps if step.module in self._carrying]
         self.left_alone = {
             **left_alone,
@@ -129,7 +133,12 @@ class Layerwise:
 
         for batch in range(self._traversal.batches):
             self._traversal.listen(batch, add)
-        return found
+        layers = dict.fromkeys(layer for step in self._traversal.order for layer in step.layers)
+        sums = {layer: self._over_all(layer, found.get(layer, LayerSums())) for layer in layers}
+        return {layer: its for layer, its in sums.items() if its.fit.rows}
+
+    def _over_all(self, layer: Layer, sums: LayerSums) -> LayerSums:
+        return sums.over(self._processes, matrix_of(layer, self.tensors))
 
     def _refit_steps(self, steps: Sequence[Step], fitting: Fitting, reasons: dict[str, str]) -> CallLoop[None]:
         """Collect the inputs of each step, refit it, and go on to the next step."""
@@ -157,12 +166,15 @@ class Layerwise:
 
     def _normalise(self, step: Step) -> CallLoop[None]:
         """Set a batch normalisation's running statistics to the mean and variance of its inputs."""
-        inputs = MeanAndVariance()
+        inputs, missed = MeanAndVariance(), False
         for call in self._calls_of(step):
             if (given := (yield call)) is None:
-                return
+                missed = True
+                break
             inputs.add(channels(*given))
-        mean, variance = inputs.result()
+        if self._processes.anywhere(missed):
+            return
+        mean, variance = inputs.over(self._processes, self.tensors[f"{step.prefix}running_mean"]).result()
         if bool(mean.isfinite().all() & variance.isfinite().all()):
             copy_into(self.tensors, {f"{step.prefix}running_mean": mean, f"{step.prefix}running_var": variance})
 
@@ -171,11 +183,17 @@ class Layerwise:
         is_first = step is self._traversal.order[0]
         if is_first and self._first_sums is not None:
             return self._first_sums
-        sums = {layer: LayerSums() for layer in step.layers}
-        for call in self._calls_of(step):
-            given = yield call
-            with self._dense_layers(step, dense):
-                self._add(sums, call, given)
+        sums, reason = {layer: LayerSums() for layer in step.layers}, ""
+        try:
+            for call in self._calls_of(step):
+                given = yield call
+                with self._dense_layers(step, dense):
+                    self._add(sums, call, given)
+        except NotKept as found:
+            reason = str(found)
+        if reason := self._processes.first_text(reason):
+            raise NotKept(reason)
+        sums = {layer: self._over_all(layer, own) for layer, own in sums.items()}
         if is_first and self._no_mask_changes_inputs_of(step):
             self._first_sums = sums
         return sums
@@ -202,7 +220,8 @@ class Layerwise:
 
     def _no_mask_changes_inputs_of(self, step: Step) -> bool:
         calls = self._traversal.calls
-        once = all(calls[step, batch] <= 1 for batch in range(self._traversal.batches))
+        again = any(calls[step, batch] > 1 for batch in range(self._traversal.batches))
+        once = not self._processes.anywhere(again)
         return once and not self.left_alone and self._traversal.leading == {step}
 
     def _fit(self, layer: Layer, sums: LayerSums, fitting: Fitting) -> None:
@@ -210,21 +229,20 @@ class Layerwise:
         start = matrix_of(layer, self.tensors)
         solved, kept = fitting.fit(layer, sums)
         write_matrix(layer, self.tensors, solved)
-        try:
-            _check(sums, start, matrix_of(layer, self.tensors))
-        except NotKept:
+        if reason := self._processes.first_text(_fault(sums, start, matrix_of(layer, self.tensors))):
             write_matrix(layer, self.tensors, start)
-            raise
+            raise NotKept(reason)
         fitting.note(layer, kept)
 
 
-def _check(sums: LayerSums, start: Tensor, refitted: Tensor) -> None:
-    """Raise `NotKept` unless a refitted matrix, rounded to the type of the weights, is finite and no worse."""
+def _fault(sums: LayerSums, start: Tensor, refitted: Tensor) -> str:
+    """Return why a refitted matrix is not kept; empty if it is finite and no worse, in the type of the weights."""
     if not (sums.finite and bool(refitted.isfinite().all())):
-        raise NotKept("its inputs or its solved weights are not finite")
+        return "its inputs or its solved weights are not finite"
     held_out = sums.held_out
     if held_out.rows and held_out.error(refitted) > held_out.error(start) + _ROUNDING * held_out.mean_square:
-        raise NotKept("it increased the error on inputs that it was not solved on")
+        return "it increased the error on inputs that it was not solved on"
+    return ""
 
 
 def _steps(module: nn.Module, layers: Sequence[Layer]) -> list[Step]:

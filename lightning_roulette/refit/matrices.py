@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.large.precision import full_precision
+from lightning_roulette.large.processes import ONE_PROCESS, Processes
 from lightning_roulette.network.layers import Layer
 from lightning_roulette.refit.traversal import Call, Given
 from lightning_roulette.wheel.chance import random_bits, stream
@@ -41,13 +42,15 @@ class RowSampler:
     Attributes:
         total: Number of rows over all batches. None chooses 32 for each input of the layer, at least 4,096 and at most
             65,536. Eight are chosen from each call at least.
-        batches: Number of batches.
+        batches: Number of batches of all processes.
         seed: Seed of the choice.
+        processes: Those that share the batches.
     """
 
     total: int | None
     batches: int
     seed: int
+    processes: Processes = ONE_PROCESS
     _inputs: dict[Layer, int] = field(default_factory=dict, repr=False)
 
     def rows(self, layer: Layer, call: Call, given: Given) -> Rows:
@@ -59,7 +62,8 @@ class RowSampler:
             nonlocal count, held_out
             index = torch.arange(min(rows, most))
             if rows > most:
-                key = stream(self.seed, call.batch, call.number, f"rows of {layer.names[0]} {layer.offsets.start}")
+                name, batch = f"rows of {layer.names[0]} {layer.offsets.start}", self.processes.number(call.batch)
+                key = stream(self.seed, batch, call.number, name)
                 begin, end = index * rows // most, (index + 1) * rows // most
                 index = begin + random_bits(key, index).remainder(end - begin)
             count, held_out = rows, int((index >= rows - rows // _HELD_OUT).sum())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_roulette.large.devices import with_float64
+from lightning_roulette.large.processes import Processes
 from lightning_roulette.network.hooks import Enough, run_with_hooks
-from lightning_roulette.network.kinds import affine_kind_of
-from lightning_roulette.network.parameters import CONVOLUTIONS, LINEAR_MAPS, TRANSPOSED, aliases, owners_of
+from lightning_roulette.network.parameters import CONVOLUTIONS, TRANSPOSED, aliases, owners_of
 from lightning_roulette.network.ties import ties_of
+from lightning_roulette.refit.channel_sums import ChannelSums
 from lightning_roulette.wheel.chance import random_bits, stream
-
-_INPUT_EXPONENT = 1 / 2  # see Sensitivity.scales
 
 
 class NoGradients(ValueError):
@@ -38,18 +36,24 @@ class Sensitivity:
         names: Names of the weights.
         pieces: Functions that each run the network on some samples.
         seed: Seed of the random directions.
+        processes: Those that share the pieces. They all call the same methods.
     """
 
     def __init__(
-        self, module: nn.Module, names: Sequence[str], pieces: Sequence[Callable[[], object]], seed: int
+        self,
+        module: nn.Module,
+        names: Sequence[str],
+        pieces: Sequence[Callable[[], object]],
+        seed: int,
+        processes: Processes,
     ) -> None:
-        self._pieces, self._seed = pieces, seed
+        self._pieces, self._seed, self._processes = pieces, seed, processes
         self._shapes = {name: module.get_parameter(name).shape for name in names}
         self._owners = _owners(module, names)
         parts = dict(module.named_modules(remove_duplicate=False))
         around = [parts[path] for own in self._owners.values() for prefix, *_ in own for path in _outwards(prefix)]
         self._calls = [_calls_in(piece, around) for piece in pieces]
-        called = {part for calls in self._calls for part in calls}
+        called = processes.any_of(list(dict.fromkeys(around)), {part for calls in self._calls for part in calls})
         self._observed = {
             name: [part for prefix, *_ in owners if (part := _nearest(prefix, parts, called)) is not None]
             for name, owners in self._owners.items()
@@ -84,7 +88,7 @@ class Sensitivity:
         Raises:
             NoGradients: If there are no derivatives, or if one is not finite.
         """
-        sums = self._run()
+        sums = self._sums()
         found = {name: self._scale(name, sums) for name in self._shapes}
         known = [scale for scale in found.values() if scale is not None]
         if not known:
@@ -94,20 +98,33 @@ class Sensitivity:
         mean = sum(float(scale.mean()) for scale in known) / len(known)
         return {name: torch.tensor(mean, dtype=torch.float64) if one is None else one for name, one in found.items()}
 
-    def _run(self) -> dict[nn.Module, _ChannelSums]:
-        sums: dict[nn.Module, _ChannelSums] = {}
+    def _sums(self) -> dict[nn.Module, ChannelSums]:
+        """Return the sums over the pieces of all processes."""
         observed = list(dict.fromkeys(part for parts in self._observed.values() for part in parts))
+        sums: dict[nn.Module, ChannelSums] = {}
+        reason = ""
+        try:
+            sums = self._run(observed)
+        except NoGradients as error:
+            reason = str(error)
+        if reason := self._processes.first_text(reason):
+            raise NoGradients(reason)
+        over_all = {part: sums.get(part, ChannelSums()).over(self._processes) for part in observed}
+        return {part: one for part, one in over_all.items() if one is not None}
+
+    def _run(self, observed: Sequence[nn.Module]) -> dict[nn.Module, ChannelSums]:
+        sums: dict[nn.Module, ChannelSums] = {}
         try:
             for number, (piece, calls) in enumerate(zip(self._pieces, self._calls, strict=True)):
                 last = sum(calls[part] for part in observed)
                 if last:
-                    run = _BackwardRun(last, sums, partial(stream, self._seed, number))
+                    run = _BackwardRun(last, sums, partial(stream, self._seed, self._processes.number(number)))
                     run_with_hooks(piece, observed, after=run.meet)
         except RuntimeError as error:  # a network that works without derivatives may fail with them
             raise NoGradients(f"the network fails where derivatives are asked for: {error}") from error
         return sums
 
-    def _scale(self, name: str, sums: Mapping[nn.Module, _ChannelSums]) -> Tensor | None:
+    def _scale(self, name: str, sums: Mapping[nn.Module, ChannelSums]) -> Tensor | None:
         """Return the scale of a weight. If several modules use it, it is the root of the sum of squares."""
         owners = {owner for _, owner, shaped in self._owners[name] if shaped}
         squares: Tensor | None = None
@@ -115,59 +132,6 @@ class Sensitivity:
             if part in sums and (here := sums[part].square(part, self._shapes[name], part in owners)) is not None:
                 squares = here if squares is None else squares + here
         return None if squares is None else squares.sqrt()
-
-
-@dataclass(eq=False)
-class _ChannelSums:
-    """Sums over all samples and positions, for the channels of a module.
-
-    Attributes:
-        inputs: Sum of squares of each channel of the module's first input.
-        rows: Number of samples and positions in it.
-        derivatives: For each channel of the module's output, the sum of squared derivatives of the network's outputs;
-            None if there are none.
-    """
-
-    inputs: Tensor
-    rows: int
-    derivatives: Tensor | None = None
-
-    def add_inputs(self, squares: Tensor, rows: int) -> None:
-        """Add the inputs of one call, unless it has another number of channels."""
-        if self.inputs.shape == squares.shape:
-            self.inputs, self.rows = self.inputs + squares, self.rows + rows
-
-    def add_derivatives(self, squares: Tensor) -> None:
-        """Add the derivatives of one call, unless it has another number of channels."""
-        if self.derivatives is None:
-            self.derivatives = squares
-        elif self.derivatives.shape == squares.shape:
-            self.derivatives = self.derivatives + squares
-
-    def square(self, part: nn.Module, shape: torch.Size, owned: bool) -> Tensor | None:
-        """Return the squared scale of a weight of this shape; None without derivatives.
-
-        Args:
-            part: The module of these sums.
-            shape: Shape of the weight.
-            owned: Whether the weight is the module's own; otherwise it belongs to a module inside it.
-        """
-        if self.derivatives is None:
-            return None
-        inputs, derivatives = (self.inputs / self.rows).sqrt(), self.derivatives
-        kind = affine_kind_of(part)
-        if not owned or not (kind is not None or isinstance(part, LINEAR_MAPS)):
-            return derivatives.mean() * inputs.mean() ** (2 * _INPUT_EXPONENT)
-        if len(shape) == 1:
-            return derivatives  # a bias, whose input is 1
-        groups = part.groups if isinstance(part, CONVOLUTIONS) else 1
-        by_output = inputs.view(groups, -1).repeat_interleave(len(derivatives) // groups, 0)
-        squares = derivatives.view(-1, 1).mul(by_output ** (2 * _INPUT_EXPONENT))
-        if kind is not None and kind.matrix(squares).shape == shape:
-            return kind.matrix(squares)
-        if kind is not None:  # another parameter of the module
-            return squares.mean()
-        return squares.view(len(derivatives), -1, *[1] * (len(shape) - 2))
 
 
 class _BackwardRun:
@@ -179,7 +143,7 @@ class _BackwardRun:
         key: Returns a key of random numbers for a number and a word.
     """
 
-    def __init__(self, calls: int, sums: dict[nn.Module, _ChannelSums], key: Callable[[int, str], int]) -> None:
+    def __init__(self, calls: int, sums: dict[nn.Module, ChannelSums], key: Callable[[int, str], int]) -> None:
         self._left, self._sums, self._key = calls, sums, key
         self._probed: list[tuple[nn.Module, Tensor, Tensor]] = []  # module, probe, output
 
@@ -208,7 +172,7 @@ class _BackwardRun:
         if part in self._sums:
             self._sums[part].add_inputs(squares, rows)
         else:
-            self._sums[part] = _ChannelSums(squares, rows)
+            self._sums[part] = ChannelSums(squares, rows)
 
     def _differentiate(self) -> None:
         """Differentiate the outputs on which no later output depends, each in a direction of random signs."""

@@ -6,16 +6,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from lightning_roulette.large.digests import digests_of
+from lightning_roulette.large.processes import ONE_PROCESS, Processes
 from lightning_roulette.network.containers import tensors_of
 from lightning_roulette.network.hooks import Enough, run_with_hooks
 from lightning_roulette.network.layers import Layer
+from lightning_roulette.wheel.chance import stream
+
+_NEVER = 1 << 60
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,29 +98,32 @@ class Traversal:
         steps: The steps.
         runs: Runs of the network.
         meet: Called with every call of the first run, in which the order of steps is found. None: no refit follows.
+        processes: Those that share the batches. All of them have the same steps.
 
     Attributes:
         runs: See above.
         batches: Number of batches.
         steps: The steps of each module, in their order.
-        order: The steps in the order of their first calls. Steps that are never called are left out.
+        order: The steps in the order of their first calls on the batches of all processes. Steps that are never called
+            are left out.
         calls: For each step and batch, the number of calls.
-        leading: The steps that are called first on some batch.
+        leading: The steps that are called first on some batch of any process.
         digests: For each call of the first run, the digests of its arguments. Empty if there is a single batch, or if
             no refit follows.
         longest: Seconds that the slowest batch took.
     """
 
-    def __init__(self, steps: Sequence[Step], runs: Runs, meet: Meet | None) -> None:
+    def __init__(
+        self, steps: Sequence[Step], runs: Runs, meet: Meet | None, processes: Processes = ONE_PROCESS
+    ) -> None:
         self.steps: dict[nn.Module, list[Step]] = {}
         for step in steps:
             self.steps.setdefault(step.module, []).append(step)
         self.runs, self.batches = runs, runs.batches
         self.calls: Counter[tuple[Step, int]] = Counter()
         self.digests: dict[Call, list[int]] = {}
-        self.leading: set[Step] = set()
         self.longest = 0.0
-        self.order = self._first_run(meet)
+        self.order, self.leading = _agreed(steps, self._first_run(meet), processes)
 
     def batches_of(self, step: Step) -> list[int]:
         """Numbers of the batches on which the network called a step in the first run."""
@@ -150,13 +157,13 @@ class Traversal:
             if reader.wanted is wanted:
                 reader.send(None)
 
-    def _first_run(self, meet: Meet | None) -> tuple[Step, ...]:
-        order: dict[Step, None] = {}
+    def _first_run(self, meet: Meet | None) -> _FirstCalls:
+        found = _FirstCalls()
 
         def note(call: Call, given: Given) -> None:
-            order.setdefault(call.step)
-            if not any(self.calls[step, call.batch] for step in order):
-                self.leading.add(call.step)
+            found.batches.setdefault(call.step, call.batch)
+            if not any(self.calls[step, call.batch] for step in found.batches):
+                found.leading.add(call.step)
             self.calls[call.step, call.batch] += 1
             if meet is not None:
                 meet(call, given)
@@ -167,7 +174,44 @@ class Traversal:
             began = time.monotonic()
             self.listen(batch, note)
             self.longest = max(self.longest, time.monotonic() - began)
-        return tuple(order)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class _FirstCalls:
+    """What a process has seen in its first run.
+
+    Attributes:
+        batches: For each step that was called, in the order of first calls, the batch of that call.
+        leading: The steps that are called first on some batch.
+    """
+
+    batches: dict[Step, int] = field(default_factory=dict)
+    leading: set[Step] = field(default_factory=set)
+
+
+def _agreed(steps: Sequence[Step], seen: _FirstCalls, processes: Processes) -> tuple[tuple[Step, ...], set[Step]]:
+    """Return the order of steps and the leading ones that one process would see on the batches of all processes."""
+    if processes.ranks == 1:
+        return tuple(seen.batches), seen.leading
+    _check_alike(steps, processes)
+    own = torch.full((len(steps),), _NEVER)
+    for place, (step, batch) in enumerate(seen.batches.items()):
+        own[steps.index(step)] = processes.number(batch) * len(steps) + place
+    first = processes.each(own).amin(0)
+    order = [steps[number] for number in first.argsort().tolist() if first[number] < _NEVER]
+    return tuple(order), processes.any_of(steps, seen.leading)
+
+
+def _check_alike(steps: Sequence[Step], processes: Processes) -> None:
+    """Raise a `ValueError` if processes have other steps."""
+    names = [name for step in steps for name in (step.prefix, *(name for layer in step.layers for name in layer.names))]
+    keys = processes.each(torch.tensor(stream(0, 0, 0, "\n".join(names))))
+    if bool((keys != keys[0]).any()):
+        raise ValueError(
+            "the layers of the network differ between processes, but a refit sums over all of them. Build the same "
+            "network in each process, and give the same include and exclude."
+        )
 
 
 class Reader:

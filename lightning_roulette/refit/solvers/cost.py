@@ -18,6 +18,8 @@ _SORTED_INPUT = 800  # an input of an output: the kept ones are found and their 
 _ITERATED_ENTRY = 130  # an input of an output in a step: eight passes over memory
 _STEP = 1e6  # a step of no output
 _USUAL_STEPS = 32  # that solve most outputs
+_SENT_ENTRY = 300  # a number that is summed over processes
+_SUM = 3e7  # a sum of no numbers over processes: 2 ms
 
 
 def factor_cost(size: Tensor, inputs: int) -> Tensor:
@@ -91,3 +93,16 @@ def inverses_pay(inputs: int, outputs: int, inverses: int, steps: int) -> bool:
         steps: Number of steps for each output. The products with the inverses are far fewer.
     """
     return inverses * inverse_cost(inputs) <= steps * outputs * step_cost(inputs)
+
+
+def solve_cost(kept: Tensor) -> float:
+    """Return the least work to solve for the kept weights of all outputs, shape `(groups, outputs, inputs)`."""
+    inputs = kept.shape[2]
+    direct, correction = factor_costs(kept)
+    exact = torch.minimum(direct, correction)
+    return float(torch.minimum(exact, torch.tensor(_USUAL_STEPS * step_cost(inputs)).to(exact)).sum())
+
+
+def worth_sharing(kept: Tensor, ranks: int) -> bool:
+    """Return whether it takes less work to solve a share of the outputs and to send it than to solve all of them."""
+    return solve_cost(kept) * (1 - 1 / ranks) > _SUM + _SENT_ENTRY * kept.numel()
