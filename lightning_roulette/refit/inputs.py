@@ -23,6 +23,7 @@ from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.refit.scales import input_scales
 from lightning_roulette.refit.sensitivity import Sensitivity
 from lightning_roulette.refit.traversal import Runs
+from lightning_roulette.refit.turns import Turns
 from lightning_roulette.settings import LeastSquares, Refit, refit_of
 
 _log = logging.getLogger(__name__)
@@ -236,11 +237,15 @@ class Calibration:
     def _try_turns(self, layerwise: Layerwise) -> None:
         if layerwise not in self._tried:
             with lent(dict(self._module.named_buffers())):
-                turns = layerwise.try_turns()
+                turns = self._agreed(layerwise.try_turns())
             layerwise.take_turns(turns)
             self._tried.add(layerwise)
             if note := self._processes.first_text(turns.note):
                 self._say(note)
+
+    def _agreed(self, turns: Turns) -> Turns:
+        """Return how batches run."""
+        return turns
 
     def _fitting(self, mask: Mask, dense: Mapping[str, Tensor], how: Refit | None, allowed: Mask | None) -> Fitting:
         if not isinstance(how, LeastSquares):

@@ -6,6 +6,21 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_roulette.large.processes import ONE_PROCESS, Processes
+
+
+def processes_of(trainer: Trainer) -> Processes:
+    """Return the processes of a Trainer, which sum by its strategy."""
+    if trainer.world_size == 1:
+        return ONE_PROCESS
+    strategy = trainer.strategy
+
+    def total(tensor: Tensor) -> Tensor:
+        there = tensor.to(strategy.root_device, copy=True)
+        return torch.as_tensor(strategy.reduce(there, reduce_op="sum")).to(tensor.device)
+
+    return Processes(trainer.global_rank, trainer.world_size, total)
+
 
 def mean_over_processes(trainer: Trainer, value: Tensor) -> float:
     """Return the mean of a value over all processes. A metric that is synchronised is equal on all of them."""

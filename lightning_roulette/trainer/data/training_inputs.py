@@ -10,7 +10,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_roulette.large.communication import Communication
 from lightning_roulette.large.limits import limits
+from lightning_roulette.large.processes import ONE_PROCESS, Processes
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.hooks import run_with_hooks
 from lightning_roulette.network.layers import batch_norms_of
@@ -23,8 +25,11 @@ from lightning_roulette.settings import Refit
 from lightning_roulette.trainer.data.containers import rebuilt
 from lightning_roulette.trainer.data.own_loader import own_loader
 from lightning_roulette.trainer.data.reading import rounding
+from lightning_roulette.trainer.processes import processes_of
 from lightning_roulette.trainer.show.log import log
 from lightning_roulette.trainer.validation.isolation import IsolatedValidation
+
+_LEAST_PARTS = 8  # that batches are joined to, for as many processes to share
 
 
 class TrainerCalibration(Calibration):
@@ -32,13 +37,14 @@ class TrainerCalibration(Calibration):
 
     - Batches are joined if the network gives the same on them.
     - Gradients take the memory of a training step, so they use at most as many samples at a time as training does.
-    - With several processes each runs the same batches, and the results of the first process count.
+    - With several processes, each runs a share of the batches that one process would run; see `Processes`. If the steps
+      of the module communicate, all run the same batches at the same time. The results of the first process count.
 
     Args:
         trainer: A Trainer in `fit`.
         module: Its module.
         validation: Entered while the calibration is used.
-        batches: Batches that `calibration_batches` gave.
+        batches: Batches that `calibration_batches` gave, all of them in every process.
         seed: See `Calibration`.
         by_layer: Whether the inputs of layers will be asked for. Only then are batches joined.
         cache_bytes: See `Calibration`.
@@ -57,6 +63,8 @@ class TrainerCalibration(Calibration):
         self._trainer = trainer
         whole = _fewer(trainer, validation, module, batches) if by_layer else batches
         pieces = _few_at_a_time(trainer, validation, batches)
+        self._shares = _sharing(trainer, validation, pieces[0])
+        whole, pieces = self._shares.share(whole), self._shares.share(pieces)
         statistics: list[Tensor] = []
         for part in batch_norms_of(module).values():
             statistics += [cast(Tensor, part.running_mean), cast(Tensor, part.running_var)]
@@ -68,6 +76,7 @@ class TrainerCalibration(Calibration):
             pieces=[partial(_see, validation, piece, statistics) for piece in pieces],
             seed=seed,
             cache_bytes=cache_bytes,
+            processes=self._shares,
         )
 
     def refit(
@@ -97,7 +106,8 @@ class TrainerCalibration(Calibration):
         return found if self._trainer.world_size == 1 else self._trainer.strategy.broadcast(found)
 
     def _agreed(self, turns: Turns) -> Turns:
-        return turns if self._trainer.world_size == 1 else self._trainer.strategy.broadcast(turns)
+        # a module whose steps communicate must take them in the same order in all processes
+        return turns if self._shares.ranks == self._trainer.world_size else self._trainer.strategy.broadcast(turns)
 
     def _say(self, sentence: str) -> None:
         if self._trainer.is_global_zero:
@@ -177,12 +187,16 @@ def _fewer(
 
 
 def _groups(batches: Sequence[Any]) -> list[list[Any]]:
-    """Return neighbouring batches that may be joined: of known numbers of samples, and not too large together."""
+    """Return neighbouring batches that may be joined: of known numbers of samples, and not too large together.
+
+    They do not depend on the number of processes, so that one process uses the rows that several use.
+    """
     groups: list[list[Any]] = []
+    most = min(limits().joined_bytes, -(-sum(bytes_of(batch) for batch in batches) // _LEAST_PARTS))
     size = 0
     for batch in batches:
         size += bytes_of(batch)
-        small = size <= limits().joined_bytes
+        small = size <= most
         if groups and small and rows_of(batch) is not None and rows_of(groups[-1][-1]) is not None:
             groups[-1].append(batch)
         else:
@@ -194,6 +208,16 @@ def _groups(batches: Sequence[Any]) -> list[list[Any]]:
 def _whole(group: list[Any]) -> list[Any]:
     whole = joined(group) if len(group) > 1 else None
     return group if whole is None else [whole]
+
+
+def _sharing(trainer: Trainer, validation: IsolatedValidation, batch: Any) -> Processes:
+    """Return the processes that share batches. It is this one alone if the steps of the module communicate."""
+    processes = processes_of(trainer)
+    if processes.ranks == 1:
+        return processes
+    with Communication() as communication:
+        run_with_hooks(partial(_see, validation, batch, ()), ())
+    return ONE_PROCESS if processes.anywhere(communication.seen) else processes
 
 
 def _few_at_a_time(trainer: Trainer, validation: IsolatedValidation, batches: Sequence[Any]) -> list[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from types import TracebackType
 from typing import Any
@@ -250,7 +250,7 @@ class IsolatedValidation:
             self._prepared()
             before = PlainAttributes([vars(part) for part in self._module.modules()])
             try:
-                with self._validating(Results(), spared):
+                with self._validating(Results(), spared), self._buffers_not_sent():
                     self._module._current_fx_name = "validation_step"  # so that all steps may log
                     yield
             finally:
@@ -320,6 +320,14 @@ class IsolatedValidation:
         finally:
             self._running, results.batch = False, None
             surely(lambda: self._snapshot.restore_module(spared))
+
+    @contextmanager
+    def _buffers_not_sent(self) -> Iterator[None]:
+        """Inside the block, DDP does not send buffers before a step. Processes may then take different steps."""
+        model = self.trainer.strategy.model
+        held = hasattr(model, "require_forward_param_sync")
+        with _swapped(model, "require_forward_param_sync", False) if held else nullcontext():
+            yield
 
     def _collect_in(self, results: _ResultCollection) -> None:
         """Let a validation log to a fresh connector. The module can read there what was logged before."""

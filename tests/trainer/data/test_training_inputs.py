@@ -9,7 +9,6 @@ import random
 import sys
 import threading
 from collections import Counter, defaultdict
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +41,6 @@ from lightning_roulette import (
     Wheel,
     prunable_parameters,
 )
-from lightning_roulette.large.limits import limited
 from lightning_roulette.refit import fitting, layerwise
 from lightning_roulette.refit.solvers import choice
 from lightning_roulette.refit.turns import Turns, turns_of
@@ -787,7 +785,7 @@ def test_two_searches_find_the_same(searched, name):
 class Sizes(Calibrated):
     """Its forward may go wrong."""
 
-    most = 400
+    most = 40
     mixes = False
 
     def forward(self, x):
@@ -796,13 +794,13 @@ class Sizes(Calibrated):
 
 
 @pytest.mark.parametrize(
-    ("most", "mixes", "sizes"), [(400, False, {400, 50}), (399, False, {50}), (64, False, {50}), (400, True, {50})]
+    ("most", "mixes", "sizes"), [(40, False, {40, 20}), (39, False, {20}), (20, False, {20}), (40, True, {20})]
 )
-def test_batches_are_joined_where_the_network_takes_them_so(searched, most, mixes, sizes):
+def test_batches_are_joined_to_eighths_where_the_network_takes_them_so(searched, most, mixes, sizes):
     module = Sizes()
     module.most, module.mixes = most, mixes
-    pruning = searched(module)
-    trial = 8 + (most == 400)
+    pruning = searched(module, train=train_loader(batch_size=20), val=val_loader(20))
+    trial = 2 + (most == 40)
     assert {len(x) for x in module.calibrated[1 + trial + 1 :]} == sizes
     assert pruning.report.winner.undone == {}
     assert pruning.report.importance == "sensitivity"
@@ -1053,11 +1051,29 @@ def test_what_a_module_gathers_in_validation_steps_is_of_validation_alone(fit, k
 # ---- two processes
 
 
+class Still(Calibrated):
+    """Training leaves it as it is, so it does not depend on the number of processes."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.0)
+        self.net[1].momentum = 0.0
+
+
+class Communicates(Calibrated):
+    """Its steps fail unless all processes run the same batches at the same time."""
+
+    def calibration_step(self, batch):
+        super().calibration_step(batch)
+        assert torch.equal(self.trainer.strategy.reduce(batch[0].clone()), batch[0])
+
+
+CHOOSING = LeastSquares(batches=5, choose=True)
 SPREAD = {
-    "end": {},
-    "by turns": {},
-    "at epoch": {"at_epoch": 1},
-    "chosen": {"refit": LeastSquares(batches=4, choose=True)},
+    "end": (Normed, {}),
+    "at epoch": (Normed, {"at_epoch": 1}),
+    "chosen": (Normed, {"refit": LeastSquares(batches=4, choose=True)}),
+    "communicates": (Communicates, {"refit": CHOOSING}),
+    "as one": (Still, {"refit": CHOOSING, "validation": ON_ALL}),
 }
 
 
@@ -1071,38 +1087,76 @@ def by_turns_or_not(*arguments):
     return turns_of(*arguments) if torch.distributed.get_rank() == 0 else Turns(False, note="not here")
 
 
+def spread_fit(name: str, folder: Path, **devices):
+    """One of the runs: the search, the module, and the rank."""
+    kind, options = SPREAD[name]
+    pruning, module = pruner(dirpath=folder / name, **options), kind()
+    module.aside.requires_grad_(False)  # It takes no part in the loss.
+    trainer = Trainer(default_root_dir=folder, callbacks=[pruning], accelerator="cpu", max_epochs=2, **devices, **QUIET)
+    trainer.fit(module, train_loader(), val_loader(batch_size=25))
+    return pruning, module, trainer.global_rank
+
+
 def spread(folder: Path) -> None:
     """What each of two processes does."""
     torch.set_num_threads(1)
     fitting.chosen, layerwise.turns_of = chosen_otherwise, by_turns_or_not
     found = {}
-    for name, options in SPREAD.items():
-        pruning, module = pruner(dirpath=folder / name, **options), Normed()
-        module.aside.requires_grad_(False)  # It takes no part in the loss.
-        devices = {"accelerator": "cpu", "strategy": "ddp", "devices": 2, "max_epochs": 2}
-        trainer = Trainer(default_root_dir=folder, callbacks=[pruning], **devices, **QUIET)
-        with limited(joined_bytes=0) if name == "by turns" else nullcontext():
-            trainer.fit(module, train_loader(), val_loader(batch_size=25))
-        report = pruning.report.to_dict() | {"seconds": None}
-        found[name] = {"weights": module.state_dict(), "levels": found_by(pruning), "report": report}
-        found["rank"] = trainer.global_rank
+    for name in SPREAD:
+        pruning, module, found["rank"] = spread_fit(name, folder, strategy="ddp", devices=2)
+        found[name] = {
+            "weights": module.state_dict(),
+            "levels": found_by(pruning),
+            "masks": [dict(pruning.mask_at(level)) for level in range(len(pruning.report.accepted) + 1)],
+            "report": pruning.report.to_dict() | {"seconds": None},
+            "calibrated": list(getattr(module, "calibrated", [])),
+        }
     torch.save(found, folder / f"rank{found['rank']}.pt")
 
 
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What the two processes found."""
+    return two_processes(__file__, tmp_path_factory.mktemp("both"), {})
+
+
 @pytest.mark.slow
-def test_two_processes_refit_alike(tmp_path):
-    first, second = two_processes(__file__, tmp_path, {})
-    for name in SPREAD:
-        one, two = first[name], second[name]
-        parameters = [key for key in one["weights"] if "running" not in key and "tracked" not in key]
-        parameters += () if name == "at epoch" else STATISTICS
-        assert equal(parts(one["weights"], parameters), parts(two["weights"], parameters))
-        assert all(map(equal, one["levels"][1:], two["levels"][1:]))
-        assert one["report"] == two["report"]
-        assert one["report"]["levels"][-1]["level"] == 2
-        if name != "at epoch":
-            assert among(one["weights"], one["levels"][2])
-        assert ("chosen" in one["report"]["refit"]) == (name == "chosen")
+@pytest.mark.parametrize("name", SPREAD)
+def test_two_processes_refit_alike(both, name):
+    one, two = (found[name] for found in both)
+    parameters = [key for key in one["weights"] if "running" not in key and "tracked" not in key]
+    parameters += () if name == "at epoch" else STATISTICS
+    assert equal(parts(one["weights"], parameters), parts(two["weights"], parameters))
+    assert all(map(equal, one["levels"][1:], two["levels"][1:]))
+    assert one["report"] == two["report"]
+    assert one["report"]["levels"][-1]["level"] == 2
+    if name != "at epoch":
+        assert among(one["weights"], one["levels"][2])
+    assert ("chosen" in one["report"]["refit"]) == (name not in ("end", "at epoch"))
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_winner_of_one(both, tmp_path):
+    found, (alone, _, _) = both[0]["as one"], spread_fit("as one", tmp_path, devices=1)
+    levels = found_by(alone)
+    assert len(found["levels"]) == len(levels) == 3
+    for level, values in enumerate(levels):
+        assert Mask(found["masks"][level]) == alone.mask_at(level)
+        for key, value in values.items():
+            assert torch.allclose(found["levels"][level][key], value, rtol=1e-3, atol=1e-5)
+    assert found["report"]["score"] == pytest.approx(alone.report.score, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_calibration_unless_its_steps_communicate(both):
+    # the first steps are rehearsals on the same data; a batch of 50 is run about once in each refit
+    ran = [[x.numpy().tobytes() for x in found["as one"]["calibrated"][4:]] for found in both]
+    assert len(set(ran[0])) == 3
+    assert len(set(ran[1])) == 2
+    assert not set(ran[0]) & set(ran[1])
+    first, second = (found["communicates"]["calibrated"] for found in both)
+    assert all(map(torch.equal, first, second))
+    assert len({x.numpy().tobytes() for x in first}) >= 5
 
 
 if __name__ == "__main__":
