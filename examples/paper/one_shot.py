@@ -185,13 +185,19 @@ WAYS: dict[str, Callable[[Case], Iterator[tuple[float, Values]]]] = {
 }
 
 
-def measured(case: Case, way: str) -> Row:
-    """Prune in one way. Return the accuracy at each sparsity, and the seconds of all."""
+def measured(case: Case, way: str, dense: float | None) -> Row:
+    """Prune in one way. Return the accuracy at each sparsity, and the seconds of all.
+
+    Args:
+        case: What is pruned.
+        way: One of `WAYS`.
+        dense: The accuracy of the dense network. None: it is measured.
+    """
     began = time.monotonic()
     found = list(WAYS[way](case))
     seconds = time.monotonic() - began
     accuracy = {f"{sparsity:g}": case.accuracy(values) for sparsity, values in found}
-    return {"dense": case.accuracy({}), "accuracy": accuracy, "seconds": seconds}
+    return {"dense": case.accuracy({}) if dense is None else dense, "accuracy": accuracy, "seconds": seconds}
 
 
 def lines(rows: Sequence[Row], published: Published) -> Iterator[str]:
@@ -229,13 +235,12 @@ def main() -> None:
     published, results = NETWORKS[options.network], Runs(options.results)
     ways = [way for way in options.ways if WAYS[way] is not recalibrated or published.normalised]
     for seed, way in tqdm([(seed, way) for seed in range(options.seeds) for way in ways], unit="run"):
-        key: Row = {"network": options.network, "seed": seed, "way": way, "inputs": options.inputs}
-        if not results.has(**key):
+        network: Row = {"network": options.network, "seed": seed, "inputs": options.inputs}
+        if not results.has(**network, way=way):
             case = Case(published, options.checkpoint, options.data, seed, options.inputs)
-            results.add(**key, **measured(case, way))
-    tables = [
-        "\n".join(lines(rows, network)) for name, network in NETWORKS.items() if (rows := results.of(network=name))
-    ]
+            dense = next((row["dense"] for row in results.of(**network)), None)
+            results.add(**network, way=way, **measured(case, way, dense))
+    tables = ["\n".join(lines(rows, one)) for name, one in NETWORKS.items() if (rows := results.of(network=name))]
     options.results.with_suffix(".md").write_text("\n\n".join(tables) + "\n")
     print("\n\n".join(tables))
 

@@ -136,6 +136,12 @@ def test_of_equal_values_the_first_are_the_largest():
     assert found[0].int().tolist() == [[0, 1, 1, 0, 0, 0], [1, 1, 1, 0, 1, 0], [0] * 6]
 
 
+def test_inverses_pay_unless_a_layer_has_many_more_inputs_than_outputs():
+    assert choice.inverses_pay(768, 768, 3, 240)
+    assert choice.inverses_pay(4608, 512, 3, 240)
+    assert not choice.inverses_pay(4096, 16, 3, 240)
+
+
 def test_steps_choose_as_well_as_inverses(monkeypatch):
     ours = []
     for seed in range(10):
