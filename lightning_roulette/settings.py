@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -112,7 +112,7 @@ class Tree:
     """
 
     pruning_rate: float = 0.1
-    coarse_rate: float | None = 0.2
+    coarse_rate: float | None = field(default=0.2, kw_only=True)
     max_levels: int | None = None
     patience: int = 3
     smallest_rate: float = 0.01
@@ -222,7 +222,7 @@ class Refit:
     batches: int = 100
     each_level: bool = True
     finalists: int = 1
-    cache_bytes: int = 2**31
+    cache_bytes: int = field(default=2**31, kw_only=True)
 
     def __post_init__(self) -> None:
         check_count("batches", self.batches)

@@ -132,3 +132,8 @@ def test_a_refit_is_named_by_a_word_or_given():
         refit_of("ols")
     with pytest.raises(TypeError, match="refit is 3, but must be None, one of batch_norm, least_squares, or a Least"):
         refit_of(3)
+
+
+def test_positional_arguments_keep_their_places():
+    assert Tree(0.5, 3, 2, 0.05) == Tree(pruning_rate=0.5, max_levels=3, patience=2, smallest_rate=0.05)
+    assert LeastSquares(7, False, 4, 0.5) == LeastSquares(batches=7, each_level=False, finalists=4, damping=0.5)
