@@ -13,10 +13,11 @@ from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.layers import Layer
 from lightning_roulette.refit.gram import LayerSums
 from lightning_roulette.refit.matrices import kept_in_matrix, matrix_of
-from lightning_roulette.refit.solvers.choice import Problem, chosen
+from lightning_roulette.refit.solvers.choice import Problem, choice_cost, chosen
 from lightning_roulette.refit.solvers.cholesky import DampedGram
+from lightning_roulette.refit.solvers.cost import worth_sharing
 from lightning_roulette.refit.solvers.fastest import Fastest
-from lightning_roulette.refit.solvers.shared import Shared
+from lightning_roulette.refit.solvers.shared import Shared, in_shares
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,15 +53,16 @@ class Fitting:
         The entries that were chosen for the layer before, if any, are those given.
 
         The chosen entries are kept only if their damped error on the fitted rows is smaller than that of the given
-        entries, and their error on the held-out rows is not larger. With several processes, the first one chooses.
+        entries, and their error on the held-out rows is not larger.
         """
         kept, dense = self._kept(layer), matrix_of(layer, self.dense)
         prepared = Shared(Fastest(self.damping), self.processes).init(sums.fit)
         given = prepared.solve(kept, torch.where(kept, dense, 0.0))
         if not (self.choose and sums.finite):
             return given, kept
-        problem = Problem(sums.fit, DampedGram(sums.fit.gram, self.damping).ridges, dense, self._free(layer, kept))
-        other = self.processes.first(chosen(problem, kept) if self.processes.rank == 0 else kept)
+        ridges = DampedGram(sums.fit.gram, self.damping).ridges
+        problem = Problem(sums.fit, ridges, dense, self._free(layer, kept), kept.shape[1])
+        other = self._chosen(problem, kept)
         if torch.equal(other, kept):
             return given, kept
         found = prepared.solve(other, torch.where(other, dense, 0.0))
@@ -68,6 +70,12 @@ class Fitting:
         holds = not sums.held_out.rows or sums.held_out.error(found) <= sums.held_out.error(given)
         better = self.processes.first(torch.tensor(lower and holds))
         return (found, other) if better else (given, kept)
+
+    def _chosen(self, problem: Problem, kept: Tensor) -> Tensor:
+        """Return the entries that are chosen: by each process for its outputs, or else by the first one."""
+        if worth_sharing(choice_cost(problem), kept.numel(), self.processes.ranks):
+            return in_shares(self.processes, kept, lambda own: chosen(problem.of_outputs(own), kept[:, own]))
+        return self.processes.first(chosen(problem, kept) if self.processes.rank == 0 else kept)
 
     def note(self, layer: Layer, kept: Tensor) -> None:
         """Note which entries of a layer's matrix are kept."""

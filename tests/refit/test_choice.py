@@ -38,7 +38,7 @@ def problem(seed: int, groups=1, rows=60, inputs=8, outputs=1, damping=1e-3, bia
         x[..., -1] = 1
         free[..., -1] = False
     sums = sums_of(x, x @ dense.mT)
-    return Problem(sums, DampedGram(sums.gram, damping).ridges, dense, free)
+    return Problem(sums, DampedGram(sums.gram, damping).ridges, dense, free, dense.shape[1])
 
 
 def first(problem: Problem, count: int) -> torch.Tensor:
@@ -104,7 +104,7 @@ def test_the_count_is_exact_and_what_is_not_free_stays(
     x[..., seed % inputs] = x[..., 0]  # inputs that are equal
     x[..., (seed + 1) % inputs] *= seed % 2  # an input that is always zero
     sums = sums_of(x, x @ layer.dense.mT)
-    layer = Problem(sums, DampedGram(sums.gram, damping).ridges, layer.dense, layer.free)
+    layer = Problem(sums, DampedGram(sums.gram, damping).ridges, layer.dense, layer.free, layer.outputs)
     kept = first(layer, round(share * int(layer.free.sum())))
     found = chosen(layer, kept)
     assert torch.equal(found.sum(2), kept.sum(2))
@@ -263,3 +263,14 @@ def test_layers_that_are_left_alone_or_whose_refit_is_undone_keep_the_drawn_mask
     found = Calibration(net, broken).refit(mask, CHOOSE)
     assert found.undone
     assert found.mask is None
+
+
+def test_the_choice_for_some_outputs_is_that_for_all_and_made_in_the_same_way(monkeypatch):
+    layer, some = problem(5, rows=200, inputs=40, outputs=6), torch.tensor([1, 4, 5])
+    layer.dense[:, 2] *= 1e3
+    kept, asked = first(layer, 60), []
+    monkeypatch.setattr(choice, "inverses_pay", lambda inputs, outputs, *_: asked.append(outputs) or outputs > 3)
+    whole = chosen(layer, kept)
+    assert not torch.equal(whole, kept)
+    assert torch.equal(chosen(layer.of_outputs(some), kept[:, some]), whole[:, some])
+    assert set(asked) == {6}

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from lightning_roulette.large.processes import FailedElsewhere, Processes
+from lightning_roulette.refit import fitting
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.sensitivity import NoGradients
 from lightning_roulette.refit.solvers import shared
+from lightning_roulette.refit.solvers.cost import solve_cost, worth_sharing
 from lightning_roulette.refit.solvers.fastest import FastestPrepared
 from lightning_roulette.settings import LeastSquares
 from tests.support.networks import KINDS, case, known, mask_of, related, state_of
@@ -32,7 +34,8 @@ def switches():
 @pytest.fixture
 def everything_shared(monkeypatch):
     """Layers as small as these are solved in shares, too."""
-    monkeypatch.setattr(shared, "worth_sharing", lambda kept, ranks: True)
+    for module in (shared, fitting):
+        monkeypatch.setattr(module, "worth_sharing", lambda work, entries, ranks: ranks > 1)
 
 
 def in_processes(ranks, net, batches, ask, **options):
@@ -111,6 +114,14 @@ def test_each_process_runs_its_own_batches_and_solves_its_own_outputs(monkeypatc
     assert sorted(solved) == [2, 2, 4, 4, 6, 6]
 
 
+def test_each_process_chooses_for_its_own_outputs(monkeypatch, everything_shared):
+    net, batches, mask = case("mlp", sizes=(40, 41, 42, 43))
+    asked, chosen = [], fitting.chosen
+    monkeypatch.setattr(fitting, "chosen", lambda problem, kept: asked.append(kept.shape[1]) or chosen(problem, kept))
+    in_processes(2, net, batches, lambda calibration: calibration.refit(mask, CHOOSE))
+    assert sorted(asked) == [2, 2, 4, 4, 6, 6]
+
+
 def test_small_layers_are_solved_by_every_process(monkeypatch):
     net, batches, mask = case("mlp")
     solved, solve = [], FastestPrepared.solve
@@ -123,8 +134,10 @@ def test_small_layers_are_solved_by_every_process(monkeypatch):
 
 def test_large_layers_are_worth_sharing_and_small_ones_are_not():
     some = torch.rand(1, 200, 2000, generator=torch.Generator().manual_seed(0)) < 0.3
-    assert shared.worth_sharing(some, 2)
-    assert not shared.worth_sharing(some[:, :10, :100], 2)
+    few = some[:, :10, :100]
+    assert worth_sharing(solve_cost(some), some.numel(), 2)
+    assert not worth_sharing(solve_cost(some), some.numel(), 1)
+    assert not worth_sharing(solve_cost(few), few.numel(), 2)
 
 
 def test_a_process_without_a_batch_joins():

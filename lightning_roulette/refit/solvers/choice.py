@@ -9,13 +9,13 @@ matrix that is closest to it. A penalty on their distance grows in a few stages.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_roulette.refit.gram import GramSums
-from lightning_roulette.refit.solvers.cost import inverses_pay
+from lightning_roulette.refit.solvers.cost import inverses_pay, step_cost
 
 # The penalties are in units of the diagonal of the scaled Gram matrix, which is one.
 _PENALTIES = (0.1, 0.3, 1.0)
@@ -36,12 +36,22 @@ class Problem:
         ridges: What is added to the diagonal of each group's Gram matrix, shape `(groups,)`.
         dense: The matrix of the dense layer, float64, shape `(groups, outputs, inputs)`. The ridge pulls to it.
         free: Which entries are chosen among, bool, the same shape. The others stay as they are given.
+        outputs: Number of outputs of each group of the layer, of which these may be some.
     """
 
     sums: GramSums
     ridges: Tensor
     dense: Tensor
     free: Tensor
+    outputs: int
+
+    def of_outputs(self, some: Tensor) -> Problem:
+        """Return the problem of some outputs. Its solution is that of the whole problem for these outputs.
+
+        Args:
+            some: Indices of outputs of each group.
+        """
+        return replace(self, sums=self.sums.of_outputs(some), dense=self.dense[:, some], free=self.free[:, some])
 
     def error(self, matrix: Tensor) -> float:
         """Squared error of a matrix with the part of the ridge, summed over the rows."""
@@ -68,10 +78,16 @@ def chosen(problem: Problem, kept: Tensor) -> Tensor:
         return kept
     split = _Splitting.begun(problem, kept, counts)
     for penalty in _PENALTIES:
-        fit = _fit_of(split.gram, penalty, kept.shape[1])
+        fit = _fit_of(split.gram, penalty, problem.outputs)
         for _ in range(_ROUNDS):
             split.go(fit, penalty)
     return largest(split.wanted.abs(), split.free, counts) | (kept & ~problem.free)
+
+
+def choice_cost(problem: Problem) -> float:
+    """Return the work that the choice takes for its outputs, without that for the layer."""
+    groups, outputs, inputs = problem.dense.shape
+    return groups * outputs * len(_PENALTIES) * _ROUNDS * step_cost(inputs) / 2  # in float32
 
 
 def largest(values: Tensor, among: Tensor, counts: Tensor) -> Tensor:
@@ -124,7 +140,7 @@ class _Splitting:
         right = (problem.sums.cross.mT + ridges.view(-1, 1, 1) * problem.dense) / root.unsqueeze(1)
         begin = torch.where(kept, problem.dense, 0.0) * root.unsqueeze(1)
         most = torch.maximum(right.abs().max(), begin.abs().max())  # float32 has a smaller range
-        most = torch.where(most > 0, most, 1.0)
+        most = torch.where(most > 0, torch.frexp(most).exponent.double().exp2(), 1.0)  # other outputs change no digit
         right, begin = (right / most).float(), (begin / most).float()
         zeros = torch.zeros_like(begin)
         return cls(scaled, right, problem.free, ~problem.free & ~kept, counts, begin, begin, zeros, begin)

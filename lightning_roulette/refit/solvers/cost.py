@@ -103,6 +103,12 @@ def solve_cost(kept: Tensor) -> float:
     return float(torch.minimum(exact, torch.tensor(_USUAL_STEPS * step_cost(inputs)).to(exact)).sum())
 
 
-def worth_sharing(kept: Tensor, ranks: int) -> bool:
-    """Return whether it takes less work to solve a share of the outputs and to send it than to solve all of them."""
-    return solve_cost(kept) * (1 - 1 / ranks) > _SUM + _SENT_ENTRY * kept.numel()
+def worth_sharing(work: float, entries: int, ranks: int) -> bool:
+    """Return whether a share of some work, and sending its results, take less work than all of it.
+
+    Args:
+        work: All of the work.
+        entries: Number of results of all processes.
+        ranks: Number of processes.
+    """
+    return ranks > 1 and work * (1 - 1 / ranks) > _SUM + _SENT_ENTRY * entries

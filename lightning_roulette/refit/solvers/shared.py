@@ -1,7 +1,8 @@
-"""The outputs of a layer solved in shares: each process solves some of them."""
+"""The outputs of a layer in shares: each process solves, or chooses, for some of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,8 +11,27 @@ from torch import Tensor
 
 from lightning_roulette.large.processes import Processes
 from lightning_roulette.refit.gram import GramSums
-from lightning_roulette.refit.solvers.cost import worth_sharing
+from lightning_roulette.refit.solvers.cost import solve_cost, worth_sharing
 from lightning_roulette.refit.solvers.solver import Prepared, Solver
+
+
+def in_shares(processes: Processes, like: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return what `part` gives for all outputs, of which each process computes its share.
+
+    Args:
+        processes: They all call this.
+        like: A tensor of the shape and type of the result, shape `(groups, outputs, inputs)`.
+        part: Takes indices of outputs. Returns the result for them.
+    """
+    found = torch.zeros_like(like, dtype=torch.uint8 if like.dtype == torch.bool else like.dtype)
+    own = _own(processes, like.shape[1]).to(like.device)
+    if len(own):
+        found[:, own] = part(own).to(found.dtype)
+    return processes.add(found)[0].to(like.dtype)
+
+
+def _own(processes: Processes, outputs: int) -> Tensor:
+    return torch.arange(processes.rank, outputs, processes.ranks)
 
 
 @dataclass(frozen=True)
@@ -47,18 +67,9 @@ class SharedPrepared(Prepared):
 
     def solve(self, kept: Tensor, start: Tensor) -> Tensor:
         """See `Prepared.solve`."""
-        processes = self.how.processes
-        if not worth_sharing(kept, processes.ranks):
+        if not worth_sharing(solve_cost(kept), kept.numel(), self.how.processes.ranks):
             return self._all.solve(kept, start)
-        found, own = torch.zeros_like(start), self._own
-        if len(own):
-            found[:, own] = self._part.solve(kept[:, own], start[:, own])
-        return processes.add(found)[0]
-
-    @property
-    def _own(self) -> Tensor:
-        processes = self.how.processes
-        return torch.arange(processes.rank, self.sums.cross.shape[2], processes.ranks, device=self.sums.cross.device)
+        return in_shares(self.how.processes, start, lambda own: self._part.solve(kept[:, own], start[:, own]))
 
     @cached_property
     def _all(self) -> Prepared:
@@ -66,4 +77,5 @@ class SharedPrepared(Prepared):
 
     @cached_property
     def _part(self) -> Prepared:
-        return self.how.solver.init(self.sums.of_outputs(self._own))
+        own = _own(self.how.processes, self.sums.cross.shape[2]).to(self.sums.cross.device)
+        return self.how.solver.init(self.sums.of_outputs(own))
