@@ -123,8 +123,8 @@ class Calibration:
         """Return the network's values after pruning by a mask and a refit.
 
         The layers of the mask are refitted in the order in which the network calls them. The survivors and the bias of
-        a layer are solved so that its outputs are closest to the dense network's outputs, up to a thousandth of the
-        squared error (see `Prepared.solve` and `Fastest`). Its inputs come from the pruned network, in which the layers
+        a layer are solved so that its outputs are closest to the dense network's outputs (see `Prepared.solve`, and
+        `Fastest` for how exactly). Its inputs come from the pruned network, in which the layers
         before it are already refitted. A recurrent layer is solved twice: with the states that its dense weights would
         give, and then with those that it gives itself. Running statistics of batch normalisations become the mean and
         variance of their inputs.

@@ -16,7 +16,7 @@ from lightning_roulette import Calibration, Mask, prunable_parameters
 from lightning_roulette.refit import layerwise
 from lightning_roulette.refit.gram import GramSums
 from lightning_roulette.refit.matrices import kept_in_matrix, matrix_of
-from lightning_roulette.refit.solvers import fastest
+from lightning_roulette.refit.solvers import accuracy, fastest
 from lightning_roulette.refit.solvers.cholesky import Cholesky
 from lightning_roulette.refit.solvers.conjugate_gradient import Equations, conjugate_gradient
 from lightning_roulette.refit.solvers.cost import most_steps
@@ -36,10 +36,13 @@ def kept_of(seed: int, shape, density: float) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
 
 
-def iterated(sums: GramSums, kept: torch.Tensor, start: torch.Tensor, damping: float) -> torch.Tensor:
-    """All outputs, solved by conjugate gradients, however many steps it takes."""
+def iterated(
+    sums: GramSums, kept: torch.Tensor, start: torch.Tensor, damping: float, of_sampling: float = 0.0
+) -> torch.Tensor:
+    """All outputs, solved by conjugate gradients, however many steps it takes; within a thousandth by default."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fastest, "most_steps", lambda kept: torch.full(kept.shape[:2], 1e5))
+        patch.setattr(accuracy, "_OF_SAMPLING", of_sampling)
+        patch.setattr(fastest, "most_steps", lambda kept, rows: torch.full(kept.shape[:2], 1e5))
         patch.setattr(fastest.CholeskyPrepared, "solve", None)  # an output that is solved by a factor fails
         return Fastest(damping).init(sums).solve(kept, start)
 
@@ -186,6 +189,28 @@ def test_layers_of_trained_networks_are_within_a_thousandth(sparsity, images, tr
             assert excess(sums, found, Cholesky(damping).init(sums).solve(kept, start)) <= 1e-3
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [50, 150, 600])
+def test_with_few_rows_a_layer_is_solved_as_exactly_as_other_rows_can_tell(kind, rows):
+    made = KINDS[kind](numbers(1, rows + 20_000, 100, seed=4))
+    start = numbers(1, 8, 100, seed=5)
+    # outputs that depend on more than the inputs, as those of the dense network do
+    wanted = made @ start.mT + 0.3 * (made @ start.mT).std() * numbers(1, rows + 20_000, 8, seed=6)
+    sums, others = sums_of(made[:, :rows], wanted[:, :rows]), sums_of(made[:, rows:], wanted[:, rows:])
+    for density in (0.2, 0.5, 0.9):
+        kept = kept_of(3, start.shape, density)
+        found = iterated(sums, kept, start, 1e-3, of_sampling=0.1)
+        exact = Cholesky(1e-3).init(sums).solve(kept, start)
+        allowed = accuracy.allowed_share(kept.sum(2), rows)
+        assert excess(sums, found, exact) <= float(allowed.max())
+        assert excess(others, found, exact) <= 0.02
+
+
+def test_the_allowed_share_is_a_thousandth_or_a_tenth_of_what_sampling_costs():
+    assert accuracy.allowed_share(torch.tensor([0, 10, 100, 1000]), 1000).tolist() == [1e-3, 1e-3, 1e-2, 0.1]
+    assert accuracy.allowed_share(torch.tensor([10]), 0).tolist() == [1.0]
+
+
 def one_group(outputs: int = 30, inputs: int = 40, seed: int = 0) -> tuple[Equations, torch.Tensor]:
     """Equations of one group, and their exact solutions."""
     x, y = numbers(1, 100, inputs, seed=seed), numbers(1, 100, outputs, seed=seed + 1)
@@ -193,7 +218,9 @@ def one_group(outputs: int = 30, inputs: int = 40, seed: int = 0) -> tuple[Equat
     exact = Cholesky(1e-3).init(sums)
     ridge, power = float(exact.matrix.ridges[0]), sums.power[0]
     solution = exact.solve(kept, torch.zeros_like(kept, dtype=torch.float64))[0]
-    return Equations(sums.gram[0], ridge, sums.cross[0].mT.contiguous(), kept[0], power, power, 1e-9), solution
+    return Equations(
+        sums.gram[0], ridge, sums.cross[0].mT.contiguous(), kept[0], power, power, 1e-9, sums.rows
+    ), solution
 
 
 def test_outputs_are_solved_alone_as_together(monkeypatch):
@@ -229,7 +256,7 @@ def test_outputs_that_are_not_finite_end_the_iteration():
 def test_equal_sums_have_equal_solutions_under_any_precision():
     x, start = torch.relu(numbers(1, 500, 300)), numbers(1, 300, 300, seed=1)
     sums, kept = sums_of(x, x @ start.mT), kept_of(2, start.shape, 0.6)
-    assert most_steps(kept).any()
+    assert most_steps(kept, 10**6).any()
     found, before = Fastest(1e-3).init(sums).solve(kept, start), torch.get_float32_matmul_precision()
     assert torch.equal(Fastest(1e-3).init(sums).solve(kept, start), found)
     torch.set_float32_matmul_precision("medium")
@@ -243,7 +270,7 @@ def test_equal_sums_have_equal_solutions_under_any_precision():
 def test_what_steps_do_not_solve_in_time_a_factor_solves(monkeypatch):
     x, start = decaying(numbers(1, 300, 60), 6), numbers(1, 12, 60, seed=1)
     sums, kept = sums_of(x, x @ start.mT), kept_of(2, start.shape, 0.9)
-    monkeypatch.setattr(fastest, "most_steps", lambda kept: torch.full(kept.shape[:2], 10.0))
+    monkeypatch.setattr(fastest, "most_steps", lambda kept, rows: torch.full(kept.shape[:2], 10.0))
     exact = Cholesky(1e-6).init(sums).solve(kept, start)
     assert torch.allclose(Fastest(1e-6).init(sums).solve(kept, start), exact, rtol=1e-8, atol=1e-8)
     assert isinstance(Fastest(1e-7).init(sums), type(Cholesky(1e-7).init(sums)))
@@ -260,12 +287,12 @@ def test_what_steps_do_not_solve_in_time_a_factor_solves(monkeypatch):
     ],
 )
 def test_the_way_with_less_work_is_taken(outputs, inputs, density, steps):
-    assert bool((most_steps(kept_of(0, (1, outputs, inputs), density)) > 0).any()) is steps
+    assert bool((most_steps(kept_of(0, (1, outputs, inputs), density), 10**6) > 0).any()) is steps
 
 
 def test_outputs_that_share_their_inputs_share_a_factor():
     one = kept_of(0, (1, 1, 3072), 0.5)
-    assert not most_steps(one.expand(1, 768, 3072)).any()
+    assert not most_steps(one.expand(1, 768, 3072), 10**6).any()
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=70, max_size=70), min_size=1, max_size=6))

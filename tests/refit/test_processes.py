@@ -135,9 +135,9 @@ def test_small_layers_are_solved_by_every_process(monkeypatch):
 def test_large_layers_are_worth_sharing_and_small_ones_are_not():
     some = torch.rand(1, 200, 2000, generator=torch.Generator().manual_seed(0)) < 0.3
     few = some[:, :10, :100]
-    assert worth_sharing(solve_cost(some), some.numel(), 2)
-    assert not worth_sharing(solve_cost(some), some.numel(), 1)
-    assert not worth_sharing(solve_cost(few), few.numel(), 2)
+    assert worth_sharing(solve_cost(some, 10**6), some.numel(), 2)
+    assert not worth_sharing(solve_cost(some, 10**6), some.numel(), 1)
+    assert not worth_sharing(solve_cost(few, 10**6), few.numel(), 2)
 
 
 def test_a_process_without_a_batch_joins():

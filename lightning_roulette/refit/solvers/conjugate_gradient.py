@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.large.limits import limits
+from lightning_roulette.refit.solvers.accuracy import allowed_share
 
 _PAUSE = 8  # steps between checks of the errors; after many steps a third of them
-# An output is solved if further steps would lower its squared error by less than a thousandth. How much they would is
-# extrapolated, so half of it is allowed. The extrapolation fails if the error pauses, so there is a certain bound, too.
-# The bound is far too large, so it is allowed to be far larger.
-_SHARE_EXPECTED = 5e-4
-_SHARE_CERTAIN = 0.05
+# How much further steps would lower an error is extrapolated, so half of what is allowed must suffice. The extrapolation
+# fails if the error pauses, so there is a certain bound, too. It is far too large, so it is allowed to be far larger.
+_EXPECTED, _CERTAIN = 0.5, 50.0  # in units of what is allowed
 _LEAST_FALL = 0.25  # share of the last fall of an error that is expected to follow at least
 _NUMBERS_PER_ENTRY = 8  # float64 numbers that the iteration holds for each output and input
 
@@ -33,6 +32,7 @@ class Equations:
         error: Squared error of each output at `w = 0`, summed over rows, shape `(outputs,)`.
         power: Sum of squares of each wanted output, shape `(outputs,)`.
         rounding: Share of the power to which errors need not be known.
+        rows: Number of rows of the Gram matrix.
     """
 
     gram: Tensor
@@ -42,6 +42,7 @@ class Equations:
     error: Tensor
     power: Tensor
     rounding: float
+    rows: int
 
     def blocks(self) -> Iterator[tuple[slice, Equations]]:
         """Yield blocks of outputs. The iteration of a block takes at most `limits().system_bytes`."""
@@ -58,8 +59,8 @@ def conjugate_gradient(equations: Equations, steps: Tensor) -> tuple[Tensor, Ten
 
     Each step multiplies the directions of all outputs with the same Gram matrix, and sets them to zero where inputs are
     not kept. ALPS ends so, too (Meng et al., "ALPS: Improved optimization for highly sparse one-shot pruning for large
-    language models", 2024). The iteration of an output ends when its squared error is within a thousandth of the exact
-    solution's. It then leaves the product.
+    language models", 2024). The iteration of an output ends when its squared error exceeds the exact solution's by less than
+    `allowed_share`. It then leaves the product.
 
     Args:
         equations: The equations.
@@ -150,6 +151,7 @@ class _Errors:
 
     Attributes:
         unknown: Error that need not be known.
+        allowed: See `allowed_share`.
         damped: The error with the ridge's part, which the iteration lowers.
         last: The error without it, at the last check.
         fall: How much it changed before that check.
@@ -159,6 +161,7 @@ class _Errors:
     """
 
     unknown: Tensor
+    allowed: Tensor
     damped: Tensor
     last: Tensor
     fall: Tensor
@@ -170,8 +173,8 @@ class _Errors:
         """Return the errors before the first step."""
         largest = torch.where(equations.kept, matrix.diagonal, matrix.ridge).amax(1)
         error, least = equations.error, matrix.ridge / largest
-        unknown = equations.rounding * equations.power
-        return cls(unknown, error, error, torch.zeros_like(error), least, 1 / least)
+        unknown, allowed = equations.rounding * equations.power, allowed_share(equations.kept.sum(1), equations.rows)
+        return cls(unknown, allowed, error, error, torch.zeros_like(error), least, 1 / least)
 
     def follow(self, length: Tensor, lowered: Tensor, ratio: Tensor) -> None:
         """Follow a step."""
@@ -195,8 +198,8 @@ class _Errors:
         falls_less = (self.fall < fall_before) | (self.fall == 0)
         gap = self.longest * slope
         certain = 2 * gap + 2 * (pull * gap).sqrt()
-        error = torch.maximum(self.last, self.unknown)
-        small = falls_less & (expected <= _SHARE_EXPECTED * error) & (certain <= _SHARE_CERTAIN * error)
+        allowed = self.allowed * torch.maximum(self.last, self.unknown)
+        small = falls_less & (expected <= _EXPECTED * allowed) & (certain <= _CERTAIN * allowed)
         return small | ~self.last.isfinite()
 
 

@@ -8,16 +8,19 @@ system from a large matrix takes about 30 ns for each.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from lightning_roulette.refit.solvers.accuracy import allowed_share
 from lightning_roulette.refit.solvers.supports import supports_of
 
 _GATHERED_ENTRY = 500  # an entry of a system: it is gathered, padded, factored at the rate of a short vector
 _SORTED_INPUT = 800  # an input of an output: the kept ones are found and their values written
 _ITERATED_ENTRY = 130  # an input of an output in a step: eight passes over memory
 _STEP = 1e6  # a step of no output
-_USUAL_STEPS = 32  # that solve most outputs
+_STEPS_TO_A_THOUSANDTH, _LEAST_STEPS = 32, 8  # that solve most outputs
 _SENT_ENTRY = 300  # a number that is summed over processes
 _SUM = 3e7  # a sum of no numbers over processes: 2 ms
 
@@ -66,11 +69,26 @@ def worth_correcting(kept: Tensor) -> Tensor:
     return (saved > 0) & (saved.sum(1, keepdim=True) > inverse_cost(kept.shape[2]))
 
 
-def most_steps(kept: Tensor) -> Tensor:
+def usual_steps(kept: Tensor, rows: int) -> Tensor:
+    """Return after how many steps of conjugate gradients most outputs are solved; see `allowed_share`.
+
+    Args:
+        kept: Bool, shape `(groups, outputs, inputs)`.
+        rows: Number of rows that they are solved on.
+
+    Returns:
+        Float64, shape `(groups, outputs)`.
+    """
+    share = allowed_share(kept.sum(2), rows)
+    return (_STEPS_TO_A_THOUSANDTH * share.log() / math.log(1e-3)).clamp(min=_LEAST_STEPS)
+
+
+def most_steps(kept: Tensor, rows: int) -> Tensor:
     """Return after how many steps of conjugate gradients a factor would have taken less work.
 
     Args:
         kept: Bool, shape `(groups, outputs, inputs)`.
+        rows: Number of rows that they are solved on.
 
     Returns:
         Float64, shape `(groups, outputs)`; zero for outputs that a factor solves in less work than usual steps.
@@ -78,8 +96,9 @@ def most_steps(kept: Tensor) -> Tensor:
     outputs, inputs = kept.shape[1:]
     direct, correction = factor_costs(kept)
     by_factor = torch.minimum(direct, correction + inverse_cost(inputs) / outputs)
-    saved = (by_factor - _USUAL_STEPS * step_cost(inputs)).clamp(min=0)
-    worth = (saved > 0) & (saved.sum(1, keepdim=True) > _USUAL_STEPS * _STEP)
+    usual = usual_steps(kept, rows)
+    saved = (by_factor - usual * step_cost(inputs)).clamp(min=0)
+    worth = (saved > 0) & (saved.sum(1, keepdim=True) > _STEPS_TO_A_THOUSANDTH * _STEP)
     return torch.where(worth, (by_factor / step_cost(inputs)).floor(), 0.0)
 
 
@@ -95,12 +114,17 @@ def inverses_pay(inputs: int, outputs: int, inverses: int, steps: int) -> bool:
     return inverses * inverse_cost(inputs) <= steps * outputs * step_cost(inputs)
 
 
-def solve_cost(kept: Tensor) -> float:
-    """Return the least work to solve for the kept weights of all outputs, shape `(groups, outputs, inputs)`."""
+def solve_cost(kept: Tensor, rows: int) -> float:
+    """Return the least work to solve for the kept weights of all outputs.
+
+    Args:
+        kept: Bool, shape `(groups, outputs, inputs)`.
+        rows: Number of rows that they are solved on.
+    """
     inputs = kept.shape[2]
     direct, correction = factor_costs(kept)
     exact = torch.minimum(direct, correction)
-    return float(torch.minimum(exact, torch.tensor(_USUAL_STEPS * step_cost(inputs)).to(exact)).sum())
+    return float(torch.minimum(exact, usual_steps(kept, rows) * step_cost(inputs)).sum())
 
 
 def worth_sharing(work: float, entries: int, ranks: int) -> bool:

@@ -21,8 +21,9 @@ class Fastest(Solver):
     """Solver that takes, for each output, the way with less work.
 
     - A Cholesky factor is exact (see `Cholesky`). Its work grows with `kept ** 3` for each set of kept inputs.
-    - Conjugate gradients take `inputs ** 2` for each step and output. They end when the squared error of an output is
-      within a thousandth of the exact solution's. An output that is not solved when its steps took as much work as a
+    - Conjugate gradients take `inputs ** 2` for each step and output. They end when the squared error of an output exceeds
+      the exact solution's by less than a thousandth, or less than a tenth of `kept / rows` if that is more (see
+      `allowed_share`). An output that is not solved when its steps took as much work as a
       factor is solved by a factor.
 
     Attributes:
@@ -52,7 +53,7 @@ class FastestPrepared(Prepared):
     def solve(self, kept: Tensor, start: Tensor) -> Tensor:
         """See `Prepared.solve`."""
         found, solved = torch.zeros_like(start), torch.zeros_like(kept[..., 0])
-        steps = most_steps(kept)
+        steps = most_steps(kept, self.sums.rows)
         for group in steps.any(1).nonzero().flatten().tolist():
             outputs = steps[group].nonzero().flatten()
             begin = torch.where(kept[group, outputs], start[group, outputs], 0.0)
@@ -79,6 +80,7 @@ class FastestPrepared(Prepared):
             error,
             power,
             self.sums.rounding,
+            self.sums.rows,
         )
         found, solved = conjugate_gradient(equations, steps)
         change = torch.zeros_like(begin)

@@ -67,7 +67,7 @@ class SharedPrepared(Prepared):
 
     def solve(self, kept: Tensor, start: Tensor) -> Tensor:
         """See `Prepared.solve`."""
-        if not worth_sharing(solve_cost(kept), kept.numel(), self.how.processes.ranks):
+        if not worth_sharing(solve_cost(kept, self.sums.rows), kept.numel(), self.how.processes.ranks):
             return self._all.solve(kept, start)
         return in_shares(self.how.processes, start, lambda own: self._part.solve(kept[:, own], start[:, own]))
 
