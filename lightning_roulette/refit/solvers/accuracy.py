@@ -11,8 +11,8 @@ _OF_SAMPLING = 0.1  # share of the error that comes from the choice of the rows
 def allowed_share(kept: Tensor, rows: int) -> Tensor:
     """Return by which share the squared error of an output may exceed that of the exact solution.
 
-    It is a thousandth, or a tenth of `kept / rows` if that is more. On rows that it was not solved on, the exact solution
-    has a squared error that is larger by about `kept / rows`, so a tenth of this is not seen there.
+    It is a thousandth, or a tenth of `kept / rows` if that is more. On rows that it was not solved on, the exact
+    solution has a squared error that is larger by about `kept / rows`, so a tenth of this is not seen there.
 
     Args:
         kept: Number of inputs that each output keeps.

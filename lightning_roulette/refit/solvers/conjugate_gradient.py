@@ -13,8 +13,8 @@ from lightning_roulette.large.limits import limits
 from lightning_roulette.refit.solvers.accuracy import allowed_share
 
 _PAUSE = 8  # steps between checks of the errors; after many steps a third of them
-# How much further steps would lower an error is extrapolated, so half of what is allowed must suffice. The extrapolation
-# fails if the error pauses, so there is a certain bound, too. It is far too large, so it is allowed to be far larger.
+# How much further steps would lower an error is extrapolated, so only half of what is allowed may be left. The
+# extrapolation fails if the error pauses, so there is a certain bound, too. It is far too large, so it may be far larger.
 _EXPECTED, _CERTAIN = 0.5, 50.0  # in units of what is allowed
 _LEAST_FALL = 0.25  # share of the last fall of an error that is expected to follow at least
 _NUMBERS_PER_ENTRY = 8  # float64 numbers that the iteration holds for each output and input
@@ -59,8 +59,8 @@ def conjugate_gradient(equations: Equations, steps: Tensor) -> tuple[Tensor, Ten
 
     Each step multiplies the directions of all outputs with the same Gram matrix, and sets them to zero where inputs are
     not kept. ALPS ends so, too (Meng et al., "ALPS: Improved optimization for highly sparse one-shot pruning for large
-    language models", 2024). The iteration of an output ends when its squared error exceeds the exact solution's by less than
-    `allowed_share`. It then leaves the product.
+    language models", 2024). The iteration of an output ends when its squared error exceeds the exact solution's by less
+    than `allowed_share`. It then leaves the product.
 
     Args:
         equations: The equations.

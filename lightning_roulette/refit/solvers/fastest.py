@@ -21,8 +21,8 @@ class Fastest(Solver):
     """Solver that takes, for each output, the way with less work.
 
     - A Cholesky factor is exact (see `Cholesky`). Its work grows with `kept ** 3` for each set of kept inputs.
-    - Conjugate gradients take `inputs ** 2` for each step and output. They end when the squared error of an output exceeds
-      the exact solution's by less than a thousandth, or less than a tenth of `kept / rows` if that is more (see
+    - Conjugate gradients take `inputs ** 2` for each step and output. They end when the squared error of an output
+      exceeds the exact solution's by less than a thousandth, or less than a tenth of `kept / rows` if that is more (see
       `allowed_share`). An output that is not solved when its steps took as much work as a
       factor is solved by a factor.
 
