@@ -14,7 +14,7 @@ from lightning_roulette.refit.solvers.accuracy import allowed_share
 
 _PAUSE = 8  # steps between checks of the errors; after many steps a third of them
 # How much further steps would lower an error is extrapolated, so only half of what is allowed may be left. The
-# extrapolation fails if the error pauses, so there is a certain bound, too. It is far too large, so it may be far larger.
+# extrapolation fails if the error pauses, so there is a certain bound, too. It is far too large, so more is allowed.
 _EXPECTED, _CERTAIN = 0.5, 50.0  # in units of what is allowed
 _LEAST_FALL = 0.25  # share of the last fall of an error that is expected to follow at least
 _NUMBERS_PER_ENTRY = 8  # float64 numbers that the iteration holds for each output and input
