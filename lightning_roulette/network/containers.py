@@ -65,6 +65,26 @@ def can_be_rebuilt(one: Any) -> bool:
     return same and type(twin) is type(one)
 
 
+def rebuilt(batch: Any, copies: bool) -> Any:
+    """A batch with the same tensors, or copies of them, in new containers.
+
+    `apply_to_collection` of lightning-utilities refuses frozen dataclasses and leaves other objects as they are;
+    `torch.utils._pytree` also leaves dataclasses and `UserDict` as they are. A step may write into all of these.
+
+    Args:
+        batch: A tensor, or containers and objects that hold tensors.
+        copies: Whether to copy the tensors.
+    """
+    if isinstance(batch, Tensor):
+        return batch.clone() if copies else batch
+    if (parts := parts_of(batch)) is not None:
+        try:
+            return with_parts(batch, {key: rebuilt(part, copies) for key, part in parts.items()})
+        except Exception:  # a class that takes no assignments
+            return copy.deepcopy(batch) if copies else copy.copy(batch)
+    return copy.deepcopy(batch) if copies else copy.copy(batch)
+
+
 def tensors_of(batch: Any) -> list[Tensor]:
     """Every tensor in a batch, in containers of any kind and in the attributes of any objects.
 

@@ -31,6 +31,7 @@ def lent(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         yield before
     finally:
         surely(lambda: copy_into(tensors, before))
+        torch.clear_autocast_cache()  # it may hold casts of the other values
 
 
 @contextmanager
@@ -51,9 +52,11 @@ def applied(mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterat
     try:
         for one in aside:
             one.fill()
+        torch.clear_autocast_cache()  # it may hold casts of the old values
         yield
     finally:
         surely(give_back)
+        torch.clear_autocast_cache()
 
 
 def copy_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from lightning_roulette.mask.mask import Mask, fill_pruned
 from lightning_roulette.network.lending import copy_into, lent, named_tensors
 from lightning_roulette.network.samples import pieces_of
 from lightning_roulette.refit.fitting import Fitting
+from lightning_roulette.refit.forwards import forwards
 from lightning_roulette.refit.layerwise import Layerwise
 from lightning_roulette.refit.matrices import RowSampler
 from lightning_roulette.refit.refitted import Refitted
@@ -56,7 +57,7 @@ class Calibration:
     Args:
         module: The network. It must have its dense weights at each call.
         batches: Inputs of the network's forward, each a tensor or a tuple of arguments; or the number of batches that
-            `run` knows.
+            `run` knows. The network may write to them; they stay as they are.
         run: Runs the network on the batch of a given number, in evaluation mode. None calls the network's forward on
             `batches`. Several runs may be under way, see above.
         around: Returns a context that is entered around one run or around several, for what `run` needs.
@@ -98,8 +99,8 @@ class Calibration:
         if (total := int(self._processes.add(torch.tensor(self.batches))[0])) < 1:
             raise ValueError("batches is empty, but must have at least one batch of inputs.")
         if run is None:
-            few = _forward(module, pieces_of(cast("Sequence[Any]", batches)))
-            self._runs = _forward(module, cast("Sequence[Any]", batches))
+            few = forwards(module, pieces_of(cast("Sequence[Any]", batches)))
+            self._runs = forwards(module, cast("Sequence[Any]", batches))
         else:
             few = self._runs = Runs(self.batches, run, around)
         whole = [partial(few.alone, number) for number in range(few.batches)]
@@ -281,21 +282,3 @@ def _number_of(batches: Sequence[Any] | int, has_run: bool) -> int:
     if isinstance(batches, int) and not has_run:
         raise TypeError(f"batches is {batches}, but must be a list of inputs if run is None. Pass the inputs, or run.")
     return number
-
-
-def _forward(module: nn.Module, batches: Sequence[Any]) -> Runs:
-    @contextmanager
-    def evaluating() -> Iterator[None]:
-        modes = {part: part.training for part in module.modules()}
-        module.eval()
-        try:
-            yield
-        finally:
-            for part, training in modes.items():
-                part.training = training
-
-    def run(number: int) -> object:
-        batch = batches[number]
-        return module(*batch) if isinstance(batch, tuple | list) else module(batch)
-
-    return Runs(len(batches), run, evaluating)

@@ -92,6 +92,20 @@ def test_lent_tensors_may_be_written_to_and_come_back():
     assert bits_of(weights) == before
 
 
+def test_autocast_does_not_use_casts_of_other_values():
+    net, x = nn.Linear(3, 2), torch.ones(1, 3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        dense = net(x)
+        with lent({"weight": net.weight}):
+            net.weight.zero_()
+            torch.clear_autocast_cache()
+            assert net(x).equal(net.bias.bfloat16().unsqueeze(0))
+        assert net(x).equal(dense)
+        with applied({"w": torch.zeros(2, 3, dtype=torch.bool)}, {"w": net.weight}):
+            assert net(x).equal(net.bias.bfloat16().unsqueeze(0))
+        assert net(x).equal(dense)
+
+
 def test_an_expanded_tensor_is_written_once():
     tensor = torch.zeros(1, 3).expand(4, 3)
     write(tensor, torch.arange(3.0).expand(4, 3))

@@ -715,3 +715,24 @@ NO_LIST, EMPTY = "but must be a list of batches", "is empty, but must have at le
 def test_batches_that_are_no_list_are_refused(batches, options, error, message):
     with pytest.raises(error, match=f"batches {message}"):
         Calibration(nn.Linear(4, 2).double(), batches, **options)
+
+
+class WritesToItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x):
+        return self.body(x.mul_(2))
+
+
+def test_a_network_that_writes_to_its_input_gets_the_same_input_in_every_run():
+    net, batches = WritesToItsInput(), [torch.randn(40, 6) for _ in range(3)]
+    before, mask = [batch.clone() for batch in batches], mask_of(net)
+    calibration = Calibration(net, batches)
+    found = calibration.refit(mask).values
+    plain = Calibration(net.body, [2 * batch for batch in batches])
+    wanted = plain.refit(Mask({name.removeprefix("body."): kept for name, kept in mask.items()})).values
+    assert all(found[f"body.{name}"].equal(value) for name, value in wanted.items())
+    calibration.scales("sensitivity", mask, {})
+    assert all(map(torch.equal, batches, before))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from lightning_roulette.network.containers import rebuilt
 from lightning_roulette.trainer.data.checksums import Checksums
-from lightning_roulette.trainer.data.containers import rebuilt
 from lightning_roulette.trainer.data.dealing import (
     FOLDS,
     SplitRows,

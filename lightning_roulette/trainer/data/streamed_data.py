@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from lightning_roulette.network.containers import rebuilt
 from lightning_roulette.network.samples import bytes_of
 from lightning_roulette.trainer.data.checksums import Checksums, checksums_of
-from lightning_roulette.trainer.data.containers import rebuilt
 from lightning_roulette.trainer.data.dealing import FOLDS, folds_of
 from lightning_roulette.trainer.data.folded_data import FoldedData, KeptData
 

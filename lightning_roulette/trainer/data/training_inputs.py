@@ -14,6 +14,7 @@ from lightning_roulette.large.communication import Communication
 from lightning_roulette.large.limits import limits
 from lightning_roulette.large.processes import ONE_PROCESS, Processes
 from lightning_roulette.mask.mask import Mask
+from lightning_roulette.network.containers import rebuilt
 from lightning_roulette.network.hooks import run_with_hooks
 from lightning_roulette.network.layers import batch_norms_of
 from lightning_roulette.network.parameters import parts_of_metrics
@@ -22,7 +23,6 @@ from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.refit.turns import Turns
 from lightning_roulette.settings import Refit
-from lightning_roulette.trainer.data.containers import rebuilt
 from lightning_roulette.trainer.data.own_loader import own_loader
 from lightning_roulette.trainer.data.reading import rounding
 from lightning_roulette.trainer.processes import processes_of

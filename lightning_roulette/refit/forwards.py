@@ -1,0 +1,60 @@
+"""Runs of a network's forward on batches, which stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lightning_roulette.large.digests import digests_of
+from lightning_roulette.network.containers import rebuilt, tensors_of
+from lightning_roulette.refit.traversal import Runs
+
+
+def forwards(module: nn.Module, batches: Sequence[Any]) -> Runs:
+    """Return runs of a network's forward, in evaluation mode.
+
+    Args:
+        module: The network.
+        batches: Inputs of its forward, each a tensor or a tuple of arguments. The network may write to them: if it does
+            so in its first run on any batch, all later runs are on copies, too.
+    """
+
+    @contextmanager
+    def evaluating() -> Iterator[None]:
+        modes = {part: part.training for part in module.modules()}
+        module.eval()
+        try:
+            yield
+        finally:
+            for part, training in modes.items():
+                part.training = training
+
+    return Runs(len(batches), _Forward(module, batches).run, evaluating)
+
+
+class _Forward:
+    """A network's forward on batches of given numbers."""
+
+    def __init__(self, module: nn.Module, batches: Sequence[Any]) -> None:
+        self._module, self._batches = module, batches
+        self._unchanged: set[int] = set()  # batches to which the network did not write
+        self._writes = False
+
+    def run(self, number: int) -> object:
+        """Run the network on a batch. Copies take memory while a run waits, so there are none if none are needed."""
+        batch = self._batches[number]
+        if number in self._unchanged and not self._writes:
+            return self._result(batch)
+        twin = rebuilt(batch, copies=True)
+        found = self._result(twin)
+        if digests_of(tensors_of(twin)) == digests_of(tensors_of(batch)):
+            self._unchanged.add(number)
+        else:
+            self._writes = True
+        return found
+
+    def _result(self, batch: Any) -> object:
+        return self._module(*batch) if isinstance(batch, tuple | list) else self._module(batch)
