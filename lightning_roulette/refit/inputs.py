@@ -68,10 +68,9 @@ class Calibration:
             4,096 and at most 65,536. See docs/measurements.md for what fewer rows cost.
         seed: Seed of the choice of rows and of random directions.
         cache_bytes: Memory for what a refit keeps between layers, see above.
-        processes: Processes that each have a share of the batches and pieces; see `Processes.share`. All of them must
-            call the same methods. They sum over their batches and solve for shares of the weights, so results are
-            those of one process with all batches, up to rounding. If weights are chosen, rounding decides between
-            choices of nearly equal error.
+        processes: Processes that each have a share of the batches and pieces; see `Processes.share`. All call the same
+            methods. Results are those of one process with all batches, up to rounding. If weights are chosen, rounding
+            decides between choices of nearly equal error.
 
     Attributes:
         batches: Number of batches of this process.
