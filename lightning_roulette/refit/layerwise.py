@@ -70,12 +70,16 @@ class Layerwise:
         self._traversal = Traversal(steps, runs, None if memory is None else self._meet, processes)
         self._turns = Turns(False)
         uncalled = [step for step in steps if step not in self._traversal.order]
-        self._carrying = processes.any_of([step.module for step in steps], self._carrying)
+        modules = [step.module for step in steps]
+        self._carrying = processes.any_of(modules, self._carrying)
+        self._scattered = processes.any_of(modules, self._traversal.scattered)
         carrying = [step for step in steps if step.module in self._carrying]
+        scattered = [step for step in steps if step.module in self._scattered]
         self.left_alone = {
             **left_alone,
             **dict.fromkeys(_names(uncalled), "the network does not call it on the calibration inputs"),
             **dict.fromkeys(_names(carrying), "the network calls it again with states that it gave before"),
+            **dict.fromkeys(_names(scattered), "the network calls it in several threads"),
         }
         self._first_sums: dict[Layer, LayerSums] | None = None
 
@@ -99,7 +103,7 @@ class Layerwise:
         """
         reasons: dict[str, str] = {}
         steps = [step for step in self._traversal.order if step.module not in self._carrying]
-        steps = [step for step in steps if step.layers or statistics]
+        steps = [step for step in steps if (step.module not in self._scattered if step.layers else statistics)]
         self._followed(self._refit_steps(steps, fitting, reasons))
         return reasons
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any, TypeVar
 
 import torch
@@ -110,6 +111,8 @@ class Traversal:
         leading: The steps that are called first on some batch of any process.
         digests: For each call of the first run, the digests of its arguments. Empty if there is a single batch, or if
             no refit follows.
+        scattered: Modules that were called several times on a batch, partly in other threads than the rest. The numbers
+            of these calls may differ between runs.
         longest: Seconds that the slowest batch took.
     """
 
@@ -122,6 +125,7 @@ class Traversal:
         self.runs, self.batches = runs, runs.batches
         self.calls: Counter[tuple[Step, int]] = Counter()
         self.digests: dict[Call, list[int]] = {}
+        self.scattered: set[nn.Module] = set()
         self.longest = 0.0
         self.order, self.leading = _agreed(steps, self._first_run(meet), processes)
 
@@ -161,6 +165,7 @@ class Traversal:
         found = _FirstCalls()
 
         def note(call: Call, given: Given) -> None:
+            threads.setdefault(get_ident(), set()).add(call.step)
             found.batches.setdefault(call.step, call.batch)
             if not any(self.calls[step, call.batch] for step in found.batches):
                 found.leading.add(call.step)
@@ -171,10 +176,16 @@ class Traversal:
                     self.digests[call] = digests_of(tensors_of(given))
 
         for batch in range(self.batches):
-            began = time.monotonic()
+            began, threads = time.monotonic(), dict[int, set[Step]]()
             self.listen(batch, note)
+            self._note_scattered(batch, threads)
             self.longest = max(self.longest, time.monotonic() - began)
         return found
+
+    def _note_scattered(self, batch: int, threads: Mapping[int, Set[Step]]) -> None:
+        """Note the modules whose calls have no certain order, from the steps that each thread called on a batch."""
+        elsewhere = [steps for ident, steps in threads.items() if len(threads) > 1 and ident != get_ident()]
+        self.scattered |= {step.module for steps in elsewhere for step in steps if self.calls[step, batch] > 1}
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
 from itertools import product
@@ -736,3 +737,50 @@ def test_a_network_that_writes_to_its_input_gets_the_same_input_in_every_run():
     assert all(found[f"body.{name}"].equal(value) for name, value in wanted.items())
     calibration.scales("sensitivity", mask, {})
     assert all(map(torch.equal, batches, before))
+
+
+class InThreads(nn.Module):
+    """Its second layer is called twice on a batch, in another thread than the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        with ThreadPoolExecutor(1) as threads:
+            found = [threads.submit(self.second, part) for part in (hidden[:20], hidden[20:] + 3)]
+            return self.third(torch.cat([one.result() for one in found]).relu())
+
+
+@memories
+def test_layers_whose_calls_have_no_certain_order_are_left_alone(memory):
+    net, batches = InThreads(), [torch.randn(40, 6) for _ in range(3)]
+    calibration, mask = Calibration(net, batches, cache_bytes=memory), mask_of(net)
+    assert calibration.left_alone(mask, LeastSquares()) == {"second.weight": "the network calls it in several threads"}
+    values = calibration.refit(mask).values
+    assert values["second.weight"].equal(net.second.weight * mask["second.weight"])
+    assert not values["third.weight"].equal(net.third.weight * mask["third.weight"])
+
+
+class Elsewhere(nn.Module):
+    """Runs as a whole in another thread."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        with ThreadPoolExecutor(1) as threads:
+            return threads.submit(self.net, x).result()
+
+
+def test_a_network_may_run_in_another_thread():
+    net, batches, _ = case("repeated")
+    mask = mask_of(net)
+    other = Mask({f"net.{name}": kept for name, kept in mask.items()})
+    known, found = Calibration(net, batches), Calibration(Elsewhere(net), batches)
+    reasons = {f"net.{name}": why for name, why in known.left_alone(mask, LeastSquares()).items()}
+    assert found.left_alone(other, LeastSquares()) == reasons
+    values = known.refit(mask).values
+    assert all(found.refit(other).values[f"net.{name}"].equal(value) for name, value in values.items())
