@@ -33,8 +33,8 @@ class Step:
         module: The module that is called.
         layers: The layers whose weights it holds; empty for a batch normalisation.
         prefix: Prefix of the names of a batch normalisation's buffers.
-        followed: Whether the next step solves the same layers again: those whose inputs depend on their own outputs.
-            Until then, the inputs are computed with the dense weights of these layers.
+        followed: Whether the next step solves the same layers once more, because their inputs depend on their own
+            outputs. In this step, these inputs are computed with the dense weights of the layers.
     """
 
     module: nn.Module

@@ -77,6 +77,7 @@ class _Trial:
         """Make the pass, and return how batches run in the next one."""
         self._runs.follow(self._compared())
         all_calls = {(step, batch) for step in self._order for batch in self._traversal.batches_of(step)}
+        # a run that ends at the last step does not begin anew
         anew = len(self._ends & all_calls) - len(self._traversal.batches_of(self._order[-1]))
         if self._ends >= all_calls:
             return Turns(False, note=f"{_ANEW}{self._why}")
@@ -87,7 +88,7 @@ class _Trial:
     @property
     def _why(self) -> str:
         if self._most <= self._memory:
-            return ", because so many threads are allowed."
+            return f", because at most {self._threads} batches may wait, each in a thread of its own."
         # outputs of the dense network take up to a quarter
         return (
             f", because all batches together would hold {self._most:,} bytes while they wait, of {self._memory:,} that "

@@ -60,6 +60,8 @@ class Refitter:
         """What is refitted, and when. Empty without a refit."""
         if (how := self.how) is None:
             return ""
+        if self.keeps_statistics and not isinstance(how, LeastSquares):
+            return "none (running statistics kept as trained)"
         statistics = "running statistics kept as trained" if self.keeps_statistics else "running statistics"
         what = f"{_solved(how)}, and {statistics}" if isinstance(how, LeastSquares) else statistics
         best = "of the best candidate" if how.finalists == 1 else f"of the best {how.finalists} candidates"

@@ -393,4 +393,7 @@ def test_threads_are_bounded(monkeypatch, caplog):
     assert max(most) == 1 + 2 + 1
     (message,) = caplog.messages
     # three do not wait at the first layer, and three at the second
-    assert message == "a calibration batch runs anew 6 times in a refit, because so many threads are allowed."
+    assert message == (
+        "a calibration batch runs anew 6 times in a refit, because at most 2 batches may wait, each in a thread of its "
+        "own."
+    )

@@ -87,6 +87,7 @@ def test_trained_statistics_are_kept_where_the_calibration_data_is_unlike_that_o
     assert winner.report.notes == (str(said[0].message),)
     assert UNLIKE in str(winner.report)
     assert "running statistics kept as trained" in winner.report.refit
+    assert ("none" in winner.report.refit) == (refit == "batch_norm")
     assert winner.report.accepted
     assert evaluate.seen
     assert all(torch.equal(one, net[1].running_mean) for one in evaluate.seen)
