@@ -11,14 +11,17 @@ _OF_SAMPLING = 0.1  # share of the error that comes from the choice of the rows
 def allowed_share(kept: Tensor, rows: int) -> Tensor:
     """Return by which share the squared error of an output may exceed that of the exact solution.
 
-    It is a thousandth, or a tenth of `kept / rows` if that is more. On rows that it was not solved on, the exact
-    solution has a squared error that is larger by about `kept / rows`, so a tenth of this is not seen there.
+    It is a thousandth, or more if there are few rows. With `n` rows and `k` kept inputs, the squared error of the exact
+    solution is larger on other rows, by a factor of about `1 / (1 - k / n) ** 2` (generalised cross-validation; Golub,
+    Heath and Wahba 1979), because it fits the sample. About `k / n` of that error comes from the choice of the rows. A
+    tenth of this is allowed, and at most the error itself.
 
     Args:
         kept: Number of inputs that each output keeps.
         rows: Number of rows that they are solved on.
 
     Returns:
-        Float64, the shape of `kept`.
+        Float64, the shape of `kept`, from 0.001 to 1.
     """
-    return (_OF_SAMPLING * kept.double() / max(1, rows)).clamp(min=_THOUSANDTH)
+    fitted = (kept.double() / max(1, rows)).clamp(max=1)
+    return (_OF_SAMPLING * fitted / (1 - fitted).square()).nan_to_num(_THOUSANDTH).clamp(_THOUSANDTH, 1)

@@ -14,8 +14,9 @@ from lightning_roulette.refit.solvers.accuracy import allowed_share
 
 _PAUSE = 8  # steps between checks of the errors; after many steps a third of them
 # How much further steps would lower an error is extrapolated, so only half of what is allowed may be left. The
-# extrapolation fails if the error pauses, so there is a certain bound, too. It is far too large, so more is allowed.
-_EXPECTED, _CERTAIN = 0.5, 50.0  # in units of what is allowed
+# extrapolation fails if the error pauses, so there is a certain bound, too. It is far too large, so more is allowed:
+# fifty times as much where a thousandth is allowed, and more where exactness matters less.
+_EXPECTED, _CERTAIN = 0.5, 5e4  # in units of what is allowed; the latter for each unit of the allowed share
 _LEAST_FALL = 0.25  # share of the last fall of an error that is expected to follow at least
 _NUMBERS_PER_ENTRY = 8  # float64 numbers that the iteration holds for each output and input
 
@@ -199,7 +200,7 @@ class _Errors:
         gap = self.longest * slope
         certain = 2 * gap + 2 * (pull * gap).sqrt()
         allowed = self.allowed * torch.maximum(self.last, self.unknown)
-        small = falls_less & (expected <= _EXPECTED * allowed) & (certain <= _CERTAIN * allowed)
+        small = falls_less & (expected <= _EXPECTED * allowed) & (certain <= _CERTAIN * self.allowed * allowed)
         return small | ~self.last.isfinite()
 
 

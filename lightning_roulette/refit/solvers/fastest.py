@@ -22,9 +22,8 @@ class Fastest(Solver):
 
     - A Cholesky factor is exact (see `Cholesky`). Its work grows with `kept ** 3` for each set of kept inputs.
     - Conjugate gradients take `inputs ** 2` for each step and output. They end when the squared error of an output
-      exceeds the exact solution's by less than a thousandth, or less than a tenth of `kept / rows` if that is more (see
-      `allowed_share`). An output that is not solved when its steps took as much work as a
-      factor is solved by a factor.
+      exceeds the exact solution's by less than a thousandth, or by more if there are few rows (see `allowed_share`).
+      An output that is not solved when its steps took as much work as a factor is solved by a factor.
 
     Attributes:
         damping: See `Cholesky`. Below 1e-6 all outputs are solved by factors.
