@@ -73,7 +73,7 @@ def rebuilt(batch: Any, copies: bool) -> Any:
 
     Args:
         batch: A tensor, or containers and objects that hold tensors.
-        copies: Whether to copy the tensors.
+        copies: Whether to copy the tensors. Objects that cannot be copied are passed on.
     """
     if isinstance(batch, Tensor):
         return batch.clone() if copies else batch
@@ -81,8 +81,15 @@ def rebuilt(batch: Any, copies: bool) -> Any:
         try:
             return with_parts(batch, {key: rebuilt(part, copies) for key, part in parts.items()})
         except Exception:  # a class that takes no assignments
-            return copy.deepcopy(batch) if copies else copy.copy(batch)
-    return copy.deepcopy(batch) if copies else copy.copy(batch)
+            return _copied(batch, copies)
+    return _copied(batch, copies)
+
+
+def _copied(one: Any, deep: bool) -> Any:
+    try:
+        return copy.deepcopy(one) if deep else copy.copy(one)
+    except Exception:  # an open file, a lock
+        return one
 
 
 def tensors_of(batch: Any) -> list[Tensor]:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
 from itertools import product
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -784,3 +785,16 @@ def test_a_network_may_run_in_another_thread():
     assert found.left_alone(other, LeastSquares()) == reasons
     values = known.refit(mask).values
     assert all(found.refit(other).values[f"net.{name}"].equal(value) for name, value in values.items())
+
+
+class WithAnArgument(WritesToItsInput):
+    def forward(self, x, more):
+        assert not more.locked()
+        return super().forward(x)
+
+
+def test_an_argument_that_cannot_be_copied_is_passed_on():
+    net, batches = WithAnArgument(), [torch.randn(40, 6) for _ in range(2)]
+    before, mask = [batch.clone() for batch in batches], mask_of(net)
+    Calibration(net, [(batch, Lock()) for batch in batches]).refit(mask)
+    assert all(map(torch.equal, batches, before))
