@@ -30,13 +30,10 @@ class Forecast:
             report: The report of the dense network.
             work: Expected work of one level, in validations of one network on all folds.
         """
-        seconds = work * report.seconds / max(report.validations, 1)
+        validation = report.seconds / max(report.validations, 1)
         if report.refit or report.importance != "magnitude":
-            return (
-                f"Validating the {report.branches} candidates of a level will take about {seconds:.1f} s. How long a "
-                "whole level takes is known after the first."
-            )
-        self._said = seconds
+            return f"A validation takes about {validation:.2g} s. How long a level takes is known after the first."
+        self._said = seconds = work * validation
         return f"A level of {report.branches} candidates will take about {seconds:.1f} s."
 
     def after(self, report: SearchReport, time: LevelTime) -> list[str]:

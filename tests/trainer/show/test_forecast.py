@@ -24,8 +24,7 @@ def test_without_a_refit_a_level_takes_as_long_as_its_validations():
 @pytest.mark.parametrize("unknown", [{"refit": SOLVED.refit}, {"importance": "sensitivity"}])
 def test_before_the_first_level_no_time_is_promised_for_what_was_never_done(unknown):
     assert Forecast().before(replace(DENSE, **unknown), 26) == (
-        "Validating the 3 candidates of a level will take about 8.5 s. How long a whole level takes is known after "
-        "the first."
+        "A validation takes about 0.33 s. How long a level takes is known after the first."
     )
 
 
