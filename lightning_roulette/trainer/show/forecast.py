@@ -30,10 +30,9 @@ class Forecast:
             report: The report of the dense network.
             work: Expected work of one level, in validations of one network on all folds.
         """
-        validation = report.seconds / max(report.validations, 1)
         if report.refit or report.importance != "magnitude":
-            return f"A validation takes about {validation:.2g} s. How long a level takes is known after the first."
-        self._said = seconds = work * validation
+            return "How long a level takes is known after the first."
+        self._said = seconds = work * report.seconds / max(report.validations, 1)
         return f"A level of {report.branches} candidates will take about {seconds:.1f} s."
 
     def after(self, report: SearchReport, time: LevelTime) -> list[str]:
