@@ -152,7 +152,8 @@ class Calibration:
         """
         choices = refit_of(how)
         with self._processes.failing_together():
-            return self._refitted(mask, choices, allowed, statistics)
+            found = self._refitted(mask, choices, allowed, statistics)
+        return self._agreed_refit(mask, found)
 
     def _refitted(self, mask: Mask, how: Refit | None, allowed: Mask | None, statistics: bool) -> Refitted:
         layerwise = self._prepared(mask, isinstance(how, LeastSquares))
@@ -202,8 +203,10 @@ class Calibration:
         """
         with self._processes.failing_together():
             if kind == "sensitivity":
-                return self._sensitivity(mask, values)
-            return self._input_scales(kind, mask, values, damping)
+                found: Mapping[str, Tensor] = self._sensitivity(mask, values)
+            else:
+                found = self._input_scales(kind, mask, values, damping)
+        return self._agreed_scales(found)
 
     def _input_scales(
         self, kind: str, mask: Mask, values: Mapping[str, Tensor], damping: float
@@ -247,6 +250,14 @@ class Calibration:
     def _agreed(self, turns: Turns) -> Turns:
         """Return how batches run."""
         return turns
+
+    def _agreed_refit(self, mask: Mask, found: Refitted) -> Refitted:
+        """Return the refit for a mask that counts."""
+        return found
+
+    def _agreed_scales(self, found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the scales that count."""
+        return found
 
     def _fitting(self, mask: Mask, dense: Mapping[str, Tensor], how: Refit | None, allowed: Mask | None) -> Fitting:
         if not isinstance(how, LeastSquares):

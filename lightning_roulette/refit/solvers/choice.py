@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.refit.gram import GramSums
+from lightning_roulette.refit.solvers.conjugate_gradient import quotient
 from lightning_roulette.refit.solvers.cost import inverses_pay, step_cost
 
 # The penalties are in units of the diagonal of the scaled Gram matrix, which is one.
@@ -182,13 +183,9 @@ def _closer(matrix: Tensor, right: Tensor, begin: Tensor) -> Tensor:
     direction, square = rest.clone(), rest.square().sum(2, keepdim=True)
     for _ in range(_STEPS):
         moved = direction @ matrix
-        length = _ratio(square, (direction * moved).sum(2, keepdim=True))
+        length = quotient(square, (direction * moved).sum(2, keepdim=True))
         found += length * direction
         rest -= length * moved
         before, square = square, rest.square().sum(2, keepdim=True)
-        direction = rest + _ratio(square, before) * direction
+        direction = rest + quotient(square, before) * direction
     return found
-
-
-def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    return torch.where(below == 0, 0.0, above / below)

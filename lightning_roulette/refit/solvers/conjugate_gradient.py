@@ -136,12 +136,12 @@ class _Iterates:
     def move(self, matrix: _Matrix) -> tuple[Tensor, Tensor, Tensor]:
         """Make one step. Return its length, how much it lowered the damped error, and the ratio of slopes."""
         moved = torch.addmm(self.direction, self.direction, matrix.gram, beta=matrix.ridge).mul_(self.kept)
-        length = _ratio(self.slope, _dot(self.direction, moved))
+        length = quotient(self.slope, _dot(self.direction, moved))
         self.found.addcmul_(length.unsqueeze(1), self.direction)
         self.rest.addcmul_(length.unsqueeze(1), moved, value=-1)
         scaled = torch.div(self.rest, matrix.diagonal, out=moved)
         before, self.slope = self.slope, _dot(self.rest, scaled)
-        ratio = _ratio(self.slope, before)
+        ratio = quotient(self.slope, before)
         self.direction.mul_(ratio.unsqueeze(1)).add_(scaled)
         return length, length * before, ratio
 
@@ -181,7 +181,7 @@ class _Errors:
         """Follow a step."""
         self.damped = self.damped - lowered
         longer = (self.longest - length).clamp(min=0)
-        self.longest = _ratio(longer, self.least * longer + ratio)
+        self.longest = quotient(longer, self.least * longer + ratio)
 
     def are_small(self, pull: Tensor, slope: Tensor) -> Tensor:
         """Return which errors are close to the smallest ones, or not finite.
@@ -194,7 +194,7 @@ class _Errors:
         self.last = self.damped - pull
         self.fall = (last - self.last).abs()
         # an error falls by about the same factor in equal numbers of steps
-        factor = _ratio(self.fall, fall_before)
+        factor = quotient(self.fall, fall_before)
         expected = self.fall * (factor / (1 - factor)).clamp(min=_LEAST_FALL)
         falls_less = (self.fall < fall_before) | (self.fall == 0)
         gap = self.longest * slope
@@ -217,6 +217,6 @@ def _dot(one: Tensor, other: Tensor) -> Tensor:
     return (one.unsqueeze(1) @ other.unsqueeze(2)).flatten()
 
 
-def _ratio(above: Tensor, below: Tensor) -> Tensor:
+def quotient(above: Tensor, below: Tensor) -> Tensor:
     """Return quotients; zero where the denominator is zero, as for an output that is solved exactly."""
     return torch.where(below == 0, 0.0, above / below)

@@ -22,7 +22,6 @@ from lightning_roulette.network.samples import bytes_of, joined, pieces_of, rows
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.refit.turns import Turns
-from lightning_roulette.settings import Refit
 from lightning_roulette.trainer.data.own_loader import own_loader
 from lightning_roulette.trainer.data.reading import rounding
 from lightning_roulette.trainer.processes import processes_of
@@ -79,16 +78,11 @@ class TrainerCalibration(Calibration):
             processes=self._shares,
         )
 
-    def refit(
-        self,
-        mask: Mask,
-        how: str | Refit = "least_squares",
-        allowed: Mask | None = None,
-        *,
-        statistics: bool = True,
-    ) -> Refitted:
-        """See `Calibration.refit`."""
-        found = super().refit(mask, how, allowed, statistics=statistics)
+    def _agreed(self, turns: Turns) -> Turns:
+        # a module whose steps communicate must take them in the same order in all processes
+        return turns if self._shares.ranks == self._trainer.world_size else self._trainer.strategy.broadcast(turns)
+
+    def _agreed_refit(self, mask: Mask, found: Refitted) -> Refitted:
         if self._trainer.world_size == 1:
             return found
         device = self._trainer.strategy.root_device
@@ -98,16 +92,8 @@ class TrainerCalibration(Calibration):
         chosen = None if flags is None else Mask({name: one.to(mask.flags[name].device) for name, one in flags.items()})
         return Refitted({name: value.to(device) for name, value in values.items()}, undone, chosen)
 
-    def scales(
-        self, kind: str, mask: Mask, values: Mapping[str, Tensor], damping: float = 1e-3
-    ) -> Mapping[str, Tensor]:
-        """See `Calibration.scales`."""
-        found = super().scales(kind, mask, values, damping)
+    def _agreed_scales(self, found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return found if self._trainer.world_size == 1 else self._trainer.strategy.broadcast(found)
-
-    def _agreed(self, turns: Turns) -> Turns:
-        # a module whose steps communicate must take them in the same order in all processes
-        return turns if self._shares.ranks == self._trainer.world_size else self._trainer.strategy.broadcast(turns)
 
     def _say(self, sentence: str) -> None:
         if self._trainer.is_global_zero:
