@@ -18,6 +18,7 @@ from lightning_roulette.search.observer import LevelTime, Observer
 from lightning_roulette.search.search import search
 from lightning_roulette.search.winner import Winner
 from lightning_roulette.settings import LeastSquares, Refit, Tree, Validation, Wheel
+from lightning_roulette.values import Codebook
 from lightning_roulette.wheel.level import spin
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = [
     "Batches",
     "Calibration",
     "Candidate",
+    "Codebook",
     "Evaluator",
     "HoldZeros",
     "LeastSquares",

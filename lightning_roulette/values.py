@@ -1,0 +1,61 @@
+"""How the values of weights are stored: which numbers a weight may have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_roulette.checks import as_group, check_choice, check_count
+
+STORED = ("float32", "float16", "int8")
+INT8_MOST = 127  # largest code; the smallest is its negative
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Values of a layer from a short list that all of its outputs share.
+
+    Use it for the smallest files. Zero is not in the list, as pruned weights are stored by their positions.
+
+    Attributes:
+        bits: The list of a layer has at most `2 ** bits` values. A whole number from 3 to 8.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is not allowed.
+    """
+
+    bits: int = 4
+
+    def __post_init__(self) -> None:
+        check_count("bits", self.bits, at_least=3)
+        if self.bits > 8:
+            raise ValueError(f"bits is {self.bits}, but must be at most 8. Use 'float16' for more values.")
+
+
+def values_of(values: str | Codebook | Mapping[str, Any]) -> str | Codebook:
+    """Return how values are stored.
+
+    Args:
+        values: One of
+
+            - `"float32"`: as they are.
+            - `"float16"`: rounded to half precision.
+            - `"int8"`: a whole number from -127 to 127, times the scale of the output that the weight belongs to. The
+              scale has so few significant bits that the product is exact in the type of the weights: 8 for float32 and
+              float64, 4 for float16, 1 for bfloat16.
+            - A `Codebook`, or a mapping from its fields to their values.
+
+    Raises:
+        TypeError: If `values` is none of these types.
+        ValueError: If `values` is another word, or a field is not allowed.
+    """
+    if isinstance(values, Codebook):
+        return values
+    if isinstance(values, Mapping):
+        return as_group("values", values, Codebook)
+    if not isinstance(values, str):
+        raise TypeError(f"values is {values!r}, but must be one of {', '.join(STORED)}, or a Codebook(...).")
+    check_choice("values", values, STORED, remedy="Or pass a Codebook(...).")
+    return values
