@@ -16,7 +16,7 @@ FLOORS = (
     {"values"},
     {"settings", "mask"},
     {"network"},
-    {"wheel"},
+    {"wheel", "slim"},
     {"refit", "judge"},
     {"search"},
     {"trainer"},

@@ -1,0 +1,1 @@
+"""From a trained network to a program of few operations, and from it to files that devices run."""
