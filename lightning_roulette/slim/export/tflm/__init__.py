@@ -1,0 +1,1 @@
+"""Files for TensorFlow Lite Micro in which pruned weights take one bit, and its runtime."""
