@@ -45,7 +45,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable ".[dev,examples]" tokenizers safetensors regex typer
+	$(PIP) --editable ".[dev,examples,tflm]" tokenizers safetensors regex typer
 	$(PIP) --no-deps --target $(VENV)/beside --upgrade transformers
 	touch $@ $(VENV)/.demo
 

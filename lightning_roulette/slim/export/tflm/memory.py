@@ -12,6 +12,8 @@ from lightning_roulette.slim.export.tflm.interpreter import Interpreter, enough
 from lightning_roulette.slim.export.tflm.model import Model
 from lightning_roulette.slim.export.tflm.splitting import most_parts, part, splitting
 
+GROWTH = 1.25  # of the number of parts, from one try to the next
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -56,11 +58,26 @@ def smallest(model: Model, max_ram: int | None) -> Packed:
     parts = {name: 1 for name, tensor in model.tensors.items() if gets_smaller(tensor)}
     found = packed(model, parts)
     while max_ram is not None and found.arena > max_ram:
-        if not parts:
+        if not found.parts:
             raise ValueError(_too_large(max_ram, found.arena))
-        parts = _less(model, parts, _largest(found.model, parts), found.arena - max_ram)
-        found = packed(model, parts)
+        found = _less(model, found, max_ram)
     return found
+
+
+def _less(model: Model, found: Packed, max_ram: int) -> Packed:
+    """The model with the weight that takes most memory in more parts, or plain where that does not help."""
+    name = _largest(found)
+    more = _more(model.tensors[name].size, found.parts[name], max_ram)
+    if more <= most_parts(model, name) and gets_smaller(model.tensors[name], more):
+        tried = packed(model, {**found.parts, name: more})
+        if _need(tried, name) < _need(found, name):  # each part takes some memory itself
+            return tried
+    return packed(model, {other: 1 for other in found.parts if other != name})
+
+
+def _more(size: int, parts: int, max_ram: int) -> int:
+    """The next number of parts to try: at least so many that one fits alone, else a quarter more."""
+    return max(ceil(size / max_ram), ceil(parts * GROWTH), parts + 1)
 
 
 def alive(model: Model) -> list[int]:
@@ -76,24 +93,22 @@ def alive(model: Model) -> list[int]:
     ]
 
 
-def _largest(model: Model, parts: Mapping[str, int]) -> str:
+def _largest(found: Packed) -> str:
     """The weight that is decoded for the operator with the largest memory; any weight where it decodes none."""
-    sizes = alive(model)
-    one = model.operators[sizes.index(max(sizes))]
-    used = {name.removesuffix(DECODED) for name in (*one.inputs, *one.outputs)}
-    pieces = {
-        piece: name for name, count in parts.items() for piece in (name, *(part(name, at) for at in range(count)))
-    }
-    return next((pieces[name] for name in used if name in pieces), next(iter(parts)))
+    needs = {name: _own(found.model, name, count) for name, count in found.parts.items()}
+    return max(needs, key=lambda name: needs[name])
 
 
-def _less(model: Model, parts: Mapping[str, int], name: str, excess: int) -> dict[str, int]:
-    """The parts with one weight in more parts, such that each is smaller by the excess, or plain."""
-    weight = model.tensors[name]
-    room = weight.size // parts[name] - excess
-    count = max(ceil(weight.size / room), parts[name] + 1) if room > 0 else weight.size
-    others = {other: number for other, number in parts.items() if other != name}
-    return {**others, name: count} if count <= most_parts(model, name) and gets_smaller(weight, count) else others
+def _need(found: Packed, name: str) -> int:
+    """The arena if this weight's operators were the largest: their tensors, and what is kept for all operators."""
+    return found.arena - max(alive(found.model)) + _own(found.model, name, found.parts[name])
+
+
+def _own(model: Model, name: str, count: int) -> int:
+    """The bytes that live at the largest of the operators that read the weight's pieces."""
+    pieces = {piece + DECODED for piece in (name, *(part(name, number) for number in range(count)))}
+    sizes = zip(alive(model), model.operators, strict=True)
+    return max((size for size, one in sizes if pieces & {*one.inputs}), default=0)
 
 
 def _too_large(max_ram: int, plain: int) -> str:
