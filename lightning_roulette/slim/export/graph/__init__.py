@@ -1,0 +1,1 @@
+"""From `torch.export`'s graph of a network to a program."""
