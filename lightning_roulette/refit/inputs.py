@@ -39,9 +39,9 @@ class Calibration:
 
     In a refit, all batches run by turns, each in a thread of its own. A batch waits at the layer that is being solved,
     and goes on with the new weights. So a refit runs each batch once, and once more for each layer that is called
-    several times. Before the first refit, this is tried without a change of weights. Every batch runs anew for each
-    layer if an input of a layer is then not the same to the bit, or if the network fails. This is logged with the
-    reason.
+    several times. Before the first refit, this is tried on two or three batches without a change of weights. Every
+    batch runs anew for each layer if an input of a layer is then not the same to the bit, or if the network fails. This
+    is logged with the reason. Earlier, all batches have run once in the dense network, whose outputs all refits use.
 
     Memory, in addition to the batches:
 
@@ -159,16 +159,16 @@ class Calibration:
         layerwise = self._prepared(mask, isinstance(how, LeastSquares))
         self._try_turns(layerwise)
         with lent(self._written(layerwise)) as dense:
-            fitting = self._fitting(mask, dense, how, allowed)
+            fitting = self._fitting(mask, dense, how, allowed) if isinstance(how, LeastSquares) else None
             fill_pruned(layerwise.tensors, mask)
             reasons = layerwise.refit(fitting, statistics)
-            values = {name: one.detach().clone() for name, one in layerwise.tensors.items()}
-            return Refitted(values, reasons, fitting.chosen)
+            values = {name: one.detach().clone() for name, one in self._changed(layerwise, mask, how).items()}
+            return Refitted(values, reasons, None if fitting is None else fitting.chosen)
 
     def others(self, mask: Mask, how: Refit) -> dict[str, Tensor]:
         """Return copies of the biases and running statistics that `refit` may change, by name."""
         with self._processes.failing_together():
-            tensors = self._prepared(mask, isinstance(how, LeastSquares)).tensors
+            tensors = self._changed(self._prepared(mask, isinstance(how, LeastSquares)), mask, how)
         return {name: one.detach().clone() for name, one in tensors.items() if name not in mask}
 
     def left_alone(self, mask: Mask, how: Refit) -> dict[str, str]:
@@ -234,6 +234,12 @@ class Calibration:
             found = self._sensitivities[key].scales()
         return {name: found[name].to(kept.device) for name, kept in mask.items()}
 
+    def _changed(self, layerwise: Layerwise, mask: Mask, how: Refit | None) -> dict[str, Tensor]:
+        """Return the tensors that this kind of refit changes, and the weights of the mask."""
+        if isinstance(how, LeastSquares):
+            return layerwise.tensors
+        return {name: layerwise.tensors[name] for name in dict.fromkeys([*mask, *layerwise.statistics])}
+
     def _written(self, layerwise: Layerwise) -> dict[str, Tensor]:
         """Return all tensors that a refit or the network itself writes to."""
         return {**dict(self._module.named_buffers()), **layerwise.tensors}
@@ -259,9 +265,7 @@ class Calibration:
         """Return the scales that count."""
         return found
 
-    def _fitting(self, mask: Mask, dense: Mapping[str, Tensor], how: Refit | None, allowed: Mask | None) -> Fitting:
-        if not isinstance(how, LeastSquares):
-            return Fitting(mask, dense, damping=0.0)
+    def _fitting(self, mask: Mask, dense: Mapping[str, Tensor], how: LeastSquares, allowed: Mask | None) -> Fitting:
         return Fitting(mask, dense, how.damping, how.choose, allowed, self._processes)
 
     def _say(self, sentence: str) -> None:
@@ -269,8 +273,8 @@ class Calibration:
 
     def _prepared(self, mask: Mask, layers: bool, refits: bool = True) -> Layerwise:
         key = (layers, refits, *mask)
-        if not refits and (ready := self._layerwise.get((layers, True, *mask))) is not None:
-            return ready
+        if not (layers and refits) and (ready := self._layerwise.get((True, True, *mask))) is not None:
+            return ready  # it does what the others do, and has seen the dense network
         if key not in self._layerwise:
             with lent(dict(self._module.named_buffers())):
                 self._layerwise[key] = Layerwise(

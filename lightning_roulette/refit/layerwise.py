@@ -17,6 +17,7 @@ from lightning_roulette.network.layers import Layer, batch_norms_of, channels
 from lightning_roulette.network.lending import copy_into, lent, named_tensors
 from lightning_roulette.network.recurrent import has_state
 from lightning_roulette.network.refittable import layers_of
+from lightning_roulette.refit.compared import Compared
 from lightning_roulette.refit.dense import DenseOutputs
 from lightning_roulette.refit.fitting import Fitting
 from lightning_roulette.refit.gram import LayerSums, MeanAndVariance
@@ -48,6 +49,7 @@ class Layerwise:
 
     Attributes:
         tensors: The parameters and buffers that a refit may change, by name.
+        statistics: Those of them that are running statistics, by name.
         left_alone: The weights that no refit changes, by name, with the reason.
     """
 
@@ -64,9 +66,11 @@ class Layerwise:
         found, left_alone = layers_of(module, names) if layers else ([], {})
         steps = _steps(module, found)
         self.tensors = _changeable(module, names, steps)
+        self.statistics = {name: self.tensors[name] for name in _statistics(steps)}
         self._module, self._sampler, self._memory, self._processes = module, sampler, memory or 0, processes
         self._dense_outputs = DenseOutputs(self.tensors, sampler, self._memory // _DENSE_SHARE)
         self._carrying: set[nn.Module] = set()
+        self._compared = Compared()
         self._traversal = Traversal(steps, runs, None if memory is None else self._meet, processes)
         self._turns = Turns(False)
         uncalled = [step for step in steps if step not in self._traversal.order]
@@ -85,17 +89,18 @@ class Layerwise:
 
     def try_turns(self) -> Turns:
         """Try whether batches may run by turns. The network must be dense."""
-        return turns_of(self._module, self._traversal, max(0, self._memory - self._dense_outputs.bytes))
+        left = max(0, self._memory - self._dense_outputs.bytes)
+        return turns_of(self._module, self._traversal, self._compared, left)
 
     def take_turns(self, turns: Turns) -> None:
         """Let batches run by turns from now on, or one after the other."""
         self._turns = turns
 
-    def refit(self, fitting: Fitting, statistics: bool = True) -> dict[str, str]:
+    def refit(self, fitting: Fitting | None, statistics: bool = True) -> dict[str, str]:
         """Refit the network, which must be pruned by the mask, in place.
 
         Args:
-            fitting: How layers are refitted, with the mask. It notes which weights are chosen.
+            fitting: How layers are refitted, with the mask. It notes which weights are chosen. None: they are not.
             statistics: Whether running statistics are computed.
 
         Returns:
@@ -104,12 +109,15 @@ class Layerwise:
         reasons: dict[str, str] = {}
         steps = [step for step in self._traversal.order if step.module not in self._carrying]
         steps = [step for step in steps if (step.module not in self._scattered if step.layers else statistics)]
+        if fitting is None:
+            steps = [step for step in steps if not step.layers]
         self._followed(self._refit_steps(steps, fitting, reasons))
         return reasons
 
     def _meet(self, call: Call, given: Given) -> None:
         """Note what is needed of a call in the dense network."""
         self._dense_outputs.keep(call, given)
+        self._compared.note(call, given)
         # such states are outputs of the step itself: the fit to those of a layer that is not refitted can be worse than
         # no refit
         if call.number and call.step.followed and has_state(*given):
@@ -144,10 +152,10 @@ class Layerwise:
     def _over_all(self, layer: Layer, sums: LayerSums) -> LayerSums:
         return sums.over(self._processes, matrix_of(layer, self.tensors))
 
-    def _refit_steps(self, steps: Sequence[Step], fitting: Fitting, reasons: dict[str, str]) -> CallLoop[None]:
+    def _refit_steps(self, steps: Sequence[Step], fitting: Fitting | None, reasons: dict[str, str]) -> CallLoop[None]:
         """Collect the inputs of each step, refit it, and go on to the next step."""
         for step in steps:
-            if step.layers:
+            if fitting is not None and step.layers:
                 yield from self._refit_layers(step, fitting, reasons)
             else:
                 yield from self._normalise(step)
@@ -267,7 +275,10 @@ def _names(steps: Sequence[Step]) -> list[str]:
 
 def _changeable(module: nn.Module, names: Sequence[str], steps: Sequence[Step]) -> dict[str, Tensor]:
     own = [name for step in steps for layer in step.layers for name in layer.parameters]
-    norms = [step.prefix for step in steps if not step.layers]
-    statistics = [f"{prefix}{own}" for prefix in norms for own in ("running_mean", "running_var")]
     tensors = named_tensors(module)
-    return {name: tensors[name] for name in dict.fromkeys([*names, *own, *statistics])}
+    return {name: tensors[name] for name in dict.fromkeys([*names, *own, *_statistics(steps)])}
+
+
+def _statistics(steps: Sequence[Step]) -> list[str]:
+    norms = [step.prefix for step in steps if not step.layers]
+    return [f"{prefix}{own}" for prefix in norms for own in ("running_mean", "running_var")]

@@ -13,9 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lightning_roulette.large.digests import digests_of
 from lightning_roulette.large.processes import ONE_PROCESS, Processes
-from lightning_roulette.network.containers import tensors_of
 from lightning_roulette.network.hooks import Enough, run_with_hooks
 from lightning_roulette.network.layers import Layer
 from lightning_roulette.wheel.chance import stream
@@ -109,8 +107,6 @@ class Traversal:
             are left out.
         calls: For each step and batch, the number of calls.
         leading: The steps that are called first on some batch of any process.
-        digests: For each call of the first run, the digests of its arguments. Empty if there is a single batch, or if
-            no refit follows.
         scattered: Modules that were called several times on a batch, partly in other threads than the rest. The numbers
             of these calls may differ between runs.
         longest: Seconds that the slowest batch took.
@@ -124,7 +120,6 @@ class Traversal:
             self.steps.setdefault(step.module, []).append(step)
         self.runs, self.batches = runs, runs.batches
         self.calls: Counter[tuple[Step, int]] = Counter()
-        self.digests: dict[Call, list[int]] = {}
         self.scattered: set[nn.Module] = set()
         self.longest = 0.0
         self.order, self.leading = _agreed(steps, self._first_run(meet), processes)
@@ -172,10 +167,8 @@ class Traversal:
             self.calls[call.step, call.batch] += 1
             if meet is not None:
                 meet(call, given)
-                if self.batches > 1:
-                    self.digests[call] = digests_of(tensors_of(given))
 
-        for batch in range(self.batches):
+        for batch in range(self.batches if self.steps else 0):
             began, threads = time.monotonic(), dict[int, set[Step]]()
             self.listen(batch, note)
             self._note_scattered(batch, threads)

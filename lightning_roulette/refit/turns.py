@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 from lightning_roulette.large.digests import digests_of
 from lightning_roulette.large.limits import limits
 from lightning_roulette.network.containers import tensors_of
+from lightning_roulette.refit.compared import Compared
 from lightning_roulette.refit.interleaved import Interleaved
-from lightning_roulette.refit.traversal import CallLoop, Step, Traversal
+from lightning_roulette.refit.traversal import Call, CallLoop, Given, Step, Traversal
 
 _PATIENCE = 30  # longest forwards that a run may take between two calls before it counts as blocked
 _LEAST_SECONDS = 60.0
@@ -37,22 +39,24 @@ class _Differs(Exception):
     """The arguments of a call differ from those of the first run."""
 
 
-def turns_of(module: nn.Module, traversal: Traversal, memory: int) -> Turns:
-    """Let the batches run by turns, without a change of weights, and compare all calls bit by bit with the first run.
+def turns_of(module: nn.Module, traversal: Traversal, compared: Compared, memory: int) -> Turns:
+    """Let a few batches run by turns without a change of weights, and compare their calls with those of the first run.
 
-    A network that keeps something on its modules between two layers gives other inputs then. Its batches must run one
-    after the other.
+    A network that keeps something on its modules between two layers gives other inputs then, in at least one bit. Its
+    batches must run one after the other. Two or three batches show it (see `Compared`), so not all of them run. What
+    the others hold while they wait is estimated from the size of their inputs.
 
     Args:
         module: The network, as in the first run.
         traversal: Its first run.
+        compared: The calls of this run that are compared.
         memory: Bytes that runs may hold together while they wait.
     """
     if traversal.batches < 2 or len(traversal.order) < 2:
         return Turns(False)
     if memory < 1:
         return Turns(False, note=f"{_ANEW}, because cache_bytes is too small.")
-    trial = _Trial(module, traversal, memory)
+    trial = _Trial(module, traversal, compared, memory)
     try:
         return trial.turns()
     except Exception as error:
@@ -60,62 +64,98 @@ def turns_of(module: nn.Module, traversal: Traversal, memory: int) -> Turns:
         return Turns(False, note=f"{_ANEW}, because they cannot run by turns ({why}).")
 
 
-class _Trial:
-    """A pass by turns that solves nothing."""
+class _Room:
+    """What the batches hold together while they wait. A batch that does not fit at a step ends there.
 
-    def __init__(self, module: nn.Module, traversal: Traversal, memory: int) -> None:
-        self._order, self._traversal, self._memory = traversal.order, traversal, memory
-        self._threads = max(1, limits().waiting_threads // torch.get_num_threads())
-        # nothing comes after the last step
-        self._ends = {(self._order[-1], batch) for batch in range(traversal.batches)}
-        seconds = _LEAST_SECONDS + _PATIENCE * traversal.longest
-        self._runs = Interleaved(module, traversal, self._ends, watched=True, seconds=seconds)
+    Attributes:
+        ends: The steps and batches where this is so. At the last step all end, as nothing comes after it.
+        most: Bytes that all batches would hold at the step where they hold most.
+        threads: How many batches may wait.
+    """
+
+    def __init__(self, traversal: Traversal, memory: int) -> None:
+        self.ends = {(traversal.order[-1], batch) for batch in range(traversal.batches)}
+        self.most = 0
+        self.threads = max(1, limits().waiting_threads // torch.get_num_threads())
+        self._traversal, self._memory = traversal, memory
         self._held: dict[int, int] = {}  # bytes, by batch
-        self._most = 0  # bytes of all batches
+
+    def wait(self, step: Step, sizes: Iterable[tuple[int, int]]) -> None:
+        """Let batches wait at a step, one after the other. Each is given with the bytes that it holds."""
+        together = 0
+        for batch, size in sizes:
+            self._held[batch] = size
+            together += size
+            if sum(self._held.values()) > self._memory or len(self._held) > self.threads:
+                self.ends.add((step, batch))
+                del self._held[batch]
+        self.most = max(self.most, together if step is not self._traversal.order[-1] else 0)
+        for batch in self._traversal.batches_of(step):
+            if self._traversal.calls[step, batch] > 1:  # the run has passed weights that change
+                self._held.pop(batch, None)
+
+
+class _Trial:
+    """A pass of a few batches by turns that solves nothing."""
+
+    def __init__(self, module: nn.Module, traversal: Traversal, compared: Compared, memory: int) -> None:
+        self._traversal, self._compared, self._memory = traversal, compared, memory
+        self._room = _Room(traversal, memory)
+        seconds = _LEAST_SECONDS + _PATIENCE * traversal.longest
+        self._runs = Interleaved(module, traversal, self._room.ends, watched=True, seconds=seconds)
+        self._held: dict[tuple[Step, int], int] = {}  # bytes, by step and batch
 
     def turns(self) -> Turns:
         """Make the pass, and return how batches run in the next one."""
-        self._runs.follow(self._compared())
-        all_calls = {(step, batch) for step in self._order for batch in self._traversal.batches_of(step)}
+        self._runs.follow(self._followed())
+        order, batches_of = self._traversal.order, self._traversal.batches_of
+        room = _Room(self._traversal, self._memory)
+        for step in order:
+            room.wait(step, [(batch, self._size(step, batch)) for batch in batches_of(step)])
         # a run that ends at the last step does not begin anew
-        anew = len(self._ends & all_calls) - len(self._traversal.batches_of(self._order[-1]))
-        if self._ends >= all_calls:
-            return Turns(False, note=f"{_ANEW}{self._why}")
-        place = {step: number for number, step in enumerate(self._order)}
-        note = f"a calibration batch runs anew {anew} times in a refit{self._why}" if anew else ""
-        return Turns(True, frozenset((place[step], batch) for step, batch in self._ends), note)
+        anew = len(room.ends & self._calls(range(self._traversal.batches))) - len(batches_of(order[-1]))
+        if self._room.ends >= self._calls(self._compared.batches):  # none has waited
+            return Turns(False, note=f"{_ANEW}{self._why(room)}")
+        place = {step: number for number, step in enumerate(order)}
+        note = f"a calibration batch runs anew {anew} times in a refit{self._why(room)}" if anew else ""
+        return Turns(True, frozenset((place[step], batch) for step, batch in room.ends), note)
 
-    @property
-    def _why(self) -> str:
-        if self._most <= self._memory:
-            return f", because at most {self._threads} batches may wait, each in a thread of its own."
+    def _calls(self, batches: Iterable[int]) -> set[tuple[Step, int]]:
+        calls = self._traversal.calls
+        return {(step, batch) for step in self._traversal.order for batch in batches if calls[step, batch]}
+
+    def _why(self, room: _Room) -> str:
+        if room.most <= self._memory:
+            return f", because at most {room.threads} batches may wait, each in a thread of its own."
         # outputs of the dense network take up to a quarter
         return (
-            f", because all batches together would hold {self._most:,} bytes while they wait, of {self._memory:,} that "
-            f"are left. Pass cache_bytes={-(-self._most * 4 // 3)} to the refit to let all wait."
+            f", because all batches together would hold {room.most:,} bytes while they wait, of {self._memory:,} that "
+            f"are left. Pass cache_bytes={-(-room.most * 4 // 3)} to the refit to let all wait."
         )
 
-    def _compared(self) -> CallLoop[None]:
-        for step in self._order:
-            together = 0
-            for batch in self._traversal.batches_of(step):
+    def _followed(self) -> CallLoop[None]:
+        for step in self._traversal.order:
+            for batch in self._compared.batches:
                 for call in self._traversal.calls_of(step, batch):
-                    given = yield call
-                    if given is None or digests_of(tensors_of(given)) != self._traversal.digests[call]:
-                        raise _Differs(f"the inputs of {_name(step)} change then")
-                together += self._fit_into_memory(step, batch)
-            self._most = max(self._most, together if step is not self._order[-1] else 0)
+                    self._check(call, (yield call))
+                if self._traversal.calls[step, batch]:
+                    live = self._runs.open[batch]
+                    assert live is not None
+                    self._held[step, batch] = live.total()
+                    self._room.wait(step, [(batch, self._held[step, batch])])
 
-    def _fit_into_memory(self, step: Step, batch: int) -> int:
-        """Let a batch end at a step if all that wait together hold too much. Return what it holds."""
-        live = self._runs.open[batch]
-        assert live is not None
-        held = {one: size for one, size in self._held.items() if one in self._runs.open}
-        held[batch] = live.total()
-        if sum(held.values()) > self._memory or len(held) > self._threads:
-            self._ends.add((step, batch))
-        self._held = held
-        return held[batch]
+    def _check(self, call: Call, given: Given | None) -> None:
+        expected = self._compared.digests.get(call)
+        if given is None or (expected is not None and digests_of(tensors_of(given)) != expected):
+            raise _Differs(f"the inputs of {_name(call.step)} change then")
+
+    def _size(self, step: Step, batch: int) -> int:
+        """Return the bytes that a batch holds at a step: as seen, or in proportion to the arguments of the step."""
+        if (seen := self._held.get((step, batch))) is not None:
+            return seen
+        sizes = self._compared.sizes
+        seen_there = [(held, sizes[at]) for at, held in self._held.items() if at[0] is step]
+        return max(-(-held * sizes[step, batch] // max(1, size)) for held, size in seen_there)
 
 
 def _name(step: Step) -> str:

@@ -359,12 +359,13 @@ def test_outputs_are_kept_in_memory_if_no_file_can_be_written(monkeypatch):
         ("mlp", (40, 40), 2**31, [2 + 2, 2]),  # the trial, then one run for each batch
         ("conv", (40,), 0, [1, 1]),  # four layers and three batch normalisations
         ("conv", (40, 40), 0, [14, 12]),
-        ("conv", (40,) * 5, 2**31, [5 + 5, 5]),
+        ("conv", (40,) * 5, 2**31, [2 + 5, 5]),  # two batches show whether they may run by turns
+        ("conv", (40, 40, 40, 48, 48), 2**31, [3 + 5, 5]),  # one of another shape is tried, too
         ("repeated", (40,), 0, [2, 2]),  # what comes after a second call starts again
         ("repeated", (40, 40), 2**31, [4 + 4, 4]),
         ("late", (40,), 0, [1, 1]),
         ("choosy", (48, 40), 0, [4, 2]),  # on the long batch, the last layer follows in the same run
-        ("choosy", (48, 40, 48), 2**31, [3 + 3, 3]),
+        ("choosy", (48, 40, 48), 2**31, [3 + 3, 3]),  # each layer is tried on two batches that call it
         ("either", (48, 40), 2**31, [3 + 3, 3]),  # the second batch calls the layers in the other order
     ],
 )

@@ -100,6 +100,20 @@ class Keeping(Chain):
         return self.c(h + self.kept)
 
 
+class ForTheLastShape(Chain):
+    """Keeps a tensor for inputs of the last shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = torch.zeros(0)
+
+    def forward(self, x):
+        if len(self.place) != len(x):
+            self.place = torch.linspace(-1, 1, len(x)).unsqueeze(1)
+        h = torch.tanh(self.b(torch.tanh(self.a(x))))
+        return self.c(h + self.place)
+
+
 class Busy(Chain):
     """Fails if it is called while it runs."""
 
@@ -216,7 +230,7 @@ def test_a_run_has_the_modes_of_the_caller(modes):
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        (Keeping, "the inputs of c.weight change then"),
+        (Keeping, "RuntimeError: The size of tensor a (40) must match the size of tensor b (48)"),
         (Drawing, "the inputs of b.weight change then"),
         (Busy, "AssertionError"),
         (Locked, "TimeoutError: a forward that waited did not go on within 0 s"),
@@ -242,6 +256,41 @@ def test_a_network_that_cannot_be_run_by_turns_is_refitted_layer_by_layer(kind, 
         chain = {Keeping: Keeping}.get(kind, Chain)
         other, _, _ = chain_case(chain)
         assert alike(found, Calibration(other, batches, cache_bytes=0).refit(mask))
+
+
+@pytest.mark.parametrize("sizes", [(40, 40, 40, 48), (48, 40, 40, 40)])
+def test_a_trial_has_batches_of_two_shapes(sizes, caplog):
+    batches = [related(size, 4, seed=seed) for seed, size in enumerate(sizes)]
+    caplog.set_level(logging.INFO)
+    found = []
+    for memory in (0, 2**31):
+        net = known(ForTheLastShape())
+        caplog.clear()
+        found.append(Calibration(net, batches, cache_bytes=memory).refit(mask_of(net)))
+    assert alike(*found)
+    (message,) = caplog.messages
+    assert "because they cannot run by turns (RuntimeError: The size of tensor" in message
+
+
+def test_statistics_alone_need_no_first_run_of_their_own(caplog):
+    net, batches, mask = case("conv")
+    expected = Calibration(net, batches).refit(mask, "batch_norm")
+    runs, calibration = counted(net), Calibration(net, batches)
+    calibration.refit(mask)
+    runs.clear()
+    found = calibration.refit(mask, "batch_norm")
+    assert alike(found, expected)
+    assert found.values.keys() == expected.values.keys()
+    assert calibration.others(mask, Refit()).keys() == expected.values.keys() - mask.keys()
+    assert len(runs) == len(batches)
+
+
+def test_a_network_without_layers_to_refit_does_not_run():
+    net, batches, mask = chain_case(Chain)
+    runs, calibration = counted(net), Calibration(net, batches)
+    assert calibration.others(mask, Refit()) == {}
+    assert calibration.refit(mask, Refit()).values.keys() == mask.keys()
+    assert runs == []
 
 
 class Solver:
@@ -299,7 +348,7 @@ class Pressing(Chain):
 
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("left", [1, 2, 4, 6])
+@pytest.mark.parametrize("left", [1, 2, 4, 5])
 def test_ctrl_c_ends_all_threads_and_gives_the_network_back(left, late, again):
     net, batches, mask = chain_case(Pressing)
     before, threads, calibration = state_of(net), threading.active_count(), Calibration(net, batches)
@@ -360,6 +409,23 @@ def test_only_as_many_batches_wait_as_fit(room, waiting, caplog):
         assert message.startswith(f"a calibration batch runs anew {5 - waiting} times in a refit, because all batches")
         assert f"would hold {5 * ONE:,} bytes while they wait" in message
         assert f"Pass cache_bytes={math.ceil(5 * ONE * 4 / 3)} to the refit" in message
+
+
+@pytest.mark.parametrize(("room", "waiting"), [(3.5, 2), (6.5, 3), (100, 5)])
+def test_what_larger_batches_hold_is_estimated_from_the_tried_ones(room, waiting, caplog):
+    net, _, mask = wide(0)
+    batches = [related(size, 64, seed=size) for size in (199, 200, 401, 602, 603)]  # the last two are not tried
+    expected = Calibration(net, batches, rows=5, cache_bytes=0).refit(mask)
+    caplog.set_level(logging.INFO)
+    caplog.clear()
+    calibration, runs = Calibration(net, batches, rows=5, cache_bytes=int(room * ONE)), counted(net)
+    assert alike(calibration.refit(mask), expected)
+    runs.clear()
+    assert alike(calibration.refit(mask), expected)
+    assert len(runs) == waiting + 2 * (5 - waiting)
+    if waiting < 5:
+        (message,) = caplog.messages
+        assert f"would hold {2005 * 64 * 8:,} bytes while they wait" in message
 
 
 def test_batches_that_run_anew_at_a_wide_layer_wait_at_those_after_it(caplog):

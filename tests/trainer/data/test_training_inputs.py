@@ -1083,8 +1083,9 @@ def chosen_otherwise(problem, kept):
 
 
 def by_turns_or_not(*arguments):
-    """A trial that fails in the second process only."""
-    return turns_of(*arguments) if torch.distributed.get_rank() == 0 else Turns(False, note="not here")
+    """A trial that fails in the second process only, at its end."""
+    found = turns_of(*arguments)
+    return found if torch.distributed.get_rank() == 0 else Turns(False, note="not here")
 
 
 def spread_fit(name: str, folder: Path, **devices):
