@@ -44,7 +44,8 @@ class IntegerProgram:
 
     Attributes:
         program: The program in floating point.
-        scales: The scale of each value, by its name. Pool2d, Pad and Reshape have one scale on both sides.
+        scales: The scale of each value, by its name. Pool2d, Pad, Reshape and Activate have one scale on both
+            sides.
         weights: The weights of each Linear and Conv2d, by the name of its output.
     """
 

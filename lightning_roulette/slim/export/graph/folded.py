@@ -17,6 +17,7 @@ from lightning_roulette.slim.export.operations import (
     Linear,
     Operation,
     Pad,
+    Pool2d,
     Reshape,
     Value,
     inputs_of,
@@ -32,10 +33,11 @@ def folded(steps: Sequence[Step], output: Value) -> tuple[Operation, ...]:
     nothing else uses what lies between. A padding is folded into the convolutions after it. A normalisation that
     follows no layer becomes a depthwise convolution. Weights that are zero stay zero.
     """
+    folds = (_activations_before_pools, _into_the_step_before, _alone, _into_the_step_before, _paddings)
     steps = used(steps, output)
-    for fold in (_into_the_step_before, _paddings):
+    for fold in folds:
         steps = used(fold(steps, output), output)
-    return tuple(_final(one) for step in steps for one in _alone(step))
+    return tuple(_final(step) for step in steps)
 
 
 def used(steps: Sequence[Step], output: Value) -> list[Step]:
@@ -48,10 +50,26 @@ def used(steps: Sequence[Step], output: Value) -> list[Step]:
     return kept[::-1]
 
 
+def _activations_before_pools(steps: Sequence[Step], output: Value) -> list[Step]:
+    """Put an activation that follows a max pooling before it. The results are equal, as both keep the order."""
+    uses, done = _uses(steps, output), {step.output.name: step for step in steps}
+    for step in steps:
+        pool = done.get(step.input.name) if isinstance(step, Activate) else None
+        if (
+            isinstance(step, Activate)
+            and isinstance(pool, Pool2d)
+            and pool.kind == "max"
+            and uses[pool.output.name] == 1
+        ):
+            between = Value(f"{pool.output.name}_before", pool.input.shape)
+            done[pool.output.name] = replace(step, input=pool.input, output=between)
+            done[step.output.name] = replace(pool, input=between, output=step.output)
+    return list(done.values())
+
+
 def _into_the_step_before(steps: Sequence[Step], output: Value) -> list[Step]:
     """Fold normalisations and activations."""
-    uses = Counter(value.name for step in steps for value in _inputs(step))
-    uses[output.name] += 1
+    uses = _uses(steps, output)
     done: dict[str, Step] = {}
     for step in steps:
         before = done.get(step.input.name) if isinstance(step, (Normalise, Activate)) else None
@@ -87,10 +105,12 @@ def _paddings(steps: Sequence[Step], output: Value) -> list[Step]:
     ]
 
 
-def _alone(step: Step) -> list[Operation]:
-    """Return a normalisation that follows no layer as a depthwise convolution, and other operations as they are."""
-    if not isinstance(step, Normalise):
-        return [step]
+def _alone(steps: Sequence[Step], output: Value) -> list[Step]:
+    """Make each normalisation that follows no layer a depthwise convolution."""
+    return [one for step in steps for one in (_as_conv(step) if isinstance(step, Normalise) else [step])]
+
+
+def _as_conv(step: Normalise) -> list[Step]:
     channels = step.input.shape[0]
     weight = step.scale.reshape(-1, 1, 1, 1)
     if len(step.input.shape) == 3:
@@ -102,12 +122,18 @@ def _alone(step: Step) -> list[Operation]:
     return [Reshape(step.input, image), conv, Reshape(scaled, step.output)]
 
 
-def _final(step: Operation) -> Operation:
+def _final(step: Step) -> Operation:
     """Return an operation with float32 weights."""
+    assert not isinstance(step, Normalise)
     if isinstance(step, (Linear, Conv2d)):
         weight, bias = step.weight.contiguous().to(torch.float32), step.bias.contiguous().to(torch.float32)
         return replace(step, weight=weight, bias=bias)
     return step
+
+
+def _uses(steps: Sequence[Step], output: Value) -> Counter[str]:
+    """Return how often each value is used."""
+    return Counter([output.name, *(value.name for step in steps for value in _inputs(step))])
 
 
 def _inputs(step: Step) -> tuple[Value, ...]:
