@@ -18,6 +18,8 @@ from lightning_roulette.search.observer import LevelTime, Observer
 from lightning_roulette.search.search import search
 from lightning_roulette.search.winner import Winner
 from lightning_roulette.settings import LeastSquares, Refit, Tree, Validation, Wheel
+from lightning_roulette.slim.export.export import export
+from lightning_roulette.slim.export.exported import Exported
 from lightning_roulette.values import Codebook
 from lightning_roulette.wheel.level import spin
 
@@ -34,6 +36,7 @@ __all__ = [
     "Candidate",
     "Codebook",
     "Evaluator",
+    "Exported",
     "HoldZeros",
     "LeastSquares",
     "Level",
@@ -55,6 +58,7 @@ __all__ = [
     "Wheel",
     "Winner",
     "apply_mask",
+    "export",
     "prunable_parameters",
     "prune",
     "register_layer",

@@ -1,5 +1,7 @@
 """Networks such as those that run on small devices."""
 
+from itertools import cycle
+
 import torch
 from torch import Tensor, nn
 
@@ -75,7 +77,13 @@ def sequence() -> nn.Module:
     return nn.Sequential(*convolutions, nn.ReLU(), nn.Flatten(), nn.Linear(12, 3), nn.BatchNorm1d(3), nn.Sigmoid())
 
 
+def perceptron() -> nn.Module:
+    """For vectors of 30."""
+    return nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 25), nn.ReLU6(), nn.Linear(25, 1))
+
+
 NETWORKS = {
+    "perceptron": (perceptron, (30,)),
     "lenet_300_100": (lenet_300_100, (1, 28, 28)),
     "lenet_5": (lenet_5, (1, 28, 28)),
     "residual": (Residual, (3, 12, 12)),
@@ -84,8 +92,12 @@ NETWORKS = {
 }
 
 
-def network(name: str, kept: float = 1.0, seed: int = 0) -> nn.Module:
-    """Return a network with running statistics unlike those of a new one, and a share of its weights kept."""
+def network(name: str, kept: float | tuple[float, ...] = 1.0, seed: int = 0) -> nn.Module:
+    """Return a network with running statistics unlike those of a new one, and a share of its weights kept.
+
+    Several shares are those of its layers by turns.
+    """
+    shares = cycle(kept if isinstance(kept, tuple) else (kept,))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module = NETWORKS[name][0]()
@@ -97,7 +109,7 @@ def network(name: str, kept: float = 1.0, seed: int = 0) -> nn.Module:
                 nn.init.normal_(part.bias, 0, 0.3)
         for weight in module.parameters():
             if weight.ndim > 1:
-                weight.data[torch.rand_like(weight) >= kept] = 0
+                weight.data[torch.rand_like(weight) >= next(shares)] = 0
     return module
 
 

@@ -20,7 +20,7 @@ from lightning_roulette.slim.export.reference import every_value
 
 _ROWS = 256  # inputs that are run at once
 _LARGEST_BIAS = 2**24  # of the units of a bias, so that sums keep within 32 bits
-_LARGEST_SUM = 2**30
+_LARGEST_SUM = 2**29  # so that what a sum is shifted to the left by stays within 32 bits
 KEEP_SCALE = (Pool2d, Pad, Reshape, Activate)  # operations whose output has the scale of their input
 
 

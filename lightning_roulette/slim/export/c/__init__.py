@@ -1,0 +1,1 @@
+"""C source of a network, with no other dependency than the standard headers."""

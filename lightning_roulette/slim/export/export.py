@@ -1,0 +1,104 @@
+"""`export`: from a trained network to files for a device."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_roulette.checks import check_choice
+from lightning_roulette.slim.export.exported import Exported, FormatScores
+from lightning_roulette.slim.export.reference import run
+from lightning_roulette.slim.export.scoring import accuracy, scored
+from lightning_roulette.slim.export.trace import trace
+
+# each module has a function `write(program, path, *, calibration, ...)` that returns an Exported
+FORMATS = {"c": "lightning_roulette.slim.export.c.writing"}
+_ROWS = 4096  # calibration inputs that are used at most
+_GIVEN = ("program", "path", "calibration")
+
+
+def export(
+    model: nn.Module,
+    path: str | PathLike[str],
+    format: str,
+    *,
+    example_input: Tensor,
+    calibration: Tensor | Iterable[Any] | None = None,
+    validation: tuple[Tensor, Tensor] | Iterable[Any] | None = None,
+    score: Callable[[Tensor, Tensor], float] = accuracy,
+    **options: Any,
+) -> Exported:
+    """Write a trained network as files for a device, and return what they take there.
+
+    The network is traced in evaluation mode (`torch.export`): chains and residual networks of linear layers,
+    convolutions, batch normalisations, ReLU, pooling and sums. Whatever cannot be expressed is named before anything
+    is written. Weights of zero are not stored where that takes less.
+
+    Args:
+        model: The network. Its forward takes one tensor and returns one. It is not changed.
+        path: Where to write.
+        format: One of these:
+
+            - `"c"`: C99 without dependencies, a source and a header. Options: `values="int8"` (default; 8-bit
+              integers as TensorFlow Lite defines them) or `values="float32"`.
+
+        example_input: Inputs of any number, shape `(n, ...)`.
+        calibration: Some hundred inputs as in use, for the ranges of 8-bit integers: a tensor, or batches of which the
+            first entry is the input, such as a loader of training data. Not validation data, so that it can judge.
+        validation: Inputs and targets, or batches of both. The network and what the device computes are scored on it.
+        score: Scores outputs against targets. Accuracy by default, which needs targets that are classes.
+        **options: Options of the format.
+
+    Raises:
+        TypeError: If an argument has the wrong type, or if the format does not have an option.
+        ValueError: If an argument is not allowed, or if the network cannot be expressed.
+    """
+    check_choice("format", format, tuple(FORMATS))
+    write = import_module(FORMATS[format]).write
+    _check_options(format, write, options)
+    program = trace(model, example_input)
+    inputs = None if calibration is None else _inputs(calibration, program.input.shape)
+    exported: Exported = write(program, Path(path), calibration=inputs, **options)
+    if validation is None:
+        return exported
+    network, device = (scored(one, validation, score) for one in (lambda x: run(program, x), exported.run))
+    return replace(exported, scores=FormatScores(network, device))
+
+
+def _check_options(format: str, write: Callable[..., Exported], options: dict[str, Any]) -> None:
+    allowed = [name for name in inspect.signature(write).parameters if name not in _GIVEN]
+    for name in options:
+        if name not in allowed:
+            raise TypeError(f"{name} is no option of format={format!r}, which has {', '.join(allowed)}.")
+
+
+def _inputs(calibration: Tensor | Iterable[Any], shape: tuple[int, ...]) -> Tensor:
+    """Return calibration inputs as one tensor.
+
+    Raises:
+        TypeError: If they are neither a tensor nor batches.
+        ValueError: If there are none, or if they have another shape or type than the example.
+    """
+    rows: list[Tensor] = []
+    for batch in [calibration] if isinstance(calibration, Tensor) else calibration:
+        first = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if not isinstance(first, Tensor):
+            raise TypeError(f"calibration has a batch of type {type(first).__name__}, but inputs must be a tensor.")
+        rows.append(first.detach().cpu())
+        if sum(map(len, rows)) >= _ROWS:
+            break
+    found = torch.cat(rows)[:_ROWS] if rows else torch.empty(0, *shape)
+    if not len(found) or found.dtype != torch.float32 or tuple(found.shape[1:]) != shape:
+        raise ValueError(
+            f"calibration has the type {found.dtype} and the shape {tuple(found.shape)}, but must be float32 of the "
+            f"shape (n, {', '.join(map(str, shape))}), with at least one row."
+        )
+    return found
