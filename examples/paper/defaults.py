@@ -26,8 +26,9 @@ from finished_runs import Row, Runs
 
 from lightning_roulette import LeastSquares, PrunedWeights, Scores, Tree, Validation, Wheel, search
 
-TASKS = ("mnist", "tid2013", "kadid10k")
+TASKS = ("mnist", "tid2013", "kadid10k", "cifar10")
 LEFT = (0.2, 0.1, 0.05, 0.03)  # shares of weights at which a search is judged
+LEFT_OF = {"cifar10": (0.6, 0.4, 0.3, 0.2)}  # of a network that has fewer weights to spare
 INPUTS = 10_000
 # The start. The defaults chosen since are the variant "coarse_rate 0.2".
 START: dict[str, object] = {
@@ -37,6 +38,7 @@ START: dict[str, object] = {
     "refit": LeastSquares(finalists=4),
 }
 FINE = {"pruning_rate": 0.1, "finalists": 1}
+COARSE = {**FINE, "sharpness": 16.0, "coarse_rate": 0.2}  # today's defaults
 VARIANTS: dict[str, dict[str, object]] = {
     "start": {},
     **{f"sharpness {one:g}": {"sharpness": one} for one in (2, 4, 16, math.inf)},
@@ -48,7 +50,11 @@ VARIANTS: dict[str, dict[str, object]] = {
     **{f"confirm {one:g}": {"confirm": one} for one in (0, 0.25, 0.75)},
     **{f"finalists {one}": {"finalists": one} for one in (1, 10)},
     **{f"pruning_rate 0.1, finalists 1, sharpness {one:g}": {**FINE, "sharpness": one} for one in (8, 16, math.inf)},
-    "coarse_rate 0.2": {**FINE, "sharpness": 16.0, "coarse_rate": 0.2},
+    "coarse_rate 0.2": COARSE,
+    "coarse_rate 0.35": {**COARSE, "coarse_rate": 0.35},
+    "coarse_rate 0.5": {**COARSE, "coarse_rate": 0.5},
+    **{f"coarse_rate {one:g}, choose": {**COARSE, "coarse_rate": one, "choose": True} for one in (0.2, 0.35, 0.5)},
+    **{f"coarse_rate 0.2, importance {one}": {**COARSE, "importance": one} for one in ("magnitude", "lamp")},
     "refit at the end": {"each_level": False, "importance": "magnitude", "allocation": 0},
     "no refit": {"refit": None, "importance": "magnitude", "allocation": 0},
     "no refit, sensitivity": {"refit": None, "allocation": 0},
@@ -85,7 +91,8 @@ def measured(case: Case, variant: str) -> Row:
     options = choices(variant)
     evaluate = (ByScore if "by_score" in VARIANTS[variant] else OnPart)(case, case.val)
     rate = max(options["tree"].pruning_rate, options["tree"].coarse_rate or 0)  # no coarse level fails without a floor
-    levels = math.ceil(math.log(LEFT[-1]) / math.log(1 - rate))
+    shares = LEFT_OF.get(case.task.name, LEFT)
+    levels = math.ceil(math.log(shares[-1]) / math.log(1 - rate))
     options["tree"] = replace(options["tree"], max_levels=levels)
     began = time.monotonic()
     winner = search(case.weights, evaluate, tolerance=math.inf, calibration=case.calibration, seed=case.seed, **options)
@@ -93,21 +100,26 @@ def measured(case: Case, variant: str) -> Row:
     levels = range(len(winner.report.accepted) + 1)
     curve = [(winner.mask_at(n).survivors / case.total, case.judged(winner.weights_at(n))["judge"]) for n in levels]
     left, scores = np.array(curve[::-1]).T
-    changes = np.interp(np.log(LEFT), np.log(left), scores) - case.dense["judge"]
+    changes = np.interp(np.log(shares), np.log(left), scores) - case.dense["judge"]
     return {"curve": curve, "changes": changes.tolist(), "seconds": seconds}
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print for each variant the mean change, and its paired difference from the start with its standard error."""
+    """Print for each variant the mean change, and its paired difference from the first with its standard error.
+
+    The first variant is the start, or today's defaults where the start was not run.
+    """
     for task in dict.fromkeys(row["task"] for row in rows):
         of = {(row["variant"], row["seed"]): row for row in rows if row["task"] == task}
-        print(f"\n{task}: change at {', '.join(f'{100 * one:g}' for one in LEFT)} % of the weights, x 100; mean")
+        first = "start" if any(variant == "start" for variant, _ in of) else "coarse_rate 0.2"
+        shares = ", ".join(f"{100 * one:g}" for one in LEFT_OF.get(task, LEFT))
+        print(f"\n{task}: change at {shares} % of the weights, x 100; mean")
         for variant in VARIANTS:
-            seeds = sorted(seed for name, seed in of if name == variant and ("start", seed) in of)
+            seeds = sorted(seed for name, seed in of if name == variant and (first, seed) in of)
             if not seeds:
                 continue
             changes = 100 * np.array([of[variant, seed]["changes"] for seed in seeds])
-            base = 100 * np.array([of["start", seed]["changes"] for seed in seeds])
+            base = 100 * np.array([of[first, seed]["changes"] for seed in seeds])
             apart = (changes - base).mean(1)
             error = f" (s.e. {stdev(apart) / math.sqrt(len(apart)):.2f})" if len(apart) > 1 else ""
             cells = "  ".join(f"{one:7.2f}" for one in changes.mean(0))

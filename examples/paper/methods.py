@@ -20,7 +20,7 @@ import torch
 from data import Part, Task
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelPruning
-from networks import losses, predict, rmse, score, within_spread
+from networks import as_trained, losses, predict, rmse, score, within_spread
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -141,9 +141,11 @@ class Case:
 
     @property
     def calibration(self) -> Calibration:
-        """Training inputs, without their targets."""
+        """Training inputs as the network saw them in training, without their targets."""
         inputs = min(self.size.inputs, INPUTS.get(self.task.network, self.size.inputs))
-        return Calibration(self.net, [self.train.x[self.shuffled[:inputs]]], seed=self.seed)
+        parts, chance = self.shuffled[:inputs].split(GRADIENT_BATCH), torch.Generator().manual_seed(self.seed)
+        x = torch.cat([as_trained(self.task, self.train.x[part], chance) for part in parts])
+        return Calibration(self.net, [x], seed=self.seed)
 
     def outputs(self, values: Values, part: Part) -> Tensor:
         """Return the outputs of the network with some of its values replaced."""

@@ -98,7 +98,7 @@ def trained(task: Task, seed: int, folder: Path | None, quick: bool = False) -> 
 
 
 def _train(net: nn.Module, task: Task, recipe: Recipe, epochs: int, seed: int) -> None:
-    """Train in place. Residual networks use a GPU if there is one. Colour images are shifted and mirrored."""
+    """Train in place. Residual networks use a GPU if there is one."""
     device = "cuda" if "resnet" in task.network and torch.cuda.is_available() else "cpu"
     net.to(device).train()
     chance, train = torch.Generator().manual_seed(seed), task.train
@@ -106,12 +106,23 @@ def _train(net: nn.Module, task: Task, recipe: Recipe, epochs: int, seed: int) -
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(len(train) / recipe.batch))
     for _ in range(epochs):
         for chosen in torch.randperm(len(train), generator=chance).split(recipe.batch):
-            x = augmented(train.x[chosen], chance) if task.shape[0] == 3 else train.x[chosen]
+            x = as_trained(task, train.x[chosen], chance)
             optimizer.zero_grad()
             losses(net(x.to(device)), task, train.y[chosen].to(device)).mean().backward()
             optimizer.step()
             schedule.step()
     net.to("cpu")
+
+
+def as_trained(task: Task, x: Tensor, chance: torch.Generator) -> Tensor:
+    """Return training inputs as the network sees them: colour images are shifted and mirrored at random.
+
+    Args:
+        task: The task of the inputs.
+        x: The inputs. Shape `(n, *task.shape)`.
+        chance: Draws the shifts. It is on the CPU.
+    """
+    return augmented(x, chance) if task.shape[0] == 3 else x
 
 
 @torch.no_grad()
