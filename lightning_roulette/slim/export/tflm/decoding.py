@@ -21,7 +21,8 @@ DECODED = ":decoded"  # added to the name of a tensor
 PRUNE = 2
 VERSION = 1  # of the header, and of the encoding within it
 HEADER = bytes([PRUNE, VERSION, 0, 0, VERSION, *[0] * 11])
-COST = 350  # about how many bytes of the file describe one more operator and its two more tensors
+COST = 200  # about how many bytes of the file describe one more operator and its two more tensors
+PART_COST = 500  # likewise one more part of a layer
 
 
 def encoded(values: NDArray[np.int8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -45,7 +46,7 @@ def gets_smaller(tensor: StoredTensor, parts: int = 1) -> bool:
     """Whether the tensor is a constant of int8 whose encoding, in so many parts, is smaller than its values."""
     if tensor.data is None or tensor.kind != "int8":
         return False
-    return encoded_size(tensor.data) + 2 * (parts - 1) * COST < tensor.size
+    return encoded_size(tensor.data) + (parts - 1) * PART_COST < tensor.size
 
 
 def decoding(model: Model, names: Collection[str]) -> Model:

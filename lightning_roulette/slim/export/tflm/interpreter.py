@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 from lightning_roulette.slim.export.tflm.extra import runtime
 from lightning_roulette.slim.export.tflm.model import Model
 
-ARENA = re.compile(r"Arena allocation total (\d+) bytes")
+USED = re.compile(r"allocation total (?P<total>\d+) bytes.*allocation tail (?P<tail>\d+) bytes", re.DOTALL)
+ALIGNMENT = 16
+FOR_TENSOR, SPARE_TENSORS = 48, 128  # bytes while the runtime plans where tensors live
+FOR_CHANNEL, SPARE_CHANNELS = 8, 768  # bytes while it prepares an operator
 SPARE = 1 << 16
 
 
@@ -24,11 +27,11 @@ class Interpreter:
 
     Args:
         file: The bytes of the file.
-        arena_size: How many bytes of memory the runtime may use.
+        arena_size: How many bytes of memory the runtime may use. With too few it may end the process.
 
     Raises:
         ImportError: If tflite-micro is not installed.
-        ValueError: If the runtime refuses the file, or needs more memory; the message holds what it said.
+        ValueError: If the runtime refuses the file; the message holds what it said.
     """
 
     def __init__(self, file: bytes, arena_size: int) -> None:
@@ -44,16 +47,34 @@ class Interpreter:
         return np.asarray(self._loaded.get_output(0))
 
     @property
-    def arena(self) -> int:
-        """How many bytes of memory the runtime uses: tensors that are computed and what it keeps for each operator."""
+    def used(self) -> tuple[int, int]:
+        """How many bytes the runtime uses, and how many of them are for operators, not for computed tensors."""
         _, said = _heard(self._loaded.print_allocations)
-        found = ARENA.search(said)
+        found = USED.search(said)
         if found is None:
             raise RuntimeError(f"this version of tflite-micro does not print its memory as expected: {said[:200]!r}")
-        return int(found.group(1))
+        return int(found["total"]), int(found["tail"])
 
 
-def enough(model: Model, file: bytes) -> int:
+def load(model: Model, file: bytes) -> Interpreter:
+    """The file of a model in the runtime, with more memory than it needs."""
+    return Interpreter(file, _enough(model, file))
+
+
+def arena(model: Model, file: bytes) -> int:
+    """The size of the arena that the runtime needs, in bytes.
+
+    It is what the runtime uses, measured. Where the computed tensors are small, it is more: while it loads a file, the
+    runtime takes memory in their place and gives it back. For that this is a bound, as measured with many models.
+    Smaller sizes cannot be tried, because the runtime may then write outside its memory.
+    """
+    total, tail = load(model, file).used
+    channels = max(len(tensor.scales.values) for tensor in model.tensors.values() if tensor.scales is not None)
+    loading = max(FOR_TENSOR * len(model.tensors) + SPARE_TENSORS, FOR_CHANNEL * channels + SPARE_CHANNELS)
+    return -(-max(total, tail + loading) // ALIGNMENT) * ALIGNMENT
+
+
+def _enough(model: Model, file: bytes) -> int:
     """An arena that is large enough: as if all tensors lived at once, and what depends on channels and operators."""
     return sum(tensor.size for tensor in model.tensors.values()) + 4 * len(file) + SPARE
 

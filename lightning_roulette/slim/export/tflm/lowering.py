@@ -50,6 +50,11 @@ class Context:
     whole: IntegerProgram
     images: dict[str, Value]
 
+    def weight(self, one: Linear | Conv2d) -> str:
+        """The name of the tensor of a weight, which is another for each of the layers that share it."""
+        shared = [other for other in self.whole.program.operations if getattr(other, "name", None) == one.name]
+        return one.name if len(shared) == 1 else f"{one.name}:{one.output.name}"
+
     def source(self, value: Value) -> Value:
         """The value that an operator reads in place of `value`."""
         return self.images.get(value.name, value)
@@ -100,11 +105,7 @@ def refuse(operations: Sequence[Operation]) -> None:
 
 
 def _reasons(one: Operation) -> list[str]:
-    reasons = [
-        f"{value.name} has {len(value.shape)} dimensions, where vectors and images are known"
-        for value in (*inputs_of(one), one.output)
-        if len(value.shape) not in {1, 3}
-    ]
+    reasons = []
     if isinstance(one, Pool2d) and one.dilation != (1, 1):
         reasons.append(f"{one.output.name} pools with a dilation of {one.dilation}")
     if isinstance(one, Pool2d) and one.kind == "mean" and not is_plain(one.padding) and not is_same(one):
@@ -235,10 +236,10 @@ def _constants(one: Linear | Conv2d, context: Context, weight: NDArray[np.int8],
     scales = None
     if len(values) == 1:  # then FULLY_CONNECTED checks the scale of the bias
         scales = Scales(np.float32(context.whole.scales[one.input.name].scale) * values)
-    bias = _array(integers.bias)
+    bias, name = _array(integers.bias), context.weight(one)
     return [
-        StoredTensor(one.name, weight.shape, "int8", weight, Scales(values, axis=axis)),
-        StoredTensor(f"{one.name}:bias", bias.shape, "int32", bias, scales),
+        StoredTensor(name, weight.shape, "int8", weight, Scales(values, axis=axis)),
+        StoredTensor(f"{name}:bias", bias.shape, "int32", bias, scales),
     ]
 
 

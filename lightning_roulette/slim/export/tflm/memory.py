@@ -8,7 +8,7 @@ from math import ceil
 
 from lightning_roulette.slim.export.tflm.decoding import DECODED, decoding, gets_smaller
 from lightning_roulette.slim.export.tflm.flatbuffer import to_bytes
-from lightning_roulette.slim.export.tflm.interpreter import Interpreter, enough
+from lightning_roulette.slim.export.tflm.interpreter import arena
 from lightning_roulette.slim.export.tflm.model import Model
 from lightning_roulette.slim.export.tflm.splitting import most_parts, part, splitting
 
@@ -39,7 +39,7 @@ def packed(model: Model, parts: Mapping[str, int]) -> Packed:
     names += [name for name, count in parts.items() if count == 1]
     done = decoding(split, [name for name in names if gets_smaller(split.tensors[name])])
     file = to_bytes(done)
-    return Packed(done, file, Interpreter(file, enough(done, file)).arena, dict(parts))
+    return Packed(done, file, arena(done, file), dict(parts))
 
 
 def smallest(model: Model, max_ram: int | None) -> Packed:

@@ -1,15 +1,14 @@
 """How much memory a model takes, and which weights are decoded within a limit."""
 
-import numpy as np
 import pytest
 
 from lightning_roulette.slim.export.tflm.decoding import decoding
 from lightning_roulette.slim.export.tflm.flatbuffer import to_bytes
-from lightning_roulette.slim.export.tflm.interpreter import Interpreter, enough
+from lightning_roulette.slim.export.tflm.interpreter import arena
 from lightning_roulette.slim.export.tflm.memory import alive, packed, smallest
 from lightning_roulette.slim.export.tflm.model import Model, Operator, StoredTensor
 from lightning_roulette.slim.export.tflm.splitting import most_parts, splitting
-from tests.slim.export.tflm.running import outputs_of
+from tests.slim.export.tflm.running import loads, outputs_of
 from tests.support.stored import chain, image, integers
 
 pytest.importorskip("tflite_micro", reason="needs the extra `tflm`")
@@ -25,11 +24,16 @@ def test_a_tensor_lives_from_its_operator_to_its_last_reader():
     assert alive(decoding(chain(64, 64), ["w0"])) == [64 + 4096, 64 + 4096 + 64]
 
 
-def test_the_arena_is_the_smallest_that_the_runtime_accepts():
-    found = packed(chain(256, 128, 10), {"w0": 1})
-    Interpreter(found.file, found.arena)
-    with pytest.raises(ValueError, match="does not load the file: .*memory"):
-        Interpreter(found.file, found.arena - 64)
+@pytest.mark.parametrize("widths", [(256, 128, 10), (2, 3000), (3, 2), (8,) * 30])
+def test_the_runtime_loads_in_the_arena_that_is_told(widths, tmp_path):
+    weights = [f"w{number}" for number in range(len(widths) - 1)]
+    for parts in ({}, dict.fromkeys(weights, 1)):
+        model = splitting(chain(*widths), parts)
+        model = decoding(model, parts)
+        file = to_bytes(model)
+        (tmp_path / "model.tflite").write_bytes(file)
+        assert loads(tmp_path / "model.tflite", arena(model, file))
+    assert not loads(tmp_path / "model.tflite", arena(model, file) // 2)
 
 
 def test_without_a_limit_each_weight_is_encoded_that_gets_smaller():
@@ -97,8 +101,3 @@ def test_too_little_memory_for_the_plain_network_is_an_error_with_what_it_takes(
     assert smallest(model, least).parts == {}
     with pytest.raises(ValueError, match=rf"max_ram={least - 1} is too little: .* takes {least} bytes .*format='c'"):
         smallest(model, least - 1)
-
-
-def test_an_arena_that_is_enough_is_enough_for_many_channels():
-    model = chain(2, 3000)
-    assert np.isfinite(Interpreter(to_bytes(model), enough(model, to_bytes(model))).arena)
