@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from lightning_roulette.checks import check_choice
 from lightning_roulette.slim.export.exported import Exported, FormatScores
+from lightning_roulette.slim.export.idle import without_idle
+from lightning_roulette.slim.export.operations import Program, Weighted
 from lightning_roulette.slim.export.reference import run
 from lightning_roulette.slim.export.scoring import accuracy, scored
 from lightning_roulette.slim.export.trace import trace
@@ -40,7 +42,8 @@ def export(
 
     The network is traced in evaluation mode (`torch.export`): chains and residual networks of linear layers,
     convolutions, batch normalisations, ReLU, pooling and sums. Whatever cannot be expressed is named before anything
-    is written. Weights of zero are not stored where that takes less.
+    is written. Weights of zero are not stored where that takes less. Outputs of layers that pruning left constant or
+    unused are removed.
 
     Args:
         model: The network. Its forward takes one tensor and returns one. It is not changed.
@@ -64,13 +67,32 @@ def export(
     check_choice("format", format, tuple(FORMATS))
     write = import_module(FORMATS[format]).write
     _check_options(format, write, options)
-    program = trace(model, example_input)
+    whole = trace(model, example_input)
+    program = _slim(whole, example_input.cpu())
     inputs = None if calibration is None else _inputs(calibration, program.input.shape)
     exported: Exported = write(program, Path(path), calibration=inputs, **options)
+    exported = replace(exported, notes=(*_removed(whole, program), *exported.notes))
     if validation is None:
         return exported
-    network, device = (scored(one, validation, score) for one in (lambda x: run(program, x), exported.run))
+    network, device = (scored(one, validation, score) for one in (lambda x: run(whole, x), exported.run))
     return replace(exported, scores=FormatScores(network, device))
+
+
+def _slim(program: Program, example: Tensor) -> Program:
+    """Return a program without idle outputs; the program itself where rounding makes their outputs differ."""
+    slim = without_idle(program)
+    expected, found = run(program, example), run(slim, example)
+    close = 1e-5 * max(1.0, float(expected.abs().max()))
+    return slim if bool((expected - found).abs().max() <= close) else program
+
+
+def _removed(whole: Program, slim: Program) -> tuple[str, ...]:
+    """Return a sentence about the outputs that were removed, if any were."""
+    pairs = zip(whole.operations, slim.operations, strict=True)
+    layers = [(one, other) for one, other in pairs if isinstance(one, Weighted) and isinstance(other, Weighted)]
+    counts = [(len(one.weight) - len(other.weight), len(one.weight), one.name) for one, other in layers]
+    listed = ", ".join(f"{removed} of {outputs} outputs of {name}" for removed, outputs, name in counts if removed)
+    return (f"Removed, as pruning left them constant or unused: {listed}.",) if listed else ()
 
 
 def _check_options(format: str, write: Callable[..., Exported], options: dict[str, Any]) -> None:

@@ -37,10 +37,10 @@ def test_files_sizes_and_layers_are_reported(tmp_path):
 
 
 def test_memory_counts_values_sums_input_and_output(tmp_path):
-    found = exported(tmp_path, "lenet_5")
+    found = exported(tmp_path, "lenet_5", 0.4)
     arena = 20 * 24 * 24 + 20 * 12 * 12
     assert found.ram == arena + 4 * 24 * 24 + 784 + 10
-    assert exported(tmp_path, "lenet_5", values="float32").ram == 4 * (arena + 784 + 10)
+    assert exported(tmp_path, "lenet_5", 0.4, values="float32").ram == 4 * (arena + 784 + 10)
 
 
 def test_constants_are_those_of_the_tables(tmp_path):
@@ -85,6 +85,18 @@ def test_what_the_device_computes_can_be_run(tmp_path):
     x = inputs("residual", 7, 9)
     program = trace(network("residual", 0.1), x)
     assert torch.equal(found.run(x), run(program, x))
+
+
+def test_outputs_that_pruning_left_idle_are_removed(tmp_path):
+    module = network("perceptron")
+    module[0].weight.data[:15] = 0
+    module[2].weight.data[:, 10:22] = 0
+    given = {"example_input": inputs("perceptron"), "calibration": inputs("perceptron", 64, 3)}
+    found = export(module, tmp_path / "network.c", "c", **given)
+    assert [one.shape for one in found.layers] == [(18, 30), (25, 18), (1, 25)]
+    assert "Removed, as pruning left them constant or unused: 22 of 40 outputs of 0.weight." in str(found)
+    x = inputs("perceptron", 50, 4)
+    assert (found.run(x) - module(x)).abs().max() < 0.1
 
 
 def test_a_final_function_is_named(tmp_path):

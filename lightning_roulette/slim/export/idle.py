@@ -1,0 +1,139 @@
+"""Outputs of layers that do nothing are removed: those that are constant, and those that nothing uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_roulette.slim.export.operations import (
+    Activate,
+    Add,
+    Conv2d,
+    Linear,
+    Operation,
+    Pad,
+    Pool2d,
+    Program,
+    Reshape,
+    Value,
+    Weighted,
+    inputs_of,
+)
+
+_Between: TypeAlias = Pool2d | Pad | Reshape | Activate
+
+
+@dataclass(frozen=True, eq=False)
+class _Link:
+    """A layer whose outputs reach one other layer and nothing else.
+
+    Attributes:
+        first: The layer that makes them.
+        between: Operations on the way that keep channels apart.
+        last: The layer that uses them.
+    """
+
+    first: Weighted
+    between: tuple[_Between, ...]
+    last: Weighted
+
+
+def without_idle(program: Program) -> Program:
+    """Return a program with the same outputs, up to rounding, in which no removable output of a layer is idle.
+
+    An output is idle if all weights of the next layer for it are zero, or if all its own weights are zero: it is then
+    the constant that its bias gives, and is added to the biases of the next layer. Outputs are removed between two
+    layers with only pooling, padding, activations and reshapes between them. Grouped convolutions and sums keep theirs.
+    """
+    while True:
+        found = next(((link, idle) for link in _links(program) if bool((idle := _idle(link)).any())), None)
+        if found is None:
+            return program
+        program = _removed(program, *found)
+
+
+def _links(program: Program) -> Iterator[_Link]:
+    users: dict[str, list[Operation]] = {}
+    for one in program.operations:
+        for value in inputs_of(one):
+            users.setdefault(value.name, []).append(one)
+    for one in program.operations:
+        if isinstance(one, (Linear, Conv2d)) and _separate(one) and (link := _link(program, one, users)):
+            yield link
+
+
+def _link(program: Program, first: Weighted, users: Mapping[str, list[Operation]]) -> _Link | None:
+    """Return the link that begins with a layer, if there is one."""
+    between: list[_Between] = []
+    value = first.output
+    while value.name != program.output.name and len(users[value.name]) == 1:
+        (one,) = users[value.name]
+        if isinstance(one, (Linear, Conv2d)):
+            return _Link(first, tuple(between), one) if _separate(one) else None
+        if not isinstance(one, (Pool2d, Pad, Reshape, Activate)) or one.output.shape[0] % len(first.weight):
+            return None
+        between.append(one)
+        value = one.output
+    return None
+
+
+def _separate(layer: Weighted) -> bool:
+    return isinstance(layer, Linear) or layer.groups == 1
+
+
+def _idle(link: _Link) -> Tensor:
+    """Return which outputs of the first layer may be removed, bool. One output is always kept."""
+    uses = _by_output(link).ne(0).flatten(2).any(2).any(0)
+    constant = ~link.first.weight.ne(0).flatten(1).any(1)
+    if any(isinstance(one, Pad) for one in link.between) or (isinstance(link.last, Conv2d) and any(link.last.padding)):
+        constant &= _constants(link) == 0
+    idle = ~uses | constant
+    if bool(idle.all()):
+        idle[0] = False
+    return idle
+
+
+def _by_output(link: _Link) -> Tensor:
+    """Return the weights of the last layer, shape `(its outputs, outputs of the first layer, ...)`."""
+    return link.last.weight.reshape(len(link.last.weight), len(link.first.weight), -1)
+
+
+def _constants(link: _Link) -> Tensor:
+    """Return what each output is if all its weights are zero."""
+    found = link.first.bias.double()
+    for one in (link.first, *link.between):
+        if isinstance(one, (Linear, Conv2d, Activate)) and one.activation != "none":
+            found = found.clamp(0, 6 if one.activation == "relu6" else None)
+    return found
+
+
+def _removed(program: Program, link: _Link, idle: Tensor) -> Program:
+    """Return the program without some outputs of the first layer of a link."""
+    constant = torch.where(idle, _constants(link), 0.0)
+    weights = _by_output(link)
+    bias = link.last.bias.double() + weights.double().flatten(2).sum(2) @ constant
+    kept = ~idle
+    left = weights[:, kept].reshape(len(weights), -1, *link.last.weight.shape[2:])
+    values = {one.output.name: _smaller(one.output, kept) for one in (link.first, *link.between)}
+    first = replace(link.first, weight=link.first.weight[kept], bias=link.first.bias[kept])
+    last = replace(link.last, weight=left, bias=bias.float())
+    changed = {link.first.output.name: first, link.last.output.name: last}
+    operations = (_with_values(changed.get(one.output.name, one), values) for one in program.operations)
+    return replace(program, operations=tuple(operations))
+
+
+def _smaller(value: Value, kept: Tensor) -> Value:
+    channels = value.shape[0] // len(kept) * int(kept.sum())
+    return Value(value.name, (channels, *value.shape[1:]))
+
+
+def _with_values(one: Operation, values: Mapping[str, Value]) -> Operation:
+    """Return an operation whose values have their new shapes."""
+    if isinstance(one, Add):  # no value of a link is summed
+        return one
+    output = values.get(one.output.name, one.output)
+    return replace(one, input=values.get(one.input.name, one.input), output=output)
