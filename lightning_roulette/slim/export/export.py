@@ -22,7 +22,7 @@ from lightning_roulette.slim.export.scoring import accuracy, scored
 from lightning_roulette.slim.export.trace import trace
 
 # each module has a function `write(program, path, *, calibration, ...)` that returns an Exported
-FORMATS = {"c": "lightning_roulette.slim.export.c.writing"}
+FORMATS = {"c": "lightning_roulette.slim.export.c.writing", "tflm": "lightning_roulette.slim.export.tflm.writing"}
 _ROWS = 4096  # calibration inputs that are used at most
 _GIVEN = ("program", "path", "calibration")
 
@@ -52,6 +52,9 @@ def export(
 
             - `"c"`: C99 without dependencies, a source and a header. Options: `values="int8"` (default; 8-bit
               integers as TensorFlow Lite defines them) or `values="float32"`.
+            - `"tflm"`: a file for TensorFlow Lite Micro, in 8-bit integers; the device decodes pruned weights into
+              memory. Use it where that runtime is on the device. Option: `max_ram`, the largest arena in bytes. Needs
+              the extra `tflm`.
 
         example_input: Inputs of any number, shape `(n, ...)`.
         calibration: Some hundred inputs as in use, for the ranges of 8-bit integers: a tensor, or batches of which the

@@ -50,11 +50,6 @@ class Context:
     whole: IntegerProgram
     images: dict[str, Value]
 
-    def weight(self, one: Linear | Conv2d) -> str:
-        """The name of the tensor of a weight, which is another for each of the layers that share it."""
-        shared = [other for other in self.whole.program.operations if getattr(other, "name", None) == one.name]
-        return one.name if len(shared) == 1 else f"{one.name}:{one.output.name}"
-
     def source(self, value: Value) -> Value:
         """The value that an operator reads in place of `value`."""
         return self.images.get(value.name, value)
@@ -93,6 +88,12 @@ def lowered(whole: IntegerProgram) -> Model:
         tensors += added
     empty = Model({}, (), (program.input.name,), (program.output.name,))
     return empty.with_operators(operators, tensors)
+
+
+def weight_name(one: Linear | Conv2d, operations: Sequence[Operation]) -> str:
+    """The name of the tensor of a weight, which is another for each of the layers that share it."""
+    shared = [other for other in operations if isinstance(other, Linear | Conv2d) and other.name == one.name]
+    return one.name if len(shared) == 1 else f"{one.name}:{one.output.name}"
 
 
 def refuse(operations: Sequence[Operation]) -> None:
@@ -236,7 +237,7 @@ def _constants(one: Linear | Conv2d, context: Context, weight: NDArray[np.int8],
     scales = None
     if len(values) == 1:  # then FULLY_CONNECTED checks the scale of the bias
         scales = Scales(np.float32(context.whole.scales[one.input.name].scale) * values)
-    bias, name = _array(integers.bias), context.weight(one)
+    bias, name = _array(integers.bias), weight_name(one, context.whole.program.operations)
     return [
         StoredTensor(name, weight.shape, "int8", weight, Scales(values, axis=axis)),
         StoredTensor(f"{name}:bias", bias.shape, "int32", bias, scales),
