@@ -125,14 +125,14 @@ def batch_norms_of(module: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def channels(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
-    """The input of a batch normalisation, float64, shape `(rows, channels)`.
+    """The input of a batch normalisation, float32 or float64, shape `(samples, channels, positions)`.
 
     Args:
         arguments: Positional arguments of the module's forward.
         named: Keyword arguments of the module's forward.
     """
-    inputs = with_float64(argument(0, "input")(arguments, named).detach()).to(torch.float64)
-    return inputs.movedim(1, -1).reshape(-1, inputs.shape[1])
+    inputs = with_float64(argument(0, "input")(arguments, named).detach())
+    return inputs.to(torch.promote_types(inputs.dtype, torch.float32)).unsqueeze(-1).flatten(2)
 
 
 def some_outputs(outputs: slice) -> Callable[[Tensor], Tensor]:

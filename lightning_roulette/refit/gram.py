@@ -250,12 +250,16 @@ class MeanAndVariance:
         self._rows = 0
 
     def add(self, x: Tensor) -> None:
-        """Add rows, float64, shape `(rows, numbers)`."""
+        """Add values of several numbers, float32 or float64, shape `(samples, numbers, positions)`.
+
+        Float32 squares are summed over positions in float32, so their sum is exact up to some 1e-7 of itself.
+        """
         if self._rows == 0:
-            self._shift = x.mean(0)  # without it, squares of numbers far from zero lose the digits of the variance
-        x = x - self._shift
-        self._total, self._squares = self._total + x.sum(0), self._squares + x.square().sum(0)
-        self._rows += len(x)
+            self._shift = x.mean((0, 2))  # without it, squares of numbers far from zero lose the digits of the variance
+        x = x - self._shift.unsqueeze(1)
+        self._total = self._total + x.sum(2).to(torch.float64).sum(0)
+        self._squares = self._squares + x.square().sum(2).to(torch.float64).sum(0)
+        self._rows += x.shape[0] * x.shape[2]
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Mean and unbiased variance of each number; NaN if there are fewer than two rows."""
@@ -277,7 +281,7 @@ class MeanAndVariance:
         found, empty = MeanAndVariance(), like.new_zeros(like.shape, dtype=torch.float64)
         rows = torch.tensor(self._rows)
         found._rows = int(processes.add(rows.clone())[0])
-        total = self._total + rows * self._shift if self._rows else empty
+        total = self._total + rows * self._shift.to(torch.float64) if self._rows else empty
         (whole,) = processes.add(total.clone())
         found._shift, found._total = whole / max(1, found._rows), empty
         # squares of the distances to the common mean

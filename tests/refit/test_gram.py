@@ -167,15 +167,27 @@ def test_mean_and_variance_are_those_of_torch(cuts, shift):
     x = numbers(50, 4) * torch.tensor([1.0, 0.1, 10.0, 0.0]) + shift
     inputs = MeanAndVariance()
     for part in x.split(cuts):
-        inputs.add(part)
+        inputs.add(part.unsqueeze(2))
     mean, variance = inputs.result()
     assert torch.allclose(mean, x.mean(0), rtol=1e-12, atol=1e-12)
     assert torch.allclose(variance, x.var(0), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("shift", [0.0, -3.0, 1e4])
+def test_mean_and_variance_of_float32_values_are_exact(shift):
+    x = (numbers(40, 4, 900) * torch.tensor([1.0, 0.1, 10.0, 0.0]).unsqueeze(1) + shift).float()
+    inputs = MeanAndVariance()
+    for part in x.split([7, 33]):
+        inputs.add(part)
+    mean, variance = inputs.result()
+    rows = x.double().movedim(1, -1).flatten(0, 1)
+    assert torch.allclose(mean, rows.mean(0), rtol=1e-7, atol=1e-6)
+    assert torch.allclose(variance, rows.var(0), rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("rows", [None, 0, 1])
 def test_mean_and_variance_of_fewer_than_two_rows_are_nan(rows):
     inputs = MeanAndVariance()
     if rows is not None:
-        inputs.add(torch.ones(rows, 3, dtype=torch.float64))
+        inputs.add(torch.ones(rows, 3, 1, dtype=torch.float64))
     assert all(one.isnan().all() for one in inputs.result())
