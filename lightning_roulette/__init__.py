@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_roulette.files.compressed import load_compressed, load_mask, save_compressed
 from lightning_roulette.judge.evaluator import Evaluator
 from lightning_roulette.judge.outcomes import Batches, Resamples, Singles
 from lightning_roulette.mask.mask import Mask, apply_mask, sparsity
@@ -59,9 +60,12 @@ __all__ = [
     "Winner",
     "apply_mask",
     "export",
+    "load_compressed",
+    "load_mask",
     "prunable_parameters",
     "prune",
     "register_layer",
+    "save_compressed",
     "search",
     "skipped_parameters",
     "sparsity",

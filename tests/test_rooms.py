@@ -16,6 +16,7 @@ FLOORS = (
     {"values"},
     {"settings", "mask"},
     {"network"},
+    {"files"},
     {"wheel", "slim"},
     {"refit", "judge"},
     {"search"},
