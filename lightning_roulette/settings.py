@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_roulette.checks import as_group, check_choice, check_count, check_number, check_words, duration
+from lightning_roulette.values import Codebook, values_of
 
 Importance = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
@@ -258,6 +259,17 @@ class LeastSquares(Refit):
             - `True`: as many of each output as the wheel drew, chosen on the layer's inputs so that the output comes
               closest. Levels may then bring back weights that an earlier level pruned. Between epochs they do not.
             - `False`: those that the wheel drew.
+        values: How the weights will be stored. They are rounded to these values before a level is compared with the
+            floor, so that what is confirmed is the network in the file:
+
+            - `"float32"`: as they are. Nothing is rounded.
+            - `"float16"`: half precision.
+            - `"int8"`: whole numbers times a scale of each output. For small files, and for devices that compute in
+              int8.
+            - A `Codebook`: few values for each layer. For the smallest files.
+
+            `"int8"` and a `Codebook` are chosen on the layer's inputs: when a weight is rounded, the rest of its output
+            is solved again. See `values_of`. They need `each_level=True`.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -266,12 +278,19 @@ class LeastSquares(Refit):
 
     damping: float = 1e-3
     choose: bool = False
+    values: str | Codebook = field(default="float32", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "values", values_of(self.values))  # YAML gives a mapping
         check_number("damping", self.damping, at_least=0)
         if not isinstance(self.choose, bool):
             raise TypeError(f"choose is {self.choose!r}, but must be True or False.")
+        if self.values != "float32" and not self.each_level:
+            raise ValueError(
+                f"each_level is False and values {self.values!r}, but a level must be rounded before it is compared "
+                "with the floor. Pass each_level=True."
+            )
 
 
 def refit_of(refit: str | Refit | Mapping[str, Any] | None) -> Refit | None:

@@ -10,6 +10,8 @@ from lightning_roulette.checks import as_group, check_choice, check_count
 
 STORED = ("float32", "float16", "int8")
 INT8_MOST = 127  # largest code; the smallest is its negative
+SCALE_BITS = 4  # significant bits of a scale
+LEVEL_BITS = 8  # significant bits of a value in a list
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Codebook:
     Use it for the smallest files. Zero is not in the list, as pruned weights are stored by their positions.
 
     Attributes:
-        bits: The list of a layer has at most `2 ** bits` values. A whole number from 3 to 8.
+        bits: The list of a layer has at most `2 ** bits` values, of 8 significant bits. A whole number from 3 to 8.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -43,8 +45,7 @@ def values_of(values: str | Codebook | Mapping[str, Any]) -> str | Codebook:
             - `"float32"`: as they are.
             - `"float16"`: rounded to half precision.
             - `"int8"`: a whole number from -127 to 127, times the scale of the output that the weight belongs to. The
-              scale has so few significant bits that the product is exact in the type of the weights: 8 for float32 and
-              float64, 4 for float16, 1 for bfloat16.
+              scale has 4 significant bits, for bfloat16 1, so that the product is exact in the type of the weights.
             - A `Codebook`, or a mapping from its fields to their values.
 
     Raises:
@@ -59,3 +60,8 @@ def values_of(values: str | Codebook | Mapping[str, Any]) -> str | Codebook:
         raise TypeError(f"values is {values!r}, but must be one of {', '.join(STORED)}, or a Codebook(...).")
     check_choice("values", values, STORED, remedy="Or pass a Codebook(...).")
     return values
+
+
+def in_words(values: str | Codebook) -> str:
+    """Return how values are stored, as words of a sentence."""
+    return f"a codebook of {values.bits} bits" if isinstance(values, Codebook) else values

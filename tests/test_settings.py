@@ -8,7 +8,7 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 
-from lightning_roulette import LeastSquares, Tree, Validation, Wheel
+from lightning_roulette import Codebook, LeastSquares, Tree, Validation, Wheel
 from lightning_roulette.settings import Refit, refit_of
 
 DEFAULTS = {
@@ -30,6 +30,7 @@ DEFAULTS = {
         "cache_bytes": 2**31,
         "damping": 1e-3,
         "choose": False,
+        "values": "float32",
     },
 }
 groups = pytest.mark.parametrize("group", DEFAULTS)
@@ -69,6 +70,8 @@ def test_a_group_is_frozen_and_has_the_documented_defaults(group):
             LeastSquares,
             {"damping": 0, "batches": 1, "each_level": False, "finalists": 4, "cache_bytes": 0, "choose": True},
         ),
+        (LeastSquares, {"values": "int8"}),
+        (LeastSquares, {"values": Codebook(3), "each_level": True}),
     ],
 )
 def test_a_value_in_range_is_kept(group, fields):
@@ -111,6 +114,8 @@ KINDS = "must be one of 'magnitude', 'lamp', 'sensitivity', 'activation', 'obs'.
         (Refit, "cache_bytes", -1, ValueError, "must be at least 0"),
         (LeastSquares, "damping", -1, ValueError, "must be at least 0"),
         (LeastSquares, "choose", 1, TypeError, "must be True or False"),
+        (LeastSquares, "values", "int4", ValueError, "must be one of 'float32', 'float16', 'int8'. Or pass a Codebook"),
+        (LeastSquares, "values", 8, TypeError, "must be one of float32, float16, int8, or a Codebook"),
     ],
 )
 def test_a_value_out_of_range_is_named(group, field, value, error, message):
@@ -132,6 +137,12 @@ def test_a_refit_is_named_by_a_word_or_given():
         refit_of("ols")
     with pytest.raises(TypeError, match="refit is 3, but must be None, one of batch_norm, least_squares, or a Least"):
         refit_of(3)
+
+
+def test_rounded_values_may_be_a_mapping_and_need_a_refit_of_each_level():
+    assert LeastSquares(values={"bits": 5}) == LeastSquares(values=Codebook(5))
+    with pytest.raises(ValueError, match="each_level is False and values 'int8', but a level must be rounded before"):
+        LeastSquares(values="int8", each_level=False)
 
 
 def test_positional_arguments_keep_their_places():

@@ -13,6 +13,7 @@ from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.layers import Layer
 from lightning_roulette.refit.gram import LayerSums
 from lightning_roulette.refit.matrices import kept_in_matrix, matrix_of
+from lightning_roulette.refit.narrowing import Narrowing
 from lightning_roulette.refit.solvers.choice import Problem, choice_cost, chosen
 from lightning_roulette.refit.solvers.cholesky import DampedGram
 from lightning_roulette.refit.solvers.cost import worth_sharing
@@ -31,6 +32,7 @@ class Fitting:
         choose: Whether a layer may keep other weights than those of the mask, as many as these.
         allowed: The weights that may be kept. None: all.
         processes: Those that fit the layers together.
+        narrowing: How the weights of each layer are rounded.
         flags: The masks of weights of which others were chosen, by name.
     """
 
@@ -40,6 +42,7 @@ class Fitting:
     choose: bool = False
     allowed: Mask | None = None
     processes: Processes = field(default=ONE_PROCESS, repr=False)
+    narrowing: Narrowing = field(default_factory=Narrowing)
     flags: dict[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -20,6 +20,7 @@ from lightning_roulette.refit.fitting import Fitting
 from lightning_roulette.refit.forwards import forwards
 from lightning_roulette.refit.layerwise import Layerwise
 from lightning_roulette.refit.matrices import RowSampler
+from lightning_roulette.refit.narrowing import Narrowing
 from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.refit.scales import input_scales
 from lightning_roulette.refit.sensitivity import Sensitivity
@@ -133,6 +134,10 @@ class Calibration:
         With `LeastSquares(choose=True)` each output of a layer keeps as many weights as in the mask, but not always the
         same ones: those that leave a smaller squared error on its inputs (see `chosen`). The choice of a layer is kept
         only if the error is smaller than that of the mask's weights, and not larger on rows that it was not solved on.
+
+        With other `values` than `"float32"`, the weights of each layer are then rounded (see `Narrowing.refitted`),
+        before the next layer is solved. Weights that the refit does not change are rounded to the nearest values.
+        Biases, and other weights with a single dimension, are not rounded.
 
         The refit of a layer is not kept if it is not finite, or if it increases the error on rows that it was not
         solved on. The result depends only on the dense network, the mask and the batches.
@@ -266,7 +271,8 @@ class Calibration:
         return found
 
     def _fitting(self, mask: Mask, dense: Mapping[str, Tensor], how: LeastSquares, allowed: Mask | None) -> Fitting:
-        return Fitting(mask, dense, how.damping, how.choose, allowed, self._processes)
+        narrowing = Narrowing(how.values, how.damping, self._processes)
+        return Fitting(mask, dense, how.damping, how.choose, allowed, self._processes, narrowing)
 
     def _say(self, sentence: str) -> None:
         _log.info(sentence)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_roulette.large.processes import Processes
 from lightning_roulette.network.layers import Layer, batch_norms_of, channels
-from lightning_roulette.network.lending import copy_into, lent, named_tensors
+from lightning_roulette.network.lending import copy_into, lent, named_tensors, write
 from lightning_roulette.network.recurrent import has_state
 from lightning_roulette.network.refittable import layers_of
 from lightning_roulette.refit.compared import Compared
@@ -23,6 +23,7 @@ from lightning_roulette.refit.fitting import Fitting
 from lightning_roulette.refit.gram import LayerSums, MeanAndVariance
 from lightning_roulette.refit.interleaved import Interleaved
 from lightning_roulette.refit.matrices import RowSampler, matrix_of, outputs_of, write_matrix
+from lightning_roulette.refit.narrowing import Narrowing
 from lightning_roulette.refit.traversal import Call, CallLoop, Given, Runs, Step, Traversal
 from lightning_roulette.refit.turns import Turns, turns_of
 
@@ -111,6 +112,8 @@ class Layerwise:
         steps = [step for step in steps if (step.module not in self._scattered if step.layers else statistics)]
         if fitting is None:
             steps = [step for step in steps if not step.layers]
+        else:
+            self._narrow_left_alone(fitting.narrowing)
         self._followed(self._refit_steps(steps, fitting, reasons))
         return reasons
 
@@ -162,19 +165,21 @@ class Layerwise:
 
     def _refit_layers(self, step: Step, fitting: Fitting, reasons: dict[str, str]) -> CallLoop[None]:
         """Collect the inputs of a step with layers, and refit them. The Gram sums are freed at the end."""
+        known = True
         try:
             sums = yield from self._sums_of(step, fitting.dense)
         except NotKept as reason:
             reasons |= {name: str(reason) for layer in step.layers for name in layer.names}
-            return
+            sums, known = dict.fromkeys(step.layers, LayerSums()), False
         for layer, layer_sums in sums.items():
             again = layer.recurrent and not step.followed
-            if again and not reasons.keys().isdisjoint(layer.names):
-                continue
-            try:
-                self._fit(layer, layer_sums, fitting)
-            except NotKept as reason:
-                reasons |= {} if again else dict.fromkeys(layer.names, str(reason))  # it keeps what was solved before
+            if known and not (again and not reasons.keys().isdisjoint(layer.names)):
+                try:
+                    self._fit(layer, layer_sums, fitting)
+                except NotKept as reason:  # the second time it keeps what was solved before
+                    reasons |= {} if again else dict.fromkeys(layer.names, str(reason))
+            if not step.followed:
+                self._narrow(layer, layer_sums, fitting.narrowing)
 
     def _normalise(self, step: Step) -> CallLoop[None]:
         """Set a batch normalisation's running statistics to the mean and variance of its inputs."""
@@ -245,6 +250,17 @@ class Layerwise:
             write_matrix(layer, self.tensors, start)
             raise NotKept(reason)
         fitting.note(layer, kept)
+
+    def _narrow(self, layer: Layer, sums: LayerSums, narrowing: Narrowing) -> None:
+        """Round the weights of a layer to the values that are allowed."""
+        if narrowing.values != "float32":
+            matrix = matrix_of(layer, self.tensors)
+            write_matrix(layer, self.tensors, narrowing.refitted(layer, self.tensors, matrix, sums))
+
+    def _narrow_left_alone(self, narrowing: Narrowing) -> None:
+        """Round the weights that no refit changes to the nearest values that are allowed."""
+        for name in {id(self.tensors[name]): name for name in self.left_alone}.values():
+            write(self.tensors[name], narrowing.nearest(self.tensors[name].detach()))
 
 
 def _fault(sums: LayerSums, start: Tensor, refitted: Tensor) -> str:

@@ -13,6 +13,7 @@ from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.refitted import Refitted, Survivors
 from lightning_roulette.report.records import Skipped
 from lightning_roulette.settings import LeastSquares, Refit
+from lightning_roulette.values import in_words
 
 _STATISTICS = Refit()  # computes running statistics only
 
@@ -66,6 +67,14 @@ class Refitter:
         what = f"{_solved(how)}, and {statistics}" if isinstance(how, LeastSquares) else statistics
         best = "of the best candidate" if how.finalists == 1 else f"of the best {how.finalists} candidates"
         return f"{what}, {f'{best} of a level' if how.each_level else 'at the end'}"
+
+    @property
+    def rounded(self) -> str:
+        """To which values weights are rounded, in a sentence. Empty if they are not."""
+        if not isinstance(self.how, LeastSquares) or self.how.values == "float32":
+            return ""
+        near = "; those that are not refitted, to the nearest values" if self.left_alone() else ""
+        return f"Weights are rounded to {in_words(self.how.values)} before a level is judged{near}."
 
     def left_alone(self) -> dict[str, str]:
         """Weights that the refit cannot change, by name, with the reason."""
@@ -134,4 +143,5 @@ class Refitter:
 
 
 def _solved(how: LeastSquares) -> str:
-    return "survivors chosen and solved by least squares" if how.choose else "survivors by least squares"
+    words = "survivors chosen and solved by least squares" if how.choose else "survivors by least squares"
+    return words if how.values == "float32" else f"{words}, rounded to {in_words(how.values)}"

@@ -172,12 +172,13 @@ def begin(
         samples=None if dense.held_out_outcomes is None else size_of(dense.held_out_outcomes),
         target_sparsity=target_sparsity,
         tolerance_why=allowed.why,
+        notes=tuple(one for one in [refitter.rounded] if one),
     )
     if note := misfit(judge, refitter, parent, dense.scores, dense.outcomes):
         if not history.deepest:
             warnings.warn(note, stacklevel=3)
         refitter = replace(refitter, keeps_statistics=True)
-        report = replace(report, notes=(note,), refit=refitter.in_words)
+        report = replace(report, notes=(*report.notes, note), refit=refitter.in_words)
     if confidence is not None:
         report = _promised(report, judge, dense, float(confidence))
     stages, reference = _stages(judge, network, dense.scores, branches, refitter.finalists, race)

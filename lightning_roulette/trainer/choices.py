@@ -12,9 +12,10 @@ from typing import Any
 from lightning_roulette.checks import check_choice, check_epochs, check_words
 from lightning_roulette.search.arguments import check_search
 from lightning_roulette.search.gradual import Cuts
-from lightning_roulette.settings import CALIBRATED, LeastSquares, Tree, Validation, Wheel, groups_of, refit_of
+from lightning_roulette.settings import CALIBRATED, LeastSquares, Refit, Tree, Validation, Wheel, groups_of, refit_of
 from lightning_roulette.trainer.between_epochs import BetweenEpochs
 from lightning_roulette.trainer.files import refuse_dirpath
+from lightning_roulette.values import in_words
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,15 @@ _NUMBERS: dict[str, type] = {"branches": int, "at_epoch": int, "seed": int}
 _NUMBERS |= dict.fromkeys(("tolerance", "target_sparsity", "confidence"), float)
 
 
+def _check_refit(refit: Refit | None, at_epoch: Any) -> None:
+    """Check that training after a search does not move rounded weights."""
+    if isinstance(refit, LeastSquares) and refit.values != "float32" and at_epoch is not None:
+        raise ValueError(
+            f"at_epoch is {at_epoch!r} and the refit rounds weights to {in_words(refit.values)}, but training after a "
+            "search changes them. Leave out at_epoch, or round them when you prune the trained network once more."
+        )
+
+
 def _check(
     *,
     monitor: Any,
@@ -141,5 +151,5 @@ def _check(
     for name, patterns in (("include", include), ("exclude", exclude)):
         if patterns is not None:
             check_words(name, patterns, "patterns over parameter names")
-    refit_of(refit)
+    _check_refit(refit_of(refit), at_epoch)
     refuse_dirpath(dirpath)

@@ -130,7 +130,7 @@ def inverse_diagonals(gram: Tensor, kept: Tensor, damping: float) -> Tensor:
     matrix = DampedGram(gram, damping)
     few, inverse = matrix.corrected(kept)
     found = torch.full(kept.shape, math.inf, dtype=gram.dtype, device=gram.device).view(-1, gram.shape[-1])
-    for block in _blocks_of(matrix.damped, kept & ~few):
+    for block in blocks_of(matrix.damped, kept & ~few):
         eye = torch.eye(block.system.shape[-1]).to(block.system).expand_as(block.system)
         diagonals = _solved(block.system, eye).diagonal(dim1=1, dim2=2)
         block.write(found, diagonals.unsqueeze(2).expand(-1, -1, block.real.shape[2]))
@@ -142,7 +142,7 @@ def _corrected_diagonals(inverse: Tensor, pruned: Tensor) -> Tensor:
     """Return the diagonals of the inverse after some inputs were removed, shape of `pruned`."""
     whole = inverse.diagonal(dim1=1, dim2=2).unsqueeze(1).expand_as(pruned)
     removed = torch.zeros(pruned.shape, dtype=inverse.dtype, device=inverse.device).view(-1, inverse.shape[-1])
-    for block in _blocks_of(inverse, pruned):
+    for block in blocks_of(inverse, pruned):
         columns = inverse[block.group.unsqueeze(1), block.where.clamp(min=0)]  # (supports, most, inputs)
         columns = columns.masked_fill((block.where < 0).unsqueeze(2), 0.0)
         factor, _ = torch.linalg.cholesky_ex(block.system)
@@ -153,7 +153,7 @@ def _corrected_diagonals(inverse: Tensor, pruned: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Block:
+class Block:
     """Supports of similar size that are solved together. A support is the set of inputs of one or more outputs.
 
     Attributes:
@@ -190,12 +190,12 @@ def _solved_on(matrix: Tensor, members: Tensor, right: Tensor) -> Tensor:
     """
     flat = right.reshape(-1, right.shape[-1])
     found = torch.zeros_like(flat)
-    for block in _blocks_of(matrix, members):
+    for block in blocks_of(matrix, members):
         block.write(found, _solved(block.system, torch.where(block.real, flat[block.at()], 0.0)))
     return found.view(right.shape)
 
 
-def _blocks_of(matrix: Tensor, members: Tensor) -> Iterator[_Block]:
+def blocks_of(matrix: Tensor, members: Tensor) -> Iterator[Block]:
     """Yield the distinct supports that are not empty, each with the outputs that share it."""
     _, outputs, inputs = members.shape
     rows = members.reshape(-1, inputs)
@@ -208,7 +208,7 @@ def _blocks_of(matrix: Tensor, members: Tensor) -> Iterator[_Block]:
         outs = by_support[(first[some].unsqueeze(1) + turn).clamp(max=len(by_support) - 1)]
         real = (where >= 0).unsqueeze(2) & (turn < sharing[some].unsqueeze(1)).unsqueeze(1)
         group = one_of[some] // outputs
-        yield _Block(group, where, outs.unsqueeze(1), real, _systems(matrix, group, where))
+        yield Block(group, where, outs.unsqueeze(1), real, _systems(matrix, group, where))
 
 
 def _places(kept: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ _SORTED_INPUT = 800  # an input of an output: the kept ones are found and their 
 _ITERATED_ENTRY = 130  # an input of an output in a step: eight passes over memory
 _STEP = 1e6  # a step of no output
 _STEPS_TO_A_THOUSANDTH, _LEAST_STEPS = 32, 8  # that solve most outputs
+_EXACT_STEPS = 64  # whose work rounding of an output one after another may take
+_SWEPT_ENTRY = 3000  # an input of an output in a sweep of rounding: some twenty passes over memory
 _SENT_ENTRY = 300  # a number that is summed over processes
 _SUM = 3e7  # a sum of no numbers over processes: 2 ms
 
@@ -125,6 +127,29 @@ def solve_cost(kept: Tensor, rows: int) -> float:
     direct, correction = factor_costs(kept)
     exact = torch.minimum(direct, correction)
     return float(torch.minimum(exact, usual_steps(kept, rows) * step_cost(inputs)).sum())
+
+
+def worth_rounding_exactly(kept: Tensor) -> Tensor:
+    """Return for which outputs weights are rounded one after another; otherwise the factor takes too much work.
+
+    Args:
+        kept: Bool, shape `(groups, outputs, inputs)`.
+
+    Returns:
+        Bool, shape `(groups, outputs)`.
+    """
+    inputs = kept.shape[2]
+    return factor_costs(kept)[0] <= _EXACT_STEPS * step_cost(inputs)
+
+
+def rounding_cost(kept: Tensor) -> float:
+    """Return the work to round the weights of all outputs once.
+
+    Args:
+        kept: Bool, shape `(groups, outputs, inputs)`.
+    """
+    groups, outputs, inputs = kept.shape
+    return groups * outputs * (float(inputs) ** 2 + _SWEPT_ENTRY * inputs)
 
 
 def worth_sharing(work: float, entries: int, ranks: int) -> bool:

@@ -1,0 +1,127 @@
+"""Narrowing: the weights of a pruned network are rounded to few values, each layer by its error on its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_roulette.large.processes import ONE_PROCESS, Processes
+from lightning_roulette.network.layers import Layer
+from lightning_roulette.refit.gram import GramSums, LayerSums
+from lightning_roulette.refit.nearest import nearest, own_levels
+from lightning_roulette.refit.solvers.cholesky import DampedGram
+from lightning_roulette.refit.solvers.grid import Grid
+from lightning_roulette.refit.solvers.grid_fit import int8_grid, listed_grid, spread_levels
+from lightning_roulette.refit.solvers.rounding import Problem
+from lightning_roulette.refit.solvers.rounds import rounded
+from lightning_roulette.values import Codebook
+
+_PRICE = 0.01  # of a bit: this share of a layer's squared error, divided by the number of its weights
+
+
+@dataclass(frozen=True, eq=False)
+class Narrowing:
+    """How the weights of a pruned network are rounded.
+
+    Attributes:
+        values: How they are stored; see `values_of`. With `"float32"` nothing is rounded.
+        damping: See `Cholesky`.
+        processes: Those that round a layer together.
+        lists: The values of parameters of which several layers have parts, by name.
+    """
+
+    values: str | Codebook = "float32"
+    damping: float = 0.0
+    processes: Processes = field(default=ONE_PROCESS, repr=False)
+    lists: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """Return a weight rounded to the nearest values, for one whose inputs are not known.
+
+        Its first dimension counts outputs. A weight with fewer than two dimensions is not rounded.
+        """
+        if weight.dim() < 2 or not weight.numel():
+            return weight
+        return nearest(weight.flatten(1).double(), self.values, weight.dtype).view(weight.shape).to(weight)
+
+    def of_layer(self, layer: Layer, tensors: Mapping[str, Tensor], matrix: Tensor) -> Tensor:
+        """Return a layer's matrix with its weights rounded to the nearest values.
+
+        Args:
+            layer: The layer.
+            tensors: The parameters of the network, by name.
+            matrix: Its matrix, float64, shape `(groups, outputs, inputs)`.
+        """
+        found = matrix.clone()
+        for part in _parts(layer, tensors):
+            own = matrix[..., part.columns].flatten(0, 1)
+            near = nearest(own, self.values, part.weight.dtype, self._shared_levels(part))
+            found[..., part.columns] = near.view(*matrix.shape[:2], -1)
+        return found
+
+    def refitted(self, layer: Layer, tensors: Mapping[str, Tensor], matrix: Tensor, sums: LayerSums) -> Tensor:
+        """Return a layer's matrix with its weights rounded so that its outputs change least.
+
+        It is the nearest values if their error on the held-out rows is smaller.
+
+        Args:
+            layer: See `of_layer`.
+            tensors: See `of_layer`.
+            matrix: See `of_layer`.
+            sums: What is known about the layer.
+        """
+        plain = self.of_layer(layer, tensors, matrix)
+        if self.values in ("float32", "float16") or not sums.finite or not sums.fit.rows:
+            return plain
+        problem = self._problem(layer, matrix, sums.fit)
+        grids = [self._grid(problem, part) for part in _parts(layer, tensors)]
+        found = rounded(problem, grids, self.processes)
+        worse = sums.held_out.rows and not sums.held_out.error(found) <= sums.held_out.error(plain)
+        return plain if worse else found
+
+    def _problem(self, layer: Layer, matrix: Tensor, sums: GramSums) -> Problem:
+        entries, free = matrix != 0, torch.zeros_like(matrix, dtype=torch.bool)
+        if layer.bias is not None:
+            free[..., -1] = entries[..., -1]
+            entries[..., -1] = False
+        error = sums.error(matrix) * sums.rows
+        prices = matrix.new_full(matrix.shape[:2], _PRICE * max(error, 0.0) / max(1, int(entries.sum())))
+        return Problem(DampedGram(sums.gram, self.damping).damped, matrix, entries, free, prices)
+
+    def _grid(self, problem: Problem, part: _Part) -> Grid:
+        kind = part.weight.dtype
+        if not isinstance(self.values, Codebook):
+            return int8_grid(problem, part.columns, kind)
+        shared = self._shared_levels(part)
+        levels = spread_levels(problem, part.columns, 2**self.values.bits, kind) if shared is None else shared
+        return listed_grid(problem, part.columns, levels, kind, fixed=shared is not None)
+
+    def _shared_levels(self, part: _Part) -> Tensor | None:
+        """Return the list of values of a parameter of which other layers have parts, too; None for other parameters."""
+        if not isinstance(self.values, Codebook) or part.is_whole:
+            return None
+        if part.name not in self.lists:
+            self.lists[part.name] = own_levels(part.weight.double(), self.values, part.weight.dtype)
+        return self.lists[part.name]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Inputs of a layer's matrices that are multiplied with the entries of one parameter, or of a part of it."""
+
+    name: str
+    weight: Tensor
+    columns: slice
+    is_whole: bool
+
+
+def _parts(layer: Layer, tensors: Mapping[str, Tensor]) -> Iterator[_Part]:
+    end = 0
+    for one in layer.columns:
+        weight = tensors[one.name].detach()
+        view = one.view(weight)
+        begin, end = end, end + view[0, 0].numel()
+        yield _Part(one.name, weight, slice(begin, end), view.numel() == weight.numel())
