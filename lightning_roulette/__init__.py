@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_roulette.files.compressed import load_compressed, load_mask, save_compressed
 from lightning_roulette.judge.evaluator import Evaluator
 from lightning_roulette.judge.outcomes import Batches, Resamples, Singles
 from lightning_roulette.mask.mask import Mask, apply_mask, sparsity
@@ -21,6 +20,7 @@ from lightning_roulette.search.winner import Winner
 from lightning_roulette.settings import LeastSquares, Refit, Tree, Validation, Wheel
 from lightning_roulette.slim.export.export import export
 from lightning_roulette.slim.export.exported import Exported
+from lightning_roulette.slim.files.compressed import load_compressed, load_mask, save_compressed
 from lightning_roulette.values import Codebook
 from lightning_roulette.wheel.level import spin
 

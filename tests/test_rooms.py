@@ -16,7 +16,6 @@ FLOORS = (
     {"values"},
     {"settings", "mask"},
     {"network"},
-    {"files"},
     {"wheel", "slim"},
     {"refit", "judge"},
     {"search"},

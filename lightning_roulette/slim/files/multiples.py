@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_roulette.files.coder import Coder
-from lightning_roulette.files.floats import LAYOUTS, Bits, Numbers
-from lightning_roulette.files.logits import Integers
-from lightning_roulette.files.symbols import Frequencies
+from lightning_roulette.slim.files.coder import Coder
+from lightning_roulette.slim.files.floats import LAYOUTS, Bits, Numbers
+from lightning_roulette.slim.files.logits import Integers
+from lightning_roulette.slim.files.symbols import Frequencies
 
 LARGEST = 32767
 _DIGITS = 3  # of a multiple in its bucket, after the first one

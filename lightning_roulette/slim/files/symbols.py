@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_roulette.files.coder import Coder
-from lightning_roulette.files.logits import ONE, RAREST, Integers
+from lightning_roulette.slim.files.coder import Coder
+from lightning_roulette.slim.files.logits import ONE, RAREST, Integers
 
 LARGEST_ALPHABET = 4096
 _FIRST, _LAST = 16, 16384  # sizes of blocks: each has the frequencies of all before it

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_roulette.files.floats import LAYOUTS
+from lightning_roulette.slim.files.floats import LAYOUTS
 
 FORMAT = 1
 LARGEST_HEADER = 64 * 2**20  # bytes

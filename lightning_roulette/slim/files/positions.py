@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from lightning_roulette.files.coder import Coder
-from lightning_roulette.files.logits import LARGEST, ONE, UNIT, Integers, logarithm, logit_of, probability
+from lightning_roulette.slim.files.coder import Coder
+from lightning_roulette.slim.files.logits import LARGEST, ONE, UNIT, Integers, logarithm, logit_of, probability
 
 Kept = npt.NDArray[np.bool_]
 _STEP = 16  # the logit of a whole tensor is rounded to multiples of this

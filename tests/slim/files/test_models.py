@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from lightning_roulette.files.coder import Reader, Writer
-from lightning_roulette.files.floats import LAYOUTS, Numbers
-from lightning_roulette.files.multiples import LARGEST, Multiples
-from lightning_roulette.files.positions import Positions
-from lightning_roulette.files.symbols import Frequencies
+from lightning_roulette.slim.files.coder import Reader, Writer
+from lightning_roulette.slim.files.floats import LAYOUTS, Numbers
+from lightning_roulette.slim.files.multiples import LARGEST, Multiples
+from lightning_roulette.slim.files.positions import Positions
+from lightning_roulette.slim.files.symbols import Frequencies
 
 SEEDS = st.integers(0, 2**32 - 1)
 SHAPES = st.sampled_from(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_roulette import Codebook, Mask, load_compressed, load_mask, save_compressed
-from lightning_roulette.files.container import MARK
+from lightning_roulette.slim.files.container import MARK
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 OTHERS = [torch.bool, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.complex64]

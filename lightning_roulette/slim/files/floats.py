@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from lightning_roulette.files.coder import Coder
-from lightning_roulette.files.symbols import LARGEST_ALPHABET, Frequencies
+from lightning_roulette.slim.files.coder import Coder
+from lightning_roulette.slim.files.symbols import LARGEST_ALPHABET, Frequencies
 
 Bits = npt.NDArray[np.uint64]
 _LARGEST_DICTIONARY = 1024

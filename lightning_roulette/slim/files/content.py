@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from lightning_roulette.files.coder import Coder
-from lightning_roulette.files.floats import LAYOUTS, Bits, Numbers
-from lightning_roulette.files.header import Damaged, Entry
-from lightning_roulette.files.multiples import Multiples
-from lightning_roulette.files.narrowed import Survivors, rows_of
-from lightning_roulette.files.positions import Positions
-from lightning_roulette.files.tensors import bits_of, bytes_of, from_bits, from_bytes
+from lightning_roulette.slim.files.coder import Coder
+from lightning_roulette.slim.files.floats import LAYOUTS, Bits, Numbers
+from lightning_roulette.slim.files.header import Damaged, Entry
+from lightning_roulette.slim.files.multiples import Multiples
+from lightning_roulette.slim.files.narrowed import Survivors, rows_of
+from lightning_roulette.slim.files.positions import Positions
+from lightning_roulette.slim.files.tensors import bits_of, bytes_of, from_bits, from_bytes
 
 
 @dataclass

@@ -10,7 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO
 
-from lightning_roulette.files.header import LARGEST_HEADER, Damaged, Header
+from lightning_roulette.slim.files.header import LARGEST_HEADER, Damaged, Header
 
 MARK = b"\x89LRW\r\n\x1a\n"  # not text, and changed by transfers that change ends of lines, as PNG's
 _LENGTH = struct.Struct("<I")

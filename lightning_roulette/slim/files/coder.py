@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_roulette.files.logits import ONE, Integers
+from lightning_roulette.slim.files.logits import ONE, Integers
 
 _MISSING = "compressed files need the package constriction. Run: pip install 'lightning-roulette[compress]'"
 

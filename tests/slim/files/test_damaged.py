@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from lightning_roulette import Codebook, load_compressed, load_mask, save_compressed
-from lightning_roulette.files.container import MARK
+from lightning_roulette.slim.files.container import MARK
 
 KEPT = Path(__file__).with_name("format_1.lrw")
 START = len(MARK) + 4

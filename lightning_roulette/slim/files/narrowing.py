@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from lightning_roulette.files.logits import Integers
+from lightning_roulette.slim.files.logits import Integers
 from lightning_roulette.values import INT8_MOST
 
 Floats: TypeAlias = npt.NDArray[np.float32]

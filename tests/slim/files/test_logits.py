@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lightning_roulette.files.logits import LARGEST, ONE, RAREST, UNIT, logarithm, logit_of, probability
+from lightning_roulette.slim.files.logits import LARGEST, ONE, RAREST, UNIT, logarithm, logit_of, probability
 
 
 def exact_entries():

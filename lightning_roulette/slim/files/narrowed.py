@@ -10,11 +10,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_roulette.files.floats import Bits
-from lightning_roulette.files.header import Entry
-from lightning_roulette.files.logits import Integers
-from lightning_roulette.files.narrowing import by_codebook, multiples_of, scales_for_int8
-from lightning_roulette.files.tensors import bits_of, from_bits
+from lightning_roulette.slim.files.floats import Bits
+from lightning_roulette.slim.files.header import Entry
+from lightning_roulette.slim.files.logits import Integers
+from lightning_roulette.slim.files.narrowing import by_codebook, multiples_of, scales_for_int8
+from lightning_roulette.slim.files.tensors import bits_of, from_bits
 from lightning_roulette.values import Codebook
 
 _REMEDY = "Pass values='float32', which stores every number as it is"

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_roulette.files.floats import LAYOUTS, Bits
-from lightning_roulette.files.header import OTHERS, Entry
 from lightning_roulette.large.shards import is_sharded
+from lightning_roulette.slim.files.floats import LAYOUTS, Bits
+from lightning_roulette.slim.files.header import OTHERS, Entry
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}

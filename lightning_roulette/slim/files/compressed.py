@@ -11,14 +11,14 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from lightning_roulette.files.coder import Reader, Writer, entropy_coder
-from lightning_roulette.files.container import packed, unpacked, write_whole
-from lightning_roulette.files.content import Content, by_role, deflated, inflated, others
-from lightning_roulette.files.header import Damaged, Header, flat, nested
-from lightning_roulette.files.narrowed import survivors_of
-from lightning_roulette.files.tensors import check_tensors, entry_of
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.state_dicts import WrongStateDict, load_under_its_names, state_dict_in
+from lightning_roulette.slim.files.coder import Reader, Writer, entropy_coder
+from lightning_roulette.slim.files.container import packed, unpacked, write_whole
+from lightning_roulette.slim.files.content import Content, by_role, deflated, inflated, others
+from lightning_roulette.slim.files.header import Damaged, Header, flat, nested
+from lightning_roulette.slim.files.narrowed import survivors_of
+from lightning_roulette.slim.files.tensors import check_tensors, entry_of
 from lightning_roulette.values import Codebook, values_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
