@@ -9,10 +9,12 @@ MNIST = $(if $(DATA),--data $(DATA))
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/quickstart.py
 
-# transformers is beside the environment, because torchmetrics imports it wherever it is found, which takes seconds
+# transformers is beside the environment, because torchmetrics imports it wherever it is found, which takes seconds;
+# executorch is beside it without most of what it depends on, which only other backends need
 test: check
 	$(VENV)/bin/python -m pytest --numprocesses=2
 	PYTHONPATH=$(VENV)/beside $(VENV)/bin/python -m pytest tests/examples/test_huggingface.py
+	PYTHONPATH=$(VENV)/phones $(VENV)/bin/python -m pytest tests/slim/export/executorch
 
 coverage: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest --numprocesses=2 --cov --cov-report=term
@@ -47,6 +49,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable ".[dev,examples,tflm]" tokenizers safetensors regex typer
 	$(PIP) --no-deps --target $(VENV)/beside --upgrade transformers
+	$(PIP) --no-deps --target $(VENV)/phones --upgrade executorch torchao ruamel.yaml tabulate
 	touch $@ $(VENV)/.demo
 
 clean:

@@ -22,7 +22,11 @@ from lightning_roulette.slim.export.scoring import accuracy, scored
 from lightning_roulette.slim.export.trace import trace
 
 # each module has a function `write(program, path, *, calibration, ...)` that returns an Exported
-FORMATS = {"c": "lightning_roulette.slim.export.c.writing", "tflm": "lightning_roulette.slim.export.tflm.writing"}
+FORMATS = {
+    "c": "lightning_roulette.slim.export.c.writing",
+    "tflm": "lightning_roulette.slim.export.tflm.writing",
+    "executorch": "lightning_roulette.slim.export.executorch.writing",
+}
 _ROWS = 4096  # calibration inputs that are used at most
 _GIVEN = ("program", "path", "calibration")
 
@@ -55,6 +59,9 @@ def export(
             - `"tflm"`: a file for TensorFlow Lite Micro, in 8-bit integers; the device decodes pruned weights into
               memory. Use it where that runtime is on the device. Option: `max_ram`, the largest arena in bytes. Needs
               the extra `tflm`.
+            - `"executorch"`: a .pte file for ExecuTorch, PyTorch's runtime for phones, through XNNPACK. Zeros gain
+              nothing there, except in the package of an app, which is compressed. Option: `values="float32"` (default)
+              or `values="int8"`. Needs the extra `executorch`.
 
         example_input: Inputs of any number, shape `(n, ...)`.
         calibration: Some hundred inputs as in use, for the ranges of 8-bit integers: a tensor, or batches of which the

@@ -1,0 +1,1 @@
+"""Files for ExecuTorch, the runtime of PyTorch for phones, through XNNPACK."""
