@@ -205,7 +205,7 @@ class Refit:
     no labels and no gradients.
 
     Attributes:
-        batches: Number of training batches used for calibration.
+        batches: Number of training batches for calibration. Fewer run if these have rows enough; see `Calibration`.
         each_level: When levels are refitted:
 
             - `True`: before each level is compared with the floor. Reaches higher sparsity.
@@ -243,7 +243,7 @@ class LeastSquares(Refit):
     RNN.
 
     Attributes:
-        batches: Number of training batches used for calibration.
+        batches: Number of training batches for calibration. Fewer run if these have rows enough; see `Calibration`.
         each_level: When levels are refitted:
 
             - `True`: before each level is compared with the floor. Reaches higher sparsity.

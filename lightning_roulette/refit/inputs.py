@@ -36,7 +36,8 @@ class Calibration:
 
     Each method changes the network while it runs, and restores it bit for bit. In each call of a layer,
     `rows / batches` rows of its input are used, but at least eight. If the input has more rows, it is cut into as many
-    equal parts, and one row of each is chosen at random. A row is one position of one sample.
+    equal parts, and one row of each is chosen at random. A row is one position of one sample. If each layer has more
+    than four times its rows, only the first batches that have as many are run, unless `rows` is given. This is logged.
 
     In a refit, all batches run by turns, each in a thread of its own. A batch waits at the layer that is being solved,
     and goes on with the new weights. So a refit runs each batch once, and once more for each layer that is called
@@ -64,7 +65,7 @@ class Calibration:
         around: Returns a context that is entered around one run or around several, for what `run` needs.
         pieces: Functions that each run the network on a few samples, for `"sensitivity"`, which needs the memory of a
             training step. None uses the first 2,048 samples of `batches`, 256 at a time, if the first dimension counts
-            samples; with `run`, it uses whole batches.
+            samples; with `run`, it uses whole batches. The first ones are enough if they give each layer 16,384 rows.
         rows: Number of rows of each layer's input, over all batches. None takes 32 for each input of a layer, at least
             4,096 and at most 65,536. See docs/measurements.md for what fewer rows cost.
         seed: Seed of the choice of rows and of random directions.
@@ -255,6 +256,11 @@ class Calibration:
                 turns = self._agreed(layerwise.try_turns())
             layerwise.take_turns(turns)
             self._tried.add(layerwise)
+            if layerwise.batches < self._sampler.batches:
+                self._say(
+                    f"a refit runs {layerwise.batches} of {self._sampler.batches} calibration batches, which have four "
+                    "times the rows that each layer needs."
+                )
             if note := self._processes.first_text(turns.note):
                 self._say(note)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from lightning_roulette.network.recurrent import has_state
 from lightning_roulette.network.refittable import layers_of
 from lightning_roulette.refit.compared import Compared
 from lightning_roulette.refit.dense import DenseOutputs
+from lightning_roulette.refit.enough import RowCount
 from lightning_roulette.refit.fitting import Fitting
 from lightning_roulette.refit.gram import LayerSums, MeanAndVariance
 from lightning_roulette.refit.interleaved import Interleaved
@@ -68,11 +70,10 @@ class Layerwise:
         steps = _steps(module, found)
         self.tensors = _changeable(module, names, steps)
         self.statistics = {name: self.tensors[name] for name in _statistics(steps)}
-        self._module, self._sampler, self._memory, self._processes = module, sampler, memory or 0, processes
-        self._dense_outputs = DenseOutputs(self.tensors, sampler, self._memory // _DENSE_SHARE)
+        self._module, self._memory, self._processes = module, memory, processes
         self._carrying: set[nn.Module] = set()
-        self._compared = Compared()
-        self._traversal = Traversal(steps, runs, None if memory is None else self._meet, processes)
+        self._look_anew(sampler)
+        self._traversal = Traversal(steps, runs, self._meet, lambda: self._fewer(steps, runs), processes)
         self._turns = Turns(False)
         uncalled = [step for step in steps if step not in self._traversal.order]
         modules = [step.module for step in steps]
@@ -88,9 +89,14 @@ class Layerwise:
         }
         self._first_sums: dict[Layer, LayerSums] | None = None
 
+    @property
+    def batches(self) -> int:
+        """How many of the batches of all processes are used; see `RowCount.batches_for`."""
+        return self._sampler.batches
+
     def try_turns(self) -> Turns:
         """Try whether batches may run by turns. The network must be dense."""
-        left = max(0, self._memory - self._dense_outputs.bytes)
+        left = max(0, (self._memory or 0) - self._dense_outputs.bytes)
         return turns_of(self._module, self._traversal, self._compared, left)
 
     def take_turns(self, turns: Turns) -> None:
@@ -117,8 +123,26 @@ class Layerwise:
         self._followed(self._refit_steps(steps, fitting, reasons))
         return reasons
 
+    def _look_anew(self, sampler: RowSampler) -> None:
+        """Begin to note what is needed of the first run."""
+        self._sampler, self._rows = sampler, RowCount(sampler)
+        self._dense_outputs = DenseOutputs(self.tensors, sampler, (self._memory or 0) // _DENSE_SHARE)
+        self._compared = Compared()
+        self._carrying = set()
+
+    def _fewer(self, steps: Sequence[Step], runs: Runs) -> Runs | None:
+        """Return runs on fewer batches, if these have enough rows. All batches are then as many as they."""
+        batches = self._rows.batches_for(steps, self._processes)
+        if batches == self._sampler.batches:
+            return None
+        self._look_anew(replace(self._sampler, batches=batches))
+        return replace(runs, batches=len(range(self._processes.rank, batches, self._processes.ranks)))
+
     def _meet(self, call: Call, given: Given) -> None:
         """Note what is needed of a call in the dense network."""
+        self._rows.note(call, given)
+        if self._memory is None:
+            return
         self._dense_outputs.keep(call, given)
         self._compared.note(call, given)
         # such states are outputs of the step itself: the fit to those of a layer that is not refitted can be worse than

@@ -74,14 +74,30 @@ class RowSampler:
             values = torch.cat([values, values.new_ones(*values.shape[:2], 1)], 2)
         return Rows(values, count, held_out)
 
-    def _most(self, layer: Layer, given: Given) -> int:
-        """Return the largest number of rows that are chosen from a call."""
+    def wanted(self, layer: Layer, given: Given) -> int:
+        """Return the number of rows of a layer's input that are chosen from all batches, if there are as many."""
         if self.total is not None:
-            return max(_HELD_OUT, self.total // self.batches)
+            return self.total
         if layer not in self._inputs:
             self._inputs[layer] = layer.rows(*given, lambda _: torch.arange(0)).shape[2]
-        rows = min(max(_LEAST_ROWS, _ROWS_FOR_EACH_INPUT * self._inputs[layer]), _MOST_ROWS)
-        return max(_HELD_OUT, rows // self.batches)
+        return min(max(_LEAST_ROWS, _ROWS_FOR_EACH_INPUT * self._inputs[layer]), _MOST_ROWS)
+
+    def _most(self, layer: Layer, given: Given) -> int:
+        """Return the largest number of rows that are chosen from a call."""
+        return max(_HELD_OUT, self.wanted(layer, given) // self.batches)
+
+
+def rows_in(layer: Layer, given: Given) -> int:
+    """Return the number of rows of a layer's input in a call."""
+    found = 0
+
+    def none(rows: int) -> Tensor:
+        nonlocal found
+        found = rows
+        return torch.arange(0)
+
+    layer.rows(*given, none)
+    return found
 
 
 def matrix_of(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:

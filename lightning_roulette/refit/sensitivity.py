@@ -5,6 +5,7 @@ No labels are needed, because the outputs are differentiated in random direction
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -21,6 +22,9 @@ from lightning_roulette.network.ties import ties_of
 from lightning_roulette.refit.channel_sums import ChannelSums
 from lightning_roulette.wheel.chance import random_bits, stream
 
+_ROWS = 2**14  # of the outputs of each layer that are differentiated at least, if there are as many
+_ALL = 1 << 30
+
 
 class NoGradients(ValueError):
     """The network's outputs have no derivatives with respect to the outputs of its modules."""
@@ -34,7 +38,8 @@ class Sensitivity:
     Args:
         module: The network.
         names: Names of the weights.
-        pieces: Functions that each run the network on some samples.
+        pieces: Functions that each run the network on some samples. As many are used as give each layer 16,384 rows of
+            output. The rows are counted in the first one.
         seed: Seed of the random directions.
         processes: Those that share the pieces. They all call the same methods.
     """
@@ -47,17 +52,39 @@ class Sensitivity:
         seed: int,
         processes: Processes,
     ) -> None:
-        self._pieces, self._seed, self._processes = pieces, seed, processes
+        self._seed, self._processes = seed, processes
         self._shapes = {name: module.get_parameter(name).shape for name in names}
         self._owners = _owners(module, names)
         parts = dict(module.named_modules(remove_duplicate=False))
         around = [parts[path] for own in self._owners.values() for prefix, *_ in own for path in _outwards(prefix)]
-        self._calls = [_calls_in(piece, around) for piece in pieces]
+        rows: Counter[nn.Module] = Counter()
+        first = [_calls_in(piece, around, rows) for piece in pieces[:1]]
+        self._pieces = self._enough(pieces, parts, rows)
+        self._calls = (first + [_calls_in(piece, around) for piece in self._pieces[1:]])[: len(self._pieces)]
         called = processes.any_of(list(dict.fromkeys(around)), {part for calls in self._calls for part in calls})
         self._observed = {
             name: [part for prefix, *_ in owners if (part := _nearest(prefix, parts, called)) is not None]
             for name, owners in self._owners.items()
         }
+
+    def _enough(
+        self,
+        pieces: Sequence[Callable[[], object]],
+        parts: Mapping[str, nn.Module],
+        rows: Counter[nn.Module],
+    ) -> Sequence[Callable[[], object]]:
+        """Return the first pieces that have enough rows for all owners of the weights.
+
+        Args:
+            pieces: The pieces of this process.
+            parts: The modules of the network.
+            rows: Rows of the outputs of modules in the first piece.
+        """
+        owners = {prefix for own in self._owners.values() for prefix, *_ in own}
+        least = min((rows[_caller(prefix, parts)] for prefix in owners), default=0)
+        most = math.ceil(_ROWS / least) if least else _ALL
+        needed = int(self._processes.each(torch.tensor(most))[0])
+        return pieces[: len(range(self._processes.rank, needed, self._processes.ranks))]
 
     def scales(self) -> dict[str, Tensor]:
         """Return the factors that multiply the magnitudes, up to one factor that is the same for all weights.
@@ -195,11 +222,15 @@ class _BackwardRun:
 
 def _squares_by_channel(part: nn.Module, values: Tensor) -> Tensor:
     """Return sums of squares over all dimensions but the channels, float64."""
-    channel = values.dim() - 1
-    if isinstance(part, (*CONVOLUTIONS, *TRANSPOSED)):
-        channel -= len(part.kernel_size)
+    channel = _channel_of(part, values)
     squares = with_float64(values.detach()).to(torch.float64).square()
     return squares.movedim(channel, 0).flatten(1).sum(1) if values.dim() > 1 else squares
+
+
+def _channel_of(part: nn.Module, values: Tensor) -> int:
+    """Return the dimension of the channels of a module's input or output."""
+    spatial = len(part.kernel_size) if isinstance(part, (*CONVOLUTIONS, *TRANSPOSED)) else 0
+    return max(0, values.dim() - 1 - spatial)
 
 
 def _first_floating(values: Any) -> tuple[int | None, Tensor | None]:
@@ -242,12 +273,23 @@ def _nearest(path: str, parts: dict[str, nn.Module], called: set[nn.Module]) -> 
     return next((parts[outer] for outer in _outwards(path) if parts[outer] in called), None)
 
 
-def _calls_in(piece: Callable[[], object], parts: Sequence[nn.Module]) -> Counter[nn.Module]:
-    """Run the network and return how often it calls each of these modules."""
+def _caller(path: str, parts: Mapping[str, nn.Module]) -> nn.Module:
+    """Return what is called where a module's weights are used: the module itself, or the attention around it."""
+    around = parts[path.rpartition(".")[0]]
+    return around if isinstance(around, nn.MultiheadAttention) else parts[path]
+
+
+def _calls_in(
+    piece: Callable[[], object], parts: Sequence[nn.Module], rows: Counter[nn.Module] | None = None
+) -> Counter[nn.Module]:
+    """Run the network and return how often it calls each of these modules. Count the rows of their outputs, too."""
     calls: Counter[nn.Module] = Counter()
 
     def count(part: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         calls[part] += 1
+        _, found = _first_floating(output)
+        if rows is not None and found is not None:
+            rows[part] += found.numel() // max(1, found.shape[_channel_of(part, found)])
 
     run_with_hooks(piece, dict.fromkeys(parts), after=count)
     return calls

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from threading import get_ident
@@ -96,7 +96,8 @@ class Traversal:
     Args:
         steps: The steps.
         runs: Runs of the network.
-        meet: Called with every call of the first run, in which the order of steps is found. None: no refit follows.
+        meet: Called with every call of the first run, in which the order of steps is found.
+        fewer: Called after the first batch. If it returns other runs, the first run begins anew with them.
         processes: Those that share the batches. All of them have the same steps.
 
     Attributes:
@@ -113,7 +114,12 @@ class Traversal:
     """
 
     def __init__(
-        self, steps: Sequence[Step], runs: Runs, meet: Meet | None, processes: Processes = ONE_PROCESS
+        self,
+        steps: Sequence[Step],
+        runs: Runs,
+        meet: Meet,
+        fewer: Callable[[], Runs | None] = lambda: None,
+        processes: Processes = ONE_PROCESS,
     ) -> None:
         self.steps: dict[nn.Module, list[Step]] = {}
         for step in steps:
@@ -122,7 +128,7 @@ class Traversal:
         self.calls: Counter[tuple[Step, int]] = Counter()
         self.scattered: set[nn.Module] = set()
         self.longest = 0.0
-        self.order, self.leading = _agreed(steps, self._first_run(meet), processes)
+        self.order, self.leading = _agreed(steps, self._first_run(meet, fewer), processes)
 
     def batches_of(self, step: Step) -> list[int]:
         """Numbers of the batches on which the network called a step in the first run."""
@@ -156,8 +162,17 @@ class Traversal:
             if reader.wanted is wanted:
                 reader.send(None)
 
-    def _first_run(self, meet: Meet | None) -> _FirstCalls:
-        found = _FirstCalls()
+    def _first_run(self, meet: Meet, fewer: Callable[[], Runs | None]) -> _FirstCalls:
+        found = self._seen(_FirstCalls(), meet, range(min(1, self.batches)))
+        if (runs := fewer()) is not None:
+            self.runs, self.batches = runs, runs.batches
+            self.calls.clear()
+            self.scattered.clear()
+            found = self._seen(_FirstCalls(), meet, range(min(1, self.batches)))
+        return self._seen(found, meet, range(1, self.batches))
+
+    def _seen(self, found: _FirstCalls, meet: Meet, batches: Iterable[int]) -> _FirstCalls:
+        """Run the network on batches, and note what it calls."""
 
         def note(call: Call, given: Given) -> None:
             threads.setdefault(get_ident(), set()).add(call.step)
@@ -165,10 +180,9 @@ class Traversal:
             if not any(self.calls[step, call.batch] for step in found.batches):
                 found.leading.add(call.step)
             self.calls[call.step, call.batch] += 1
-            if meet is not None:
-                meet(call, given)
+            meet(call, given)
 
-        for batch in range(self.batches if self.steps else 0):
+        for batch in batches if self.steps else ():
             began, threads = time.monotonic(), dict[int, set[Step]]()
             self.listen(batch, note)
             self._note_scattered(batch, threads)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 import pytest
 import torch
 from torch import nn
@@ -17,6 +15,7 @@ from lightning_roulette.refit.solvers.cost import solve_cost, worth_sharing
 from lightning_roulette.refit.solvers.fastest import FastestPrepared
 from lightning_roulette.settings import LeastSquares
 from tests.support.networks import KINDS, case, known, mask_of, related, state_of
+from tests.support.shares import assert_close, in_processes
 from tests.support.together import together
 
 CHOOSE = LeastSquares(choose=True)
@@ -36,25 +35,6 @@ def everything_shared(monkeypatch):
     """Layers as small as these are solved in shares, too."""
     for module in (shared, fitting):
         monkeypatch.setattr(module, "worth_sharing", lambda work, entries, ranks: ranks > 1)
-
-
-def in_processes(ranks, net, batches, ask, **options):
-    """What `ask` returns or raises in each process, given a calibration on its share of the batches."""
-
-    def one(rank, add):
-        processes = Processes(rank, ranks, add)
-        return ask(Calibration(nets[rank], processes.share(batches), processes=processes, **options))
-
-    nets = [deepcopy(net) for _ in range(ranks)]
-    found = together(ranks, one)
-    assert all(state_of(other)[0] == state_of(net)[0] for other in nets)
-    return found
-
-
-def assert_close(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.allclose(found[name], value, rtol=1e-6, atol=1e-9), name
 
 
 @pytest.mark.parametrize(
