@@ -71,7 +71,7 @@ class Numbers:
         """
         if count == 0:
             return np.zeros(0, np.uint64)
-        different = None if values is None else _few(values)
+        different = None if values is None else few(values)
         kind = None if values is None else _PLAIN if different is None else _DICTIONARY
         if coder.number(kind, 2) == _PLAIN:
             return self._plain(coder, values, count)
@@ -116,7 +116,7 @@ def _unused(rest: Bits, width: int) -> int:
     return width if used == 0 else (used & -used).bit_length() - 1
 
 
-def _few(values: Bits) -> Bits | None:
+def few(values: Bits) -> Bits | None:
     """The different values, if they are few and taken several times each; else None."""
     sample = np.unique(values[:: max(len(values) // (8 * _LARGEST_DICTIONARY), 1)])
     if len(sample) > _LARGEST_DICTIONARY:

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_roulette.slim.files.floats import Bits
+from lightning_roulette.slim.files.common_scales import in_multiples
+from lightning_roulette.slim.files.floats import Bits, few
 from lightning_roulette.slim.files.header import Entry
 from lightning_roulette.slim.files.logits import Integers
 from lightning_roulette.slim.files.narrowing import by_codebook, multiples_of, scales_for_int8
@@ -43,12 +44,13 @@ class Survivors:
 
     def tensor(self, entry: Entry) -> Tensor:
         """The tensor that is read from the file."""
-        bits = self.bits
-        if bits is None:
-            bits = bits_of(torch.from_numpy(self._products()).to(getattr(torch, entry.dtype))).astype(np.uint64)
         whole = np.zeros(entry.size, np.uint64)
-        whole[self.kept.reshape(-1)] = bits
+        whole[self.kept.reshape(-1)] = self.written_bits(getattr(torch, entry.dtype))
         return from_bits(whole, entry)
+
+    def written_bits(self, dtype: torch.dtype) -> Bits:
+        """The bits of the weights in the type of the tensor."""
+        return _in_type(torch.from_numpy(self._products()), dtype) if self.bits is None else self.bits
 
     def _products(self) -> npt.NDArray[np.float32]:
         if self.multiples is None or self.scales is None:
@@ -80,7 +82,7 @@ def survivors_of(name: str, tensor: Tensor, values: str | Codebook, mask: Tensor
             raise ValueError(f"mask prunes weights of {name} that are not zero. Pass the mask of these weights.")
         kept = kept | flags
     if values == "float32":
-        return Survivors(kept, bits[kept].astype(np.uint64))
+        return _as_they_are(tensor, bits[kept].astype(np.uint64), kept)
     numbers = tensor.detach().cpu().double()[torch.from_numpy(kept)]
     if values == "float16":
         return Survivors(kept, _in_type(_as_float16(name, numbers), tensor.dtype))
@@ -94,6 +96,19 @@ def survivors_of(name: str, tensor: Tensor, values: str | Codebook, mask: Tensor
 def rows_of(kept: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The same entries as a matrix, whose rows are the first dimension."""
     return kept.reshape(kept.shape[0], -1) if kept.size else kept.reshape(kept.shape[0], 0)
+
+
+def _as_they_are(tensor: Tensor, bits: Bits, kept: npt.NDArray[np.bool_]) -> Survivors:
+    """The bits of the survivors, or multiples with exactly these bits if there are any that take less."""
+    plain = Survivors(kept, bits)
+    numbers = tensor.detach().cpu().double().numpy()[kept]
+    if len(numbers) == 0 or few(bits) is not None or not np.isfinite(numbers).all():
+        return plain
+    in_rows = rows_of(kept).sum(1)
+    if (found := in_multiples(numbers, in_rows[in_rows > 0])) is None:
+        return plain
+    divided = Survivors(kept, multiples=found[0], scales=found[1])
+    return divided if np.array_equal(divided.written_bits(tensor.dtype), bits) else plain  # -0.0 is no multiple
 
 
 def _as_int8(weights: npt.NDArray[np.float32], kept: npt.NDArray[np.bool_]) -> Survivors:

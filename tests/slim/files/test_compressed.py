@@ -194,7 +194,7 @@ def test_narrower_values_give_smaller_files(path):
 
 
 def test_what_is_read_can_be_written_again(path):
-    for values in ("float16", Codebook(4)):
+    for values in ("float16", "int8", Codebook(4)):
         found = there_and_back({"weight": pruned(100, 100)}, path, values)
         size = path.stat().st_size
         assert torch.equal(there_and_back(found, path)["weight"], found["weight"])

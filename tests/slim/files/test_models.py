@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from lightning_roulette.slim.files.coder import Reader, Writer
+from lightning_roulette.slim.files.common_scales import in_multiples
 from lightning_roulette.slim.files.floats import LAYOUTS, Numbers
 from lightning_roulette.slim.files.multiples import LARGEST, Multiples
 from lightning_roulette.slim.files.positions import Positions
@@ -149,6 +150,24 @@ def test_multiples_come_back(seed, count, largest):
         lambda coder: Multiples().code(coder, multiples, count), lambda coder: Multiples().code(coder, None, count)
     )
     assert np.array_equal(found, multiples)
+
+
+@settings(deadline=None, max_examples=100)
+@given(SEEDS, st.integers(1, 20), st.sampled_from([1, 5, 127, LARGEST]), st.integers(-100, 80))
+def test_multiples_of_one_number_in_each_row_are_found(seed, rows, largest, exponent):
+    chance = np.random.default_rng(seed)
+    in_rows = chance.integers(1, 9, rows)
+    multiples = chance.integers(-largest, largest, in_rows.sum(), endpoint=True)
+    scales = np.ldexp(chance.integers(1, 256, rows).astype(np.float64), chance.integers(exponent, exponent + 20, rows))
+    weights = multiples * np.repeat(scales, in_rows)
+    found = in_multiples(weights, in_rows)
+    assert np.array_equal(found[0] * np.repeat(found[1], in_rows).astype(np.float64), weights)
+    assert np.abs(found[0]).max() <= largest
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1 / 3], [1e30, 1e-30], [1.0, 2.0**-15], [0.1, np.pi, 7.0]])
+def test_numbers_without_a_common_divisor_are_no_multiples(weights):
+    assert in_multiples(np.array(weights), np.array([len(weights)])) is None
 
 
 def test_symbols_take_their_entropy_once_they_are_known():
