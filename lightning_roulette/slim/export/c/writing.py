@@ -43,6 +43,7 @@ def write(program: Program, path: Path, *, calibration: Tensor | None, values: V
     name, source = _function(path), Source(program, _integers(program, calibration, values))
     texts = written(source, name)
     files = (path.with_name(f"{name}.c"), path.with_name(f"{name}.h"))
+    path.parent.mkdir(parents=True, exist_ok=True)
     for file, text in zip(files, (texts.source, texts.header), strict=True):
         part = file.with_name(f"{file.name}.part")
         part.write_text(text)
