@@ -34,6 +34,11 @@ def of_checkpoint(names: dict) -> None:
     assert zeros(names["model"]) == zeros(loaded) > 0
 
 
+def of_microcontroller(names: dict) -> None:
+    assert sorted(os.listdir("firmware")) == ["digits.c", "digits.h"]
+    assert names["exported"].scores is not None
+
+
 def of_output(names: dict) -> None:
     assert zeros(names["model"]) == round(names["report"].levels[0].sparsity * 624) > 0
 
@@ -56,6 +61,7 @@ def of_usage(names: dict) -> None:
 AFTERWARDS = {
     "README.md": of_front_page,
     "docs/checkpoint.md": of_checkpoint,
+    "docs/microcontroller.md": of_microcontroller,
     "docs/output.md": of_output,
     "docs/plain_pytorch.md": of_plain_pytorch,
     "docs/usage.md": of_usage,
