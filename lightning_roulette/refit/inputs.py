@@ -277,7 +277,7 @@ class Calibration:
         return found
 
     def _fitting(self, mask: Mask, dense: Mapping[str, Tensor], how: LeastSquares, allowed: Mask | None) -> Fitting:
-        narrowing = Narrowing(how.values, how.damping, self._processes)
+        narrowing = Narrowing(how.values, mask.survivors, how.damping, self._processes)
         return Fitting(mask, dense, how.damping, how.choose, allowed, self._processes, narrowing)
 
     def _say(self, sentence: str) -> None:

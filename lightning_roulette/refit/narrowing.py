@@ -19,7 +19,7 @@ from lightning_roulette.refit.solvers.rounding import Problem
 from lightning_roulette.refit.solvers.rounds import rounded
 from lightning_roulette.values import Codebook
 
-_PRICE = 0.01  # of a bit: this share of a layer's squared error, divided by the number of its weights
+_PRICE = 0.02  # of a bit of one weight of all: this share of the power of the layer's outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +28,14 @@ class Narrowing:
 
     Attributes:
         values: How they are stored; see `values_of`. With `"float32"` nothing is rounded.
+        weights: Number of weights of the network that are rounded.
         damping: See `Cholesky`.
         processes: Those that round a layer together.
         lists: The values of parameters of which several layers have parts, by name.
     """
 
     values: str | Codebook = "float32"
+    weights: int = 1
     damping: float = 0.0
     processes: Processes = field(default=ONE_PROCESS, repr=False)
     lists: dict[str, Tensor] = field(default_factory=dict, repr=False)
@@ -57,9 +59,10 @@ class Narrowing:
         """
         found = matrix.clone()
         for part in _parts(layer, tensors):
-            own = matrix[..., part.columns].flatten(0, 1)
-            near = nearest(own, self.values, part.weight.dtype, self._shared_levels(part))
-            found[..., part.columns] = near.view(*matrix.shape[:2], -1)
+            own = matrix[..., part.columns]
+            rows = own.flatten(0, 1) if part.in_rows else own.reshape(1, -1)
+            near = nearest(rows, self.values, part.weight.dtype, self._shared_levels(part))
+            found[..., part.columns] = near.view(own.shape)
         return found
 
     def refitted(self, layer: Layer, tensors: Mapping[str, Tensor], matrix: Tensor, sums: LayerSums) -> Tensor:
@@ -87,14 +90,13 @@ class Narrowing:
         if layer.bias is not None:
             free[..., -1] = entries[..., -1]
             entries[..., -1] = False
-        error = sums.error(matrix) * sums.rows
-        prices = matrix.new_full(matrix.shape[:2], _PRICE * max(error, 0.0) / max(1, int(entries.sum())))
+        prices = matrix.new_full(matrix.shape[:2], _PRICE * float(sums.power.sum()) / max(1, self.weights))
         return Problem(DampedGram(sums.gram, self.damping).damped, matrix, entries, free, prices)
 
     def _grid(self, problem: Problem, part: _Part) -> Grid:
         kind = part.weight.dtype
         if not isinstance(self.values, Codebook):
-            return int8_grid(problem, part.columns, kind)
+            return int8_grid(problem, part.columns, kind, alike=not part.in_rows)
         shared = self._shared_levels(part)
         levels = spread_levels(problem, part.columns, 2**self.values.bits, kind) if shared is None else shared
         return listed_grid(problem, part.columns, levels, kind, fixed=shared is not None)
@@ -110,12 +112,21 @@ class Narrowing:
 
 @dataclass(frozen=True)
 class _Part:
-    """Inputs of a layer's matrices that are multiplied with the entries of one parameter, or of a part of it."""
+    """Inputs of a layer's matrices that are multiplied with the entries of one parameter, or of a part of it.
+
+    Attributes:
+        name: Name of the parameter.
+        weight: The parameter.
+        columns: The inputs.
+        is_whole: Whether no other layer has a part of it.
+        in_rows: Whether its first dimension counts outputs. In a file, each index of the first dimension has a scale.
+    """
 
     name: str
     weight: Tensor
     columns: slice
     is_whole: bool
+    in_rows: bool
 
 
 def _parts(layer: Layer, tensors: Mapping[str, Tensor]) -> Iterator[_Part]:
@@ -124,4 +135,5 @@ def _parts(layer: Layer, tensors: Mapping[str, Tensor]) -> Iterator[_Part]:
         weight = tensors[one.name].detach()
         view = one.view(weight)
         begin, end = end, end + view[0, 0].numel()
-        yield _Part(one.name, weight, slice(begin, end), view.numel() == weight.numel())
+        in_rows = view.stride(1) == weight.stride(0)
+        yield _Part(one.name, weight, slice(begin, end), view.numel() == weight.numel(), in_rows)

@@ -22,6 +22,7 @@ class Grid:
         bits: What each code costs in a file, in bits, shape `(codes,)`.
         kind: The type of the weights.
         scaled: Whether the scales may change; otherwise they are one, and the levels may change.
+        alike: Whether all outputs have the same scale.
         fixed: Whether neither may change.
     """
 
@@ -31,6 +32,7 @@ class Grid:
     bits: Tensor
     kind: torch.dtype
     scaled: bool = False
+    alike: bool = False
     fixed: bool = False
 
     def of_outputs(self, some: Tensor) -> Grid:

@@ -18,18 +18,19 @@ _STEPS = 8  # of conjugate gradients for the values of a list
 _LEAST_SHARE = 0.01  # of the error of rounding to the nearest value, to which solving the rest again may lower it
 
 
-def int8_grid(problem: Problem, columns: slice, kind: torch.dtype) -> Grid:
+def int8_grid(problem: Problem, columns: slice, kind: torch.dtype, alike: bool = False) -> Grid:
     """Return a grid of multiples of a scale of each output, as if all weights were rounded to the nearest.
 
     Args:
         problem: The layer.
         columns: The inputs of the grid.
         kind: The type of the weights.
+        alike: Whether all outputs have the same scale.
     """
     codes = torch.arange(1, INT8_MOST + 1, device=problem.gram.device, dtype=problem.gram.dtype)
     levels = torch.cat([-codes.flip(0), codes])
-    scales = _best_scales(problem, columns, 1.0, kind)
-    return Grid(columns, levels, scales, torch.zeros_like(levels), kind, scaled=True)
+    grid = Grid(columns, levels, problem.prices, torch.zeros_like(levels), kind, scaled=True, alike=alike)
+    return replace(grid, scales=_best_scales(problem, grid, 1.0))
 
 
 def resized(problem: Problem, grid: Grid, matrix: Tensor) -> Grid:
@@ -42,7 +43,7 @@ def resized(problem: Problem, grid: Grid, matrix: Tensor) -> Grid:
     """
     whole = (_squares(problem, grid.columns) * grid.scales.square()).sum() / 12
     share = float(quotient(problem.errors(matrix).sum(), whole))
-    return replace(grid, scales=_best_scales(problem, grid.columns, min(max(share, _LEAST_SHARE), 1.0), grid.kind))
+    return replace(grid, scales=_best_scales(problem, grid, min(max(share, _LEAST_SHARE), 1.0)))
 
 
 def listed_grid(problem: Problem, columns: slice, levels: Tensor, kind: torch.dtype, fixed: bool) -> Grid:
@@ -103,7 +104,8 @@ def fitted(problem: Problem, grid: Grid, matrix: Tensor) -> Grid:
     residual, gram = problem.residual(matrix)[..., grid.columns], problem.gram[:, grid.columns, grid.columns]
     if grid.scaled:
         units = torch.where(entries, grid.levels[codes], 0.0)
-        change = quotient((units * residual).sum(2), ((units @ gram) * units).sum(2))
+        slopes, curvatures = (units * residual).sum(2), ((units @ gram) * units).sum(2)
+        change = quotient(_together(slopes, grid), _together(curvatures, grid))
         scales = shortened(grid.scales + change, scale_digits(grid.kind))
         return replace(grid, scales=torch.where(scales > 0, scales, grid.scales))
     levels = grid.levels + _level_change(codes, entries, residual, gram, len(grid.levels))
@@ -132,17 +134,22 @@ def _squares(problem: Problem, columns: slice) -> Tensor:
     return (problem.rounded[..., columns] * diagonal).sum(2)
 
 
-def _best_scales(problem: Problem, columns: slice, share: float, kind: torch.dtype) -> Tensor:
+def _together(numbers: Tensor, grid: Grid) -> Tensor:
+    """Return the sum of the numbers of all outputs for each of them, if they have the same scale."""
+    return numbers.sum().expand_as(numbers) if grid.alike else numbers
+
+
+def _best_scales(problem: Problem, grid: Grid, share: float) -> Tensor:
     """Return scales at which one bit more saves an error of its price; at least those that reach the largest weight.
 
     A uniform grid has a mean squared error of `scale ** 2 / 12`, of which a share is left after the rest is solved
     again. One bit more halves the scale.
     """
-    entries = problem.rounded[..., columns]
-    most = torch.where(entries, problem.target[..., columns].abs(), 0.0).amax(2)
-    slope = math.log(2) * share * _squares(problem, columns)
-    best = quotient(6 * problem.prices * entries.sum(2), slope).sqrt()
-    digits = scale_digits(kind)
+    entries, digits = problem.rounded[..., grid.columns], scale_digits(grid.kind)
+    most = torch.where(entries, problem.target[..., grid.columns].abs(), 0.0).amax(2)
+    most = most.max().expand_as(most) if grid.alike else most
+    worth = _together(problem.prices * entries.sum(2), grid)
+    best = quotient(6 * worth, math.log(2) * share * _together(_squares(problem, grid.columns), grid)).sqrt()
     least = shortened(most / INT8_MOST, digits, up=True)
     found = torch.maximum(shortened(torch.minimum(best, most), digits), least)
     return torch.where(most > 0, found, 1.0)

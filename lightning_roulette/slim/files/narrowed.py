@@ -14,7 +14,7 @@ from lightning_roulette.slim.files.common_scales import in_multiples
 from lightning_roulette.slim.files.floats import Bits, few
 from lightning_roulette.slim.files.header import Entry
 from lightning_roulette.slim.files.logits import Integers
-from lightning_roulette.slim.files.narrowing import by_codebook, multiples_of, scales_for_int8
+from lightning_roulette.slim.files.narrowing import by_codebook, exact_scales, multiples_of, scales_for_int8
 from lightning_roulette.slim.files.tensors import bits_of, from_bits
 from lightning_roulette.values import Codebook
 
@@ -112,9 +112,10 @@ def _as_they_are(tensor: Tensor, bits: Bits, kept: npt.NDArray[np.bool_]) -> Sur
 
 
 def _as_int8(weights: npt.NDArray[np.float32], kept: npt.NDArray[np.bool_]) -> Survivors:
-    """Multiples of one scale for each row."""
+    """Multiples of one scale for each row. Rows that are such multiples stay as they are."""
     rows = rows_of(weights)
-    scales = scales_for_int8(np.abs(rows).max(1, initial=0.0))
+    exact = exact_scales(rows)
+    scales = np.where(exact > 0, exact, scales_for_int8(np.abs(rows).max(1, initial=0.0)))
     multiples = multiples_of(rows, scales)[rows_of(kept)]
     return Survivors(kept, multiples=multiples, scales=scales[rows_of(kept).any(1)])
 

@@ -8,10 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_roulette.slim.files.logits import Integers
-from lightning_roulette.values import INT8_MOST
+from lightning_roulette.values import INT8_MOST, SCALE_BITS
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 _ROUNDS = 100  # of Lloyd's algorithm, at most
+_DIGITS = 24  # significant bits of float32
+_NEVER = 1 << 20  # larger than any exponent
 
 
 def by_codebook(survivors: Floats, bits: int) -> Floats:
@@ -65,6 +67,35 @@ def _of_eight_digits(values: npt.NDArray[np.float64]) -> Floats:
     mantissa, exponent = np.frexp(values)
     rounded: Floats = np.ldexp(np.rint(mantissa * 256) / 256, exponent).astype(np.float32)
     return rounded
+
+
+def exact_scales(rows: Floats) -> Floats:
+    """A scale of four digits for each row, of which its numbers are whole multiples up to 127; 0 if there is none.
+
+    Args:
+        rows: Shape `(rows, n)`, finite.
+    """
+    used = rows != 0
+    exponents = np.frexp(rows)[1]
+    least = np.where(used, exponents, _NEVER).min(1, initial=_NEVER, keepdims=True)
+    near = used.any(1) & (np.where(used, exponents - least, 0).max(1, initial=0) <= INT8_MOST.bit_length())
+    least = np.where(near[:, None], least, 0)
+    whole = np.abs(np.ldexp(np.where(near[:, None], rows, 0).astype(np.float64), _DIGITS - least)).astype(np.int64)
+    scales = np.ldexp(_whole_scales(whole).astype(np.float64), least[:, 0] - _DIGITS)
+    found: Floats = scales.astype(np.float32)
+    return found
+
+
+def _whole_scales(rows: Integers) -> Integers:
+    """The largest such scale of each row of whole numbers that are not negative; 0 if there is none."""
+    shared, most = np.gcd.reduce(rows, axis=1), rows.max(1, initial=0)
+    found: Integers = np.zeros_like(shared)
+    for parts in range(1, INT8_MOST + 1):
+        scale = shared // parts
+        short = scale // np.maximum(scale & -scale, 1) < 2**SCALE_BITS
+        fits = (found == 0) & (scale * parts == shared) & (most <= INT8_MOST * scale) & short
+        found = np.where(fits, scale, found)
+    return found
 
 
 def scales_for_int8(largest: Floats) -> Floats:

@@ -284,3 +284,18 @@ def test_two_million_weights_take_a_second(path):
     began = time.process_time()
     save_compressed({"weight": weights}, path)
     assert time.process_time() - began < 5  # 0.3 s for two million, on one core
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_weights_that_are_multiples_of_short_scales_are_not_rounded_to_int8(path, dtype):
+    chance = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (60, 20), generator=chance)
+    codes[codes.abs() < 90] = 0
+    codes[:20] //= 9  # the largest code is not 127
+    codes[50:] *= torch.arange(20) == 3  # rows with a single weight, or none
+    scales = torch.randint(8, 16, (60, 1), generator=chance) * 2.0 ** torch.randint(-9, -5, (60, 1), generator=chance)
+    weights = (codes * scales).to(dtype)
+    assert torch.equal(weights.float(), codes * scales)
+    assert torch.equal(there_and_back({"weight": weights}, path, "int8")["weight"], weights)
+    zeros = torch.zeros(3, 4, dtype=dtype)
+    assert torch.equal(there_and_back({"weight": zeros}, path, "int8")["weight"], zeros)
