@@ -21,6 +21,8 @@ from lightning_roulette.settings import LeastSquares, Refit, Tree, Validation, W
 from lightning_roulette.slim.export.export import export
 from lightning_roulette.slim.export.exported import Exported
 from lightning_roulette.slim.files.compressed import load_compressed, load_mask, save_compressed
+from lightning_roulette.slim.files.inspection import FileContents, StoredTensor, inspect
+from lightning_roulette.slim.files.weights import save_weights
 from lightning_roulette.values import Codebook
 from lightning_roulette.wheel.level import spin
 
@@ -38,6 +40,7 @@ __all__ = [
     "Codebook",
     "Evaluator",
     "Exported",
+    "FileContents",
     "HoldZeros",
     "LeastSquares",
     "Level",
@@ -54,18 +57,21 @@ __all__ = [
     "SearchReport",
     "Singles",
     "StopReason",
+    "StoredTensor",
     "Tree",
     "Validation",
     "Wheel",
     "Winner",
     "apply_mask",
     "export",
+    "inspect",
     "load_compressed",
     "load_mask",
     "prunable_parameters",
     "prune",
     "register_layer",
     "save_compressed",
+    "save_weights",
     "search",
     "skipped_parameters",
     "sparsity",

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_roulette.mask.mask import Mask
-from lightning_roulette.network.state_dicts import WrongStateDict, load_under_its_names, state_dict_in
+from lightning_roulette.network.state_dicts import WrongStateDict, load_under_its_names
 from lightning_roulette.slim.files.coder import Reader, Writer, entropy_coder
 from lightning_roulette.slim.files.container import packed, unpacked, write_whole
 from lightning_roulette.slim.files.content import Content, by_role, deflated, inflated, others
 from lightning_roulette.slim.files.header import Damaged, Header, flat, nested
 from lightning_roulette.slim.files.narrowed import survivors_of
-from lightning_roulette.slim.files.tensors import check_tensors, entry_of
+from lightning_roulette.slim.files.tensors import check_tensors, entry_of, state_of
 from lightning_roulette.values import Codebook, values_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -84,7 +84,7 @@ def save_compressed(
         OSError: If the file cannot be written.
     """
     entropy_coder()
-    content = compressed(_state_of(model), values_of(values), mask)
+    content = compressed(state_of(model), values_of(values), mask)
     return write_whole(path, lambda file: file.write(content))
 
 
@@ -217,19 +217,6 @@ def _read(header: Header, sections: list[bytes], size: int) -> Compressed:
         {name: spent.get(name, 0.0) for name in header.names},
         size,
     )
-
-
-def _state_of(model: Any) -> dict[str, Tensor]:
-    if isinstance(model, nn.Module):
-        return dict(model.state_dict())
-    if not isinstance(model, Mapping):
-        raise TypeError(f"model is of type {type(model).__name__}, but must be a module or a state dict.")
-    if not model or any(isinstance(one, Tensor) for one in model.values()):
-        return dict(model)
-    try:
-        return state_dict_in(model)
-    except WrongStateDict as error:
-        raise TypeError(f"model is a dictionary, but {error}") from None
 
 
 def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:

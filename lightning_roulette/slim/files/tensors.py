@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_roulette.large.shards import is_sharded
+from lightning_roulette.network.state_dicts import WrongStateDict, state_dict_in
 from lightning_roulette.slim.files.floats import LAYOUTS, Bits
 from lightning_roulette.slim.files.header import OTHERS, Entry
 
@@ -21,6 +22,24 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 def name_of(dtype: torch.dtype) -> str:
     """The name of a type, such as `float32`."""
     return str(dtype).removeprefix("torch.")
+
+
+def state_of(model: Any) -> dict[str, Tensor]:
+    """The state dict of a module, or in a mapping.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if isinstance(model, nn.Module):
+        return dict(model.state_dict())
+    if not isinstance(model, Mapping):
+        raise TypeError(f"model is of type {type(model).__name__}, but must be a module or a state dict.")
+    if not model or any(isinstance(one, Tensor) for one in model.values()):
+        return dict(model)
+    try:
+        return state_dict_in(model)
+    except WrongStateDict as error:
+        raise TypeError(f"model is a dictionary, but {error}") from None
 
 
 def check_tensors(state: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.imports import RequirementCache
 
+from lightning_roulette.slim.files.inspection import inspect
 from lightning_roulette.trainer.callback import RouletteWheelPruning
 from lightning_roulette.trainer.without_training import prune
 
@@ -17,7 +18,10 @@ _JSONARGPARSE = "jsonargparse[signatures]>=4.42,<5"
 
 
 def main(args: Sequence[str]) -> None:
-    """Run a command, and print the report of the search and the path of the pruned checkpoint.
+    """Run a command.
+
+    - `prune` prints the report of the search and the path of the pruned checkpoint.
+    - `inspect` prints what a file of weights holds.
 
     Args:
         args: The command and its arguments, such as `["prune", "--config", "config.yaml"]`.
@@ -26,8 +30,11 @@ def main(args: Sequence[str]) -> None:
         SystemExit: If an argument is wrong or the network cannot be pruned. The message is one of this package.
     """
     parser = ArgumentParser(PROGRAM, description="Weight pruning for PyTorch Lightning.", allow_abbrev=False)
-    parser.add_argument("command", choices=["prune"], help=f"prune a trained network; see {PROGRAM} prune --help")
-    parser.parse_args(args[:1])
+    helps = f"prune a trained network, or print what a file of weights holds; see {PROGRAM} prune --help"
+    parser.add_argument("command", choices=["prune", "inspect"], help=helps)
+    if parser.parse_args(args[:1]).command == "inspect":
+        _inspect(args[1:])
+        return
     if not RequirementCache(_JSONARGPARSE):
         sys.exit(f"error: the command line needs jsonargparse. Run: pip install '{_JSONARGPARSE}'")
     try:
@@ -35,6 +42,15 @@ def main(args: Sequence[str]) -> None:
     except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
         if not _is_for_users(error):
             raise
+        sys.exit(f"error: {error}")
+
+
+def _inspect(args: Sequence[str]) -> None:
+    parser = ArgumentParser(f"{PROGRAM} inspect", description="Print what a file of weights holds.", allow_abbrev=False)
+    parser.add_argument("file", help="a file of save_compressed or safetensors, a checkpoint or a state dict")
+    try:
+        print(inspect(parser.parse_args(args).file))
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 
