@@ -24,6 +24,14 @@ def chain(*widths: int, sparsity: float = 0.9, seed: int = 0) -> Model:
     return Model({tensor.name: tensor for tensor in tensors}, tuple(operators), ("v0",), (last,))
 
 
+def sums(count: int) -> Model:
+    """A value that is added to itself again and again."""
+    random = np.random.default_rng(0)
+    tensors = {f"v{number}": vector(f"v{number}", 3, random) for number in range(count + 1)}
+    steps = [Operator("ADD", (f"v{at}", f"v{at}"), (f"v{at + 1}",), "Add") for at in range(count)]
+    return Model(tensors, tuple(steps), ("v0",), (f"v{count}",))
+
+
 def image(outputs: int, channels: int, size: int, sparsity: float = 0.9, seed: int = 0) -> Model:
     """One convolution of 3 x 3 with padding SAME."""
     random = np.random.default_rng(seed)

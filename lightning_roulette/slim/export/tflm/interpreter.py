@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_roulette.slim.export.tflm.extra import runtime
-from lightning_roulette.slim.export.tflm.model import Model
+from lightning_roulette.slim.export.tflm.model import Model, Operator
 
 USED = re.compile(r"allocation total (?P<total>\d+) bytes.*allocation tail (?P<tail>\d+) bytes", re.DOTALL)
 ALIGNMENT = 16
 FOR_TENSOR, SPARE_TENSORS = 48, 128  # bytes while the runtime plans where tensors live
-FOR_CHANNEL, SPARE_CHANNELS = 8, 768  # bytes while it prepares an operator
+FOR_CHANNEL, SPARE_CHANNELS = 4, 384  # bytes while it prepares an operator
 SPARE = 1 << 16
 
 
@@ -69,9 +69,17 @@ def arena(model: Model, file: bytes) -> int:
     Smaller sizes cannot be tried, because the runtime may then write outside its memory.
     """
     total, tail = load(model, file).used
-    channels = max(len(tensor.scales.values) for tensor in model.tensors.values() if tensor.scales is not None)
-    loading = max(FOR_TENSOR * len(model.tensors) + SPARE_TENSORS, FOR_CHANNEL * channels + SPARE_CHANNELS)
+    preparing = max(_preparing(model, one) for one in model.operators)
+    loading = max(FOR_TENSOR * len(model.tensors) + SPARE_TENSORS, preparing)
     return -(-max(total, tail + loading) // ALIGNMENT) * ALIGNMENT
+
+
+def _preparing(model: Model, one: Operator) -> int:
+    """The bytes that the runtime takes while it prepares an operator: it reads the weight of a convolution twice."""
+    scales = [model.tensors[name].scales for name in (*one.inputs, *one.outputs)]
+    channels = max((len(known.values) for known in scales if known is not None), default=1)
+    times = 2 if one.code in {"CONV_2D", "DEPTHWISE_CONV_2D"} else 1
+    return times * (FOR_CHANNEL * channels + SPARE_CHANNELS)
 
 
 def _enough(model: Model, file: bytes) -> int:

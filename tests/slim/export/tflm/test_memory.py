@@ -9,7 +9,7 @@ from lightning_roulette.slim.export.tflm.memory import alive, packed, smallest
 from lightning_roulette.slim.export.tflm.model import Model, Operator, StoredTensor
 from lightning_roulette.slim.export.tflm.splitting import most_parts, splitting
 from tests.slim.export.tflm.running import loads, outputs_of
-from tests.support.stored import chain, image, integers
+from tests.support.stored import chain, image, integers, sums
 
 pytest.importorskip("tflite_micro", reason="needs the extra `tflm`")
 
@@ -24,16 +24,25 @@ def test_a_tensor_lives_from_its_operator_to_its_last_reader():
     assert alive(decoding(chain(64, 64), ["w0"])) == [64 + 4096, 64 + 4096 + 64]
 
 
-@pytest.mark.parametrize("widths", [(256, 128, 10), (2, 3000), (3, 2), (8,) * 30])
-def test_the_runtime_loads_in_the_arena_that_is_told(widths, tmp_path):
-    weights = [f"w{number}" for number in range(len(widths) - 1)]
-    for parts in ({}, dict.fromkeys(weights, 1)):
-        model = splitting(chain(*widths), parts)
-        model = decoding(model, parts)
-        file = to_bytes(model)
-        (tmp_path / "model.tflite").write_bytes(file)
-        assert loads(tmp_path / "model.tflite", arena(model, file))
-    assert not loads(tmp_path / "model.tflite", arena(model, file) // 2)
+MODELS = {
+    "wide": chain(256, 128, 10),
+    "many channels": decoding(chain(2, 3000), ["w0"]),
+    "small": chain(3, 2),
+    "deep": chain(*(8,) * 30),
+    "deep and decoded": decoding(chain(*(8,) * 30), [f"w{number}" for number in range(29)]),
+    "split": splitting(chain(20, 300), {"w0": 50}),
+    "convolution": image(1000, 2, 1),
+    "sums": sums(5),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_runtime_loads_in_the_arena_that_is_told(name, tmp_path):
+    model = MODELS[name]
+    file = to_bytes(model)
+    (tmp_path / "model.tflite").write_bytes(file)
+    assert loads(tmp_path / "model.tflite", arena(model, file))
+    assert name != "wide" or not loads(tmp_path / "model.tflite", arena(model, file) - 256)
 
 
 def test_without_a_limit_each_weight_is_encoded_that_gets_smaller():
