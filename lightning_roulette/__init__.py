@@ -23,6 +23,7 @@ from lightning_roulette.slim.export.exported import Exported
 from lightning_roulette.slim.files.compressed import load_compressed, load_mask, save_compressed
 from lightning_roulette.slim.files.inspection import FileContents, StoredTensor, inspect
 from lightning_roulette.slim.files.weights import save_weights
+from lightning_roulette.slim.measuring.measure import Measured, measure
 from lightning_roulette.values import Codebook
 from lightning_roulette.wheel.level import spin
 
@@ -46,6 +47,7 @@ __all__ = [
     "Level",
     "LevelTime",
     "Mask",
+    "Measured",
     "Method",
     "Observer",
     "PrunedWeights",
@@ -67,6 +69,7 @@ __all__ = [
     "inspect",
     "load_compressed",
     "load_mask",
+    "measure",
     "prunable_parameters",
     "prune",
     "register_layer",

@@ -1,0 +1,1 @@
+"""What zeros save in a network: bytes, multiply-adds and time."""

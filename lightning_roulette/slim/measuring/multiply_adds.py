@@ -1,0 +1,101 @@
+"""Multiply-adds of a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lightning_roulette.network.hooks import run_with_hooks
+from lightning_roulette.network.kinds import affine_kind_of
+from lightning_roulette.network.parameters import CONVOLUTIONS, TRANSPOSED
+
+# a weight, and how often each of its entries is multiplied in a call
+Use: TypeAlias = tuple[Tensor, int]
+_ARGUMENTS = ("input", "query", "key", "value")  # of forward, where they are passed by name
+
+
+@dataclass(frozen=True)
+class MultiplyAdds:
+    """Multiplications of a weight with an input, and additions of the product, in a forward pass.
+
+    Attributes:
+        dense: With all weights.
+        effective: With the weights that are not zero.
+    """
+
+    dense: int
+    effective: int
+
+
+def multiply_adds(model: nn.Module, run: Callable[[], object]) -> MultiplyAdds:
+    """The multiply-adds of the layers of a network while it runs.
+
+    These layers are counted: linear, convolutional (grouped and transposed ones too) and recurrent ones, the
+    projections of attention, and layers that `register_layer` names. Products of activations with each other, as those
+    of queries with keys, have no weights and are not counted; nor are calls of functions with weights of no such layer.
+
+    Args:
+        model: The network.
+        run: Runs it once.
+    """
+    found = [0, 0]
+
+    def count(module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
+        inputs = [*arguments, *(named[name] for name in _ARGUMENTS if name in named)]
+        for weight, times in _uses(module, inputs, output):
+            found[0] += times * weight.numel()
+            found[1] += times * int(weight.count_nonzero())
+
+    calls: dict[int, tuple[tuple[Any, ...], Mapping[str, Any]]] = {}
+
+    def before(module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        calls[id(module)] = arguments, named
+
+    def after(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        count(module, *calls.pop(id(module), (arguments, {})), output)
+
+    run_with_hooks(run, [one for one in model.modules() if _is_counted(one)], before=before, after=after)
+    return MultiplyAdds(*found)
+
+
+def _is_counted(module: nn.Module) -> bool:
+    kinds = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+    return isinstance(module, kinds) or affine_kind_of(module) is not None
+
+
+def _uses(module: nn.Module, inputs: list[Any], output: Any) -> Iterator[Use]:
+    """Yield the weights of a module, and how often each entry is multiplied in a call."""
+    if isinstance(module, nn.MultiheadAttention):
+        yield from _of_attention(module, inputs[:3])
+    elif isinstance(module, nn.RNNBase):
+        data = inputs[0].data if isinstance(inputs[0], PackedSequence) else inputs[0]
+        steps = data.numel() // data.shape[-1]
+        yield from ((one, steps) for one in _matrices(module))
+    elif isinstance(module, nn.RNNCellBase):
+        yield from ((one, inputs[0].numel() // inputs[0].shape[-1]) for one in _matrices(module))
+    elif isinstance(module, TRANSPOSED):
+        yield module.weight, inputs[0].numel() // module.in_channels
+    elif isinstance(module, CONVOLUTIONS):
+        yield module.weight, output.numel() // module.out_channels
+    elif (kind := affine_kind_of(module)) is not None:
+        weight = getattr(module, kind.weight)
+        yield weight, output.numel() // kind.matrix(weight).shape[0]
+    elif isinstance(module, nn.Linear):
+        yield module.weight, output.numel() // module.out_features
+
+
+def _matrices(module: nn.Module) -> list[Tensor]:
+    return [one for name, one in module.named_parameters(recurse=False) if name.startswith("weight")]
+
+
+def _of_attention(module: nn.MultiheadAttention, inputs: list[Any]) -> Iterator[Use]:
+    size = module.embed_dim
+    whole = module.in_proj_weight
+    parts = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight) if whole is None else whole.split(size)
+    rows = [one.numel() // one.shape[-1] for one in inputs]
+    yield from zip(parts, rows, strict=True)
+    yield module.out_proj.weight, rows[0]
