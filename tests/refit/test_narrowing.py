@@ -10,24 +10,11 @@ from lightning_roulette import Calibration, Codebook, LeastSquares, Mask
 from lightning_roulette.large.processes import Processes
 from lightning_roulette.refit import narrowing
 from lightning_roulette.refit.solvers import rounds
-from tests.support.grids import codes_of
+from tests.support.grids import is_on_grid
 from tests.support.networks import KINDS, case, changed, known, mask_of, numbers, related
 from tests.support.together import together
 
 VALUES = ["float16", "int8", Codebook(3)]
-
-
-def is_on_grid(weight: torch.Tensor, values) -> bool:
-    """Whether the values of a weight may be stored so. Its outputs are found by trying, as transposed forms differ."""
-    if values == "float16":
-        return torch.equal(weight.half().to(weight), weight)
-    if isinstance(values, Codebook):
-        return len(weight[weight != 0].unique()) <= 2**values.bits
-    ways = [weight, weight.transpose(0, 1)]
-    if len(weight) % 2 == 0:  # transposed, with two groups
-        ways.append(weight.unflatten(0, (2, -1)).transpose(1, 2).flatten(0, 1))
-    rows = [[codes_of(row)[0] for row in one.flatten(1)] for one in ways]
-    return any(all(int(codes.abs().max()) <= 127 for codes in its if len(codes)) for its in rows)
 
 
 def mlp() -> nn.Module:
