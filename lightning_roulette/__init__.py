@@ -24,6 +24,8 @@ from lightning_roulette.slim.files.compressed import load_compressed, load_mask,
 from lightning_roulette.slim.files.inspection import FileContents, StoredTensor, inspect
 from lightning_roulette.slim.files.weights import save_weights
 from lightning_roulette.slim.measuring.measure import Measured, measure
+from lightning_roulette.slim.sparse.converting import to_dense, to_sparse
+from lightning_roulette.slim.sparse.table import SparseLayer, SparseNetwork
 from lightning_roulette.values import Codebook
 from lightning_roulette.wheel.level import spin
 
@@ -58,6 +60,8 @@ __all__ = [
     "Scores",
     "SearchReport",
     "Singles",
+    "SparseLayer",
+    "SparseNetwork",
     "StopReason",
     "StoredTensor",
     "Tree",
@@ -79,6 +83,8 @@ __all__ = [
     "skipped_parameters",
     "sparsity",
     "spin",
+    "to_dense",
+    "to_sparse",
 ]
 
 

@@ -1,0 +1,1 @@
+"""Layers whose weights are stored as sparse tensors, where this makes them faster."""

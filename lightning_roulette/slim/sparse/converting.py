@@ -1,0 +1,195 @@
+"""`to_sparse`: sparse weights where they are faster. `to_dense` takes it back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_roulette.checks import check_number
+from lightning_roulette.slim.sparse.layers import Sparse, Way, padding_of, sparse_layer
+from lightning_roulette.slim.sparse.table import SparseLayer, SparseNetwork
+from lightning_roulette.slim.sparse.timing import medians
+
+_LEAST_SPARSITY = 0.5  # below it no format of sparse weights is faster
+_TOLERANCE = 1e-5  # of outputs, as a share of the largest
+
+Dense = nn.Linear | nn.Conv2d
+
+
+def to_sparse(model: nn.Module, example_input: Any, min_speedup: float = 1.1) -> SparseNetwork:
+    """Store weights as sparse tensors (CSR) where this makes a layer faster. Return the measured times.
+
+    Each linear layer and each convolution with one group is timed with a dense and with a sparse weight, on the input
+    that it gets for `example_input`. It is converted if the sparse weight is faster by `min_speedup` and gives the same
+    outputs, up to 1e-5 of the largest. The result holds for this machine, this number of threads and this batch size.
+    If the converted network is not faster than the dense one, all layers stay dense.
+
+    The model is changed in place, and is for inference afterwards: sparse weights are not trained. Its state dict has
+    the same names and dense values as before. `to_dense` converts it back. Pass `print(to_sparse(...))` to see a table.
+
+    Args:
+        model: A pruned network, on the CPU.
+        example_input: What the network is called with: a tensor, a tuple of arguments, or a mapping of keyword
+            arguments. Use the batch size of later use.
+        min_speedup: Smallest `dense time / sparse time` of a layer that is converted. At least 1.
+
+    Raises:
+        TypeError: If `model` is no module.
+        ValueError: If `min_speedup` is smaller than 1.
+
+    Example:
+        >>> from torch.nn.utils import prune
+        >>> model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+        >>> prune.remove(prune.random_unstructured(model[0], "weight", 0.99), "weight").weight.shape
+        torch.Size([512, 512])
+        >>> found = to_sparse(model, torch.rand(64, 512))
+        >>> print(f"{found.layers[0].sparsity:.2f}")
+        0.99
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, but must be a torch.nn.Module.")
+    check_number("min_speedup", min_speedup, at_least=1, remedy="1 converts every layer that is faster.")
+    with _evaluating(model):
+        run = _runner(model, example_input)
+        inputs = _inputs(model, run)
+        found = {layer: _measured(name, layer, model, inputs, min_speedup) for layer, name in _layers(model).items()}
+        places = {layer: ways for layer, (_, ways) in found.items() if ways is not None}
+        dense = run()
+        before = medians([run])[0]
+        _replace(model, places)
+        after, rows = medians([run])[0], tuple(row for row, _ in found.values())
+        if places and not (after < before and _alike(dense, run())):
+            to_dense(model)
+            why = "the whole network is not faster"
+            rows, after = tuple(_kept(row, why) for row in rows), before
+    return SparseNetwork(rows, before, after if places else before)
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Give every layer that `to_sparse` converted its dense weight again. Return the model, changed in place.
+
+    A layer is a new object. The parameters of its bias are the same as before.
+    """
+    _replace(model, {part: part.dense() for part in model.modules() if isinstance(part, Sparse)})
+    return model
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the model in evaluation mode, without gradients. Give each module its own mode back."""
+    training = {name: part.training for name, part in model.named_modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for name, part in model.named_modules():
+            part.training = training[name]
+
+
+def _runner(model: nn.Module, example: Any) -> Callable[[], Any]:
+    if isinstance(example, Mapping):
+        return lambda: model(**example)
+    return (lambda: model(*example)) if isinstance(example, tuple) else lambda: model(example)
+
+
+def _layers(model: nn.Module) -> dict[Dense, str]:
+    """Return the layers whose weight is theirs alone, with their names. Subclasses may use the weight in other ways."""
+    return {part: name for name, part in model.named_modules() if type(part) in (nn.Linear, nn.Conv2d)}
+
+
+def _inputs(model: nn.Module, run: Callable[[], Any]) -> dict[nn.Module, Tensor]:
+    """Return the largest input of each layer in one run of the network."""
+    found: dict[nn.Module, Tensor] = {}
+
+    def keep(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and (layer not in found or args[0].numel() > found[layer].numel()):
+            found[layer] = args[0].clone()
+
+    hooks = [layer.register_forward_pre_hook(keep) for layer in _layers(model)]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _measured(
+    name: str, layer: Dense, model: nn.Module, inputs: Mapping[nn.Module, Tensor], min_speedup: float
+) -> tuple[SparseLayer, Sparse | None]:
+    """Return the times of a layer, and the layer with a sparse weight if it is to be used."""
+    sparsity = float((layer.weight == 0).double().mean()) if layer.weight.numel() else 0.0
+    row = SparseLayer(name, tuple(layer.weight.shape), sparsity)
+    if reason := _refused(layer, model, inputs.get(layer), sparsity):
+        return replace(row, reason=reason), None
+    x = inputs[layer]
+    ways = [sparse_layer(layer, way) for way in get_args(Way)]
+    ways = [way for way in ways if _alike(layer(x), way(x))]
+    times = medians([lambda: layer(x), *(lambda way=way: way(x) for way in ways)])
+    dense, sparse = times[0], min(times[1:], default=None)
+    row = replace(row, dense=dense, sparse=sparse)
+    if sparse is None:
+        return replace(row, reason="the outputs differ"), None
+    if dense < min_speedup * sparse:
+        return replace(row, reason=f"not {min_speedup:g} times as fast"), None
+    return replace(row, converted=True), ways[times.index(sparse) - 1]
+
+
+def _refused(layer: Dense, model: nn.Module, x: Tensor | None, sparsity: float) -> str:
+    """Return why a layer cannot have a sparse weight, or an empty string."""
+    weight = layer.weight
+    users = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    modules = sum(part is layer for _, part in model.named_modules(remove_duplicate=False))
+    reasons = {
+        "it is the whole model": layer is model,
+        "few zeros": sparsity < _LEAST_SPARSITY,
+        "not called": x is None,
+        "not on the CPU": weight.device.type != "cpu",
+        f"its type is {str(weight.dtype).removeprefix('torch.')}": weight.dtype not in (torch.float32, torch.float64),
+        "its weight is shared": users[id(weight)] > modules,
+        "it has hooks or a parametrisation": bool(
+            layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or len(list(layer.children()))
+        ),
+        "it has groups, or padding that is not zeros or not equal on both sides": _unusual(layer),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _unusual(layer: Dense) -> bool:
+    if isinstance(layer, nn.Linear):
+        return False
+    reach = [dilation * (size - 1) for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)]
+    uneven = layer.padding == "same" and any(one % 2 for one in reach)
+    return layer.groups != 1 or uneven or (layer.padding_mode != "zeros" and any(padding_of(layer)))
+
+
+def _alike(first: Any, second: Any) -> bool:
+    """Whether outputs are equal up to 1e-5 of the largest entry of each tensor."""
+    if isinstance(first, Tensor):
+        if not first.is_floating_point() or not first.numel():
+            return torch.equal(first, second)
+        return bool((first - second).abs().max() <= _TOLERANCE * first.abs().max())
+    if isinstance(first, Mapping):
+        return all(_alike(first[key], second[key]) for key in first)
+    if isinstance(first, (tuple, list)):
+        return all(map(_alike, first, second))
+    return True
+
+
+def _replace(model: nn.Module, places: Mapping[Any, nn.Module]) -> None:
+    """Replace modules under all of their names."""
+    found = [(name, part) for name, part in model.named_modules(remove_duplicate=False) if part in places]
+    for name, part in found:
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, places[part])
+
+
+def _kept(row: SparseLayer, why: str) -> SparseLayer:
+    return replace(row, converted=False, reason=why) if row.converted else row
