@@ -85,8 +85,8 @@ def measure(model: nn.Module, example_input: Any) -> Measured:
     )
 
 
-def caller_of(model: nn.Module, example_input: Any) -> Callable[[int], Callable[[], Any]]:
-    """What makes a call of a network with a batch of the given size, made of the first sample.
+def caller_of(model: nn.Module, example_input: Any) -> Callable[[int | None], Callable[[], Any]]:
+    """What makes a call of a network with a batch of the given size, made of the first sample. None: with all samples.
 
     Raises:
         TypeError: If `example_input` is no tensor, tuple, list or mapping.
@@ -102,7 +102,7 @@ def caller_of(model: nn.Module, example_input: Any) -> Callable[[int], Callable[
     if any(isinstance(one, Tensor) and (one.dim() == 0 or len(one) == 0) for one in tensors):
         raise ValueError("example_input has a tensor without samples. Its first dimension must be the batch.")
 
-    def call(size: int) -> Callable[[], Any]:
+    def call(size: int | None) -> Callable[[], Any]:
         if isinstance(given, Mapping):
             named = {name: _batch(one, size) for name, one in given.items()}
             return lambda: model(**named)
@@ -124,6 +124,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _batch(one: Any, size: int) -> Any:
-    """A batch of the first sample."""
-    return torch.cat([one[:1]] * size) if isinstance(one, Tensor) else one
+def _batch(one: Any, size: int | None) -> Any:
+    """A batch of the first sample. None: all samples."""
+    return torch.cat([one[:1]] * size) if isinstance(one, Tensor) and size is not None else one

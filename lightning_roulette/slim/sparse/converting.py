@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_roulette.checks import check_number
+from lightning_roulette.network.hooks import run_with_hooks
+from lightning_roulette.slim.measuring.measure import caller_of, evaluating
+from lightning_roulette.slim.measuring.timing import latencies
 from lightning_roulette.slim.sparse.layers import Sparse, Way, padding_of, sparse_layer
 from lightning_roulette.slim.sparse.table import SparseLayer, SparseNetwork
-from lightning_roulette.slim.sparse.timing import medians
 
 _LEAST_SPARSITY = 0.5  # below it no format of sparse weights is faster
 _TOLERANCE = 1e-5  # of outputs, as a share of the largest
+_SECONDS = 0.05  # for each way to multiply a weight
 
 Dense = nn.Linear | nn.Conv2d
 
@@ -35,13 +38,13 @@ def to_sparse(model: nn.Module, example_input: Any, min_speedup: float = 1.1) ->
 
     Args:
         model: A pruned network, on the CPU.
-        example_input: What the network is called with: a tensor, a tuple of arguments, or a mapping of keyword
+        example_input: What the network is called with: a tensor, a tuple or list of arguments, or a mapping of named
             arguments. Use the batch size of later use.
         min_speedup: Smallest `dense time / sparse time` of a layer that is converted. At least 1.
 
     Raises:
-        TypeError: If `model` is no module.
-        ValueError: If `min_speedup` is smaller than 1.
+        TypeError: If `model` is no module, or `example_input` is none of these.
+        ValueError: If `min_speedup` is smaller than 1, or `example_input` has no sample.
 
     Example:
         >>> from torch.nn.utils import prune
@@ -55,20 +58,21 @@ def to_sparse(model: nn.Module, example_input: Any, min_speedup: float = 1.1) ->
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, but must be a torch.nn.Module.")
     check_number("min_speedup", min_speedup, at_least=1, remedy="1 converts every layer that is faster.")
-    with _evaluating(model):
-        run = _runner(model, example_input)
-        inputs = _inputs(model, run)
+    call = caller_of(model, example_input)(None)
+    with evaluating(model):
+        inputs = _inputs(model, call)
         found = {layer: _measured(name, layer, model, inputs, min_speedup) for layer, name in _layers(model).items()}
-        places = {layer: ways for layer, (_, ways) in found.items() if ways is not None}
-        dense = run()
-        before = medians([run])[0]
-        _replace(model, places)
-        after, rows = medians([run])[0], tuple(row for row, _ in found.values())
-        if places and not (after < before and _alike(dense, run())):
-            to_dense(model)
-            why = "the whole network is not faster"
-            rows, after = tuple(_kept(row, why) for row in rows), before
-    return SparseNetwork(rows, before, after if places else before)
+        dense, before = _run(call), _seconds(call)
+    places = {layer: way for layer, (_, way) in found.items() if way is not None}
+    _replace(model, places)
+    with evaluating(model):
+        after = _seconds(call) if places else before
+        worse = bool(places) and not (after < before and _alike(dense, _run(call)))
+    rows = tuple(row for row, _ in found.values())
+    if not worse:
+        return SparseNetwork(rows, before, after)
+    to_dense(model)
+    return SparseNetwork(tuple(_kept(row, "the whole network is not faster") for row in rows), before, before)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -80,23 +84,13 @@ def to_dense(model: nn.Module) -> nn.Module:
     return model
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the model in evaluation mode, without gradients. Give each module its own mode back."""
-    training = {name: part.training for name, part in model.named_modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for name, part in model.named_modules():
-            part.training = training[name]
+def _run(call: Callable[[], Any]) -> Any:
+    with torch.no_grad():
+        return call()
 
 
-def _runner(model: nn.Module, example: Any) -> Callable[[], Any]:
-    if isinstance(example, Mapping):
-        return lambda: model(**example)
-    return (lambda: model(*example)) if isinstance(example, tuple) else lambda: model(example)
+def _seconds(call: Callable[[], object]) -> float:
+    return latencies({"network": call})["network"].seconds
 
 
 def _layers(model: nn.Module) -> dict[Dense, str]:
@@ -104,20 +98,16 @@ def _layers(model: nn.Module) -> dict[Dense, str]:
     return {part: name for name, part in model.named_modules() if type(part) in (nn.Linear, nn.Conv2d)}
 
 
-def _inputs(model: nn.Module, run: Callable[[], Any]) -> dict[nn.Module, Tensor]:
+def _inputs(model: nn.Module, call: Callable[[], Any]) -> dict[nn.Module, Tensor]:
     """Return the largest input of each layer in one run of the network."""
     found: dict[nn.Module, Tensor] = {}
 
-    def keep(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor) and (layer not in found or args[0].numel() > found[layer].numel()):
-            found[layer] = args[0].clone()
+    def keep(layer: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        x = args[0] if args else named.get("input")
+        if isinstance(x, Tensor) and (layer not in found or x.numel() > found[layer].numel()):
+            found[layer] = x.clone()
 
-    hooks = [layer.register_forward_pre_hook(keep) for layer in _layers(model)]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run_with_hooks(call, _layers(model), before=keep)
     return found
 
 
@@ -129,17 +119,19 @@ def _measured(
     row = SparseLayer(name, tuple(layer.weight.shape), sparsity)
     if reason := _refused(layer, model, inputs.get(layer), sparsity):
         return replace(row, reason=reason), None
-    x = inputs[layer]
-    ways = [sparse_layer(layer, way) for way in get_args(Way)]
-    ways = [way for way in ways if _alike(layer(x), way(x))]
-    times = medians([lambda: layer(x), *(lambda way=way: way(x) for way in ways)])
-    dense, sparse = times[0], min(times[1:], default=None)
+    x, ways = inputs[layer], {way: sparse_layer(layer, way) for way in get_args(Way)}
+    with torch.no_grad():
+        ways = {way: one for way, one in ways.items() if _alike(layer(x), one(x))}
+    calls = {"dense": layer, **ways}
+    times = latencies({name: partial(one, x) for name, one in calls.items()}, _SECONDS)
+    dense, best = times["dense"].seconds, min(ways, key=lambda way: times[way].seconds, default=None)
+    sparse = None if best is None else times[best].seconds
     row = replace(row, dense=dense, sparse=sparse)
-    if sparse is None:
+    if best is None or sparse is None:
         return replace(row, reason="the outputs differ"), None
     if dense < min_speedup * sparse:
         return replace(row, reason=f"not {min_speedup:g} times as fast"), None
-    return replace(row, converted=True), ways[times.index(sparse) - 1]
+    return replace(row, converted=True), ways[best]
 
 
 def _refused(layer: Dense, model: nn.Module, x: Tensor | None, sparsity: float) -> str:
@@ -187,6 +179,7 @@ def _replace(model: nn.Module, places: Mapping[Any, nn.Module]) -> None:
     """Replace modules under all of their names."""
     found = [(name, part) for name, part in model.named_modules(remove_duplicate=False) if part in places]
     for name, part in found:
+        places[part].train(part.training)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, places[part])
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable, Iterable, Mapping
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_roulette import to_dense, to_sparse
+from lightning_roulette.slim.measuring.timing import Latency
 from lightning_roulette.slim.sparse import converting
 from lightning_roulette.slim.sparse.layers import Sparse, sparse_layer
-from lightning_roulette.slim.sparse.timing import medians
 
 
 def pruned(layer: nn.Module, zeros: float = 0.9) -> nn.Module:
@@ -24,12 +25,22 @@ def pruned(layer: nn.Module, zeros: float = 0.9) -> nn.Module:
     return layer
 
 
+def clocked(monkeypatch: pytest.MonkeyPatch, layers: Iterable[dict[str, float]], networks: Iterable[float]) -> None:
+    """Let layers and networks take these times: one entry for each that is timed."""
+    of_layers, of_networks = iter(layers), iter(networks)
+
+    def latencies(calls: Mapping[str, Callable[[], object]], seconds: float = 0) -> dict[str, Latency]:
+        known = {"network": next(of_networks)} if "network" in calls else next(of_layers)
+        return {name: Latency(known[name], 0, 1) for name in calls}
+
+    monkeypatch.setattr(converting, "latencies", latencies)
+
+
 @pytest.fixture
 def faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sparse layers take half of the time: first as columns, then as rows, by turns. So does the network afterwards."""
-    networks = itertools.cycle([1.0, 0.5])
-    ways = itertools.cycle([[1.0, 0.5, 0.75], [1.0, 0.75, 0.5]])
-    monkeypatch.setattr(converting, "medians", lambda runs: [next(networks)] if len(runs) == 1 else next(ways))
+    first, second = ({"dense": 1.0, "columns": 0.5, "rows": 0.75}, {"dense": 1.0, "columns": 0.75, "rows": 0.5})
+    clocked(monkeypatch, itertools.cycle([first, second]), itertools.cycle([1.0, 0.5]))
 
 
 def network() -> nn.Module:
@@ -176,15 +187,11 @@ def test_layers_that_cannot_have_a_sparse_weight_are_named_with_the_reason():
 
 
 @pytest.mark.parametrize(
-    ("times", "network_times", "reason"),
-    [
-        ([1.0, 0.95, 2.0], [1.0], "not 1.1 times as fast"),
-        ([1.0, 0.5, 2.0], [1.0, 1.0], "the whole network is not faster"),
-    ],
+    ("columns", "networks", "reason"),
+    [(0.95, [1.0], "not 1.1 times as fast"), (0.5, [1.0, 1.0], "the whole network is not faster")],
 )
-def test_what_is_not_faster_stays_dense(monkeypatch, times, network_times, reason):
-    answers = iter([*network_times, *network_times[:1]])
-    monkeypatch.setattr(converting, "medians", lambda runs: [next(answers)] if len(runs) == 1 else times)
+def test_what_is_not_faster_stays_dense(monkeypatch, columns, networks, reason):
+    clocked(monkeypatch, itertools.repeat({"dense": 1.0, "columns": columns, "rows": 2.0}), networks)
     model = network()
     found = to_sparse(model, IMAGES)
     assert {layer.reason for layer in found.layers} == {reason}
@@ -195,7 +202,7 @@ def test_what_is_not_faster_stays_dense(monkeypatch, times, network_times, reaso
 
 def test_wrong_sparse_outputs_are_not_used(monkeypatch):
     monkeypatch.setattr(Sparse, "_product", lambda self, rows: rows @ self.weight.flatten(1).t() + 0.1)
-    monkeypatch.setattr(converting, "medians", lambda runs: [1.0] * len(runs))
+    clocked(monkeypatch, itertools.repeat({"dense": 1.0}), [1.0])
     found = to_sparse(network(), IMAGES)
     assert {layer.reason for layer in found.layers} == {"the outputs differ"}
 
@@ -208,13 +215,6 @@ def test_each_module_is_in_its_own_mode_again():
     assert [part.training for part in model.modules()] == [True, True, False, True]
 
 
-def test_times_are_medians_of_runs_by_turns():
-    now, order = itertools.count(), []
-    found = medians([lambda: order.append("a"), lambda: (order.append("b"), next(now))], clock=lambda: next(now))
-    assert found == [1, 2]
-    assert order == ["a", "b"] * (len(order) // 2)
-
-
 def test_half_precision_and_a_single_layer_stay_dense():
     assert to_sparse(pruned(nn.Linear(8, 8)), torch.rand(2, 8)).layers[0].reason == "it is the whole model"
     model = pruned(nn.Sequential(nn.Linear(8, 8))).bfloat16()
@@ -224,6 +224,8 @@ def test_half_precision_and_a_single_layer_stay_dense():
 def test_bad_arguments_are_named():
     with pytest.raises(TypeError, match="model is a dict"):
         to_sparse({}, IMAGES)
+    with pytest.raises(TypeError, match="example_input is of type int"):
+        to_sparse(network(), 3)
     with pytest.raises(ValueError, match="min_speedup is 0.5, but must be at least 1"):
         to_sparse(network(), IMAGES, min_speedup=0.5)
 
