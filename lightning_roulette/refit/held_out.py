@@ -51,6 +51,20 @@ class HeldOutRows:
         with full_precision(matrix.device):
             return self._mean(sum(_squares(x @ matrix.to(x.dtype).mT - y) for x, y in self._parts))
 
+    def output_variance(self, like: Tensor) -> float:
+        """Variance of the wanted outputs over the rows, summed over outputs and groups.
+
+        Args:
+            like: A tensor of shape `(groups, outputs)`.
+        """
+        sums, squares = torch.zeros_like(like), torch.zeros_like(like)
+        for _, y in self._parts:
+            sums += y.to(like.dtype).sum(1)
+            squares += y.to(like.dtype).square().sum(1)
+        sums, squares = self.processes.add(sums, squares)
+        rows = max(1, self.rows)
+        return float((squares / rows - (sums / rows).square()).clamp(min=0).sum())
+
     def over(self, processes: Processes) -> HeldOutRows:
         """Return the rows of all processes, of which each keeps its own. All processes call this."""
         if processes.ranks == 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_roulette.large.processes import ONE_PROCESS, Processes
 from lightning_roulette.network.layers import Layer
-from lightning_roulette.refit.gram import GramSums, LayerSums
+from lightning_roulette.refit.gram import LayerSums
 from lightning_roulette.refit.nearest import nearest, own_levels
 from lightning_roulette.refit.solvers.cholesky import DampedGram
 from lightning_roulette.refit.solvers.grid import Grid
@@ -19,7 +19,8 @@ from lightning_roulette.refit.solvers.rounding import Problem
 from lightning_roulette.refit.solvers.rounds import rounded
 from lightning_roulette.values import Codebook
 
-_PRICE = 0.02  # of a bit of one weight of all: this share of the power of the layer's outputs
+_PRICE = 0.02  # of one bit of all weights on average: this share of the variance of the layer's outputs
+_MOST_SPENT = 4  # prices of a bit for each weight, by which the error may exceed that of the nearest values
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,7 @@ class Narrowing:
     def refitted(self, layer: Layer, tensors: Mapping[str, Tensor], matrix: Tensor, sums: LayerSums) -> Tensor:
         """Return a layer's matrix with its weights rounded so that its outputs change least.
 
-        It is the nearest values if their error on the held-out rows is smaller.
+        It is the nearest values if their error on the held-out rows is smaller by far more than the bits are worth.
 
         Args:
             layer: See `of_layer`.
@@ -79,19 +80,22 @@ class Narrowing:
         plain = self.of_layer(layer, tensors, matrix)
         if self.values in ("float32", "float16") or not sums.finite or not sums.fit.rows:
             return plain
-        problem = self._problem(layer, matrix, sums.fit)
+        problem = self._problem(layer, matrix, sums)
         grids = [self._grid(problem, part) for part in _parts(layer, tensors)]
         found = rounded(problem, grids, self.processes)
-        worse = sums.held_out.rows and not sums.held_out.error(found) <= sums.held_out.error(plain)
-        return plain if worse else found
+        worth = float((problem.prices * problem.rounded.sum(2)).sum()) / sums.fit.rows
+        most = sums.held_out.error(plain) + _MOST_SPENT * worth
+        return found if sums.held_out.error(found) <= most else plain
 
-    def _problem(self, layer: Layer, matrix: Tensor, sums: GramSums) -> Problem:
+    def _problem(self, layer: Layer, matrix: Tensor, sums: LayerSums) -> Problem:
         entries, free = matrix != 0, torch.zeros_like(matrix, dtype=torch.bool)
         if layer.bias is not None:
             free[..., -1] = entries[..., -1]
             entries[..., -1] = False
-        prices = matrix.new_full(matrix.shape[:2], _PRICE * float(sums.power.sum()) / max(1, self.weights))
-        return Problem(DampedGram(sums.gram, self.damping).damped, matrix, entries, free, prices)
+        # the mean of an output is no information: a bias or a normalisation takes it away
+        variance = sums.held_out.output_variance(matrix[..., 0]) * sums.fit.rows
+        prices = matrix.new_full(matrix.shape[:2], _PRICE * variance / max(1, self.weights))
+        return Problem(DampedGram(sums.fit.gram, self.damping).damped, matrix, entries, free, prices)
 
     def _grid(self, problem: Problem, part: _Part) -> Grid:
         kind = part.weight.dtype

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_roulette import LeastSquares, Mask, RouletteWheelPruning, Tree, Validation, Wheel, prunable_parameters
+from lightning_roulette import (
+    Codebook,
+    LeastSquares,
+    Mask,
+    RouletteWheelPruning,
+    Tree,
+    Validation,
+    Wheel,
+    prunable_parameters,
+)
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIG = EXAMPLES / "pruned.yaml"
@@ -115,6 +124,8 @@ def test_every_argument_is_read(cli, tmp_path, source):
         ("refit=null", "refit", None),
         ("refit=batch_norm", "refit", "batch_norm"),
         ("refit.damping=0.25", "refit", LeastSquares(damping=0.25)),
+        ("refit.values=int8", "refit", LeastSquares(values="int8")),
+        ("refit.values={bits: 5}", "refit", LeastSquares(values=Codebook(5))),
         ("tolerance=.inf", "tolerance", float("inf")),
         ("monitor=null", "monitor", None),
         ("wheel={sharpness: .inf, importance: lamp}", "wheel", Wheel(sharpness=float("inf"), importance="lamp")),
