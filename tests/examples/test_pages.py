@@ -13,6 +13,7 @@ from lightning_roulette import LeastSquares, RouletteWheelPruning, Tree, Validat
 from tests.support.pages import NOT_RUN, PAGES, PROJECT, QuickTrainer, blocks, fitted, reader, run, text_of
 
 ELSEWHERE = {"docs/huggingface.md"}  # its code runs in test_huggingface.py, with transformers
+NEEDS = {"docs/microcontroller.md": "tflite_micro"}  # pages whose code needs an extra
 WITH_CODE = [page for page in PAGES if blocks(page, "python") and page not in ELSEWHERE]
 RESULT = ["", "val_acc on all validation data (half of it", "On the held-out half, which", "Stopped: ", "Time: "]
 
@@ -35,7 +36,7 @@ def of_checkpoint(names: dict) -> None:
 
 
 def of_microcontroller(names: dict) -> None:
-    assert sorted(os.listdir("firmware")) == ["digits.c", "digits.h"]
+    assert sorted(os.listdir("firmware")) == ["digits.c", "digits.h", "digits.tflite"]
     assert names["exported"].scores is not None
 
 
@@ -88,6 +89,8 @@ def quick(monkeypatch, tmp_path):
 @pytest.mark.filterwarnings("ignore")  # of lightning, for a folder of checkpoints that is not empty
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_every_block_of_python_runs_and_prunes(quick, pruning, page):
+    if page in NEEDS:
+        pytest.importorskip(NEEDS[page], reason="needs an extra that `make test` installs")
     names = reader(pruning)
     for block in blocks(page, "python"):
         if block.text.startswith(NOT_RUN):

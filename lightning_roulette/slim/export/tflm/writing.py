@@ -108,8 +108,8 @@ def _stored(one: Linear | Conv2d, tensor: StoredTensor, found: Packed) -> Stored
 def _notes(integers: IntegerProgram, plain: Packed, found: Packed) -> tuple[str, ...]:
     given, made = (integers.scales[one.name] for one in (integers.program.input, integers.program.output))
     notes = [
-        f"The input is int8: round(x / {given.scale:.9g}) + {given.zero_point}, images with channels last. The output "
-        f"is {made.scale:.9g} * (y - {made.zero_point}).",
+        f"The input is int8: round(x / {given.scale:.9g}) {_signed(given.zero_point)}, images with channels last. The "
+        f"output is {made.scale:.9g} * (y {_signed(-made.zero_point)}).",
         "The memory is the arena, by the runtime on this machine; with pointers of 32 bits it is less.",
     ]
     if found.parts:
@@ -121,3 +121,7 @@ def _notes(integers: IntegerProgram, plain: Packed, found: Packed) -> tuple[str,
     if left:
         notes.append(f"Plain because of max_ram: {', '.join(left)}. format='c' decodes no weights into memory.")
     return tuple(notes)
+
+
+def _signed(number: int) -> str:
+    return f"{'-' if number < 0 else '+'} {abs(number)}"

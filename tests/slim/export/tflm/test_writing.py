@@ -15,6 +15,12 @@ from lightning_roulette.slim.export.trace import trace
 from tests.slim.export.tflm.running import loads
 from tests.support import devices
 
+PARAMETERS = ("scales", "zero_points")
+
+
+def load_file(path):
+    return runtime().Interpreter.from_bytes(path.read_bytes(), arena_size=1 << 20)
+
 
 def test_a_missing_extra_is_named_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tflite_micro", None)
@@ -115,6 +121,15 @@ class TestWithTheRuntime:
         with pytest.raises(ValueError, match=message):
             exported(tmp_path, **options)
         assert list(tmp_path.iterdir()) == []
+
+    def test_the_scales_of_input_and_output_are_said(self, tmp_path):
+        found = exported(tmp_path)
+        details = load_file(found.files[0])
+        (scale,), (zero,) = (details.get_input_details(0)["quantization_parameters"][key] for key in PARAMETERS)
+        assert zero > 0
+        assert f"The input is int8: round(x / {scale:.9g}) + {zero}, images with channels last." in str(found)
+        (scale,), (zero,) = (details.get_output_details(0)["quantization_parameters"][key] for key in PARAMETERS)
+        assert f"The output is {scale:.9g} * (y {'-' if zero > 0 else '+'} {abs(zero)})." in str(found)
 
     def test_a_network_that_is_not_pruned_is_not_encoded(self, tmp_path):
         found = exported(tmp_path, "residual", kept=1.0)
