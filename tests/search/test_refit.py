@@ -449,7 +449,7 @@ def test_the_network_is_bit_for_bit_as_before(each_level, training):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize(
-    ("who", "when"), [*(("evaluator", when) for when in (1, 8, 12, 30)), *(("network", when) for when in (1, 3, 6, 16))]
+    ("who", "when"), [*(("evaluator", when) for when in (1, 8, 12, 30)), *(("network", when) for when in (1, 3, 8, 20))]
 )
 def test_the_network_is_bit_for_bit_as_before_when_something_fails(who, when, error):
     net = Failing(*network()).train()
