@@ -14,15 +14,19 @@ from tests.support.grids import is_on_grid
 from tests.support.networks import KINDS, case, changed, known, mask_of, numbers, related
 from tests.support.together import together
 
-VALUES = ["float16", "int8", Codebook(3)]
-
 
 def mlp() -> nn.Module:
     return known(nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 5)))
 
 
-@pytest.mark.parametrize("values", VALUES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        *((kind, "int8") for kind in KINDS),
+        *((kind, Codebook(3)) for kind in ("mlp", "decoder", "attention", "gru")),
+        *((kind, "float16") for kind in ("conv", "lstm")),
+    ],
+)
 def test_all_weights_are_rounded_and_no_survivor_is_lost(kind, values):
     net, batches, mask = case(kind)
     plain = Calibration(net, batches).refit(mask)
@@ -108,8 +112,10 @@ def test_a_network_that_is_pruned_already_is_rounded_by_its_own_zeros():
     assert 0 < float(change.square().mean()) < 0.05 * float(slim(batches[0]).var().detach())
 
 
-@pytest.mark.parametrize("values", ["int8", Codebook(3)], ids=str)
-@pytest.mark.parametrize(("kind", "shared"), [("mlp", False), ("conv", True), ("attention", True)])
+@pytest.mark.parametrize(
+    ("kind", "values", "shared"),
+    [("mlp", Codebook(3), False), ("conv", "int8", True), ("attention", Codebook(3), True)],
+)
 def test_processes_round_alike_and_as_one_process(kind, values, shared, monkeypatch):
     torch.backends.mha.set_fastpath_enabled(False)
     monkeypatch.setattr(rounds, "worth_sharing", lambda work, entries, ranks: shared and ranks > 1)

@@ -8,8 +8,8 @@
 - Again one at a time: each weight is rounded to the value that is best for the others as they are (Behdin et al.,
   "QuantEase", arXiv:2309.01885), in several sweeps over all weights.
 
-The value of a weight is chosen by the error and by the bits that its code costs (Conzelmann and Bamler, "CERWU",
-arXiv:2505.18758).
+The value of a weight is chosen by the error and by the bits that its code costs (Conzelmann and Bamler, "Reducing
+storage of pretrained neural networks by rate-constrained quantization and entropy coding", arXiv:2505.18758).
 """
 
 from __future__ import annotations
