@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -168,7 +168,7 @@ def _fewer(
     groups = _groups(batches)
     wholes = [_whole(group) for group in groups]
     first = next((pair for pair in zip(groups, wholes, strict=True) if len(pair[1]) < len(pair[0])), None)
-    alike = first is not None and _gives_the_same(validation, module, *first)
+    alike = first is not None and all(_gives_the_same(validation, module, *pair) for pair in _first_two_and_all(*first))
     return [one for whole in wholes for one in whole] if trainer.strategy.broadcast(alike) else list(batches)
 
 
@@ -189,6 +189,13 @@ def _groups(batches: Sequence[Any]) -> list[list[Any]]:
             groups.append([batch])
             size = bytes_of(batch)
     return groups
+
+
+def _first_two_and_all(group: list[Any], whole: list[Any]) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Yield neighbouring batches and what they are joined to: two of them, which take little time, and then all."""
+    if len(group) > 2:
+        yield group[:2], _whole(group[:2])
+    yield group, whole
 
 
 def _whole(group: list[Any]) -> list[Any]:

@@ -806,6 +806,16 @@ def test_batches_are_joined_to_eighths_where_the_network_takes_them_so(searched,
     assert pruning.report.importance == "sensitivity"
 
 
+@pytest.mark.parametrize("mixes", [True, False])
+def test_two_batches_are_joined_before_more_are(searched, mixes):
+    module = Sizes()
+    module.mixes = mixes
+    searched(module, train=train_loader(batch_size=5), val=val_loader(20))
+    ran = [len(x) for x in module.calibrated]
+    assert 10 in ran
+    assert (max(ran) > 10) != mixes
+
+
 def test_nothing_is_joined_where_no_layer_is_asked_what_it_is_given(searched):
     module = Calibrated()
     pruning = searched(module, refit=None, at_epoch=[1], branches=None, max_epochs=2)
