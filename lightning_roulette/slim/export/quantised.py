@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,10 +14,12 @@ from lightning_roulette.slim.export.operations import (
     Add,
     Conv2d,
     Linear,
+    Operation,
     Pad,
     Pool2d,
     Program,
     Reshape,
+    Value,
 )
 from lightning_roulette.slim.export.reference import every_value
 
@@ -29,6 +34,8 @@ def quantise(program: Program, calibration: Tensor) -> IntegerProgram:
 
     Values: asymmetric, one scale each, from the smallest and the largest entry over the calibration inputs. Zero is
     always exact. Weights: symmetric, one scale for each output, so that a weight of zero stays zero. Biases: 32 bits.
+    A mean over a whole image becomes a depthwise convolution where it is much smaller than its inputs: a pooling has
+    one scale on both sides, in which such a mean would have few steps.
 
     Args:
         program: The program.
@@ -38,6 +45,7 @@ def quantise(program: Program, calibration: Tensor) -> IntegerProgram:
         ValueError: If a value or a weight is not finite.
     """
     ranges = _ranges(program, calibration)
+    program = _with_fine_means(program, ranges)
     scales = {program.input.name: _scale(*ranges[program.input.name])}
     weights: dict[str, IntegerWeights] = {}
     for one in program.operations:
@@ -51,6 +59,30 @@ def quantise(program: Program, calibration: Tensor) -> IntegerProgram:
             weights[name] = _weights(one, scales[one.input.name].scale)
             scales[name] = _scale(*ranges[name], at_least=_least(weights[name], scales[one.input.name].scale))
     return IntegerProgram(program, scales, weights)
+
+
+def _with_fine_means(program: Program, ranges: Mapping[str, tuple[float, float]]) -> Program:
+    """Return a program in which means over images have a scale of their own where it is finer by more than half."""
+
+    def width(value: Value) -> float:
+        return ranges[value.name][1] - ranges[value.name][0]
+
+    def fine(one: Operation) -> Operation:
+        if isinstance(one, Pool2d) and _whole_mean(one) and 2 * width(one.output) < width(one.input):
+            return _as_conv(one)
+        return one
+
+    return replace(program, operations=tuple(map(fine, program.operations)))
+
+
+def _whole_mean(pool: Pool2d) -> bool:
+    return pool.kind == "mean" and pool.kernel == pool.input.shape[1:] and not any(pool.padding)
+
+
+def _as_conv(mean: Pool2d) -> Conv2d:
+    channels, height, width = mean.input.shape
+    weight = torch.full((channels, 1, height, width), 1 / (height * width))
+    return Conv2d(mean.input, mean.output, mean.output.name, weight, torch.zeros(channels), groups=channels)
 
 
 def _ranges(program: Program, calibration: Tensor) -> dict[str, tuple[float, float]]:

@@ -37,11 +37,13 @@ def unpacked(one, shape):
                 place += bits.rice(one.gap_bits)
                 row[place] = next(values)
                 place += 1
+        elif one.form == "constant":
+            row[:] = one.values[0]
         else:
             for column in range(shape[1]):
                 if one.form == "dense" or bits.bit():
                     row[column] = next(values)
-    assert not list(values)
+    assert one.form == "constant" or not list(values)
     return rows
 
 
@@ -52,6 +54,11 @@ def test_every_form_can_be_read_back(rows, columns, kept, seed):
     weight = chance.integers(1, 127, (rows, columns)).astype(np.int8) * (chance.random((rows, columns)) < kept)
     for form in (dense, in_bitmap, in_gaps, packed):
         assert np.array_equal(unpacked(form(weight), weight.shape), weight)
+
+
+def test_equal_weights_are_stored_once():
+    one = packed(np.full((4, 1, 3, 3), 127, np.int8))
+    assert (one.form, one.size) == ("constant", 1)
 
 
 def test_gaps_as_literals():
@@ -65,7 +72,7 @@ def test_gaps_as_literals():
 @pytest.mark.parametrize(("kept", "form"), [(1.0, "dense"), (0.95, "dense"), (0.5, "bitmap"), (0.04, "gaps")])
 def test_the_smallest_form_is_taken(kept, form):
     chance = np.random.default_rng(0)
-    weight = np.where(chance.random((50, 200)) < kept, 5, 0).astype(np.int8)
+    weight = np.where(chance.random((50, 200)) < kept, chance.integers(1, 9, (50, 200)), 0).astype(np.int8)
     found = packed(weight)
     assert found.form == form
     assert found.size == min(one(weight).size for one in (dense, in_bitmap, in_gaps))

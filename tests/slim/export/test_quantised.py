@@ -140,6 +140,16 @@ def test_a_mean_is_rounded_away_from_zero():
     assert run_as_floats(found, x).tolist() == [[-2.0, 2.0], [-1.0, 0.0]]
 
 
+@pytest.mark.parametrize(("height", "layer"), [(6.0, Conv2d), (1.0, Pool2d)])
+def test_a_mean_far_below_its_inputs_has_a_scale_of_its_own(height, layer):
+    x = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x[:, :, 0, 0] *= height
+    found = quantise(trace(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), x), x)
+    assert type(found.program.operations[0]) is layer
+    error = (run_as_floats(found, x) - x.mean((2, 3))).abs().max()
+    assert error <= (0.7 / 255 if layer is Pool2d else 0.7 * x.mean((2, 3)).max() / 255 + 0.3 * 6 / 255)
+
+
 def test_calibration_inputs_that_are_not_finite_are_refused():
     program = trace(nn.Linear(2, 2), torch.ones(1, 2))
     with pytest.raises(ValueError, match="'input' of the network is not finite"):

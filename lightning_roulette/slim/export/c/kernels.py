@@ -132,6 +132,10 @@ _ROW: dict[Form, str] = {
         for (column = 0; column < layer->columns; column++)
             TERM
 """,
+    "constant": """\
+        for (column = 0; column < layer->columns; column++)
+            TERM
+""",
     "bitmap": """\
         for (column = 0; column < layer->columns; column++)
             if (bit(&positions))
@@ -349,6 +353,6 @@ def finished(values: Values) -> str:
 
 
 def _formed(text: str, form: Form, term: str) -> str:
-    opened = "" if form == "dense" else _OPENED
-    row = _ROW[form].replace("TERM", term)
+    opened = _OPENED if form in ("bitmap", "gaps") else ""
+    row = _ROW[form].replace("TERM", term.replace("*value++", "*value") if form == "constant" else term)
     return text.replace("FORM", form).replace("OPENED", opened).replace("ROW", row)

@@ -8,21 +8,21 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Form = Literal["dense", "bitmap", "gaps"]
+Form = Literal["dense", "constant", "bitmap", "gaps"]
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
     """The weights of a layer, row by row.
 
-    `dense`: all weights. `bitmap`: a bit for each weight, most significant bit of a byte first, and the weights that
-    are not zero. `gaps`: for each row the number of its weights that are not zero, then for each of them the number of
-    zeros before it; all in Rice codes, and the weights that are not zero. The Rice code of a number `n` with `b` low
-    bits is `n >> b` ones, a zero, and the low bits.
+    `dense`: all weights. `constant`: one weight, to which all are equal. `bitmap`: a bit for each weight, most
+    significant bit of a byte first, and the weights that are not zero. `gaps`: for each row the number of its weights
+    that are not zero, then for each of them the number of zeros before it; all in Rice codes, and the weights that are
+    not zero. The Rice code of a number `n` with `b` low bits is `n >> b` ones, a zero, and the low bits.
 
     Attributes:
-        form: Which of the three.
-        positions: The bits, in bytes; empty if dense.
+        form: Which of the four.
+        positions: The bits, in bytes; empty if dense or constant.
         values: The weights that are stored.
         count_bits: Low bits of the Rice code of numbers of weights, for gaps.
         gap_bits: Low bits of the Rice code of gaps.
@@ -41,12 +41,14 @@ class Packed:
 
 
 def packed(weight: NDArray[np.generic]) -> Packed:
-    """Return weights in the smallest of the three forms.
+    """Return weights in the smallest form.
 
     Args:
         weight: Shape `(outputs, ...)`.
     """
     rows = weight.reshape(len(weight), -1)
+    if (rows == rows[0, 0]).all():
+        return Packed("constant", np.zeros(0, np.uint8), rows[0, :1])
     forms = (dense(rows), in_bitmap(rows), in_gaps(rows))
     return min(forms, key=lambda one: one.size)
 

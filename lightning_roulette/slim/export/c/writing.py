@@ -40,7 +40,8 @@ def write(program: Program, path: Path, *, calibration: Tensor | None, values: V
         ValueError: If `values` is unknown, if calibration inputs are missing, or if the name is no name in C.
     """
     check_choice("values", values, ("int8", "float32"))
-    name, source = _function(path), Source(program, _integers(program, calibration, values))
+    name, integers = _function(path), _integers(program, calibration, values)
+    source = Source(program if integers is None else integers.program, integers)
     texts = written(source, name)
     files = (path.with_name(f"{name}.c"), path.with_name(f"{name}.h"))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,7 @@ def write(program: Program, path: Path, *, calibration: Tensor | None, values: V
         part.replace(file)
     layers = tuple(
         _stored(source, one, table)
-        for one, table in zip(program.operations, texts.tables, strict=True)
+        for one, table in zip(source.program.operations, texts.tables, strict=True)
         if isinstance(one, (Linear, Conv2d))
     )
     return Exported(
