@@ -19,7 +19,7 @@ from lightning_roulette.refit.solvers.rounding import Problem
 from lightning_roulette.refit.solvers.rounds import rounded
 from lightning_roulette.values import Codebook
 
-_PRICE = 0.02  # of one bit of all weights on average: this share of the variance of the layer's outputs
+_PRICE = 0.005  # of one bit of all weights on average: this share of the variance of the layer's outputs
 _MOST_SPENT = 4  # prices of a bit for each weight, by which the error may exceed that of the nearest values
 
 
