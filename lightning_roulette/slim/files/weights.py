@@ -49,7 +49,7 @@ def save_weights(model: nn.Module | Mapping[str, Tensor], path: str | os.PathLik
     plain = {name: one.detach().cpu() for name, one in state.items()}
     if suffix in _OF_TORCH:
         return write_whole(path, lambda file: torch.save(plain, file))
-    content = _safetensors("writing").save({name: one.clone().contiguous() for name, one in plain.items()})
+    content = _safetensors("writing").save({name: one.contiguous().clone() for name, one in plain.items()})
     return write_whole(path, lambda file: file.write(content))
 
 
