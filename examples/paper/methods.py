@@ -12,7 +12,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -237,8 +237,8 @@ def paper(case: Case) -> Found:
     )
 
 
-def ours(case: Case, refit: bool = True) -> Found:
-    """Run `search` with its defaults, with a refit or without."""
+def ours(case: Case, refit: bool = True, coarse: bool = True) -> Found:
+    """Run `search` with its defaults, with a refit or without, with coarse levels first or without."""
     return _of(
         case,
         search(
@@ -248,7 +248,7 @@ def ours(case: Case, refit: bool = True) -> Found:
             tolerance=TOLERANCE,
             refit=case.size.refit if refit else None,
             calibration=case.calibration if refit else None,
-            tree=case.size.tree,
+            tree=case.size.tree if coarse else replace(case.size.tree, coarse_rate=None),
             seed=case.seed,
         ),
     )
@@ -518,6 +518,7 @@ OURS: dict[str, Callable[[Case], Found]] = {
     "ours, paper": paper,
     "ours, no refit": lambda case: ours(case, refit=False),
     "ours": ours,
+    "ours, no coarse levels": lambda case: ours(case, coarse=False),
     "one-shot l1, our refit": lambda case: refitted_once(case, torch.abs),
     "LAMP, our refit": lambda case: refitted_once(case, lamp),
 }
