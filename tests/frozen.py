@@ -127,6 +127,7 @@ ADDED = {
     "target_met",
     "tolerance_why",
     "not_refitted",
+    "footprint",
 }
 
 

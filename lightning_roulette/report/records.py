@@ -53,6 +53,23 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Footprint:
+    """What a network takes.
+
+    Attributes:
+        dense_bytes: Bytes of the tensors in its state dict, zeros included. Tied weights are counted once.
+        compressed_bytes: Bytes of a lossless file of `save_compressed`; None if it was not measured.
+        dense_multiply_adds: Multiply-adds of layers with weights for one sample, zeros included; None if unknown.
+        effective_multiply_adds: Those with weights that are not zero; None if unknown.
+    """
+
+    dense_bytes: int
+    compressed_bytes: int | None = None
+    dense_multiply_adds: int | None = None
+    effective_multiply_adds: int | None = None
+
+
+@dataclass(frozen=True)
 class Scores:
     """The scores of one network. Larger is better for all of them, and NaN never wins.
 

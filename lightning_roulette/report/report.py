@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_roulette.report import plain, table, words
 from lightning_roulette.report.former import FormerNames
-from lightning_roulette.report.records import Level, Method, Skipped, StopReason, negated
+from lightning_roulette.report.records import Footprint, Level, Method, Skipped, StopReason, negated
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class SearchReport(FormerNames):
         target_sparsity: Sparsity at which the search was to end; None without a target.
         tolerance_why: How the tolerance was chosen, in words; empty if it was given.
         not_refitted: The weights in `left_alone`, grouped by reason, largest group first.
+        footprint: Bytes and multiply-adds of the network after the search; None if they were not measured. `search`
+            does not measure them.
     """
 
     monitor: str
@@ -81,6 +83,7 @@ class SearchReport(FormerNames):
     target_sparsity: float | None = None
     tolerance_why: str = ""
     not_refitted: tuple[Skipped, ...] = ()
+    footprint: Footprint | None = None
 
     @property
     def floor(self) -> float:

@@ -1,4 +1,4 @@
-"""A report in words: five plain lines, and what is unusual about the search."""
+"""A report in words: six plain lines, and what is unusual about the search."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ _MOST_WEIGHTS = 6  # names of weights that were not refitted, for each reason
 def summary(report: SearchReport) -> list[str]:
     """Return the result of a search in a few lines.
 
-    They say how many weights are kept and how many could be pruned, the metric of both networks on the same data, the
-    decline on held-out data, whether the target was met and why the search ended, and the time. Then come the notes,
-    and what is unusual about the importance and the refit.
+    They say how many weights are kept, what the network takes and how many weights could be pruned, the metric of both
+    networks on the same data, the decline on held-out data, whether the target was met and why the search ended, and
+    the time. Then come the notes, and what is unusual about the importance and the refit.
     """
     return [
         _kept(report),
+        *_footprint(report),
         *_prunable(report),
         *_metric(report),
         *_decline(report),
@@ -78,6 +79,19 @@ def _size(report: SearchReport, level: Level, what: str) -> str:
 def _rounded(number: float, digits: int) -> str:
     """Return a positive number with some digits, and never as a power of ten."""
     return f"{number:,.0f}" if number >= 10 ** (digits - 1) else f"{number:.{digits}g}"
+
+
+def _footprint(report: SearchReport) -> list[str]:
+    """Return the bytes and the multiply-adds of the network, as far as they are known."""
+    if (found := report.footprint) is None:
+        return []
+    line = f"Bytes: {found.dense_bytes:,} dense"
+    if found.compressed_bytes is not None:
+        line += f", {found.compressed_bytes:,} compressed by save_compressed (lossless)"
+    if found.dense_multiply_adds is not None and found.effective_multiply_adds is not None:
+        line += f". Multiply-adds of a sample: {found.dense_multiply_adds:,} dense"
+        line += f", {found.effective_multiply_adds:,} effective"
+    return [f"{line}."]
 
 
 def _prunable(report: SearchReport) -> list[str]:

@@ -10,6 +10,7 @@ from lightning_roulette.network.lending import copy_into, named_tensors
 from lightning_roulette.report.report import SearchReport
 from lightning_roulette.trainer.between_epochs import BetweenEpochs
 from lightning_roulette.trainer.fit_state import FitState
+from lightning_roulette.trainer.footprint import footprint_of
 from lightning_roulette.trainer.hold_zeros import load_into_average
 from lightning_roulette.trainer.preparing import calibration_of, measured, ready_between_epochs
 from lightning_roulette.trainer.saved import rehearse_saving
@@ -56,7 +57,8 @@ def end_cuts(fit: FitState, cuts: BetweenEpochs) -> None:
         cuts.over = True
         report = fit.report_of(cuts.gradual.ended(), judges.metric)
         fit.hold_zeros()
-        report = result.report = replace(report, score=measured(fit, report.monitor, judges.data))
+        score = measured(fit, report.monitor, judges.data)
+        report = result.report = replace(report, score=score, footprint=footprint_of(fit, judges.data))
         result.measured_at_step = fit.trainer.global_step
         if report.winner is not None:
             save_winner(fit)

@@ -17,6 +17,7 @@ from lightning_roulette.search.winner import Winner, load
 from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.files import checkpoint_with_these_weights, save_accepted_levels
 from lightning_roulette.trainer.fit_state import FitState, Phase
+from lightning_roulette.trainer.footprint import footprint_of
 from lightning_roulette.trainer.hold_zeros import load_into_average
 from lightning_roulette.trainer.observers import Comparable, Latest, Several
 from lightning_roulette.trainer.preparing import calibration_of, measured, ready
@@ -55,7 +56,8 @@ def measure_and_save(fit: FitState) -> None:
     """Measure and save the winner as further training has changed it."""
     report = fit.result.report
     assert report is not None
-    fit.result.report = replace(report, trained_score=measured(fit, report.monitor))
+    score = measured(fit, report.monitor)
+    fit.result.report = replace(report, trained_score=score, footprint=footprint_of(fit))
     fit.result.measured_at_step = fit.trainer.global_step
     fit.know_files()
     if report.winner is not None:
@@ -127,6 +129,7 @@ def _load(fit: FitState, winner: Winner, metric: MonitoredMetric, data: FoldedDa
     result.history, result.module = result.winner.history, weakref.ref(fit.module)
     try:
         result.report = replace(result.report, score=measured(fit, metric.monitor, data))
+        result.report = replace(result.report, footprint=footprint_of(fit, data))
         result.measured_at_step = fit.trainer.global_step
     except BaseException:
         if pruned and fit.trainer.world_size == 1:  # with several processes it would wait for the others

@@ -15,7 +15,14 @@ from tests.support.pages import NOT_RUN, PAGES, PROJECT, QuickTrainer, blocks, f
 ELSEWHERE = {"docs/huggingface.md"}  # its code runs in test_huggingface.py, with transformers
 NEEDS = {"docs/microcontroller.md": "tflite_micro"}  # pages whose code needs an extra
 WITH_CODE = [page for page in PAGES if blocks(page, "python") and page not in ELSEWHERE]
-RESULT = ["", "val_acc on all validation data (half of it", "On the held-out half, which", "Stopped: ", "Time: "]
+RESULT = [
+    "",
+    "Bytes: ",
+    "val_acc on all validation data (half of it",
+    "On the held-out half, which",
+    "Stopped: ",
+    "Time: ",
+]
 
 
 def zeros(*modules) -> int:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_roulette import Candidate, Method, SearchReport, StopReason
+from lightning_roulette.report.records import Footprint
 from tests.support.reports import CONFIRMED, DENSE, HELD, LEVELS, REPORT
 
 COPY = Candidate(0, 0.2, 1.0, math.nan, -math.inf, same_as=3)
@@ -30,6 +31,8 @@ def through_json(report: SearchReport) -> SearchReport:
         replace(REPORT, undivided_because="loader 0 gives 3 batches"),
         replace(CONFIRMED, levels=(replace(HELD, held_out_score=math.nan, held_out_error=math.inf, p_value=math.nan),)),
         replace(REPORT, stop_reason=None),
+        replace(REPORT, footprint=Footprint(40_000, 9_000, 10_000, 7_200)),
+        replace(REPORT, footprint=Footprint(40_000)),
         replace(REPORT, target_sparsity=0.9, dense_measured=math.nan),
         replace(REPORT, score=0.9615, trained_score=0.97),
         replace(REPORT, tolerance=math.inf),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_roulette import Method, SearchReport, StopReason
-from lightning_roulette.report.records import Skipped
+from lightning_roulette.report.records import Footprint, Skipped
 from tests.support.reports import CONFIRMED, DENSE, HELD, LEVELS, MISSED, REPORT
 
 MEASURED = replace(CONFIRMED, score=0.9602, dense_measured=0.9621, confidence=None, method=None)
@@ -33,6 +33,26 @@ def test_five_lines_say_what_is_kept_the_metric_the_decline_the_end_and_the_time
         "0.005 (standard error 0.0021), allowed 0.005.",
         f"Stopped: a level missed the floor. {LEVEL_2} held-out half (val_acc 0.94).",
         "Time: 4.2 s, and as much work as 7.125 full validations.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("footprint", "lines"),
+    [
+        (None, []),
+        (Footprint(40_000), ["Bytes: 40,000 dense."]),
+        (Footprint(40_000, 9_000), ["Bytes: 40,000 dense, 9,000 compressed by save_compressed (lossless)."]),
+        (
+            Footprint(40_000, None, 10_000, 7_200),
+            ["Bytes: 40,000 dense. Multiply-adds of a sample: 10,000 dense, 7,200 effective."],
+        ),
+    ],
+)
+def test_a_line_says_what_the_network_takes(footprint, lines):
+    assert replace(MEASURED, footprint=footprint).summary() == [
+        MEASURED.summary()[0],
+        *lines,
+        *MEASURED.summary()[1:],
     ]
 
 

@@ -44,8 +44,7 @@ def bytes_of(state: Mapping[str, Tensor]) -> Bytes:
     """Measure the bytes of a state dict."""
     state = state_of(state)
     check_tensors(state)
-    once = {(one.data_ptr(), one.shape, one.stride()): one for one in state.values() if one.numel()}
-    tensors = [one.detach().cpu().contiguous() for one in once.values()]
+    tensors = [one.detach().cpu().contiguous() for one in each_once(state)]
     raw = b"".join(one.reshape(-1).view(torch.uint8).numpy().tobytes() for one in tensors)
     return Bytes(
         len(raw),
@@ -54,6 +53,11 @@ def bytes_of(state: Mapping[str, Tensor]) -> Bytes:
         len(compressed(state, "float32")),
         math.ceil(sum(bound_of(one) for one in tensors) / 8),
     )
+
+
+def each_once(state: Mapping[str, Tensor]) -> list[Tensor]:
+    """The tensors of a state dict, tied ones once, empty ones left out."""
+    return list({(one.data_ptr(), one.shape, one.stride()): one for one in state.values() if one.numel()}.values())
 
 
 def bound_of(tensor: Tensor) -> float:
