@@ -77,6 +77,10 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[IO[bytes]], objec
         OSError: If it cannot be written.
     """
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path is {str(target)!r}, but its folder does not exist. Create it first.")
+    if target.is_dir():
+        raise IsADirectoryError(f"path is {str(target)!r}, which is a folder, but must be a file.")
     handle, unfinished = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:

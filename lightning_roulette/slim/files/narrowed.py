@@ -75,10 +75,12 @@ def survivors_of(name: str, tensor: Tensor, values: str | Codebook, mask: Tensor
         ValueError: If a weight that the mask prunes is not zero, or a weight cannot be narrowed.
     """
     bits = bits_of(tensor).reshape(tuple(tensor.shape))
-    kept: npt.NDArray[np.bool_] = bits != 0  # a weight of -0.0 is stored, too
+    nonzero = tensor.detach().cpu() != 0
+    # unrounded, a weight of -0.0 is stored too; rounded, it must stay zero
+    kept: npt.NDArray[np.bool_] = bits != 0 if values == "float32" else nonzero.numpy()
     if mask is not None:
         flags = mask.detach().cpu().numpy()
-        if bool((tensor.detach().cpu()[~mask.cpu()] != 0).any()):
+        if bool(nonzero[~mask.cpu()].any()):
             raise ValueError(f"mask prunes weights of {name} that are not zero. Pass the mask of these weights.")
         kept = kept | flags
     if values == "float32":
@@ -87,10 +89,11 @@ def survivors_of(name: str, tensor: Tensor, values: str | Codebook, mask: Tensor
     if values == "float16":
         return Survivors(kept, _in_type(_as_float16(name, numbers), tensor.dtype))
     _check_finite(name, numbers)
+    most = min(torch.finfo(tensor.dtype).max, torch.finfo(torch.float32).max)
     if isinstance(values, Codebook):
         rounded = torch.from_numpy(by_codebook(numbers.float().numpy(), values.bits))
-        return Survivors(kept, _in_type(rounded, tensor.dtype))
-    return _as_int8(tensor.detach().cpu().float().numpy(), kept)
+        return Survivors(kept, _in_type(rounded.clamp(-most, most), tensor.dtype))
+    return _as_int8(tensor.detach().cpu().float().numpy(), kept, most)
 
 
 def rows_of(kept: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -111,12 +114,14 @@ def _as_they_are(tensor: Tensor, bits: Bits, kept: npt.NDArray[np.bool_]) -> Sur
     return divided if np.array_equal(divided.written_bits(tensor.dtype), bits) else plain  # -0.0 is no multiple
 
 
-def _as_int8(weights: npt.NDArray[np.float32], kept: npt.NDArray[np.bool_]) -> Survivors:
-    """Multiples of one scale for each row. Rows that are such multiples stay as they are."""
+def _as_int8(weights: npt.NDArray[np.float32], kept: npt.NDArray[np.bool_], most: float) -> Survivors:
+    """Multiples of one scale for each row, at most `most` in size. Rows that are such multiples stay as they are."""
     rows = rows_of(weights)
     exact = exact_scales(rows)
     scales = np.where(exact > 0, exact, scales_for_int8(np.abs(rows).max(1, initial=0.0)))
-    multiples = multiples_of(rows, scales)[rows_of(kept)]
+    multiples = multiples_of(rows, scales)
+    beyond = np.abs(multiples) * scales[:, None].astype(np.float64) > most
+    multiples = (multiples - np.sign(multiples) * beyond)[rows_of(kept)]
     return Survivors(kept, multiples=multiples, scales=scales[rows_of(kept).any(1)])
 
 

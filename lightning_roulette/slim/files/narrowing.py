@@ -65,7 +65,8 @@ def _lloyd(ordered: npt.NDArray[np.float64], centres: npt.NDArray[np.float64]) -
 def _of_eight_digits(values: npt.NDArray[np.float64]) -> Floats:
     """The nearest numbers whose mantissa has eight digits in base 2, as bfloat16 has."""
     mantissa, exponent = np.frexp(values)
-    rounded: Floats = np.ldexp(np.rint(mantissa * 256) / 256, exponent).astype(np.float32)
+    most = np.finfo(np.float32).max
+    rounded: Floats = np.ldexp(np.rint(mantissa * 256) / 256, exponent).clip(-most, most).astype(np.float32)
     return rounded
 
 

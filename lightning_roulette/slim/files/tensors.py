@@ -70,7 +70,7 @@ def entry_of(name: str, tensor: Tensor) -> Entry:
 
 def bits_of(tensor: Tensor) -> npt.NDArray[Any]:
     """The bits of each number as unsigned integers of its width, in the order of its indices."""
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    plain = tensor.detach().cpu().resolve_neg().contiguous().reshape(-1)
     as_integers: npt.NDArray[Any] = plain.view(_INTEGERS[plain.itemsize]).numpy()
     return as_integers.view(_UNSIGNED[plain.itemsize])
 
@@ -84,7 +84,7 @@ def from_bits(bits: Bits, entry: Entry) -> Tensor:
 
 def bytes_of(tensor: Tensor) -> bytes:
     """The bytes of a tensor, in the order of its indices: the first byte of each entry, then the second of each."""
-    plain = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1)
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     by_entry = plain.view(torch.uint8).numpy().reshape(len(plain), plain.itemsize)
     content: bytes = by_entry.T.tobytes()
     return content

@@ -299,3 +299,36 @@ def test_weights_that_are_multiples_of_short_scales_are_not_rounded_to_int8(path
     assert torch.equal(there_and_back({"weight": weights}, path, "int8")["weight"], weights)
     zeros = torch.zeros(3, 4, dtype=dtype)
     assert torch.equal(there_and_back({"weight": zeros}, path, "int8")["weight"], zeros)
+
+
+@pytest.mark.parametrize("values", ["float16", "int8", Codebook(3)])
+def test_zeros_below_zero_stay_zero_when_weights_are_rounded(path, values):
+    weights = pruned(20, 30, density=1)
+    mask = pruned(20, 30, seed=1) != 0
+    found = there_and_back({"weight": weights * mask}, path, values)["weight"]  # half of the zeros are -0.0
+    assert torch.equal(found != 0, mask)
+    assert torch.equal(load_mask(path)["weight"], mask)
+
+
+@pytest.mark.parametrize("values", ["int8", Codebook(3)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rounding_does_not_leave_the_type(path, values, dtype):
+    most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    weights = (torch.linspace(-1, 1, 400, dtype=torch.float64).reshape(20, 20) * most).clamp(-most, most).to(dtype)
+    found = there_and_back({"weight": weights}, path, values)["weight"]
+    assert found.isfinite().all()
+    assert ((found.double() - weights.double()).abs() <= most * 0.16).all()
+
+
+def test_numbers_that_torch_changes_when_they_are_read_come_back(path):
+    weights = torch.randn(4, 5, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    state = {"whole": weights, "conjugate": weights.conj(), "part": weights.conj().imag}
+    found = there_and_back(state, path)
+    assert all(torch.equal(found[name], one) for name, one in state.items())
+
+
+def test_a_folder_that_is_missing_is_named(path):
+    with pytest.raises(FileNotFoundError, match="its folder does not exist"):
+        save_compressed({"weight": pruned(5, 4)}, path / "below")
+    with pytest.raises(IsADirectoryError, match="must be a file"):
+        save_compressed({"weight": pruned(5, 4)}, path.parent)

@@ -202,22 +202,43 @@ def _(one: Reshape, context: Context) -> Lowered:
     if one.output.name in context.images:
         return [], []
     output = context.tensor(one.output)
-    first = f"{one.output.name}:channels_first"
-    if _needs_order(one.input):  # PyTorch's order of the elements is that of channels first
-        image = StoredTensor(first, (1, *one.input.shape), scales=output.scales)
-        moved, order = _transposed(one.input.name, first, CHANNELS_FIRST)
-        return [moved, Operator("RESHAPE", (first,), (one.output.name,))], [image, order, output]
-    if _needs_order(one.output):
-        image = StoredTensor(first, (1, *one.output.shape), scales=output.scales)
-        moved, order = _transposed(first, one.output.name, CHANNELS_LAST)
-        return [Operator("RESHAPE", (one.input.name,), (first,)), moved], [image, order, output]
-    return [Operator("RESHAPE", (one.input.name,), (one.output.name,))], [output]
+    if _alike(one.input, one.output):
+        return [Operator("RESHAPE", (one.input.name,), (one.output.name,))], [output]
+    return _reordered(one, output)
 
 
 @lower.register
 def _(one: Activate, context: Context) -> Lowered:
     code = {"relu": "RELU", "relu6": "RELU6"}[one.activation]
     return [Operator(code, (one.input.name,), (one.output.name,))], [context.tensor(one.output)]
+
+
+def _reordered(one: Reshape, output: StoredTensor) -> Lowered:
+    """A reshape in PyTorch's order of the elements, which is that of channels first."""
+    source, target = one.input.name, output.name
+    operators: list[Operator] = []
+    tensors = [output]
+    if _needs_order(one.input):
+        source = f"{output.name}:given"
+        moved, order = _transposed(one.input.name, source, CHANNELS_FIRST)
+        operators.append(moved)
+        tensors += [order, StoredTensor(source, (1, *one.input.shape), scales=output.scales)]
+    if _needs_order(one.output):
+        target = f"{output.name}:channels_first"
+        tensors.append(StoredTensor(target, (1, *one.output.shape), scales=output.scales))
+    operators.append(Operator("RESHAPE", (source,), (target,)))
+    if target != output.name:
+        moved, order = _transposed(target, output.name, CHANNELS_LAST)
+        operators.append(moved)
+        tensors.append(order)
+    return operators, tensors
+
+
+def _alike(first: Value, second: Value) -> bool:
+    """Whether a reshape is the same with channels last: of images with the same channels, or without an order."""
+    if len(first.shape) == len(second.shape) == 3 and first.shape[0] == second.shape[0]:
+        return True
+    return not _needs_order(first) and not _needs_order(second)
 
 
 def _needs_order(value: Value) -> bool:

@@ -190,3 +190,17 @@ def test_all_that_the_runtime_has_no_operator_for_is_named():
     )
     with pytest.raises(ValueError, match="mean is a mean over windows .*; wide pools with a dilation of .*format='c'"):
         lowered(quantise(Program(x, steps, b), chance(4, 2, 8, 8)))
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 3), (2, 6, 2), (4, 1, 6), (1, 4, 6)])
+def test_an_image_becomes_one_of_another_shape(shape):
+    x, image = images(4, 2, 3), Value("image", shape)
+    conv = Conv2d(image, Value("y", (2, *shape[1:])), "w", chance(2, shape[0], 1, 1), chance(2))
+    assert_equal(Program(x, (Reshape(x, image), conv), conv.output))
+
+
+def test_an_image_with_the_same_channels_is_not_moved():
+    x, image = images(4, 2, 3), Value("image", (4, 1, 6))
+    conv = Conv2d(image, Value("y", (2, 1, 6)), "w", chance(2, 4, 1, 1), chance(2))
+    found = lowered(quantise(Program(x, (Reshape(x, image), conv), conv.output), chance(4, 4, 2, 3)))
+    assert [one.code for one in found.operators] == ["RESHAPE", "CONV_2D"]
