@@ -65,7 +65,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
     if content.suffix == _SAFETENSORS:
         library, raw = _safetensors("reading"), content.read_bytes()
         try:
-            return dict(library.load(raw))
+            return dict(sorted(library.load(raw).items()))  # it has no order of its own
         except Exception as error:
             raise ValueError(f"path is {os.fspath(path)!r}, but safetensors cannot read it ({error}).") from error
     with content.open("rb") as file:

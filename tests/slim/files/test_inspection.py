@@ -47,7 +47,8 @@ def test_weights_alone_are_read_and_described(tmp_path, name):
 def test_tied_weights_are_complete(tmp_path, name):
     weight = torch.ones(4, 4)
     save_weights({"one": weight, "other": weight, "turned": weight.T}, tmp_path / name)
-    assert sorted(one.name for one in inspect(tmp_path / name).tensors) == ["one", "other", "turned"]
+    for _ in range(5):  # safetensors returns names in another order each time
+        assert [one.name for one in inspect(tmp_path / name).tensors] == ["one", "other", "turned"]
 
 
 def test_a_checkpoint_is_described_by_its_state_dict(tmp_path):
