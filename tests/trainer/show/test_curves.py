@@ -195,6 +195,6 @@ def test_a_point_is_on_disk_when_its_level_is_done(fit, tmp_path):
 
     fit(pruner(branches=2, validation=Validation(race=False)), module=Watches(), logger=logger)
     # twelve validations come before the dense one, on each half of the data; a level is two candidates and the winner
-    # on one half, and later the winner on the other; at last comes the loaded network
+    # on one half, and later the winner on the other; at last comes the loaded network, and a step that is counted
     levels = [(level, 1) for level in (1, 2, 3) for _ in range(3)]
-    assert seen == [(0, 0)] * 14 + levels + [(4, 1), (4, 2), (4, 3), (4, 4)]
+    assert seen == [(0, 0)] * 14 + levels + [(4, 1), (4, 2), (4, 3), (4, 4), (4, 4)]
