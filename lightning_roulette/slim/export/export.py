@@ -17,8 +17,8 @@ from lightning_roulette.checks import check_choice
 from lightning_roulette.slim.export.exported import Exported, FormatScores
 from lightning_roulette.slim.export.idle import without_idle
 from lightning_roulette.slim.export.operations import Program, Weighted
-from lightning_roulette.slim.export.reference import run
-from lightning_roulette.slim.export.scoring import accuracy, scored
+from lightning_roulette.slim.export.reference import finish, run
+from lightning_roulette.slim.export.scoring import accuracy, scores
 from lightning_roulette.slim.export.trace import trace
 
 # each module has a function `write(program, path, *, calibration, ...)` that returns an Exported
@@ -66,8 +66,10 @@ def export(
         example_input: Inputs of any number, shape `(n, ...)`.
         calibration: Some hundred inputs as in use, for the ranges of 8-bit integers: a tensor, or batches of which the
             first entry is the input, such as a loader of training data. Not validation data, so that it can judge.
-        validation: Inputs and targets, or batches of both. The network and what the device computes are scored on it.
-        score: Scores outputs against targets. Accuracy by default, which needs targets that are classes.
+        validation: Inputs and targets, or batches of both, which are read once. The network and what the device
+            computes are scored on it.
+        score: Scores outputs of the network against targets. Accuracy by default, which needs targets that are
+            classes. A softmax or sigmoid at the end, which the device leaves out, is applied to its outputs first.
         **options: Options of the format.
 
     Raises:
@@ -84,8 +86,14 @@ def export(
     exported = replace(exported, notes=(*_removed(whole, program), *exported.notes))
     if validation is None:
         return exported
-    network, device = (scored(one, validation, score) for one in (lambda x: run(whole, x), exported.run))
+    network, device = scores(_runs(whole, exported, score), validation, score, program.input.shape)
     return replace(exported, scores=FormatScores(network, device))
+
+
+def _runs(whole: Program, exported: Exported, score: Callable[..., float]) -> list[Callable[[Tensor], Tensor]]:
+    """Return what computes the outputs that are scored: of the network, and of the device."""
+    final = None if score is accuracy else whole.final  # accuracy needs no more than which output is largest
+    return [lambda x: finish(run(whole, x), final), lambda x: finish(exported.run(x), final)]
 
 
 def _slim(program: Program, example: Tensor) -> Program:
@@ -125,10 +133,11 @@ def _inputs(calibration: Tensor | Iterable[Any], shape: tuple[int, ...]) -> Tens
         if not isinstance(first, Tensor):
             raise TypeError(f"calibration has a batch of type {type(first).__name__}, but inputs must be a tensor.")
         rows.append(first.detach().cpu())
-        if sum(map(len, rows)) >= _ROWS:
+        if sum(one.shape[0] if one.ndim else 1 for one in rows) >= _ROWS:
             break
-    found = torch.cat(rows)[:_ROWS] if rows else torch.empty(0, *shape)
-    if not len(found) or found.dtype != torch.float32 or tuple(found.shape[1:]) != shape:
+    unlike = [one for one in rows if one.dtype != torch.float32 or tuple(one.shape[1:]) != shape]
+    found = unlike[0] if unlike else torch.cat([torch.empty(0, *shape), *rows])[:_ROWS]
+    if unlike or not len(found):
         raise ValueError(
             f"calibration has the type {found.dtype} and the shape {tuple(found.shape)}, but must be float32 of the "
             f"shape (n, {', '.join(map(str, shape))}), with at least one row."

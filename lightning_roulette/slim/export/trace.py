@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -105,6 +106,8 @@ def _random_like(example: Tensor) -> Tensor:
 def _check_equal(program: Program, model: nn.Module, inputs: Tensor) -> None:
     with evaluating(model), torch.no_grad():
         expected = model(inputs.clone())
+    if isinstance(expected, Mapping):
+        expected = list(expected.values())
     expected = (expected[0] if isinstance(expected, (tuple, list)) else expected).cpu()
     found = finish(run(program, inputs.cpu()), program.final)
     if expected.shape != found.shape:

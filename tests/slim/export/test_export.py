@@ -99,6 +99,40 @@ def test_outputs_that_pruning_left_idle_are_removed(tmp_path):
     assert (found.run(x) - module(x)).abs().max() < 0.1
 
 
+def test_batches_of_validation_are_read_once(tmp_path):
+    x = inputs("residual", 40, 5)
+    with torch.no_grad():
+        y = network("residual", 0.1).eval()(x).argmax(1)
+    found = exported(tmp_path, validation=zip(x.split(16), y.split(16), strict=True))
+    assert found.scores.network == 1
+
+
+def test_a_score_is_given_outputs_of_the_network(tmp_path):
+    x = inputs("sequence", 20, 5)
+    with torch.no_grad():
+        y = network("sequence", 0.1).eval()(x)
+    given = {"validation": (x, y), "score": lambda outputs, targets: float((outputs - targets).abs().max())}
+    found = exported(tmp_path, "sequence", **given)
+    assert found.scores.network < 1e-5
+    assert found.scores.device < 0.1
+
+
+@pytest.mark.parametrize(
+    ("validation", "error"),
+    [
+        ([], "validation has no batches"),
+        ([torch.ones(2, 3, 12, 12)], "pairs of tensors: inputs and targets"),
+        ([{"x": 1}], "batch of type dict"),
+        ((torch.ones(2, 3, 12, 13), torch.ones(2)), "must be float32 of the shape"),
+        ((torch.ones(2, 3, 12, 12).double(), torch.ones(2)), "must be float32 of the shape"),
+        ((torch.ones(2, 3, 12, 12), torch.ones(3)), "with as many targets"),
+    ],
+)
+def test_wrong_validation_data_is_named(tmp_path, validation, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        exported(tmp_path, validation=validation)
+
+
 def test_a_final_function_is_named(tmp_path):
     found = exported(tmp_path, "sequence")
     assert found.final == "sigmoid"
@@ -113,6 +147,8 @@ def test_a_final_function_is_named(tmp_path):
         ({"calibration": torch.ones(3, 3, 12, 13)}, r"calibration has .* but must be float32 of the shape"),
         ({"calibration": []}, "at least one row"),
         ({"calibration": [{"x": 1}]}, "batch of type dict"),
+        ({"calibration": [torch.ones(2, 3, 12, 12), torch.ones(2, 3, 12, 13)]}, "but must be float32 of the shape"),
+        ({"calibration": [torch.tensor(1.0)]}, "but must be float32 of the shape"),
         ({"values": "int4"}, "values is 'int4', but must be one of 'int8', 'float32'"),
         ({"max_ram": 3}, "max_ram is no option of format='c', which has values"),
         ({"example_input": torch.ones(2, 4)}, "cannot make a graph"),

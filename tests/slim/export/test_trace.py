@@ -150,11 +150,28 @@ def test_all_that_cannot_be_expressed_is_named():
         (lambda layer, x: layer(x) if x.sum() > 0 else x, "cannot make a graph"),
         (lambda layer, x: F.dropout(layer(x), 0.5, True), "active in evaluation"),
         (lambda layer, x: layer(x.unsqueeze(1)), "on a tensor of shape"),
+        (lambda layer, x: torch.div(layer(x), 2.0, rounding_mode="floor"), "div with rounding_mode='floor'"),
+        (lambda layer, x: layer(x) + torch.ones(1, 1, 1), "that gets another shape"),
+        (lambda layer, x: {"one": layer(x), "two": x}, "returns 2 results"),
     ],
 )
 def test_errors_say_why_a_network_has_no_program(function, why):
     with pytest.raises(ValueError, match=why):
         trace(Forward(nn.Linear(4, 4), function), torch.randn(5, 4))
+
+
+@pytest.mark.parametrize(
+    ("function", "activation"),
+    [
+        (lambda layer, x: torch.clamp(layer(x), min=0), "relu"),
+        (lambda layer, x: torch.clamp(layer(x), min=0, max=6), "relu6"),
+        (lambda layer, x: F.hardtanh(layer(x), 0.0, 6.0), "relu6"),
+        (lambda layer, x: {"logits": layer(x)}, "none"),
+    ],
+)
+def test_other_forms_of_a_layer_are_known(function, activation):
+    program = trace(Forward(nn.Linear(4, 4), function), torch.randn(5, 4))
+    assert [one.activation for one in program.operations] == [activation]
 
 
 def test_a_forward_that_is_not_its_graph_is_refused():

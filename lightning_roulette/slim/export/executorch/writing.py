@@ -37,6 +37,7 @@ def write(program: Program, path: Path, *, calibration: Tensor | None, values: V
     module: nn.Module = ProgramModule(program)
     module = module if values == "float32" else in_integers(module, _given(calibration))
     lowered = to_pte(module, torch.zeros(1, *program.input.shape))
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(lowered.file)
     part.replace(path)

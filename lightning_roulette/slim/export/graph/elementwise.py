@@ -23,16 +23,21 @@ def relu6(build: Builder, node: Node, x: Node) -> None:
     _activate(build, node, x, "relu6")
 
 
-def clamp(build: Builder, node: Node, x: Node, least: Any = -1.0, most: Any = 1.0) -> None:
-    """A clamp that is `relu` or `relu6`. The defaults are those of `hardtanh`."""
-    if least != 0 or most not in (None, 6):
-        raise Refused(f"from {least} to {most}: only from 0, or from 0 to 6")
-    _activate(build, node, x, "relu" if most is None else "relu6")
+def clamp(build: Builder, node: Node, x: Node, min: Any = None, max: Any = None) -> None:
+    """A clamp that is `relu` or `relu6`."""
+    if min != 0 or max not in (None, 6):
+        raise Refused(f"from {min} to {max}: only from 0, or from 0 to 6")
+    _activate(build, node, x, "relu" if max is None else "relu6")
 
 
-def clamp_min(build: Builder, node: Node, x: Node, least: Any) -> None:
+def hardtanh(build: Builder, node: Node, x: Node, min_val: Any = -1.0, max_val: Any = 1.0) -> None:
+    """`torch.nn.functional.hardtanh` that is `relu6`."""
+    clamp(build, node, x, min_val, max_val)
+
+
+def clamp_min(build: Builder, node: Node, x: Node, min: Any) -> None:
     """A clamp from below that is `relu`."""
-    clamp(build, node, x, least, None)
+    clamp(build, node, x, min)
 
 
 def add(build: Builder, node: Node, x: Any, y: Any, alpha: Any = 1) -> None:

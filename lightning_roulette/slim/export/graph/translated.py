@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,7 @@ _TRANSLATIONS: dict[str, _Translate] = {
     "constant_pad_nd": windows.pad,
     "relu": elementwise.relu,
     "relu6": elementwise.relu6,
-    "hardtanh": elementwise.clamp,
+    "hardtanh": elementwise.hardtanh,
     "clamp": elementwise.clamp,
     "clamp_min": elementwise.clamp_min,
     "add": elementwise.add,
@@ -94,11 +95,21 @@ def _compute(build: Builder, node: Node) -> None:
     try:
         if translate is None:
             raise Refused("")
+        _check_options(translate, build, node)
         translate(build, node, *node.args, **node.kwargs)
     except Refused as reason:
         _refuse(build, node, str(reason))
     if isinstance(changed, Node):
         build.seen[changed] = build.seen[node]
+
+
+def _check_options(translate: _Translate, build: Builder, node: Node) -> None:
+    """Check that a translation knows all options of a node."""
+    try:
+        inspect.signature(translate).bind(build, node, *node.args, **node.kwargs)
+    except TypeError:
+        options = ", ".join(f"{key}={one!r}" for key, one in node.kwargs.items())
+        raise Refused(f"with {options or 'more arguments'}") from None
 
 
 def _compute_constant(build: Builder, node: Node) -> None:

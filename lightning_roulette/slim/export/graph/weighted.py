@@ -96,6 +96,8 @@ def batch_norm(
 def normalise(build: Builder, node: Node, x: Any, name: str, scale: Tensor, shift: Tensor) -> None:
     """Add `x * scale + shift`, where both have one element or one for each channel."""
     seen = build.given(x)
+    if tuple(node.meta["val"].shape) != (build.graph.rows, *seen.shape):
+        raise Refused(f"of a value of shape (n, {', '.join(map(str, seen.shape))}) that gets another shape")
     channels = seen.shape[0]
     value = seen.value if seen.value.shape[0] == channels else build.as_shape(x, seen.shape)
     factors = [one.reshape(-1).expand(channels).clone() for one in (scale, shift)]

@@ -46,6 +46,7 @@ def write(program: Program, path: Path, *, calibration: Tensor | None, max_ram: 
     integers = quantise(program, _given(calibration, max_ram))
     model = lowered(integers)
     plain, found = packed(model, {}), smallest(model, max_ram)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(found.file)
     part.replace(path)
