@@ -25,6 +25,7 @@ from lightning_roulette.slim.export.reference import every_value
 
 _ROWS = 256  # inputs that are run at once
 _LARGEST_BIAS = 2**24  # of the units of a bias, so that sums keep within 32 bits
+_LARGEST_TOTAL = 2**30  # of the products of an output, so that sums of many inputs keep within 32 bits, too
 _LARGEST_SUM = 2**29  # so that what a sum is shifted to the left by stays within 32 bits
 KEEP_SCALE = (Pool2d, Pad, Reshape, Activate)  # operations whose output has the scale of their input
 
@@ -111,8 +112,11 @@ def _weights(layer: Linear | Conv2d, given: float) -> IntegerWeights:
     bias = layer.bias.double()
     if not bool(rows.isfinite().all() and bias.isfinite().all()):
         raise ValueError(f"{layer.name} has weights or a bias that are not finite.")
-    wanted = torch.maximum(rows.abs().amax(1) / 127, bias.abs() / (given * _LARGEST_BIAS))
-    scales = torch.where(wanted == 0, 1.0, wanted).to(torch.float32)
+    sizes = rows.abs()
+    of_rows = torch.maximum(sizes.amax(1) / 127, 255 * sizes.sum(1) / _LARGEST_TOTAL)
+    wanted = torch.maximum(of_rows, bias.abs() / (given * _LARGEST_BIAS))
+    least = float(torch.finfo(torch.float32).tiny)
+    scales = torch.where(wanted == 0, float(wanted.max()) or 1.0, wanted).clamp(min=least).to(torch.float32)
     units = scales.double()
     weight = (rows / units[:, None]).round().clamp(-127, 127).to(torch.int8).reshape(layer.weight.shape)
     return IntegerWeights(weight, scales, (bias / (given * units)).round().to(torch.int32))

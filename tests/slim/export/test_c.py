@@ -76,3 +76,18 @@ def test_a_network_without_layers_is_written_too(function, tmp_path):
 @needs_gcc
 def test_layers_without_survivors_give_their_biases(tmp_path):
     equal_in_integers(network("residual", 0.0), inputs("residual", 9), tmp_path)
+
+
+@needs_gcc
+def test_sums_of_many_inputs_keep_within_32_bits(tmp_path):
+    layer = nn.Linear(70_000, 2, bias=False)
+    nn.init.constant_(layer.weight[0].detach(), 1.0)
+    x = torch.stack((torch.zeros(70_000), torch.ones(70_000)))
+    equal_in_integers(layer, x, tmp_path)
+
+
+@needs_gcc
+def test_an_output_without_weights_beside_small_ones_has_a_multiplier(tmp_path):
+    layer = nn.Linear(6, 2, bias=False)
+    layer.weight.data = torch.tensor([[1e-12] * 6, [0.0] * 6])
+    equal_in_integers(layer, 1e3 * torch.rand(9, 6, generator=torch.Generator().manual_seed(0)), tmp_path)

@@ -1,6 +1,7 @@
 """`export` writes files and says what they take, or refuses before it writes."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,6 +166,32 @@ def test_the_name_of_the_file_is_a_name_in_c(name, tmp_path):
     module = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="must be a name in C"):
         export(module, tmp_path / name, "c", example_input=torch.ones(1, 2), calibration=torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("name", ["clamp.c", "int8_t.c", "finished.c", "values_0.c", "sums.c", "stdint.c"])
+def test_a_name_that_the_source_needs_is_refused(name, tmp_path):
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+    x = torch.ones(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="path is "):
+        export(module, tmp_path / name, "c", example_input=x, calibration=x)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
+    found = exported(tmp_path, "perceptron")
+    before = [one.read_text() for one in found.files]
+    write = Path.write_text
+
+    def full(path, text):
+        if ".h" in path.name:
+            raise OSError("no space left")
+        return write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space left"):
+        exported(tmp_path, "perceptron", kept=1.0)
+    assert [one.read_text() for one in found.files] == before
+    assert sorted(tmp_path.iterdir()) == sorted(found.files)
 
 
 def test_an_unknown_format_is_refused(tmp_path):

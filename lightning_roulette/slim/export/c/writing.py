@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from lightning_roulette.slim.export.reference import run
 _WORDS = """
 auto break case char const continue default do double else enum extern float for goto if inline int long register
 restrict return short signed sizeof static struct switch typedef union unsigned void volatile while main
-"""
+stdint
+"""  # the last one is no word of C, but its header
 
 
 def write(program: Program, path: Path, *, calibration: Tensor | None, values: Values = "int8") -> Exported:
@@ -43,12 +44,10 @@ def write(program: Program, path: Path, *, calibration: Tensor | None, values: V
     name, integers = _function(path), _integers(program, calibration, values)
     source = Source(program if integers is None else integers.program, integers)
     texts = written(source, name)
+    _check_alone(path, name, texts.source)
     files = (path.with_name(f"{name}.c"), path.with_name(f"{name}.h"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    for file, text in zip(files, (texts.source, texts.header), strict=True):
-        part = file.with_name(f"{file.name}.part")
-        part.write_text(text)
-        part.replace(file)
+    _write(files, (texts.source, texts.header))
     layers = tuple(
         _stored(source, one, table)
         for one, table in zip(source.program.operations, texts.tables, strict=True)
@@ -87,6 +86,28 @@ def _function(path: Path) -> str:
             "and underscores."
         )
     return name
+
+
+def _check_alone(path: Path, name: str, text: str) -> None:
+    """Check that the source uses the name of its function for nothing else."""
+    code = re.sub(r'/\*.*?\*/|"[^"]*"', "", text, flags=re.DOTALL)
+    if len(re.findall(rf"\b{name}\b", code)) != 1:
+        raise ValueError(
+            f"path is {str(path)!r}, but the source uses the name {name!r} for something else. Choose another name."
+        )
+
+
+def _write(files: Sequence[Path], texts: Sequence[str]) -> None:
+    """Write all files beside their places, and then move them there."""
+    parts = [one.with_name(f"{one.name}.part") for one in files]
+    try:
+        for part, text in zip(parts, texts, strict=True):
+            part.write_text(text)
+        for part, file in zip(parts, files, strict=True):
+            part.replace(file)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
 
 
 def _runner(source: Source) -> Callable[[Tensor], Tensor]:
