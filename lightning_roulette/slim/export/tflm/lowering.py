@@ -91,9 +91,11 @@ def lowered(whole: IntegerProgram) -> Model:
 
 
 def weight_name(one: Linear | Conv2d, operations: Sequence[Operation]) -> str:
-    """The name of the tensor of a weight, which is another for each of the layers that share it."""
+    """The name of the tensor of a weight: that of no value, and another for each of the layers that share it."""
     shared = [other for other in operations if isinstance(other, Linear | Conv2d) and other.name == one.name]
-    return one.name if len(shared) == 1 else f"{one.name}:{one.output.name}"
+    values = {value.name for other in operations for value in (*inputs_of(other), other.output)}
+    name = one.name if len(shared) == 1 else f"{one.name}:{one.output.name}"
+    return f"{name}:weight" if name in values else name
 
 
 def refuse(operations: Sequence[Operation]) -> None:

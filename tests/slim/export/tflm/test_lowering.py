@@ -204,3 +204,17 @@ def test_an_image_with_the_same_channels_is_not_moved():
     conv = Conv2d(image, Value("y", (2, 1, 6)), "w", chance(2, 4, 1, 1), chance(2))
     found = lowered(quantise(Program(x, (Reshape(x, image), conv), conv.output), chance(4, 4, 2, 3)))
     assert [one.code for one in found.operators] == ["RESHAPE", "CONV_2D"]
+
+
+def test_a_weight_may_have_the_name_of_a_value():
+    x, y, z = images(3, 4, 4), Value("y", (3, 4, 4)), Value("z", (3, 4, 4))
+    scaled = Conv2d(x, y, "y", chance(3, 1, 1, 1), chance(3), groups=3)
+    layer = Conv2d(y, z, "x", chance(3, 3, 1, 1), chance(3))
+    assert_equal(Program(x, (scaled, layer), z))
+
+
+def test_a_mean_over_an_image_with_a_scale_of_its_own_computes_the_same():
+    module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
+    program = trace(module, chance(4, 3, 6, 6))
+    assert any(isinstance(one, Conv2d) for one in quantise(program, chance(6, 3, 6, 6)).program.operations)
+    assert_equal(program)
