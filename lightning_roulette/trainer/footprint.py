@@ -76,7 +76,7 @@ def _per_sample(fit: FitState, data: FoldedData | None) -> _PerSample | None:
         if given is None or not (samples := rows_of(given)):
             return None
         with validation.seeing():
-            run = _forward(fit, given) if example is not None else lambda: validation.step(given)
+            run = _forward(fit, given) if example is not None else lambda: validation.validation_step(given)
             found = multiply_adds(fit.module, run)
     return round(found.dense / samples), round(found.effective / samples)
 

@@ -270,6 +270,10 @@ class IsolatedValidation:
         else:
             self._calibrate(step, batch)
 
+    def validation_step(self, batch: Any) -> None:
+        """Let the module take one `validation_step` on a batch that `read` gave, inside `seeing`."""
+        self._prepared().one(batch)
+
     @torch.no_grad()
     def read_training(self, loader: Iterable[Any], most: int, seed: int) -> Iterator[Any]:
         """Yield batches of training data as `see` takes them.
