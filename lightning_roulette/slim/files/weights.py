@@ -46,11 +46,16 @@ def save_weights(model: nn.Module | Mapping[str, Tensor], path: str | os.PathLik
         raise ValueError(f"path is {os.fspath(path)!r}, but must end with {', '.join((_SAFETENSORS, *_OF_TORCH))}.")
     state = state_of(model)
     check_tensors(state)
-    plain = {name: one.detach().cpu() for name, one in state.items()}
+    plain = {name: _alone(one.detach().cpu()) for name, one in state.items()}
     if suffix in _OF_TORCH:
         return write_whole(path, lambda file: torch.save(plain, file))
     content = _safetensors("writing").save({name: one.contiguous().clone() for name, one in plain.items()})
     return write_whole(path, lambda file: file.write(content))
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Return a tensor without the rest of the memory of which it is a part: torch would write all of it."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.itemsize else tensor
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:

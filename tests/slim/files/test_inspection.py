@@ -51,6 +51,14 @@ def test_tied_weights_are_complete(tmp_path, name):
         assert [one.name for one in inspect(tmp_path / name).tensors] == ["one", "other", "turned"]
 
 
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+def test_a_part_of_a_larger_tensor_is_written_alone(tmp_path, name):
+    whole = torch.arange(100_000.0).view(1000, 100)
+    assert save_weights({"part": whole[10:20].T}, tmp_path / name) < 10_000
+    (found,) = inspect(tmp_path / name).tensors
+    assert (found.shape, found.survivors) == ((100, 10), 1000)
+
+
 def test_a_checkpoint_is_described_by_its_state_dict(tmp_path):
     path = tmp_path / "last.ckpt"
     torch.save({"state_dict": network().state_dict(), "epoch": 3, "optimizer_states": [{"lr": 0.1}]}, path)

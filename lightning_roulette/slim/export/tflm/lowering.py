@@ -101,6 +101,8 @@ def weight_name(one: Linear | Conv2d, operations: Sequence[Operation]) -> str:
 def refuse(operations: Sequence[Operation]) -> None:
     """Raise an error that names each operation that TensorFlow Lite Micro has no operator for."""
     unknown = [reason for one in operations for reason in _reasons(one)]
+    if not operations:
+        unknown = ["it returns its input"]
     if unknown:
         raise ValueError(
             "format='tflm' cannot express this network: " + "; ".join(unknown) + ". format='c' has no such limits."
