@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -58,9 +58,8 @@ def save_compressed(
 
     `values` says how the weights of tensors with at least two dimensions are stored:
 
-    - `"float32"`: as they are, bit for bit, whatever their type. Use it if nothing may change. A weight of -0.0, which
-      a negative weight times a mask of zeros gives, takes as much as a survivor; all others round it to a zero that
-      takes nothing.
+    - `"float32"`: as they are, bit for bit, whatever their type. Use it if nothing may change. The sign of a zero takes
+      up to a bit where some are -0.0, as negative weights times a mask of zeros are; the others do not keep it.
     - `"float16"`: rounded to float16. Two of four bytes less, and almost never a change of the accuracy.
     - `"int8"`: whole multiples, up to 127, of one scale for each index of the first dimension. No survivor becomes
       zero. Measure the accuracy of the network afterwards.
@@ -102,6 +101,7 @@ def compressed(state: Mapping[str, Tensor], values: str | Codebook, mask: Mappin
         for one in entries
         if one.is_matrix
     }
+    entries = [replace(one, signed=one.is_matrix and stored[one.name].negative is not None) for one in entries]
     content = Content(writer := Writer())
     for one in entries:
         if one.is_matrix:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from lightning_roulette.slim.files.header import Damaged, Entry
 from lightning_roulette.slim.files.multiples import Multiples
 from lightning_roulette.slim.files.narrowed import Survivors, rows_of
 from lightning_roulette.slim.files.positions import Positions
+from lightning_roulette.slim.files.symbols import Frequencies
 from lightning_roulette.slim.files.tensors import bits_of, bytes_of, from_bits, from_bytes
 
 
@@ -34,6 +35,7 @@ class Content:
     survivors: dict[str, int] = field(default_factory=dict)
     _positions: Positions = field(default_factory=Positions)
     _multiples: Multiples = field(default_factory=Multiples)
+    _zeros: Frequencies = field(default_factory=lambda: Frequencies(2))
     _numbers: dict[str, Numbers] = field(default_factory=dict)
 
     def matrix(self, entry: Entry, given: Survivors | None) -> Survivors:
@@ -45,6 +47,10 @@ class Content:
         else:
             kept = np.ones(entry.shape, np.bool_)
         found = self._values(entry, kept, given)
+        if entry.signed:
+            zeros = None if given is None else given.negative
+            negative = self._zeros.code(self.coder, zeros, entry.size - found.count)
+            found = replace(found, negative=negative.astype(np.bool_))
         self.spent[entry.name], self.survivors[entry.name] = self.coder.spent - before, found.count
         return found
 

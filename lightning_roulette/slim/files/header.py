@@ -14,6 +14,7 @@ FORMAT = 1
 LARGEST_HEADER = 64 * 2**20  # bytes
 _DIMENSIONS = 16
 _DEEPEST = 64  # parts of a name
+_SIGNED = "-"  # before the type of a tensor some of whose zeros are -0.0
 _USUAL = "float32"  # the type of tensors for which the header names none
 # bytes of one entry of the types that are stored as they are
 OTHERS: Mapping[str, int] = {
@@ -37,11 +38,13 @@ class Entry:
         name: Its name in the state dict.
         dtype: Its type, by torch's name.
         shape: Its shape.
+        signed: Whether the signs of its zeros are stored, as some are -0.0.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    signed: bool = False
 
     @property
     def size(self) -> int:
@@ -154,6 +157,8 @@ def flat(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(entry: Entry) -> list[Any]:
+    if entry.signed:
+        return [f"{_SIGNED}{entry.dtype}", *entry.shape]
     return [*entry.shape] if entry.dtype == _USUAL else [entry.dtype, *entry.shape]
 
 
@@ -161,10 +166,12 @@ def _entry(name: str, plain: Any) -> Entry:
     if not isinstance(plain, list):
         raise Damaged(f"the tensor {name!r} in its header has no shape")
     whole = plain if plain and isinstance(plain[0], str) else [_USUAL, *plain]
-    known = whole[0] in LAYOUTS or whole[0] in OTHERS
+    dtype = whole[0].removeprefix(_SIGNED)
+    signed = dtype != whole[0]
+    known = (dtype in LAYOUTS and len(whole) > 2) if signed else dtype in LAYOUTS or dtype in OTHERS
     if not known or not all(map(_is_size, whole[1:])) or len(whole) > _DIMENSIONS + 1:
         raise Damaged(f"the tensor {name!r} in its header has no type and shape")
-    return Entry(name, whole[0], tuple(whole[1:]))
+    return Entry(name, dtype, tuple(whole[1:]), signed)
 
 
 def _is_size(one: Any) -> bool:

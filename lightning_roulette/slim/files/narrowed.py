@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.slim.files.common_scales import in_multiples
-from lightning_roulette.slim.files.floats import Bits, few
+from lightning_roulette.slim.files.floats import LAYOUTS, Bits, few
 from lightning_roulette.slim.files.header import Entry
 from lightning_roulette.slim.files.logits import Integers
 from lightning_roulette.slim.files.narrowing import by_codebook, exact_scales, multiples_of, scales_for_int8
@@ -30,12 +30,14 @@ class Survivors:
         bits: The bits of the weights that are stored; None if they are multiples.
         multiples: Those weights in units of the scale of their row, the first dimension.
         scales: The scales of the rows with such weights.
+        negative: Of the zeros that are not stored, those that are -0.0; None if there are none.
     """
 
     kept: npt.NDArray[np.bool_]
     bits: Bits | None = None
     multiples: Integers | None = None
     scales: npt.NDArray[np.float32] | None = None
+    negative: npt.NDArray[np.bool_] | None = None
 
     @property
     def count(self) -> int:
@@ -45,7 +47,10 @@ class Survivors:
     def tensor(self, entry: Entry) -> Tensor:
         """The tensor that is read from the file."""
         whole = np.zeros(entry.size, np.uint64)
-        whole[self.kept.reshape(-1)] = self.written_bits(getattr(torch, entry.dtype))
+        flat = self.kept.reshape(-1)
+        whole[flat] = self.written_bits(getattr(torch, entry.dtype))
+        if self.negative is not None:
+            whole[~flat] = self.negative.astype(np.uint64) << np.uint64(LAYOUTS[entry.dtype].width - 1)
         return from_bits(whole, entry)
 
     def written_bits(self, dtype: torch.dtype) -> Bits:
@@ -76,15 +81,16 @@ def survivors_of(name: str, tensor: Tensor, values: str | Codebook, mask: Tensor
     """
     bits = bits_of(tensor).reshape(tuple(tensor.shape))
     nonzero = tensor.detach().cpu() != 0
-    # unrounded, a weight of -0.0 is stored too; rounded, it must stay zero
-    kept: npt.NDArray[np.bool_] = bits != 0 if values == "float32" else nonzero.numpy()
+    kept: npt.NDArray[np.bool_] = nonzero.numpy()
     if mask is not None:
         flags = mask.detach().cpu().numpy()
         if bool(nonzero[~mask.cpu()].any()):
             raise ValueError(f"mask prunes weights of {name} that are not zero. Pass the mask of these weights.")
         kept = kept | flags
     if values == "float32":
-        return _as_they_are(tensor, bits[kept].astype(np.uint64), kept)
+        negative = bits[~kept] != 0
+        found = _as_they_are(tensor, bits[kept].astype(np.uint64), kept)
+        return replace(found, negative=negative) if negative.any() else found
     numbers = tensor.detach().cpu().double()[torch.from_numpy(kept)]
     if values == "float16":
         return Survivors(kept, _in_type(_as_float16(name, numbers), tensor.dtype))

@@ -332,3 +332,13 @@ def test_a_folder_that_is_missing_is_named(path):
         save_compressed({"weight": pruned(5, 4)}, path / "below")
     with pytest.raises(IsADirectoryError, match="must be a file"):
         save_compressed({"weight": pruned(5, 4)}, path.parent)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_signs_of_zeros_take_at_most_a_bit(path, dtype):
+    weights, mask = pruned(200, 300, density=1, dtype=dtype), pruned(200, 300, seed=1) != 0
+    for signed, most in ((weights * mask, 54_000 / 8 + 100), (-(weights.abs() * mask), 100)):
+        plain = save_compressed({"weight": signed + 0.0}, path)  # which makes -0.0 zero
+        assert same_bits(there_and_back({"weight": signed}, path)["weight"], signed)
+        assert torch.equal(load_mask(path)["weight"], mask)
+        assert path.stat().st_size < plain + most
