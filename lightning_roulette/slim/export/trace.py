@@ -112,6 +112,11 @@ def _check_equal(program: Program, model: nn.Module, inputs: Tensor) -> None:
     found = finish(run(program, inputs.cpu()), program.final)
     if expected.shape != found.shape:
         raise ValueError(f"model returns the shape {tuple(expected.shape)}, but its graph {tuple(found.shape)}.")
+    if not bool(expected.isfinite().all()):
+        raise ValueError(
+            "model returns numbers that are not finite, for example_input or for random inputs of the same mean and "
+            "spread. Check its weights."
+        )
     difference, largest = float((found - expected).abs().max()), max(1.0, float(expected.abs().max()))
     if not difference <= _CLOSE * largest:
         raise ValueError(

@@ -150,6 +150,7 @@ def test_all_that_cannot_be_expressed_is_named():
         (lambda layer, x: layer(x) if x.sum() > 0 else x, "cannot make a graph"),
         (lambda layer, x: F.dropout(layer(x), 0.5, True), "active in evaluation"),
         (lambda layer, x: layer(x.unsqueeze(1)), "on a tensor of shape"),
+        (lambda layer, x: layer(x) * torch.nan, "returns numbers that are not finite"),
         (lambda layer, x: torch.div(layer(x), 2.0, rounding_mode="floor"), "div with rounding_mode='floor'"),
         (lambda layer, x: layer(x) + torch.ones(1, 1, 1), "that gets another shape"),
         (lambda layer, x: {"one": layer(x), "two": x}, "returns 2 results"),

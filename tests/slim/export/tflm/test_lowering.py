@@ -218,3 +218,9 @@ def test_a_mean_over_an_image_with_a_scale_of_its_own_computes_the_same():
     program = trace(module, chance(4, 3, 6, 6))
     assert any(isinstance(one, Conv2d) for one in quantise(program, chance(6, 3, 6, 6)).program.operations)
     assert_equal(program)
+
+
+def test_a_program_without_operations_is_refused():
+    x = Value("x", (3,))
+    with pytest.raises(ValueError, match="cannot express this network: it returns its input"):
+        lowered(quantise(Program(x, (), x), chance(4, 3)))
