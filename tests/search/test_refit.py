@@ -611,5 +611,6 @@ def test_an_observer_is_told_how_long_a_level_and_its_refit_took(refit, monkeypa
     assert sum(one.seconds for one in times.told) <= time.monotonic() - began
     for told, ours in zip(times.told, times.refits, strict=False):
         assert told.seconds >= told.refit
-        assert told.refit == pytest.approx(ours if refit not in (None, LeastSquares(each_level=False)) else 0, abs=0.01)
-        assert (told.refit > 0) == (refit not in (None, LeastSquares(each_level=False)))
+        refitted = refit not in (None, LeastSquares(each_level=False))
+        assert told.refit == pytest.approx(ours if refitted else 0, rel=0.75)  # another process may run in between
+        assert (told.refit > 0) == refitted
