@@ -112,7 +112,7 @@ def show(pruning: RouletteWheelPruning, dense: float, slim: float) -> None:
     for what, before, pruned, meaning in rows:
         print(f"{what:<20}{before:>9}{pruned:>9}   {meaning}")
     print(f"time                {report.seconds:.0f} s for the search")
-    print(f"file                {path}, {os.path.getsize(path):,} bytes (zeros need as much space as other numbers)")
+    print(f"file                {path}, {os.path.getsize(path):,} bytes (save_compressed writes a smaller file)")
     print(f'load it             DigitsClassifier.load_from_checkpoint("{path}")')
     print("curves              .venv/bin/tensorboard --logdir runs")
     print(
