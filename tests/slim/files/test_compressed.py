@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -278,12 +277,11 @@ def test_without_constriction_the_extra_is_named(path, monkeypatch):
             call()
 
 
-def test_two_million_weights_take_a_second(path):
+def test_two_million_weights_come_back(path):
     kept = np.random.default_rng(0).random((2000, 1000)) < 0.1
     weights = torch.from_numpy(np.where(kept, np.random.default_rng(1).normal(size=kept.shape), 0).astype(np.float32))
-    began = time.process_time()
     save_compressed({"weight": weights}, path)
-    assert time.process_time() - began < 5  # 0.3 s for two million, on one core
+    assert torch.equal(load_compressed(path)["weight"], weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
