@@ -63,6 +63,18 @@ class ThreadModes:
 
 
 @contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode inside the block. Afterwards each of its modules is in its own mode again."""
+    before = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before.items():
+            part.training = training
+
+
+@contextmanager
 def switches_put_back(module: nn.Module) -> Iterator[None]:
     """Put back, after the block, switches that a forward may set and put back itself.
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from lightning_roulette.large.digests import digests_of
 from lightning_roulette.network.containers import rebuilt, tensors_of
+from lightning_roulette.network.modes import evaluating
 from lightning_roulette.refit.traversal import Runs
 
 
@@ -21,18 +22,7 @@ def forwards(module: nn.Module, batches: Sequence[Any]) -> Runs:
         batches: Inputs of its forward, each a tensor or a tuple of arguments. The network may write to them: if it does
             so in its first run on any batch, all later runs are on copies, too.
     """
-
-    @contextmanager
-    def evaluating() -> Iterator[None]:
-        modes = {part: part.training for part in module.modules()}
-        module.eval()
-        try:
-            yield
-        finally:
-            for part, training in modes.items():
-                part.training = training
-
-    return Runs(len(batches), _Forward(module, batches).run, evaluating)
+    return Runs(len(batches), _Forward(module, batches).run, partial(evaluating, module))
 
 
 class _Forward:

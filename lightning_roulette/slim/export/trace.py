@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_roulette.network.modes import evaluating
 from lightning_roulette.slim.export.graph.builder import Builder
-from lightning_roulette.slim.export.graph.captured import captured, evaluating
+from lightning_roulette.slim.export.graph.captured import captured
 from lightning_roulette.slim.export.graph.folded import folded
 from lightning_roulette.slim.export.graph.translated import translated
 from lightning_roulette.slim.export.operations import Program, Reshape

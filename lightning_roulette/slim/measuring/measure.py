@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_roulette.network.modes import evaluating
 from lightning_roulette.network.parameters import prunable_parameters
 from lightning_roulette.slim.measuring.bounds import Bytes, bytes_of
 from lightning_roulette.slim.measuring.multiply_adds import MultiplyAdds, multiply_adds
@@ -110,18 +110,6 @@ def caller_of(model: nn.Module, example_input: Any) -> Callable[[int | None], Ca
         return lambda: model(*arguments)
 
     return call
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The modules of a network are in evaluation mode inside the block, and in their own modes after it."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _batch(one: Any, size: int | None) -> Any:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lightning_roulette.checks import check_number
 from lightning_roulette.network.hooks import run_with_hooks
-from lightning_roulette.slim.measuring.measure import caller_of, evaluating
+from lightning_roulette.network.modes import evaluating
+from lightning_roulette.slim.measuring.measure import caller_of
 from lightning_roulette.slim.measuring.timing import latencies
 from lightning_roulette.slim.sparse.layers import Sparse, Way, padding_of, sparse_layer
 from lightning_roulette.slim.sparse.table import SparseLayer, SparseNetwork

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+
+from lightning_roulette.network.modes import evaluating
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +58,3 @@ def captured(module: nn.Module, example: Tensor) -> Captured:
     tensors = {**exported.constants, **exported.state_dict}
     constants = {node: tensors[name].detach().cpu() for node, name in names.items()}
     return Captured(tuple(exported.graph.nodes), constants, names, len(rows))
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a network into evaluation mode for a while. Afterwards each of its modules is in its own mode again."""
-    before = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in before.items():
-            part.training = training
