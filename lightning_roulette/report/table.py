@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from lightning_roulette.report.columns import in_columns
 from lightning_roulette.report.records import Level
 from lightning_roulette.report.words import summary
 
@@ -35,8 +36,7 @@ def aligned(report: SearchReport, most: int | None = None) -> str:
     head, *body = rows(report)
     places = range(len(body)) if most is None else shown(report, most)
     cells = [head, *(body[place] for place in places)]
-    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    lines = in_columns(cells)
     if left_out := len(body) - len(places):
         lines.append(f"{left_out} of {len(body)} levels are left out. report.table() returns all of them.")
     return "\n".join(lines)

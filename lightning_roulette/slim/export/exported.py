@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from lightning_roulette.report.columns import in_columns
 from lightning_roulette.slim.export.operations import Final
 
 
@@ -77,7 +78,7 @@ class Exported:
             (one.name, _shape(one.shape), f"{one.survivors:,}", one.form, f"{one.stored:,}", f"{one.dense:,}")
             for one in self.layers
         ]
-        return "\n".join([*_aligned(rows), *self._totals()])
+        return "\n".join([*in_columns(rows, left=(0, 3)), *self._totals()])
 
     def _totals(self) -> list[str]:
         """Return sentences about flash, memory and scores."""
@@ -94,15 +95,3 @@ class Exported:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    left = (True, False, False, True, False, False)
-    return [
-        "  ".join(
-            cell.ljust(width) if first else cell.rjust(width)
-            for cell, width, first in zip(row, widths, left, strict=True)
-        ).rstrip()
-        for row in rows
-    ]

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_roulette.report.columns import in_columns
 from lightning_roulette.slim.files.compressed import read_compressed
 from lightning_roulette.slim.files.container import is_compressed
 from lightning_roulette.slim.files.weights import read_weights
@@ -68,7 +69,8 @@ class FileContents:
         whole = _row("file", "", self.tensors)
         whole[-1] = f"{self.bytes:,}"
         heads = ["tensor", "shape", "weights", "survivors", "kept", "bits per survivor", "bytes"]
-        return f"{self.path}: {self.kind}\n\n{_table([heads, *rows, whole])}"
+        columns = in_columns([heads, *rows, whole], left=(0, 1))
+        return "\n".join([f"{self.path}: {self.kind}", "", *columns])
 
 
 def inspect(path: str | os.PathLike[str]) -> FileContents:
@@ -114,13 +116,3 @@ def _row(name: str, shape: str, tensors: Sequence[StoredTensor]) -> list[str]:
     share = f"{survivors / weights:.2%}" if weights else ""
     bits = f"{8 * size / survivors:.2f}" if survivors else ""
     return [name, shape, f"{weights:,}", f"{survivors:,}", share, bits, f"{size:,.0f}"]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns below each other, names to the left and numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    aligned = [
-        "  ".join(one.ljust(widths[at]) if at < 2 else one.rjust(widths[at]) for at, one in enumerate(row))
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in aligned)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_roulette.report.columns import in_columns
+
 
 @dataclass(frozen=True)
 class SparseLayer:
@@ -61,17 +63,9 @@ class SparseNetwork:
         """Return a table of the layers, and a line about the network."""
         heads = ("layer", "shape", "zeros", "dense, us", "sparse, us", "speed-up", "")
         rows = [heads, *map(_row, self.layers)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if place in (0, 6) else cell.rjust(width)
-                for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
         number = f"{len(self.converted)} of {len(self.layers)} layers are sparse now."
         times = f"The network takes {1e6 * self.sparse:,.0f} us instead of {1e6 * self.dense:,.0f} us"
-        return "\n".join([*lines, f"{number} {times} ({self.speedup:.2f} times as fast)."])
+        return "\n".join([*in_columns(rows, left=(0, 6)), f"{number} {times} ({self.speedup:.2f} times as fast)."])
 
 
 def _row(layer: SparseLayer) -> tuple[str, ...]:
