@@ -15,6 +15,7 @@ from lightning_roulette.slim.export.executorch.module import ProgramModule
 from lightning_roulette.slim.export.executorch.runtime import Loaded
 from lightning_roulette.slim.export.exported import Exported, StoredLayer
 from lightning_roulette.slim.export.operations import Conv2d, Linear, Program
+from lightning_roulette.slim.files.container import write_whole
 
 Values = Literal["float32", "int8"]
 BYTES = {"float32": 4, "int8": 1}
@@ -38,9 +39,7 @@ def write(program: Program, path: Path, *, calibration: Tensor | None, values: V
     module = module if values == "float32" else in_integers(module, _given(calibration))
     lowered = to_pte(module, torch.zeros(1, *program.input.shape))
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(lowered.file)
-    part.replace(path)
+    write_whole(path, lambda file: file.write(lowered.file))
     loaded = Loaded(lowered.file)
     return Exported(
         format="executorch",

@@ -22,6 +22,7 @@ from lightning_roulette.slim.export.tflm.latency import slowdown
 from lightning_roulette.slim.export.tflm.lowering import lowered, weight_name
 from lightning_roulette.slim.export.tflm.memory import Packed, packed, smallest
 from lightning_roulette.slim.export.tflm.model import Model, StoredTensor
+from lightning_roulette.slim.files.container import write_whole
 
 
 def write(program: Program, path: Path, *, calibration: Tensor | None, max_ram: int | None = None) -> Exported:
@@ -47,9 +48,7 @@ def write(program: Program, path: Path, *, calibration: Tensor | None, max_ram: 
     model = lowered(integers)
     plain, found = packed(model, {}), smallest(model, max_ram)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(found.file)
-    part.replace(path)
+    write_whole(path, lambda file: file.write(found.file))
     return Exported(
         format="tflm",
         values="int8",
