@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_roulette.checks import check_choice
 from lightning_roulette.slim.export.exported import Exported, FormatScores
-from lightning_roulette.slim.export.idle import without_idle
+from lightning_roulette.slim.export.idle import slimmed
 from lightning_roulette.slim.export.operations import Program, Weighted
 from lightning_roulette.slim.export.reference import finish, run
 from lightning_roulette.slim.export.scoring import accuracy, scores
@@ -80,7 +80,7 @@ def export(
     write = import_module(FORMATS[format]).write
     _check_options(format, write, options)
     whole = trace(model, example_input)
-    program = _slim(whole, example_input.cpu())
+    program = slimmed(whole, example_input.cpu())
     inputs = None if calibration is None else _inputs(calibration, program.input.shape)
     exported: Exported = write(program, Path(path), calibration=inputs, **options)
     exported = replace(exported, notes=(*_removed(whole, program), *exported.notes))
@@ -94,14 +94,6 @@ def _runs(whole: Program, exported: Exported, score: Callable[..., float]) -> li
     """Return what computes the outputs that are scored: of the network, and of the device."""
     final = None if score is accuracy else whole.final  # accuracy needs no more than which output is largest
     return [lambda x: finish(run(whole, x), final), lambda x: finish(exported.run(x), final)]
-
-
-def _slim(program: Program, example: Tensor) -> Program:
-    """Return a program without idle outputs; the program itself where rounding makes their outputs differ."""
-    slim = without_idle(program)
-    expected, found = run(program, example), run(slim, example)
-    close = 1e-5 * max(1.0, float(expected.abs().max()))
-    return slim if bool((expected - found).abs().max() <= close) else program
 
 
 def _removed(whole: Program, slim: Program) -> tuple[str, ...]:

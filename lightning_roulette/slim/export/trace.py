@@ -40,6 +40,7 @@ def trace(model: nn.Module, example_input: Tensor) -> Program:
         ValueError: In one of these cases:
 
             - `torch.export` cannot make a graph of the network.
+            - A layer or the input has no entries.
             - The network returns anything but one tensor with the batch as its first dimension.
             - An operation has no counterpart. All of them are named.
             - The outputs of the program differ from those of the network by more than 1e-5, relative to the larger of
@@ -57,6 +58,7 @@ def trace(model: nn.Module, example_input: Tensor) -> Program:
     if build.refused:
         raise ValueError(_refusal(model, build.refused))
     program = _program(build, returned[0])
+    _check_not_empty(program)
     for inputs in (example_input, _random_like(example_input)):
         _check_equal(program, model, inputs)
     return program
@@ -83,6 +85,15 @@ def _check_arguments(model: Any, example_input: Any) -> None:
         )
     if not bool(example_input.isfinite().all()):
         raise ValueError("example_input has entries that are not finite. Give inputs as in validation.")
+
+
+def _check_not_empty(program: Program) -> None:
+    empty = [name for name, value in program.values.items() if not value.size]
+    if empty:
+        raise ValueError(
+            f"model has values without entries ({', '.join(empty)}), which a device cannot compute. Remove layers "
+            "without inputs or outputs."
+        )
 
 
 def _refusal(model: nn.Module, refused: list[str]) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_roulette.network.modes import evaluating
 from lightning_roulette.network.parameters import prunable_parameters
 from lightning_roulette.slim.measuring.bounds import Bytes, bytes_of
+from lightning_roulette.slim.measuring.calls import caller_of
+from lightning_roulette.slim.measuring.device import OnDevice, on_device
 from lightning_roulette.slim.measuring.multiply_adds import MultiplyAdds, multiply_adds
-from lightning_roulette.slim.measuring.timing import Latency, latencies
+from lightning_roulette.slim.measuring.timing import Latency
+from lightning_roulette.slim.sparse.converting import tried
 
 BATCHES = (1, 64)
 
@@ -29,6 +31,10 @@ class Measured:
         bytes: The bytes of the state dict, in several forms.
         multiply_adds: Of a forward pass of one sample.
         latency: Batch size to the time of a forward pass on the device of the network, with zeros like other weights.
+        sparse_latency: The same with the layers that `to_sparse` converts at this batch size, by turns with the other.
+            None where no layer is faster.
+        on_device: Type of values to what the network takes on a microcontroller. Empty if it cannot be exported.
+        not_exported: Why it cannot be exported; empty if it can.
     """
 
     weights: int
@@ -37,6 +43,9 @@ class Measured:
     bytes: Bytes
     multiply_adds: MultiplyAdds
     latency: Mapping[int, Latency]
+    sparse_latency: Mapping[int, Latency | None]
+    on_device: Mapping[str, OnDevice]
+    not_exported: str = ""
 
     def __str__(self) -> str:
         adds = self.multiply_adds
@@ -48,17 +57,27 @@ class Measured:
             *((f"bytes, {one.name}", f"{getattr(self.bytes, one.name):,}") for one in fields(self.bytes)),
             ("multiply-adds, dense", f"{adds.dense:,}"),
             ("multiply-adds, effective", f"{adds.effective:,}"),
-            *((f"time, batch of {size}", str(one)) for size, one in self.latency.items()),
+            *self._times(),
+            *((f"as C source, {values}", str(one)) for values, one in self.on_device.items()),
+            *([("as C source", self.not_exported)] if self.not_exported else []),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
+    def _times(self) -> Iterator[tuple[str, str]]:
+        for size, dense in self.latency.items():
+            yield f"time, batch of {size}", str(dense)
+            if (sparse := self.sparse_latency[size]) is not None:
+                yield "  with to_sparse", f"{sparse}: {dense.seconds / sparse.seconds:.2f} times as fast"
+
 
 def measure(model: nn.Module, example_input: Any) -> Measured:
-    """Measure what a network takes: weights, bytes, multiply-adds and time.
+    """Measure what a network takes: weights, bytes, multiply-adds, time, and flash and memory of a microcontroller.
 
-    The network runs in evaluation mode without gradients, and has its modes back afterwards. Times are medians of runs
-    by turns; they depend on the machine and on what else it does.
+    The network runs in evaluation mode without gradients, and is afterwards as it was. Times are medians of runs by
+    turns; they depend on the machine, on the number of threads and on what else the machine does. Where layers are
+    faster with sparse weights, the time with them is measured, too (see `to_sparse`). Flash and memory are those of the
+    C source that `export` writes; a network that it cannot express has none, and the reason is told.
 
     Args:
         model: The network.
@@ -74,44 +93,26 @@ def measure(model: nn.Module, example_input: Any) -> Measured:
     weights = prunable_parameters(model).values()
     with evaluating(model):
         adds = multiply_adds(model, call(1))
-        times = latencies({str(size): call(size) for size in BATCHES})
+        trials = {size: tried(model, call(size)) for size in BATCHES}
+    devices, refusal = _devices(model, example_input)
     return Measured(
         sum(one.numel() for one in weights),
         sum(int(one.count_nonzero()) for one in weights),
         sum(one.numel() for one in model.parameters()),
         bytes_of(model.state_dict()),
         adds,
-        {size: times[str(size)] for size in BATCHES},
+        {size: one.dense for size, one in trials.items()},
+        {size: one.sparse for size, one in trials.items()},
+        devices,
+        refusal,
     )
 
 
-def caller_of(model: nn.Module, example_input: Any) -> Callable[[int | None], Callable[[], Any]]:
-    """What makes a call of a network with a batch of the given size, made of the first sample. None: with all samples.
-
-    Raises:
-        TypeError: If `example_input` is no tensor, tuple, list or mapping.
-        ValueError: If a tensor has no sample.
-    """
-    if not isinstance(example_input, Tensor | Mapping | Sequence) or isinstance(example_input, str):
-        raise TypeError(
-            f"example_input is of type {type(example_input).__name__}, but must be a tensor, a tuple of arguments or a "
-            "mapping of named arguments."
-        )
-    given = (example_input,) if isinstance(example_input, Tensor) else example_input
-    tensors = given.values() if isinstance(given, Mapping) else given
-    if any(isinstance(one, Tensor) and (one.dim() == 0 or len(one) == 0) for one in tensors):
-        raise ValueError("example_input has a tensor without samples. Its first dimension must be the batch.")
-
-    def call(size: int | None) -> Callable[[], Any]:
-        if isinstance(given, Mapping):
-            named = {name: _batch(one, size) for name, one in given.items()}
-            return lambda: model(**named)
-        arguments = [_batch(one, size) for one in given]
-        return lambda: model(*arguments)
-
-    return call
-
-
-def _batch(one: Any, size: int | None) -> Any:
-    """A batch of the first sample. None: all samples."""
-    return torch.cat([one[:1]] * size) if isinstance(one, Tensor) and size is not None else one
+def _devices(model: nn.Module, example_input: Any) -> tuple[Mapping[str, OnDevice], str]:
+    """Return what the network takes on a microcontroller, or why it cannot be exported."""
+    try:
+        return on_device(model, example_input), ""
+    except (TypeError, ValueError) as error:
+        return {}, " ".join(str(error).split())
+    except Exception as error:  # what torch.export or a network raises must not cost the other numbers
+        return {}, f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -73,19 +73,23 @@ def _uses(module: nn.Module, inputs: list[Any], output: Any) -> Iterator[Use]:
         yield from _of_attention(module, inputs[:3])
     elif isinstance(module, nn.RNNBase):
         data = inputs[0].data if isinstance(inputs[0], PackedSequence) else inputs[0]
-        steps = data.numel() // data.shape[-1]
-        yield from ((one, steps) for one in _matrices(module))
+        yield from ((one, _times(data.numel(), data.shape[-1])) for one in _matrices(module))
     elif isinstance(module, nn.RNNCellBase):
-        yield from ((one, inputs[0].numel() // inputs[0].shape[-1]) for one in _matrices(module))
+        yield from ((one, _times(inputs[0].numel(), inputs[0].shape[-1])) for one in _matrices(module))
     elif isinstance(module, TRANSPOSED):
-        yield module.weight, inputs[0].numel() // module.in_channels
+        yield module.weight, _times(inputs[0].numel(), module.in_channels)
     elif isinstance(module, CONVOLUTIONS):
-        yield module.weight, output.numel() // module.out_channels
+        yield module.weight, _times(output.numel(), module.out_channels)
     elif (kind := affine_kind_of(module)) is not None:
         weight = getattr(module, kind.weight)
-        yield weight, output.numel() // kind.matrix(weight).shape[0]
+        yield weight, _times(output.numel(), kind.matrix(weight).shape[0])
     elif isinstance(module, nn.Linear):
-        yield module.weight, output.numel() // module.out_features
+        yield module.weight, _times(output.numel(), module.out_features)
+
+
+def _times(entries: int, each: int) -> int:
+    """Return how often a weight is multiplied, for so many numbers with `each` in a row; 0 for an empty layer."""
+    return entries // each if each else 0
 
 
 def _matrices(module: nn.Module) -> list[Tensor]:
@@ -96,6 +100,6 @@ def _of_attention(module: nn.MultiheadAttention, inputs: list[Any]) -> Iterator[
     size = module.embed_dim
     whole = module.in_proj_weight
     parts = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight) if whole is None else whole.split(size)
-    rows = [one.numel() // one.shape[-1] for one in inputs]
+    rows = [_times(one.numel(), one.shape[-1]) for one in inputs]
     yield from zip(parts, rows, strict=True)
     yield module.out_proj.weight, rows[0]

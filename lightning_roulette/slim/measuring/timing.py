@@ -1,4 +1,4 @@
-"""How long forward passes take, side by side."""
+"""How long forward passes take: the one clock of this room, whatever runs them."""
 
 from __future__ import annotations
 
@@ -31,20 +31,30 @@ class Latency:
         return f"{1000 * self.seconds:.3g} ms (spread {1000 * self.spread:.2g} ms, {self.runs} runs)"
 
 
-def latencies(alternatives: Mapping[str, Callable[[], object]], seconds: float = _SECONDS) -> dict[str, Latency]:
+def latencies(
+    alternatives: Mapping[str, Callable[[], object]],
+    seconds: float = _SECONDS,
+    prepare: Callable[[str], object] = lambda name: None,
+) -> dict[str, Latency]:
     """Time some calls by turns, so that what else the machine does meets all of them alike.
 
     Args:
         alternatives: Name to what is called. Gradients are off.
         seconds: The time for each of them.
+        prepare: Is called with the name before each run, and not timed.
     """
+
+    def once(name: str) -> float:
+        prepare(name)
+        return _once(alternatives[name])
+
     with torch.no_grad():
-        first = [max(_once(run), _once(run)) for run in alternatives.values()]  # these also warm up
+        first = [max(once(name), once(name)) for name in alternatives]  # these also warm up
         rounds = min(max(int(seconds / max(*first, 1e-9)), _FEWEST), _MOST)
         times: dict[str, list[float]] = {name: [] for name in alternatives}
         for _ in range(rounds):
-            for name, run in alternatives.items():
-                times[name].append(_once(run))
+            for name, known in times.items():
+                known.append(once(name))
     return {name: _latency(one) for name, one in times.items()}
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, get_args
 
@@ -14,16 +15,34 @@ from torch import Tensor, nn
 from lightning_roulette.checks import check_number
 from lightning_roulette.network.hooks import run_with_hooks
 from lightning_roulette.network.modes import evaluating
-from lightning_roulette.slim.measuring.measure import caller_of
-from lightning_roulette.slim.measuring.timing import latencies
+from lightning_roulette.slim.measuring.calls import caller_of
+from lightning_roulette.slim.measuring.timing import Latency, latencies
 from lightning_roulette.slim.sparse.layers import Sparse, Way, padding_of, sparse_layer
 from lightning_roulette.slim.sparse.table import SparseLayer, SparseNetwork
 
 _LEAST_SPARSITY = 0.5  # below it no format of sparse weights is faster
 _TOLERANCE = 1e-5  # of outputs, as a share of the largest
 _SECONDS = 0.05  # for each way to multiply a weight
+_DENSE, _SPARSE = "dense network", "sparse network"
 
 Dense = nn.Linear | nn.Conv2d
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A dense network that was timed with sparse weights, too.
+
+    Attributes:
+        layers: Its linear layers and convolutions.
+        places: Layers, and those with a sparse weight that are to take their places; none if the network is not faster.
+        dense: The time of the network with dense weights.
+        sparse: The time with sparse weights, by turns with the other; None if there are no places.
+    """
+
+    layers: tuple[SparseLayer, ...]
+    places: Mapping[Dense, Sparse]
+    dense: Latency
+    sparse: Latency | None
 
 
 def to_sparse(model: nn.Module, example_input: Any, min_speedup: float = 1.1) -> SparseNetwork:
@@ -59,21 +78,9 @@ def to_sparse(model: nn.Module, example_input: Any, min_speedup: float = 1.1) ->
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, but must be a torch.nn.Module.")
     check_number("min_speedup", min_speedup, at_least=1, remedy="1 converts every layer that is faster.")
-    call = caller_of(model, example_input)(None)
-    with evaluating(model):
-        inputs = _inputs(model, call)
-        found = {layer: _measured(name, layer, model, inputs, min_speedup) for layer, name in _layers(model).items()}
-        dense, before = _run(call), _seconds(call)
-    places = {layer: way for layer, (_, way) in found.items() if way is not None}
-    _replace(model, places)
-    with evaluating(model):
-        after = _seconds(call) if places else before
-        worse = bool(places) and not (after < before and _alike(dense, _run(call)))
-    rows = tuple(row for row, _ in found.values())
-    if not worse:
-        return SparseNetwork(rows, before, after)
-    to_dense(model)
-    return SparseNetwork(tuple(_kept(row, "the whole network is not faster") for row in rows), before, before)
+    trial = tried(model, caller_of(model, example_input)(None), min_speedup)
+    _replace(model, trial.places)
+    return SparseNetwork(trial.layers, trial.dense.seconds, (trial.sparse or trial.dense).seconds)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -85,13 +92,49 @@ def to_dense(model: nn.Module) -> nn.Module:
     return model
 
 
+def tried(model: nn.Module, call: Callable[[], Any], min_speedup: float = 1.1) -> Trial:
+    """Time a network with dense and with sparse weights. It is afterwards as it was.
+
+    Args:
+        model: The network.
+        call: Calls it.
+        min_speedup: See `to_sparse`.
+    """
+    with evaluating(model):
+        inputs = _inputs(model, call)
+        found = {layer: _measured(name, layer, model, inputs, min_speedup) for layer, name in _layers(model).items()}
+        rows = tuple(row for row, _ in found.values())
+        places = {layer: way for layer, (_, way) in found.items() if way is not None}
+        if not places:
+            return Trial(rows, {}, latencies({_DENSE: call})[_DENSE], None)
+        with _switched(model, places) as switch:
+            dense = _run(call)
+            switch(_SPARSE)
+            alike = _alike(dense, _run(call))
+            times = latencies({_DENSE: call, _SPARSE: call}, prepare=switch)
+    if alike and times[_SPARSE].seconds < times[_DENSE].seconds:
+        return Trial(rows, places, times[_DENSE], times[_SPARSE])
+    return Trial(tuple(map(_kept, rows)), {}, times[_DENSE], None)
+
+
+@contextmanager
+def _switched(model: nn.Module, places: Mapping[Dense, Sparse]) -> Iterator[Callable[[str], None]]:
+    """Yield what puts sparse layers into their places, or the dense ones, which are there afterwards."""
+    owners = [(model.get_submodule(name.rpartition(".")[0]), name, layer) for name, layer in _named(model, places)]
+
+    def switch(which: str) -> None:
+        for owner, name, layer in owners:
+            setattr(owner, name.rpartition(".")[2], places[layer] if which == _SPARSE else layer)
+
+    try:
+        yield switch
+    finally:
+        switch(_DENSE)
+
+
 def _run(call: Callable[[], Any]) -> Any:
     with torch.no_grad():
         return call()
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    return latencies({"network": call})["network"].seconds
 
 
 def _layers(model: nn.Module) -> dict[Dense, str]:
@@ -178,12 +221,16 @@ def _alike(first: Any, second: Any) -> bool:
 
 def _replace(model: nn.Module, places: Mapping[Any, nn.Module]) -> None:
     """Replace modules under all of their names."""
-    found = [(name, part) for name, part in model.named_modules(remove_duplicate=False) if part in places]
-    for name, part in found:
+    for name, part in _named(model, places):
         places[part].train(part.training)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, places[part])
 
 
-def _kept(row: SparseLayer, why: str) -> SparseLayer:
-    return replace(row, converted=False, reason=why) if row.converted else row
+def _named(model: nn.Module, places: Mapping[Any, nn.Module]) -> list[tuple[str, Any]]:
+    """Return the modules that are to be replaced, under all of their names."""
+    return [(name, part) for name, part in model.named_modules(remove_duplicate=False) if part in places]
+
+
+def _kept(row: SparseLayer) -> SparseLayer:
+    return replace(row, converted=False, reason="the whole network is not faster") if row.converted else row

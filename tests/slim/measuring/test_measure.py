@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_roulette import measure
+from lightning_roulette import export, measure
 from lightning_roulette.slim.measuring.bounds import bound_of, bytes_of
 from lightning_roulette.slim.measuring.multiply_adds import multiply_adds
-from lightning_roulette.slim.measuring.timing import latencies
+from lightning_roulette.slim.measuring.timing import Latency, latencies
+from lightning_roulette.slim.sparse import converting
+from lightning_roulette.slim.sparse.layers import Sparse
 
 
 def half_pruned(module: nn.Module) -> nn.Module:
@@ -42,6 +44,14 @@ def test_multiply_adds_of_layers(module, shape, expected):
     half_pruned(module)
     found = multiply_adds(module, lambda: module(torch.randn(shape)))
     assert (found.dense, found.effective) == (expected, expected // 2)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+def test_layers_without_inputs_or_outputs_multiply_nothing():
+    net = nn.Sequential(nn.Linear(3, 0), nn.Linear(0, 2))
+    assert multiply_adds(net, lambda: net(torch.ones(4, 3))).dense == 0
+    cell = nn.RNNCell(0, 6)
+    assert multiply_adds(cell, lambda: cell(torch.ones(5, 0))).dense == 0
 
 
 @pytest.mark.parametrize("inner", [None, 4])
@@ -76,6 +86,58 @@ def test_a_network_is_measured_and_left_as_it_was():
     assert "bytes, compressed" in str(found)
 
 
+def test_the_time_with_sparse_layers_is_measured_in_the_same_places(monkeypatch):
+    net = half_pruned(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)))
+    before, seen = list(net), []
+
+    def clock(calls, *_, prepare=lambda name: None):
+        """Sparse layers take half of the time, and the network with one sample all of it."""
+        found = {name: Latency(1.0 if "dense" in name else 0.5, 0.0, 5) for name in calls}
+        for name in found:
+            prepare(name)
+            seen.append((name, [type(one) for one in net if isinstance(one, Sparse)]))
+        one_sample = len([name for name, _ in seen if name == "sparse network"]) == 1
+        return found | ({"sparse network": Latency(2.0, 0.0, 5)} if one_sample and "sparse network" in found else {})
+
+    monkeypatch.setattr(converting, "latencies", clock)
+    found = measure(net, torch.randn(2, 8))
+    assert found.sparse_latency == {1: None, 64: Latency(0.5, 0.0, 5)}
+    assert [len(kinds) for name, kinds in seen if "network" in name] == [0, 2, 0, 2]
+    assert all(one is other for one, other in zip(net, before, strict=True))
+    assert "500 ms (spread 0 ms, 5 runs): 2.00 times as fast" in str(found)
+
+
+def test_flash_and_memory_are_those_of_the_exported_source(tmp_path):
+    net = half_pruned(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)))
+    x = torch.rand(5, 1, 6, 6)
+    found = measure(net, x)
+    assert set(found.on_device) == {"int8", "float32"}
+    for values, one in found.on_device.items():
+        written = export(net, tmp_path / "net", "c", example_input=x, calibration=x, values=values)
+        assert (one.flash, one.ram) == (written.flash, written.ram)
+    assert found.not_exported == ""
+    assert f"as C source, int8         {found.on_device['int8'].flash:,} bytes of flash without code" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [
+        (lambda: [nn.Linear(3, 4), nn.GELU()], "operations that an export does not know: - "),
+        (lambda: [nn.Linear(3, 0)], "model has values without entries"),
+        (lambda: [nn.Linear(3, 0), nn.Linear(0, 2)], "model has values without entries"),
+    ],
+    ids=["gelu", "no outputs", "no inputs"],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+def test_why_a_network_has_no_flash_is_told(layers, reason):
+    net = nn.Sequential(*layers())
+    found = measure(net, torch.ones(2, 3))
+    assert found.on_device == {}
+    assert reason in found.not_exported
+    assert found.not_exported in str(found)
+    assert found.multiply_adds.dense == sum(one.numel() for one in net.parameters() if one.dim() > 1)
+
+
 @pytest.mark.parametrize("inputs", [(torch.ones(2, 3),) * 2, dict.fromkeys("xy", torch.ones(2, 3))])
 def test_inputs_may_be_several(inputs):
     class Two(nn.Module):
@@ -86,7 +148,9 @@ def test_inputs_may_be_several(inputs):
         def forward(self, x, y):
             return self.layer(x) + self.layer(y)
 
-    assert measure(Two(), inputs).multiply_adds.dense == 12
+    found = measure(Two(), inputs)
+    assert found.multiply_adds.dense == 12
+    assert "example_input is a" in found.not_exported
 
 
 def test_other_inputs_are_refused():
@@ -124,3 +188,10 @@ def test_times_are_medians_of_runs_by_turns():
     assert found["slow"].seconds > 0.009 > found["fast"].seconds
     assert "".join(order[4:]) == "sf" * found["slow"].runs
     assert math.isfinite(found["slow"].spread)
+
+
+def test_each_run_is_prepared_outside_of_its_time():
+    order = []
+    found = latencies({"one": lambda: order.append("1")}, 0.01, lambda name: (time.sleep(0.02), order.append(name)))
+    assert order == ["one", "1"] * (found["one"].runs + 2)
+    assert found["one"].seconds < 0.01

@@ -29,8 +29,10 @@ def clocked(monkeypatch: pytest.MonkeyPatch, layers: Iterable[dict[str, float]],
     """Let layers and networks take these times: one entry for each that is timed."""
     of_layers, of_networks = iter(layers), iter(networks)
 
-    def latencies(calls: Mapping[str, Callable[[], object]], seconds: float = 0) -> dict[str, Latency]:
-        known = {"network": next(of_networks)} if "network" in calls else next(of_layers)
+    def latencies(calls: Mapping[str, Callable[[], object]], *_: float, **__: object) -> dict[str, Latency]:
+        if any("network" in name for name in calls):
+            return {name: Latency(next(of_networks), 0, 1) for name in calls}
+        known = next(of_layers)
         return {name: Latency(known[name], 0, 1) for name in calls}
 
     monkeypatch.setattr(converting, "latencies", latencies)
@@ -193,9 +195,10 @@ def test_layers_that_cannot_have_a_sparse_weight_are_named_with_the_reason():
 def test_what_is_not_faster_stays_dense(monkeypatch, columns, networks, reason):
     clocked(monkeypatch, itertools.repeat({"dense": 1.0, "columns": columns, "rows": 2.0}), networks)
     model = network()
+    before = list(model)
     found = to_sparse(model, IMAGES)
     assert {layer.reason for layer in found.layers} == {reason}
-    assert not any(isinstance(layer, Sparse) for layer in model.modules())
+    assert all(one is other for one, other in zip(model, before, strict=True))
     assert found.speedup == 1
     assert "0 of 4 layers are sparse now." in str(found)
 

@@ -41,8 +41,7 @@ def write(program: Program, path: Path, *, calibration: Tensor | None, values: V
         ValueError: If `values` is unknown, if calibration inputs are missing, or if the name is no name in C.
     """
     check_choice("values", values, ("int8", "float32"))
-    name, integers = _function(path), _integers(program, calibration, values)
-    source = Source(program if integers is None else integers.program, integers)
+    name, source = _function(path), _source(program, calibration, values)
     texts = written(source, name)
     _check_alone(path, name, texts.source)
     files = (path.with_name(f"{name}.c"), path.with_name(f"{name}.h"))
@@ -59,12 +58,30 @@ def write(program: Program, path: Path, *, calibration: Tensor | None, values: V
         files=files,
         flash=texts.flash,
         dense_flash=texts.flash + sum(one.dense - one.stored for one in layers),
-        ram=texts.memory + (program.input.size + program.output.size) * (1 if values == "int8" else 4),
+        ram=_memory(source, texts),
         layers=layers,
         run=_runner(source),
         final=program.final,
         notes=_notes(files[0], texts),
     )
+
+
+def sizes(program: Program, calibration: Tensor | None, values: Values) -> tuple[int, int]:
+    """Return the bytes of flash and of memory that `write` gives for a program, without writing it."""
+    source = _source(program, calibration, values)
+    texts = written(source, "network")
+    return texts.flash, _memory(source, texts)
+
+
+def _source(program: Program, calibration: Tensor | None, values: Values) -> Source:
+    integers = _integers(program, calibration, values)
+    return Source(program if integers is None else integers.program, integers)
+
+
+def _memory(source: Source, texts: Written) -> int:
+    """Return the bytes of all values that are computed, and of the input and the output."""
+    program = source.program
+    return texts.memory + (program.input.size + program.output.size) * (4 if source.integers is None else 1)
 
 
 def _integers(program: Program, calibration: Tensor | None, values: Values) -> IntegerProgram | None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_roulette.slim.export.executorch.extra import imported
-
-_ROUNDS = 7
-_SECONDS = 1.0  # after which no further round starts
+from lightning_roulette.slim.measuring.timing import Latency, latencies
 
 
 class Loaded:
@@ -31,12 +28,7 @@ class Loaded:
         rows = inputs.contiguous().split(1)
         return torch.cat([self._method.execute([row.contiguous()])[0].clone() for row in rows])
 
-    def seconds(self, shape: tuple[int, ...]) -> float:
-        """How long one inference takes: the least of several."""
+    def latency(self, shape: tuple[int, ...]) -> Latency:
+        """How long one inference takes."""
         zeros = torch.zeros(1, *shape)
-        times: list[float] = []
-        while len(times) < _ROUNDS and sum(times) < _SECONDS:
-            start = time.perf_counter()
-            self._method.execute([zeros])
-            times.append(time.perf_counter() - start)
-        return min(times)
+        return latencies({"inference": lambda: self._method.execute([zeros])})["inference"]

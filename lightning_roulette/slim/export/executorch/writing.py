@@ -16,6 +16,7 @@ from lightning_roulette.slim.export.executorch.runtime import Loaded
 from lightning_roulette.slim.export.exported import Exported, StoredLayer
 from lightning_roulette.slim.export.operations import Conv2d, Linear, Program
 from lightning_roulette.slim.files.container import write_whole
+from lightning_roulette.slim.measuring.timing import Latency
 
 Values = Literal["float32", "int8"]
 BYTES = {"float32": 4, "int8": 1}
@@ -51,7 +52,7 @@ def write(program: Program, path: Path, *, calibration: Tensor | None, values: V
         layers=tuple(_stored(one, values) for one in program.operations if isinstance(one, Linear | Conv2d)),
         run=loaded,
         final=program.final,
-        notes=_notes(lowered.file, loaded.seconds(program.input.shape)),
+        notes=_notes(lowered.file, loaded.latency(program.input.shape)),
     )
 
 
@@ -69,11 +70,11 @@ def _stored(one: Linear | Conv2d, values: Values) -> StoredLayer:
     return StoredLayer(one.name, tuple(one.weight.shape), int(one.weight.count_nonzero()), "dense", size, size)
 
 
-def _notes(file: bytes, seconds: float) -> tuple[str, ...]:
+def _notes(file: bytes, latency: Latency) -> tuple[str, ...]:
     return (
         "XNNPACK computes with zeros as with other numbers: pruned weights make neither the file smaller nor an "
         "inference faster, outputs that were removed do. Deflated, as in the package of an app, the file has "
         f"{len(zlib.compress(file, 9)):,} bytes.",
-        f"One inference takes {1000 * seconds:.3g} ms on this machine. The memory is what the file plans; XNNPACK "
+        f"One inference takes {latency} on this machine. The memory is what the file plans; XNNPACK "
         "takes some for itself.",
     )

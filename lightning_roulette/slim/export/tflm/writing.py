@@ -18,7 +18,7 @@ from lightning_roulette.slim.export.rescaling import to_floats, to_integers
 from lightning_roulette.slim.export.tflm.decoding import COST, encoded_size, gets_smaller
 from lightning_roulette.slim.export.tflm.extra import runtime
 from lightning_roulette.slim.export.tflm.interpreter import Interpreter, load
-from lightning_roulette.slim.export.tflm.latency import slowdown
+from lightning_roulette.slim.export.tflm.latency import times_of
 from lightning_roulette.slim.export.tflm.lowering import lowered, weight_name
 from lightning_roulette.slim.export.tflm.memory import Packed, packed, smallest
 from lightning_roulette.slim.export.tflm.model import Model, StoredTensor
@@ -113,9 +113,10 @@ def _notes(integers: IntegerProgram, plain: Packed, found: Packed) -> tuple[str,
         "The memory is the arena, by the runtime on this machine; with pointers of 32 bits it is less.",
     ]
     if found.parts:
+        before, after = times_of(plain, found)
         notes.append(
-            f"Decoding takes memory and time: with plain weights the arena has {plain.arena:,} bytes, and here an "
-            f"inference takes {slowdown(plain, found):.1f} times as long as with them."
+            f"Decoding takes memory and time: with plain weights the arena has {plain.arena:,} bytes, and an inference "
+            f"takes {after} on this machine, {after.seconds / before.seconds:.1f} times as long as with them."
         )
     left = [name for name, one in plain.model.tensors.items() if gets_smaller(one) and name not in found.parts]
     if left:

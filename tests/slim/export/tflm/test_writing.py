@@ -99,7 +99,7 @@ class TestWithTheRuntime:
     def test_a_limit_of_memory_is_kept_and_what_stays_plain_is_said(self, tmp_path):
         free = exported(tmp_path)
         assert free.ram > 235_200
-        assert re.search(r"the arena has [\d,]+ bytes, and here an inference takes \d+\.\d times", str(free))
+        assert re.search(r"the arena has [\d,]+ bytes, and an inference takes .* ms .*\d\.\d times as long", str(free))
         tight = exported(tmp_path, max_ram=60_000)
         assert tight.ram <= 60_000
         assert tight.layers[0].form == "bitmap in 5 parts"
