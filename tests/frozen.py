@@ -61,6 +61,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.util.tensor_util import make_ndarray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -211,7 +212,9 @@ def of_events(folder: Path) -> dict[str, Any]:
         events.Reload()
         tags = events.Tags()
         scalars = {tag: [[one.step, repr(one.value)] for one in events.Scalars(tag)] for tag in tags["scalars"]}
-        others = {tag: [one.step for one in events.Tensors(tag)] for tag in tags["tensors"]}
+        described = [tag for tag in tags["tensors"] if is_curve(events, tag)]
+        scalars |= {tag: [[one.step, repr(number(one))] for one in events.Tensors(tag)] for tag in described}
+        others = {tag: [one.step for one in events.Tensors(tag)] for tag in tags["tensors"] if tag not in described}
         layouts = [one for tag in tags["tensors"] if "layout" in tag for one in events.Tensors(tag)]
         found[f"file {number}"] = {
             "scalars": {tag: points for tag, points in scalars.items() if not TIME.search(tag)},
@@ -219,6 +222,15 @@ def of_events(folder: Path) -> dict[str, Any]:
             "charts": [of_layout(one.tensor_proto) for one in layouts],
         }
     return found
+
+
+def is_curve(events: EventAccumulator, tag: str) -> bool:
+    """Whether a tag of the newer form is a curve."""
+    return events.SummaryMetadata(tag).plugin_data.plugin_name == "scalars"
+
+
+def number(event: Any) -> float:
+    return make_ndarray(event.tensor_proto).item()
 
 
 def of_layout(stored: Any) -> list[list[str]]:
@@ -1129,7 +1141,12 @@ RENAMED = {  # names that were given to the same things since a file may have be
     "shared": "undivided_because",
     "leaning": "importance_factors",
     "roulette/gated": "roulette/held_out",
-    "roulette/gated_error": "roulette/held_out_error",
+    "roulette/gated_error": "roulette-branch/held_out_error",
+    "roulette/held_out_error": "roulette-branch/held_out_error",
+    "roulette/score_error": "roulette-branch/score_error",
+    "roulette/branch/min": "roulette-branch/min",
+    "roulette/branch/median": "roulette-branch/median",
+    "roulette/branch/max": "roulette-branch/max",
     "roulette/gated$": "roulette/held_out$",
 }
 

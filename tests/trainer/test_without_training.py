@@ -18,10 +18,10 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_roulette import LeastSquares, RouletteWheelPruning, StopReason, Tree, Wheel, prune, sparsity
 from lightning_roulette.trainer.scores.trainer_evaluator import TrainerEvaluator
+from tests.support.events import scalars
 from tests.support.failing import failing_forward
 from tests.support.fits import pruner
 from tests.support.modules import Blobs, BlobsData, train_loader, trained, val_loader
@@ -352,11 +352,10 @@ def test_callbacks_that_train_do_not_train(make_trainer, weights, finder):
 def test_curves_of_the_search_are_in_the_event_files_and_no_others(make_trainer, module, tmp_path):
     logger = TensorBoardLogger(tmp_path, "runs")
     pruning = pruned(make_trainer, module, make_trainer(logger=logger))
-    read = EventAccumulator(logger.log_dir).Reload()
-    found = {tag: [one.value for one in read.Scalars(tag)] for tag in read.Tags()["scalars"] if "density" not in tag}
+    found = scalars(logger.log_dir)
     levels = [0.0, *(level.sparsity for level in pruning.report.accepted)]
-    assert found["roulette/sparsity"] == pytest.approx(levels)
-    assert {tag.split("/")[0] for tag in found} == {"roulette"}
+    assert [value for _, value in found["roulette/sparsity"]] == pytest.approx(levels)
+    assert {tag.split("/")[0] for tag in found} == {"roulette", "roulette-branch", "roulette-density"}
 
 
 # ---- training data

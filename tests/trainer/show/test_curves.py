@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from lightning_roulette import Tree, Validation, Wheel
+from lightning_roulette import Mask, SearchReport, Tree, Validation, Wheel
+from lightning_roulette.trainer.show.curves import Curves
 from tests.support import fits
+from tests.support.events import events, scalars
 from tests.support.modules import Blobs
 
-BRANCH = ("roulette/branch/min", "roulette/branch/median", "roulette/branch/max")
+BRANCH = ("roulette-branch/min", "roulette-branch/median", "roulette-branch/max")
 pruner = partial(fits.pruner, branches=3, tolerance=0.3, tree=Tree(0.2, max_levels=3))
 
 
@@ -26,21 +28,12 @@ def fit(fit):
     return partial(fit, log_every_n_steps=2, max_epochs=3)
 
 
-def events(logger) -> EventAccumulator:
-    return EventAccumulator(logger.log_dir, size_guidance={"scalars": 0, "tensors": 0}).Reload()
-
-
-def scalars(logger) -> dict[str, list[tuple[int, float]]]:
-    read = events(logger)
-    return {tag: [(one.step, one.value) for one in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
-
-
 def ours(curves: dict) -> dict:
-    return {tag: points for tag, points in curves.items() if tag.startswith("roulette/")}
+    return {tag: points for tag, points in curves.items() if tag.startswith("roulette")}
 
 
 def users(curves: dict) -> dict:
-    return {tag: points for tag, points in curves.items() if not tag.startswith("roulette/")}
+    return {tag: points for tag, points in curves.items() if not tag.startswith("roulette")}
 
 
 def rows_of(logger: CSVLogger) -> list[dict[str, str]]:
@@ -56,17 +49,20 @@ def expected(pruning) -> dict[str, list[tuple[int, float]]]:
         "roulette/sparsity": [(0, 0.0)] + [(one.level, one.sparsity) for one in accepted],
         "roulette/score": [dense] + [(one.level, one.score) for one in accepted],
         "roulette/floor": [(level, report.floor) for level in levels],
-        "roulette/score_error": [(one.level, one.error) for one in accepted if not math.isnan(one.error)],
+        "roulette-branch/score_error": [(one.level, one.error) for one in accepted if not math.isnan(one.error)],
     }
     if report.held_out_dense is not None:
         held_out = [(one.level, one.held_out_score) for one in accepted if one.held_out_score is not None]
         errors = [(one.level, one.held_out_error) for one in accepted if one.held_out_score is not None]
         curves["roulette/held_out"] = [(0, report.held_out_dense), *held_out]
-        curves["roulette/held_out_error"] = errors
+        curves["roulette/held_out_floor"] = [(level, report.held_out_floor) for level, _ in curves["roulette/held_out"]]
+        curves["roulette-branch/held_out_error"] = errors
     for i, tag in enumerate(BRANCH):
         curves[tag] = [dense] + [(one.level, one.spread[i]) for one in accepted]
     for name in pruning.mask:
-        curves[f"roulette/density/{name}"] = [(at, pruning.mask_at(at).densities[name]) for at in levels]
+        curves[f"roulette-density/{name.removesuffix('.weight')}"] = [
+            (at, pruning.mask_at(at).densities[name]) for at in levels
+        ]
     return {tag: points for tag, points in curves.items() if points}
 
 
@@ -88,7 +84,7 @@ def test_event_files_read_back_equal_the_report(fit, tmp_path, arguments, accept
     pruning, logger = pruner(**arguments), TensorBoardLogger(tmp_path)
     fit(pruning, logger=logger)
     assert [level.accepted for level in pruning.report.levels] == accepted
-    assert rounded(ours(scalars(logger))) == rounded(expected(pruning))
+    assert rounded(ours(scalars(logger.log_dir))) == rounded(expected(pruning))
 
 
 @pytest.mark.parametrize("at_epoch", [None, 1])
@@ -96,7 +92,7 @@ def test_the_users_own_curves_are_as_without_a_search_up_to_it(fit, tmp_path, at
     loggers = [TensorBoardLogger(tmp_path, name=name) for name in ("without", "with")]
     fit(logger=loggers[0])
     fit(pruner(at_epoch=at_epoch), logger=loggers[1])
-    without, searched = scalars(loggers[0]), users(scalars(loggers[1]))
+    without, searched = scalars(loggers[0].log_dir), users(scalars(loggers[1].log_dir))
     assert searched.keys() == without.keys() >= {"val_acc", "val_loss", "train_loss"}
     for tag, points in without.items():
         assert [step for step, _ in searched[tag]] == [step for step, _ in points]
@@ -105,26 +101,50 @@ def test_the_users_own_curves_are_as_without_a_search_up_to_it(fit, tmp_path, at
         assert searched[tag][: len(before)] == before
 
 
-def test_the_layout_puts_score_and_floor_in_one_chart_and_draws_the_branch_as_a_band(fit, tmp_path):
+def test_the_layout_draws_scores_with_their_floors_and_the_branch_as_a_band(fit, tmp_path):
     pruning, logger = pruner(), TensorBoardLogger(tmp_path)
     fit(pruning, logger=logger)
-    (event,) = events(logger).Tensors("custom_scalars__config__")
-    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    (category,) = layout.category
+    (event,) = events(logger.log_dir).Tensors("custom_scalars__config__")
+    (category,) = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0]).category
     charts = {chart.title: chart for chart in category.chart}
+    lines = {title: [re.compile(one) for one in chart.multiline.tag] for title, chart in charts.items()}
+    tags = scalars(logger.log_dir).keys()
+    drawn = {title: [tag for tag in tags if any(one.match(tag) for one in lines[title])] for title in charts}
     assert category.title == "roulette"
-    lines = ["roulette/score$", "roulette/floor$", "roulette/held_out$"]
-    assert list(charts["score and floor"].multiline.tag) == lines
-    assert {tag.rstrip("$") for tag in lines} <= scalars(logger).keys()
-    (band,) = charts["branch"].margin.series
-    assert (band.lower, band.value, band.upper) == BRANCH
-    assert set(BRANCH) <= scalars(logger).keys()
+    assert drawn == {
+        "score and floor": [],
+        "held-out score and floor": ["roulette/held_out", "roulette/held_out_floor"],
+        "sparsity": ["roulette/sparsity"],
+        "density of each layer": [f"roulette-density/net.{number}" for number in (0, 2)],
+    }
+    bands = [(one.lower, one.value, one.upper) for one in charts["score and floor"].margin.series]
+    assert bands == [(BRANCH[0], "roulette/score", BRANCH[2]), ("roulette/floor",) * 3]
+    assert {tag for band in bands for tag in band} <= tags
+
+
+def test_every_curve_says_what_it_is_and_what_its_axis_is(fit, tmp_path):
+    pruning, logger = pruner(), TensorBoardLogger(tmp_path)
+    fit(pruning, logger=logger)
+    read = events(logger.log_dir)
+    said = {tag: read.SummaryMetadata(tag).summary_description for tag in ours(scalars(logger.log_dir))}
+    assert all("level" in text for text in said.values())
+    assert len(set(said.values())) == len(said) > 10
+    assert said["roulette/score"].startswith(pruning.report.monitor)
+
+
+def test_only_the_largest_layers_have_a_curve(tmp_path, make_trainer):
+    mask = Mask({f"blocks.{i}.weight": torch.ones(1 + i, 2, dtype=torch.bool) for i in range(25)})
+    logger = TensorBoardLogger(tmp_path)
+    report = SearchReport("val_acc", "max", 1.0, 0.1, 1, 0, mask.size)
+    Curves(make_trainer(logger=logger)).on_dense(report, mask, 1.0)
+    drawn = [tag for tag in scalars(logger.log_dir) if tag.startswith("roulette-density/")]
+    assert drawn == [f"roulette-density/blocks.{i}" for i in range(5, 25)]
 
 
 def test_the_text_tab_has_the_report_as_a_table(fit, tmp_path):
     pruning, logger = pruner(), TensorBoardLogger(tmp_path)
     fit(pruning, logger=logger)
-    (event,) = events(logger).Tensors("roulette/report/text_summary")
+    (event,) = events(logger.log_dir).Tensors("roulette/report/text_summary")
     text = event.tensor_proto.string_val[0].decode()
     assert text == pruning.report.markdown()
     table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
@@ -143,7 +163,7 @@ def test_the_text_tab_has_the_report_as_a_table(fit, tmp_path):
 def test_the_curves_of_levels_cut_between_epochs_are_in_the_event_files(fit, tmp_path):
     pruning, logger = pruner(tolerance=math.inf, at_epoch=[2, 3, 4, 5], tree=Tree(0.4)), TensorBoardLogger(tmp_path)
     fit(pruning, logger=logger, max_epochs=8)
-    found, report = scalars(logger), pruning.report
+    found, report = scalars(logger.log_dir), pruning.report
     assert found["roulette/sparsity"] == [
         (0, 0.0),
         *((one.level, pytest.approx(one.sparsity)) for one in report.levels),
@@ -152,7 +172,7 @@ def test_the_curves_of_levels_cut_between_epochs_are_in_the_event_files(fit, tmp
     scores = ((one.level, pytest.approx(one.held_out_score)) for one in report.levels[:-1])
     assert judged == [(0, pytest.approx(report.held_out_dense)), *scores]
     assert last == 4
-    (table,) = events(logger).Tensors("roulette/report/text_summary")
+    (table,) = events(logger.log_dir).Tensors("roulette/report/text_summary")
     assert b"judged" in table.tensor_proto.string_val[0]
 
 
@@ -161,7 +181,7 @@ def test_any_other_logger_gets_the_same_points(fit, tmp_path):
     fit(pruning, logger=loggers)
     rows = rows_of(loggers[0])
     found = {tag: [(int(row["step"]), float(row[tag])) for row in rows if row[tag]] for tag in ours(rows[0])}
-    assert rounded(found) == rounded(ours(scalars(loggers[1]))) == rounded(expected(pruning))
+    assert rounded(found) == rounded(ours(scalars(loggers[1].log_dir))) == rounded(expected(pruning))
 
 
 def test_a_csv_loggers_own_rows_are_as_without_a_search(fit, tmp_path):
@@ -190,7 +210,7 @@ def test_a_point_is_on_disk_when_its_level_is_done(fit, tmp_path):
     class Watches(Blobs):
         def on_validation_epoch_start(self):
             if self.trainer.current_epoch == 3:
-                drawn = scalars(logger)
+                drawn = scalars(logger.log_dir)
                 seen.append(tuple(len(drawn.get(f"roulette/{tag}", [])) for tag in ("score", "held_out")))
 
     fit(pruner(branches=2, validation=Validation(race=False)), module=Watches(), logger=logger)
