@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_roulette.large.processes import ONE_PROCESS, Processes
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.layers import Layer
+from lightning_roulette.network.neighbours import neighbours
 from lightning_roulette.refit.gram import LayerSums
 from lightning_roulette.refit.matrices import kept_in_matrix, matrix_of
 from lightning_roulette.refit.narrowing import Narrowing
@@ -31,6 +32,9 @@ class Fitting:
         damping: See `Cholesky`.
         choose: Whether a layer may keep other weights than those of the mask, as many as these.
         allowed: The weights that may be kept. None: all.
+        neighbours: With `choose`, the number of weights of a group of neighbouring inputs that keeps as many as in the
+            mask; see `neighbours`. Layers without such groups keep the weights of the mask. None: an output of a layer
+            is such a group.
         processes: Those that fit the layers together.
         narrowing: How the weights of each layer are rounded.
         flags: The masks of weights of which others were chosen, by name.
@@ -41,6 +45,7 @@ class Fitting:
     damping: float
     choose: bool = False
     allowed: Mask | None = None
+    neighbours: int | None = None
     processes: Processes = field(default=ONE_PROCESS, repr=False)
     narrowing: Narrowing = field(default_factory=Narrowing)
     flags: dict[str, Tensor] = field(default_factory=dict)
@@ -63,8 +68,7 @@ class Fitting:
         given = prepared.solve(kept, torch.where(kept, dense, 0.0))
         if not (self.choose and sums.finite):
             return given, kept
-        ridges = DampedGram(sums.fit.gram, self.damping).ridges
-        problem = Problem(sums.fit, ridges, dense, self._free(layer, kept), kept.shape[1])
+        problem = self._problem(layer, kept, dense, sums)
         other = self._chosen(problem, kept)
         if torch.equal(other, kept):
             return given, kept
@@ -73,6 +77,16 @@ class Fitting:
         holds = not sums.held_out.rows or sums.held_out.error(found) <= sums.held_out.error(given)
         better = self.processes.first(torch.tensor(lower and holds))
         return (found, other) if better else (given, kept)
+
+    def _problem(self, layer: Layer, kept: Tensor, dense: Tensor, sums: LayerSums) -> Problem:
+        """Return what is chosen among in a layer."""
+        ridges, free = DampedGram(sums.fit.gram, self.damping).ridges, self._free(layer, kept)
+        if self.neighbours is None:
+            return Problem(sums.fit, ridges, dense, free, kept.shape[1])
+        segments = neighbours(layer, self.dense, self.neighbours)
+        if segments is None:  # nothing is chosen
+            return Problem(sums.fit, ridges, dense, torch.zeros_like(free), kept.shape[1])
+        return Problem(sums.fit, ridges, dense, free, kept.shape[1], segments.to(kept.device))
 
     def _chosen(self, problem: Problem, kept: Tensor) -> Tensor:
         """Return the entries that are chosen: by each process for its outputs, or else by the first one."""

@@ -122,6 +122,7 @@ class Calibration:
         allowed: Mask | None = None,
         *,
         statistics: bool = True,
+        neighbours: int | None = None,
     ) -> Refitted:
         """Return the network's values after pruning by a mask and a refit.
 
@@ -151,6 +152,9 @@ class Calibration:
                 - `"batch_norm"`, or a `Refit`: only running statistics change.
             allowed: With `choose`, the weights that may be kept, the mask's among them. None: all.
             statistics: Whether running statistics are computed. False: they stay as in the dense network.
+            neighbours: With `choose`, the number of neighbouring inputs (see `neighbours`) of which each group keeps as
+                many as in the mask. Layers without such groups keep the weights of the mask. None: an output keeps as
+                many as in the mask.
 
         Raises:
             TypeError: If `how` is neither a word nor a `Refit`.
@@ -158,14 +162,16 @@ class Calibration:
         """
         choices = refit_of(how)
         with self._processes.failing_together():
-            found = self._refitted(mask, choices, allowed, statistics)
+            found = self._refitted(mask, choices, allowed, statistics, neighbours)
         return self._agreed_refit(mask, found)
 
-    def _refitted(self, mask: Mask, how: Refit | None, allowed: Mask | None, statistics: bool) -> Refitted:
+    def _refitted(
+        self, mask: Mask, how: Refit | None, allowed: Mask | None, statistics: bool, neighbours: int | None
+    ) -> Refitted:
         layerwise = self._prepared(mask, isinstance(how, LeastSquares))
         self._try_turns(layerwise)
         with lent(self._written(layerwise)) as dense:
-            fitting = self._fitting(mask, dense, how, allowed) if isinstance(how, LeastSquares) else None
+            fitting = self._fitting(mask, dense, how, allowed, neighbours) if isinstance(how, LeastSquares) else None
             fill_pruned(layerwise.tensors, mask)
             reasons = layerwise.refit(fitting, statistics)
             values = {name: one.detach().clone() for name, one in self._changed(layerwise, mask, how).items()}
@@ -276,9 +282,16 @@ class Calibration:
         """Return the scales that count."""
         return found
 
-    def _fitting(self, mask: Mask, dense: Mapping[str, Tensor], how: LeastSquares, allowed: Mask | None) -> Fitting:
+    def _fitting(
+        self,
+        mask: Mask,
+        dense: Mapping[str, Tensor],
+        how: LeastSquares,
+        allowed: Mask | None,
+        neighbours: int | None,
+    ) -> Fitting:
         narrowing = Narrowing(how.values, mask.survivors, how.damping, self._processes)
-        return Fitting(mask, dense, how.damping, how.choose, allowed, self._processes, narrowing)
+        return Fitting(mask, dense, how.damping, how.choose, allowed, neighbours, self._processes, narrowing)
 
     def _say(self, sentence: str) -> None:
         _log.info(sentence)

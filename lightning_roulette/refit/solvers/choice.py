@@ -1,4 +1,6 @@
-"""Which weights of each output of a layer stay, for a given number, by its squared error on the layer's Gram sums.
+"""Which weights of each output of a layer stay, for given numbers, by its squared error on the layer's Gram sums.
+
+The number is that of the output, or one for each segment of its inputs, such as two of each four neighbours.
 
 The method is the alternating direction method of multipliers for a sparse least-squares problem, as in Meng et al.,
 "ALPS: Improved optimization for highly sparse one-shot pruning for large language models" (NeurIPS 2024,
@@ -38,6 +40,8 @@ class Problem:
         dense: The matrix of the dense layer, float64, shape `(groups, outputs, inputs)`. The ridge pulls to it.
         free: Which entries are chosen among, bool, the same shape. The others stay as they are given.
         outputs: Number of outputs of each group of the layer, of which these may be some.
+        segments: int64, shape `(segments, size)`: the inputs of each segment, which keeps its own number of entries.
+            Each input that is free in any output is in one segment. None: all inputs are one segment.
     """
 
     sums: GramSums
@@ -45,6 +49,23 @@ class Problem:
     dense: Tensor
     free: Tensor
     outputs: int
+    segments: Tensor | None = None
+
+    def split(self, values: Tensor) -> Tensor:
+        """Return entries by segment: shape `(groups, outputs, segments, size)`."""
+        return values.unsqueeze(2) if self.segments is None else values[..., self.segments]
+
+    def joined(self, parts: Tensor) -> Tensor:
+        """Return entries in the order of the inputs; False for inputs in no segment.
+
+        Args:
+            parts: Bool, in the shape that `split` returns.
+        """
+        if self.segments is None:
+            return parts.squeeze(2)
+        found = torch.zeros_like(self.free)
+        found[..., self.segments.flatten()] = parts.flatten(2)
+        return found
 
     def of_outputs(self, some: Tensor) -> Problem:
         """Return the problem of some outputs. Its solution is that of the whole problem for these outputs.
@@ -61,7 +82,7 @@ class Problem:
 
 
 def chosen(problem: Problem, kept: Tensor) -> Tensor:
-    """Return other kept entries, as many for each output, that leave a small error after the kept weights are solved.
+    """Return other kept entries that leave a small error after the kept weights are solved, as many of each segment.
 
     Which outputs keep more is not chosen: the squared error of a layer does not tell which of its outputs matter. The
     choice is a heuristic, which may be worse than what is given. It works on float32 copies. Of the given entries it
@@ -74,15 +95,16 @@ def chosen(problem: Problem, kept: Tensor) -> Tensor:
     Returns:
         Bool, the same shape. Outside of `problem.free` it is `kept`. Equal to `kept` if there is nothing to choose.
     """
-    counts = (kept & problem.free).sum(2, keepdim=True)
-    if not bool(((counts > 0) & (counts < problem.free.sum(2, keepdim=True))).any()):
+    counts = problem.split(kept & problem.free).sum(3, keepdim=True)
+    if not bool(((counts > 0) & (counts < problem.split(problem.free).sum(3, keepdim=True))).any()):
         return kept
     split = _Splitting.begun(problem, kept, counts)
     for penalty in _PENALTIES:
         fit = _fit_of(split.gram, penalty, problem.outputs)
         for _ in range(_ROUNDS):
             split.go(fit, penalty)
-    return largest(split.wanted.abs(), split.free, counts) | (kept & ~problem.free)
+    found = largest(problem.split(split.wanted.abs()), problem.split(problem.free), counts)
+    return problem.joined(found) | (kept & ~problem.free)
 
 
 def choice_cost(problem: Problem) -> float:
@@ -95,13 +117,13 @@ def largest(values: Tensor, among: Tensor, counts: Tensor) -> Tensor:
     """Return where the largest values of each row are. Of equal values the first ones are taken.
 
     Args:
-        values: At least 0, shape `(groups, outputs, inputs)`.
+        values: At least 0. A row is the last dimension.
         among: Bool, the same shape. Only these are compared.
-        counts: How many of each row, shape `(groups, outputs, 1)`.
+        counts: How many of each row, of the same shape but for a last dimension of 1.
     """
-    order = values.masked_fill(~among, -1.0).argsort(dim=2, descending=True, stable=True)
-    first = torch.arange(values.shape[2], device=values.device) < counts
-    return torch.zeros_like(among).scatter_(2, order, first)
+    order = values.masked_fill(~among, -1.0).argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(values.shape[-1], device=values.device) < counts
+    return torch.zeros_like(among).scatter_(-1, order, first)
 
 
 @dataclass(eq=False)
@@ -111,9 +133,9 @@ class _Splitting:
     Attributes:
         gram: The scaled and damped Gram matrices, shape `(groups, inputs, inputs)`.
         right: Right-hand sides, shape `(groups, outputs, inputs)`.
-        free: The entries that are chosen among, the same shape.
+        problem: The layer, whose free entries are chosen among.
         pruned: The entries that are zero in any case, the same shape.
-        counts: Number of kept entries of each output among the free ones, shape `(groups, outputs, 1)`.
+        counts: Number of kept entries among the free ones, shape `(groups, outputs, segments, 1)`.
         dense: The matrix that fits, the same shape.
         sparse: The sparse matrix, the same shape.
         dual: The multipliers, the same shape.
@@ -122,7 +144,7 @@ class _Splitting:
 
     gram: Tensor
     right: Tensor
-    free: Tensor
+    problem: Problem
     pruned: Tensor
     counts: Tensor
     dense: Tensor
@@ -144,24 +166,25 @@ class _Splitting:
         most = torch.where(most > 0, torch.frexp(most).exponent.double().exp2(), 1.0)  # other outputs change no digit
         right, begin = (right / most).float(), (begin / most).float()
         zeros = torch.zeros_like(begin)
-        return cls(scaled, right, problem.free, ~problem.free & ~kept, counts, begin, begin, zeros, begin)
+        return cls(scaled, right, problem, ~problem.free & ~kept, counts, begin, begin, zeros, begin)
 
     def go(self, fit: _Fit, penalty: float) -> None:
         """Go on by one round."""
         self.dense = fit(self.right - self.dual + penalty * self.sparse, self.dense)
         self.wanted = self.dense + self.dual / penalty
-        size = self.wanted.abs().masked_fill_(~self.free, -1.0)
-        small = ((size < _threshold(size, self.counts)) | (self.counts == 0)) & self.free
+        size = self.problem.split(self.wanted.abs().masked_fill_(~self.problem.free, -1.0))
+        few = (size < _threshold(size, self.counts)) | (self.counts == 0)
+        small = self.problem.joined(few) & self.problem.free
         self.sparse = self.wanted.masked_fill(small | self.pruned, 0.0)
         self.dual = self.dual + penalty * (self.dense - self.sparse)
 
 
 def _threshold(size: Tensor, counts: Tensor) -> Tensor:
     """Return for each row a number that about as many entries reach as given, and not fewer."""
-    low, high = torch.zeros_like(size[..., :1]), size.amax(2, keepdim=True)
+    low, high = torch.zeros_like(size[..., :1]), size.amax(-1, keepdim=True)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        enough = (size >= middle).sum(2, keepdim=True) >= counts
+        enough = (size >= middle).sum(-1, keepdim=True) >= counts
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
     return low
 
