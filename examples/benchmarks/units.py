@@ -1,0 +1,203 @@
+"""Networks without some of their units: what is lost, what is saved, and how much faster they are.
+
+- Networks and data: `units_cases.py`. Test data judges only. Choices are made on a part of the training data.
+- Peers: `units_peers.py`. All ways see the same calibration inputs, and the peers with `Taylor` also their targets.
+- Goals: a share of the multiply-adds saved, without training or before one epoch of training with one recipe for all;
+  or as few weights as half a point allows.
+- `faster` is the ratio of the medians of the processor's seconds for a batch of 64, by turns, on one thread.
+
+Finished runs are lines of JSON in the file of results and are not repeated. The table is written next to it.
+"""
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from finished_runs import Row, Runs
+from torch import nn
+from units_cases import CASES, Case, Options, learn, recalibrate
+from units_peers import PEERS, Peer, adds_of, to_adds, to_floor
+
+RUNS = 15  # of each network, to time it
+RECIPE = {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a network is pruned for.
+
+    Attributes:
+        reduction: Share of the multiply-adds to be saved. None: as much as the tolerance allows.
+        tolerance: What may be lost on the part that chooses, in points.
+        epochs: Epochs of training afterwards.
+    """
+
+    reduction: float | None
+    tolerance: float = math.inf
+    epochs: int = 0
+
+
+GOALS = {
+    "20 %": Goal(0.2),
+    "40 %": Goal(0.4),
+    "50 %": Goal(0.5),
+    "50 %, then an epoch": Goal(0.5, epochs=1),
+    "half a point": Goal(None, 0.5),
+}
+PLAN = {
+    "ResNet-20": ("20 %", "50 %", "50 %, then an epoch"),
+    "LeNet-5": ("half a point",),
+    "LeNet-300-100": ("half a point",),
+    "ViT": ("40 %",),
+    "GPT-2": ("40 %",),
+}
+Way = Callable[[Case, Goal, int], nn.Module]
+
+
+def of_peer(peer: Peer) -> Way:
+    """Return what prunes as a peer does."""
+
+    def way(case: Case, goal: Goal, seed: int) -> nn.Module:
+        if goal.reduction is None:
+            return to_floor(case, peer, goal.tolerance, seed)
+        return to_adds(case, peer, goal.reduction, seed)
+
+    return way
+
+
+def recalibrated(way: Way) -> Way:
+    """Return a way that computes running statistics again."""
+
+    def then(case: Case, goal: Goal, seed: int) -> nn.Module:
+        network = way(case, goal, seed)
+        recalibrate(network, case.calibration(seed)[0])
+        return network
+
+    return then
+
+
+WAYS: dict[str, Way] = {name: of_peer(peer) for name, peer in PEERS.items()}
+WAYS |= {f"{name}, recalibrated": recalibrated(of_peer(peer)) for name, peer in PEERS.items()}
+
+
+def measured(case: Case, way: str, goal: Goal, seed: int, stored: Path) -> Row:
+    """Prune in one way. Return the score on test data, what is left, and how much faster the network is.
+
+    Args:
+        case: The network and its data.
+        way: One of `WAYS`.
+        goal: How much is removed.
+        seed: Draws the calibration inputs.
+        stored: File for the state of the training, from which an interrupted one goes on.
+    """
+    began = time.process_time()
+    network = WAYS[way](case, goal, seed)
+    seconds = time.process_time() - began
+    if goal.epochs:
+        learn(network, case, torch.optim.SGD(network.parameters(), **RECIPE), goal.epochs, stored)
+    return {
+        "test": case.score(network, case.judging),
+        "adds": adds_of(network, case.example) / adds_of(case.network, case.example),
+        "parameters": size(network) / size(case.network),
+        "faster": faster(case, network),
+        "seconds": seconds,
+    }
+
+
+def size(network: nn.Module) -> int:
+    """Return the number of parameters."""
+    return sum(one.numel() for one in network.parameters())
+
+
+@torch.no_grad()
+def faster(case: Case, network: nn.Module) -> float:
+    """Return how many times faster a network is than that of the case."""
+    networks, times = (deepcopy(case.network).eval(), network.eval()), ([], [])
+    for _ in range(RUNS):
+        for one, found in zip(networks, times, strict=True):
+            began = time.process_time()
+            one(case.example)
+            found.append(time.process_time() - began)
+    before, after = (statistics.median(found) for found in times)
+    return before / after
+
+
+def lines(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the lines of the tables: the change on test data in points, and what is left."""
+    for name, goals in PLAN.items():
+        for goal in goals:
+            if some := [row for row in rows if (row["network"], row["goal"]) == (name, goal)]:
+                yield f"### {name}, {goal}: {some[0]['dense']:.2f} on test data without pruning"
+                yield ""
+                yield "| | change, points | multiply-adds left | parameters left | faster | seeds |"
+                yield "|---|---:|---:|---:|---:|---:|"
+                yield from (line(way, some) for way in WAYS if any(row["way"] == way for row in some))
+                yield ""
+
+
+def line(way: str, rows: Sequence[Row]) -> str:
+    """Return the line of a way: means over the seeds."""
+    ours = [row for row in rows if row["way"] == way]
+    change = statistics.mean(row["test"] - row["dense"] for row in ours)
+    adds, parameters, ratio = (statistics.mean(row[one] for row in ours) for one in ("adds", "parameters", "faster"))
+    return f"| {way} | {change:+.2f} | {adds:.1%} | {parameters:.1%} | {ratio:.2f}x | {len(ours)} |"
+
+
+def has_statistics(case: Case) -> bool:
+    """Return whether the network has running statistics."""
+    return any(isinstance(one, nn.BatchNorm2d) for one in case.network.modules())
+
+
+def runs_of(name: str, options: argparse.Namespace) -> Iterator[tuple[int, str, str]]:
+    """Yield the seeds, goals and ways of a network."""
+    for seed in range(options.seeds):
+        for goal in (one for one in PLAN[name] if options.goals is None or one in options.goals):
+            yield from ((seed, goal, way) for way in options.ways)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets of examples/paper")
+    parser.add_argument("--stored", type=Path, required=True, help="folder of trained networks")
+    parser.add_argument("--checkpoint", type=Path, help="state dict of ResNet-20")
+    parser.add_argument("--text", type=Path, help="what GPT-2 learns; default: sources of Python's standard library")
+    parser.add_argument("--networks", nargs="+", choices=PLAN, default=list(PLAN))
+    parser.add_argument("--goals", nargs="+", choices=GOALS)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("units.jsonl"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = Runs(options.results)
+    for name in options.networks:
+        pending = [
+            (seed, goal, way)
+            for seed, goal, way in runs_of(name, options)
+            if not results.has(network=name, goal=goal, way=way, seed=seed)
+        ]
+        if pending:
+            case = CASES[name](Options(options.data, options.stored, options.checkpoint, options.text))
+            add_all(results, name, case, pending, options.stored)
+    table = "\n".join(lines(results.rows))
+    options.results.with_suffix(".md").write_text(table)
+    print(table)
+
+
+def add_all(results: Runs, name: str, case: Case, pending: list[tuple[int, str, str]], stored: Path) -> None:
+    """Make the runs that are not finished."""
+    dense = case.score(case.network, case.judging)
+    for seed, goal, way in pending:
+        if "recalibrated" in way and (GOALS[goal].epochs or not has_statistics(case)):
+            continue  # training estimates the statistics anew
+        found = measured(case, way, GOALS[goal], seed, stored / f"units-{name}-{way}-{goal}-{seed}.state")
+        results.add(network=name, goal=goal, way=way, seed=seed, dense=dense, **found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The peers of `units.py`: Torch-Pruning, and the magnitude within groups of four.
+
+Torch-Pruning removes units by a rule that is given a share of the units, not of the multiply-adds. The share is found
+by bisection.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from units_cases import Case, loss
+
+from lightning_roulette.network.modes import evaluating
+from lightning_roulette.slim.measuring.multiply_adds import multiply_adds
+
+Gradients = dict[str, Tensor]
+HALVINGS, PROJECTIONS = 10, ("query", "key", "value")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A rule of Torch-Pruning.
+
+    Attributes:
+        importance: Makes the measure of importance.
+        everywhere: Whether units of all layers compete. Otherwise each layer loses the same share.
+        gradients: Whether the measure needs gradients of the loss.
+    """
+
+    importance: Callable[[], object]
+    everywhere: bool
+    gradients: bool = False
+
+
+PEERS = {
+    "Torch-Pruning, magnitude": Peer(tp.importance.MagnitudeImportance, False),
+    "Torch-Pruning, magnitude, all layers": Peer(tp.importance.MagnitudeImportance, True),
+    "Torch-Pruning, Taylor": Peer(tp.importance.TaylorImportance, False, True),
+    "Torch-Pruning, Taylor, all layers": Peer(tp.importance.TaylorImportance, True, True),
+}
+
+
+def adds_of(network: nn.Module, example: Tensor) -> int:
+    """Return the multiply-adds of a network for one input, counting the weights that are not zero."""
+    with evaluating(network), torch.no_grad():
+        return multiply_adds(network, lambda: network(example[:1])).effective
+
+
+def removed(case: Case, peer: Peer, share: float, gradients: Gradients) -> nn.Module:
+    """Return the network without a share of its units.
+
+    Args:
+        case: The network and its data.
+        peer: Which units are removed.
+        share: Their share, in (0, 1).
+        gradients: Those of the parameters that the peer needs.
+    """
+    network = deepcopy(case.network)
+    for name, parameter in network.named_parameters():
+        parameter.grad = gradients.get(name)
+    heads = {getattr(one, name): one.num_attention_heads for one in attentions(network) for name in PROJECTIONS}
+    pruner = tp.pruner.BasePruner(
+        network,
+        case.example[:1],
+        peer.importance(),
+        global_pruning=peer.everywhere,
+        pruning_ratio=share,
+        max_pruning_ratio=0.95,
+        ignored_layers=[network.get_submodule(case.head)],
+        num_heads=heads,
+        prune_num_heads=bool(heads),
+        prune_head_dims=not heads,
+        head_pruning_ratio=share if heads else 0.0,
+    )
+    pruner.step()
+    for one in attentions(network):
+        one.num_attention_heads, one.all_head_size = pruner.num_heads[one.query], one.query.out_features
+    network.zero_grad(set_to_none=True)
+    return network.eval()
+
+
+def to_adds(case: Case, peer: Peer, reduction: float, seed: int) -> nn.Module:
+    """Return the network without as few units as save a share of the multiply-adds."""
+    most = (1 - reduction) * adds_of(case.network, case.example)
+    return bisected(case, peer, seed, lambda network: adds_of(network, case.example) > most)[1]
+
+
+def to_floor(case: Case, peer: Peer, tolerance: float, seed: int) -> nn.Module:
+    """Return the network without as many units as the score on the choosing part allows, in points."""
+    floor = case.score(case.network, case.choosing) - tolerance
+    return bisected(case, peer, seed, lambda network: case.score(network, case.choosing) >= floor)[0]
+
+
+def bisected(case: Case, peer: Peer, seed: int, more: Callable[[nn.Module], bool]) -> tuple[nn.Module, nn.Module]:
+    """Return the last network of which more may be removed, and the first of which no more may be."""
+    low, high, before, after = 0.0, 1.0, case.network, case.network
+    gradients = gradients_of(case, seed) if peer.gradients else {}
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        network = removed(case, peer, middle, gradients)
+        if is_whole(network) and more(network):
+            low, before = middle, network
+        else:
+            high, after = middle, network
+    return before, after
+
+
+def is_whole(network: nn.Module) -> bool:
+    """Return whether no layer has lost all its units."""
+    return all(one.numel() > 0 for one in network.parameters())
+
+
+def attentions(network: nn.Module) -> list[nn.Module]:
+    """Return the attentions of transformers' vision models."""
+    return [
+        one for one in network.modules() if all(hasattr(one, name) for name in ("num_attention_heads", *PROJECTIONS))
+    ]
+
+
+def gradients_of(case: Case, seed: int) -> Gradients:
+    """Return the gradients of the loss on labelled inputs that a seed draws."""
+    network, split = deepcopy(case.network), case.calibration(seed)
+    for x, y in zip(split[0].split(500), split[1].split(500), strict=True):
+        loss(network(x), y).backward()
+    return {name: one.grad for name, one in network.named_parameters() if one.grad is not None}
