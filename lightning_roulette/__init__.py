@@ -26,6 +26,7 @@ from lightning_roulette.slim.files.weights import save_weights
 from lightning_roulette.slim.measuring.measure import Measured, measure
 from lightning_roulette.slim.sparse.converting import to_dense, to_sparse
 from lightning_roulette.slim.sparse.table import SparseLayer, SparseNetwork
+from lightning_roulette.unit import Block, Head, Neuron, NofM, Reduction, Weight
 from lightning_roulette.values import Codebook
 from lightning_roulette.wheel.level import spin
 
@@ -38,12 +39,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batches",
+    "Block",
     "Calibration",
     "Candidate",
     "Codebook",
     "Evaluator",
     "Exported",
     "FileContents",
+    "Head",
     "HoldZeros",
     "LeastSquares",
     "Level",
@@ -51,8 +54,11 @@ __all__ = [
     "Mask",
     "Measured",
     "Method",
+    "Neuron",
+    "NofM",
     "Observer",
     "PrunedWeights",
+    "Reduction",
     "Refit",
     "Refitted",
     "Resamples",
@@ -66,6 +72,7 @@ __all__ = [
     "StoredTensor",
     "Tree",
     "Validation",
+    "Weight",
     "Wheel",
     "Winner",
     "apply_mask",

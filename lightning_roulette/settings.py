@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_roulette.checks import as_group, check_choice, check_count, check_number, check_words, duration
+from lightning_roulette.unit import Reduction, Unit, Weight, unit_of
 from lightning_roulette.values import Codebook, values_of
 
 Importance = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -60,6 +61,15 @@ class Wheel:
             - `None`: 0.3 with a least-squares refit and more than one candidate, otherwise 0.
             - `0`: no difference.
             - A positive number. It has no effect with `scope="layer"`.
+        unit: Which weights leave together. With units the factors of `allocation` belong to groups of units, and
+            `scope` must be `"global"`:
+
+            - `"weight"` or `Weight()`: single weights. For the smallest files.
+            - `"neuron"` or `Neuron()`: neurons and channels, with all that is coupled with them. For networks that are
+              smaller and faster on every device. Needs the extra `units`.
+            - `"head"` or `Head()`: heads of attention. Needs the extra `units`.
+            - `NofM(kept, of)`: of each group of neighbouring weights, some stay. For GPUs with sparse tensor cores.
+            - `Block(rows, columns)`: rectangles of weights. For kernels that skip blocks of zeros.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -70,8 +80,15 @@ class Wheel:
     importance: Importance | str | None = None
     scope: str = "global"
     allocation: float | None = None
+    unit: str | Mapping[str, int] | Unit = field(default="weight", kw_only=True)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "unit", unit_of(self.unit))  # YAML gives a mapping
+        if self.unit != Weight() and self.scope == "layer":
+            raise ValueError(
+                f"scope is 'layer' and unit {self.unit!r}, but units of all layers are drawn from one wheel. Pass "
+                "scope='global'."
+            )
         check_number("sharpness", self.sharpness, at_least=0, remedy="Infinity (.inf) is magnitude pruning.")
         if self.importance is not None and not callable(self.importance):
             check_choice("importance", self.importance, IMPORTANCES, remedy="Or pass a function of all weights.")
@@ -106,6 +123,9 @@ class Tree:
             A level is not tried if it would end after this time, provided that it takes as long as the last one. The
             accepted levels are then confirmed, which takes some more time. The result depends on the speed of the
             machine. Cuts between epochs have no such limit.
+        target: How much is to leave before the search ends, in what the network costs: a `Reduction`. The pruning rates
+            are then shares of what is left of this cost. It needs a `unit` of whole neurons or heads. None: weights are
+            counted, and `target_sparsity` alone is a target.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -118,6 +138,7 @@ class Tree:
     patience: int = 3
     smallest_rate: float = 0.01
     max_time: str | timedelta | Mapping[str, float] | None = None
+    target: Reduction | None = field(default=None, kw_only=True)
 
     @property
     def seconds(self) -> float:
@@ -140,6 +161,8 @@ class Tree:
         check_number("smallest_rate", self.smallest_rate, above=0)
         if self.max_time is not None:
             duration("max_time", self.max_time)
+        if self.target is not None:
+            object.__setattr__(self, "target", as_group("target", self.target, Reduction))  # YAML gives a mapping
 
 
 @dataclass(frozen=True)

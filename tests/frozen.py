@@ -129,6 +129,13 @@ ADDED = {
     "tolerance_why",
     "not_refitted",
     "footprint",
+    "unit",
+    "units",
+    "multiply_adds",
+    "counted",
+    "cost",
+    "target_reduction",
+    "target",
 }
 
 

@@ -13,7 +13,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__in
 # each room may import from those on lower floors
 FLOORS = (
     {"checks", "large", "report"},
-    {"values"},
+    {"values", "unit"},
     {"settings", "mask"},
     {"network"},
     {"wheel", "slim"},

@@ -8,11 +8,23 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 
-from lightning_roulette import Codebook, LeastSquares, Tree, Validation, Wheel
+from lightning_roulette import (
+    Block,
+    Codebook,
+    Head,
+    LeastSquares,
+    Neuron,
+    NofM,
+    Reduction,
+    Tree,
+    Validation,
+    Weight,
+    Wheel,
+)
 from lightning_roulette.settings import Refit, refit_of
 
 DEFAULTS = {
-    Wheel: {"sharpness": 16.0, "importance": None, "scope": "global", "allocation": None},
+    Wheel: {"sharpness": 16.0, "importance": None, "scope": "global", "allocation": None, "unit": Weight()},
     Tree: {
         "pruning_rate": 0.1,
         "coarse_rate": 0.2,
@@ -20,6 +32,7 @@ DEFAULTS = {
         "patience": 3,
         "smallest_rate": 0.01,
         "max_time": None,
+        "target": None,
     },
     Validation: {"rank_by": None, "confirm": 0.5, "race": True, "cache_bytes": 2**31, "keep_callbacks": ()},
     Refit: {"batches": 100, "each_level": True, "finalists": 1, "cache_bytes": 2**31},
@@ -58,7 +71,10 @@ def test_a_group_is_frozen_and_has_the_documented_defaults(group):
         (Wheel, {"importance": lambda weights: weights}),
         (Tree, {"pruning_rate": 1e-9}),
         (Tree, {"pruning_rate": 0.999}),
+        (Wheel, {"unit": Block(1, 8), "importance": "obs"}),
+        (Wheel, {"unit": NofM(1, 4)}),
         (Tree, {"coarse_rate": None}),
+        (Tree, {"target": Reduction(latency=0.25)}),
         (Tree, {"coarse_rate": 0.01}),
         (Tree, {"max_levels": 1, "patience": 1}),
         (Tree, {"patience": np.int64(5), "smallest_rate": 2.0}),
@@ -148,3 +164,46 @@ def test_rounded_values_may_be_a_mapping_and_need_a_refit_of_each_level():
 def test_positional_arguments_keep_their_places():
     assert Tree(0.5, 3, 2, 0.05) == Tree(pruning_rate=0.5, max_levels=3, patience=2, smallest_rate=0.05)
     assert LeastSquares(7, False, 4, 0.5) == LeastSquares(batches=7, each_level=False, finalists=4, damping=0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "unit"),
+    [
+        ("weight", Weight()),
+        ("neuron", Neuron()),
+        ("head", Head()),
+        ({"kept": 1, "of": 3}, NofM(1, 3)),
+        ({"rows": 2, "columns": 8}, Block(2, 8)),
+    ],
+)
+def test_a_unit_may_be_a_word_or_a_mapping(given, unit):
+    assert Wheel(unit=given).unit == unit
+    assert Wheel(unit=unit).unit is unit
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Wheel(unit="channel"), ValueError, "unit is 'channel', but must be one of 'weight', 'neuron', 'head'"),
+        (lambda: Wheel(unit=3), TypeError, "unit is 3, but must be one of weight, neuron, head, or a NofM"),
+        (lambda: Wheel(unit={}), TypeError, "unit is {}, but a NofM needs kept and of, too"),
+        (lambda: Wheel(unit={"rows": 2, "of": 2}), TypeError, "but a Block needs columns, too"),
+        (lambda: Wheel(unit={"kept": 2, "of": 4, "off": 1}), TypeError, "unit has the field 'off', but a NofM has"),
+        (lambda: NofM(4, 4), ValueError, "of is 4 and kept 4, but a group must have more weights than it keeps"),
+        (lambda: NofM(0, 4), ValueError, "kept is 0"),
+        (lambda: Block(0, 4), ValueError, "rows is 0"),
+        (lambda: Wheel(unit="neuron", scope="layer"), ValueError, "scope is 'layer' and unit Neuron.*scope='global'"),
+        (lambda: Reduction(), ValueError, "was given nothing, but needs exactly one of multiply_adds, parameters"),
+        (lambda: Reduction(0.5, 0.5), ValueError, "was given multiply_adds, parameters, but needs exactly one"),
+        (lambda: Reduction(parameters=1), ValueError, "parameters is 1, but must be more than 0 and less than 1"),
+        (lambda: Tree(target=0.5), TypeError, "target is 0.5, but must be a Reduction"),
+    ],
+)
+def test_units_and_reductions_that_cannot_be(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_reduction_says_what_it_counts():
+    one = Tree(target={"multiply_adds": 0.25}).target
+    assert (one, one.counted, one.share) == (Reduction(multiply_adds=0.25), "multiply_adds", 0.25)

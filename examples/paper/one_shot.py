@@ -46,7 +46,8 @@ from lightning_roulette import (
     prunable_parameters,
     search,
 )
-from lightning_roulette.search.policies import Policy, Step, level_draws, missing
+from lightning_roulette.search.amounts import level_draws, missing
+from lightning_roulette.search.policies import Policy, Step
 from lightning_roulette.search.state import State
 
 Values = dict[str, Tensor]

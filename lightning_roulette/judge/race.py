@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import TypeAlias
 
 from lightning_roulette.judge.evaluator import Judge
 from lightning_roulette.judge.selection import best_few, best_of
@@ -13,6 +14,8 @@ from lightning_roulette.large.limits import limits
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.report.records import Candidate, Scores
+
+Tell: TypeAlias = Callable[[int, Candidate | None], None]
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,8 @@ class Race:
     """The candidates of one level and what is needed to judge them.
 
     Args:
-        candidates: Candidates without scores.
-        spin: Returns the mask of a candidate, by its index.
+        candidates: Candidates without scores. Each gets the sparsity of its own mask.
+        mask: Returns the mask of a candidate, by its index.
         network: Returns the network of a mask.
         judge: Scores networks.
         dense: Scores of the dense network, by which candidates' scores are corrected for the difficulty of the parts
@@ -169,22 +172,22 @@ class Race:
         tell: Called after each judgement with the number of judgements so far and the best candidate so far.
 
     Attributes:
-        candidates: Candidates without scores.
-        mask: Returns the mask of a candidate, by its index.
+        candidates: See above.
+        mask: See above.
+        tell: See above.
     """
 
     def __init__(
         self,
         candidates: Sequence[Candidate],
-        spin: Callable[[int], Mask],
+        mask: Masks,
         network: Callable[[Mask], PrunedWeights],
         judge: Judge,
         dense: Reference | None,
-        tell: Callable[[int, Candidate | None], None],
+        tell: Tell,
     ) -> None:
-        self.mask = Masks(spin)
-        self.candidates, self._network = candidates, network
-        self._judge, self._dense, self._tell = judge, dense, tell
+        self.candidates, self.mask, self.tell = candidates, mask, tell
+        self._network, self._judge, self._dense = network, judge, dense
 
     def run(self, stages: Sequence[Rung]) -> list[Candidate]:
         """Return the candidates in the order given, with the mean of their scores on the parts that they saw.
@@ -201,7 +204,7 @@ class Race:
             for part, index in product(rung.parts, entrants):
                 runners[index] = self._judged(runners[index], part, owners)
                 done += 1
-                self._tell(done, best_of(_in_the_lead(runners)))
+                self.tell(done, best_of(_in_the_lead(runners)))
         return [_with_scores(runner.candidate, runners) for runner in runners.values()]
 
     def _judged(self, runner: Runner, part: range, owners: dict[bytes, int]) -> Runner:
@@ -210,8 +213,9 @@ class Race:
         if candidate.same_as is not None:
             return runner
         mask = self.mask(candidate.index)
+        runner = replace(runner, candidate=replace(candidate, sparsity=mask.sparsity))
         if not runner.seen and (owner := owners.setdefault(mask.digest, candidate.index)) != candidate.index:
-            return Runner(replace(candidate, same_as=owner))
+            return Runner(replace(runner.candidate, same_as=owner))
         return runner.scored(part, self._judge.scores(self._network(mask), part), self._dense)
 
 

@@ -130,8 +130,9 @@ class Level(FormerNames):
     Attributes:
         level: Depth in the tree, from 1. A failed level is tried again under the same number.
         pruning_rate: Share of the parent's survivors that the level removes.
-        sparsity: Share of all prunable weights that each candidate prunes, in [0, 1].
-        survivors: Number of weights that each candidate keeps.
+        sparsity: Share of all prunable weights that the winner prunes, in [0, 1]; without a winner, that the first
+            candidate prunes. Single weights leave all candidates in the same number.
+        survivors: Number of weights that the same candidate keeps.
         candidates: All candidates, in the order drawn.
         winner: Index of the best candidate; None if no score was a number.
         accepted: Whether the winner kept the floor on the search folds and became the next parent.
@@ -148,6 +149,9 @@ class Level(FormerNames):
         undone: Reasons why a refit was not kept, by the name of the weight.
         epoch: Number of epochs that were trained before the cut, for levels that are judged after further training.
             `held_out_score` and `held` then belong to the network after this training. None for levels of a search.
+        units: Number of units that are left; None if single weights leave.
+        multiply_adds: Multiply-adds of one sample that are left; None if single weights leave, or if it is unknown.
+        cost: What is left of what the report's `counted` names; None if single weights leave.
     """
 
     level: int
@@ -164,6 +168,9 @@ class Level(FormerNames):
     held: bool | None = None
     undone: Mapping[str, str] = field(default_factory=dict, hash=False)
     epoch: int | None = None
+    units: int | None = None
+    multiply_adds: int | None = None
+    cost: float | None = None
 
     @property
     def score(self) -> float:

@@ -50,6 +50,12 @@ class SearchReport(FormerNames):
         not_refitted: The weights in `left_alone`, grouped by reason, largest group first.
         footprint: Bytes and multiply-adds of the network after the search; None if they were not measured. `search`
             does not measure them.
+        unit: What leaves, such as `"neuron"`; empty for single weights.
+        units: Number of units before pruning; None if single weights leave.
+        multiply_adds: Multiply-adds of one sample before pruning; None if single weights leave, or if it is unknown.
+        counted: What units cost: `"weights"`, or a field of `Reduction`; empty if single weights leave.
+        cost: What the network costs before pruning, in what `counted` names; None if single weights leave.
+        target_reduction: Share of the cost at whose removal the search was to end; None without such a target.
     """
 
     monitor: str
@@ -84,6 +90,12 @@ class SearchReport(FormerNames):
     tolerance_why: str = ""
     not_refitted: tuple[Skipped, ...] = ()
     footprint: Footprint | None = None
+    unit: str = ""
+    units: int | None = None
+    multiply_adds: int | None = None
+    counted: str = ""
+    cost: float | None = None
+    target_reduction: float | None = None
 
     @property
     def floor(self) -> float:
@@ -123,7 +135,10 @@ class SearchReport(FormerNames):
 
     @property
     def target_met(self) -> bool | None:
-        """Whether the winner prunes at least as many weights as the target sparsity asks for; None without a target."""
+        """Whether the winner removes at least as much as the target asks for; None without a target."""
+        if self.target_reduction is not None and self.cost is not None:
+            left = self.winner.cost if self.winner else self.cost
+            return left is not None and left <= (1 - self.target_reduction) * self.cost * (1 + 1e-9)
         if self.target_sparsity is None:
             return None
         return self.size - self.survivors >= math.floor(self.target_sparsity * self.size + 0.5)

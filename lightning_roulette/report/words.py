@@ -25,6 +25,7 @@ def summary(report: SearchReport) -> list[str]:
     """
     return [
         _kept(report),
+        *_units(report),
         *_footprint(report),
         *_prunable(report),
         *_metric(report),
@@ -67,6 +68,19 @@ def _kept(report: SearchReport) -> str:
         whole = " All weights in matrices are prunable." if report.size == report.matrices else ""
         return f"{_size(report, report.winner, 'prunable weights kept')}.{whole}"
     return f"All {report.size:,} prunable weights kept: the network stays dense."
+
+
+def _units(report: SearchReport) -> list[str]:
+    """Return how many units and multiply-adds are left, if units leave."""
+    if report.units is None:
+        return []
+    units = report.winner.units if report.winner else report.units
+    left = report.winner.multiply_adds if report.winner else report.multiply_adds
+    line = f"{units:,} of {report.units:,} units left (unit: {report.unit})"
+    if report.multiply_adds and left is not None:
+        share = left / report.multiply_adds
+        line += f", with {left:,} of {report.multiply_adds:,} multiply-adds of a sample ({share:.2%})"
+    return [f"{line}."]
 
 
 def _size(report: SearchReport, level: Level, what: str) -> str:
@@ -193,8 +207,11 @@ def _outcome(report: SearchReport) -> str:
 
 
 def _target(report: SearchReport) -> str:
-    if report.target_sparsity is None or report.stop_reason is None:
+    if report.target_met is None or report.stop_reason is None:
         return ""
+    if report.target_reduction is not None:
+        what = report.counted.replace("_", "-")
+        return f"Target {report.target_reduction:.2%} fewer {what}: {'met' if report.target_met else 'missed'}."
     return f"Target sparsity {report.target_sparsity:.2%}: {'met' if report.target_met else 'missed'}."
 
 
@@ -202,8 +219,9 @@ def _stopped(report: SearchReport) -> str:
     """Return why the search stopped, with the number of levels that missed the floor at its end."""
     if report.stop_reason is None:
         return "The search is running."
-    if report.stop_reason is StopReason.TARGET_REACHED and report.target_sparsity is not None:
-        return "" if report.target_met else str(StopReason.TARGET_NOT_HELD.value)
+    if report.stop_reason is StopReason.TARGET_REACHED and report.target_met is not None:
+        words = str(StopReason.TARGET_NOT_HELD.value)
+        return "" if report.target_met else words.replace(" sparsity", "" if report.target_reduction else " sparsity")
     if report.stop_reason is not StopReason.DECLINED:
         return str(report.stop_reason.value)
     missed = len(list(takewhile(lambda level: not level.accepted, reversed(report.levels))))

@@ -15,7 +15,6 @@ from lightning_roulette.mask.mask import Mask
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.settings import (
     CALIBRATED,
-    Importance,
     LeastSquares,
     Refit,
     Tree,
@@ -23,6 +22,8 @@ from lightning_roulette.settings import (
     Wheel,
     refit_of,
 )
+from lightning_roulette.unit import Weight
+from lightning_roulette.wheel.units.units import Units
 
 
 def check_search(
@@ -49,6 +50,7 @@ def check_search(
         check_number("target_sparsity", target_sparsity, above=0, below=1)
     for name, value, group in (("wheel", wheel, Wheel), ("tree", tree, Tree), ("validation", validation, Validation)):
         as_group(name, value, group)
+    _check_targets(target_sparsity, wheel, tree)
     check_seed(seed)
     if confidence is not None:
         _check_confidence(confidence, tolerance, validation)
@@ -71,7 +73,8 @@ def check_network(
     if not weights or not any(weight.numel() for weight in weights.values()):
         raise ValueError("weights is empty, but must name at least one tensor with entries.")
     how = refit_of(refit)
-    if (shards := Shards.of(weights)) is not None and (why := beyond_shards(wheel.importance, how)):
+    _check_chosen(how, wheel)
+    if (shards := Shards.of(weights)) is not None and (why := beyond_shards(wheel, how)):
         raise ValueError(f"the weights are sharded over {shards.ranks} processes, but {why}")
     if calibration is None and (how is not None or wheel.importance in CALIBRATED):
         asked = f"refit is {refit!r}" if how is not None else f"importance is {wheel.importance!r}"
@@ -83,15 +86,62 @@ def check_network(
         )
 
 
-def beyond_shards(importance: Importance | str | None, how: Refit | None) -> str:
-    """Why sharded weights cannot be pruned with this importance and refit, and what to do. Empty if they can.
+def check_units(units: Units | None, wheel: Wheel, tree: Tree, weights: Mapping[str, Tensor]) -> None:
+    """Check that the units of a network are those that the settings ask for.
+
+    Raises:
+        ValueError: If there are none although they are asked for, if they are not those of the network, or if they cost
+            something else than the target counts.
+    """
+    if (units is None) != (wheel.unit == Weight()):
+        came = "None" if units is None else f"units of the kind {units.kind!r}"
+        raise ValueError(f"the wheel's unit is {wheel.unit!r}, but units is {came}. Pass units=units_of(...) for it.")
+    if units is None:
+        return
+    if unknown := [part.name for part in units.parts if part.name not in weights]:
+        raise ValueError(f"units are parts of {unknown[0]!r}, but weights does not name it. Make them of the weights.")
+    counted = "weights" if tree.target is None else tree.target.counted
+    if units.cost.counted != counted:
+        raise ValueError(
+            f"the target counts {counted}, but units cost {units.cost.counted}. Pass the same target to units_of."
+        )
+
+
+def _check_targets(target_sparsity: float | None, wheel: Wheel, tree: Tree) -> None:
+    """Check that a target can be counted."""
+    if tree.target is not None and wheel.unit == Weight():
+        raise ValueError(
+            f"target is {tree.target!r}, but single weights leave, whose zeros cost as much as other numbers. Pass "
+            "Wheel(unit='neuron'), or target_sparsity instead of a target."
+        )
+    if tree.target is not None and target_sparsity is not None:
+        raise ValueError(
+            f"target_sparsity is {target_sparsity} and target {tree.target!r}, but a search has one target. Leave out "
+            "one of them."
+        )
+
+
+def _check_chosen(refit: Refit | None, wheel: Wheel) -> None:
+    """Check that a refit keeps units whole."""
+    if isinstance(refit, LeastSquares) and refit.choose and wheel.unit != Weight():
+        raise ValueError(
+            f"choose is True and unit {wheel.unit!r}, but choosing anew which weights stay would break up units. Pass "
+            "choose=False."
+        )
+
+
+def beyond_shards(wheel: Wheel, how: Refit | None) -> str:
+    """Why sharded weights cannot be pruned with this wheel and refit, and what to do. Empty if they can.
 
     Args:
-        importance: See `Wheel`.
+        wheel: How candidates are drawn.
         how: Kind of refit. None: no refit.
     """
+    importance = wheel.importance
     if how is not None:
         return "a refit needs whole layers, and no process has them. Pass refit=None."
+    if wheel.unit != Weight():
+        return f"unit {wheel.unit!r} needs whole layers, and no process has them. Pass wheel=Wheel(unit='weight')."
     if importance not in (None, "magnitude"):
         what = f"importance {importance!r}" if isinstance(importance, str) else "importance by a function"
         return f"{what} needs whole layers, and no process has them. Pass wheel=Wheel(importance='magnitude')."

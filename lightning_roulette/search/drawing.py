@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -11,11 +11,13 @@ from lightning_roulette.large.shards import Shards
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.refit.sensitivity import NoGradients
 from lightning_roulette.search.refitter import Refitter
+from lightning_roulette.search.sectors import Sectors, UnitSectors, WeightSectors
 from lightning_roulette.search.state import State
-from lightning_roulette.settings import Wheel
+from lightning_roulette.settings import CALIBRATED, Wheel
 from lightning_roulette.wheel.chance import normal, stream
-from lightning_roulette.wheel.importance import importance_of, weighed
-from lightning_roulette.wheel.level import LevelWheel
+from lightning_roulette.wheel.importance import importance_of
+from lightning_roulette.wheel.units.unit_wheel import importance_of_units
+from lightning_roulette.wheel.units.units import Units
 
 
 class Drawing:
@@ -31,19 +33,34 @@ class Drawing:
         seed: Source of all chance.
         importance: Importance to use where the wheel names none. None: `"sensitivity"` where each level is refitted
             by least squares, else `"magnitude"`.
+        units: The units that leave. None: single weights.
+
+    Attributes:
+        units: See above.
     """
 
     def __init__(
-        self, wheel: Wheel, refitter: Refitter, branches: int, seed: int, importance: str | None = None
+        self,
+        wheel: Wheel,
+        refitter: Refitter,
+        branches: int,
+        seed: int,
+        importance: str | None = None,
+        units: Units | None = None,
     ) -> None:
+        self.units = units
         self._wheel, self._refitter, self._seed = wheel, refitter, seed
         self._shards = Shards.of(refitter.weights)
         self._kind = wheel.importance or importance or ("sensitivity" if refitter.solves else "magnitude")
         self._allocation = _allocation(wheel, refitter, branches)
         self._fallback = ""
         self._parent: Mask | None = None
-        self._importance: Mapping[str, Tensor] = {}
-        self._level_wheel: LevelWheel | None = None
+        self._sectors: Sectors | None = None
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Names of all that has importance factors: weights, or groups of units."""
+        return self._refitter.weights if self.units is None else self.units.groups
 
     @property
     def in_words(self) -> str:
@@ -51,34 +68,33 @@ class Drawing:
         return self._fallback or (self._kind if isinstance(self._kind, str) else "a function")
 
     def prepare(self, state: State) -> None:
-        """Compute the importance of the parent, and the wheel if candidates share it, unless that was done.
+        """Compute the importance of the parent, unless that was done.
 
         Raises:
             ValueError: If the importance that the user asked for needs derivatives, and there are none.
         """
         if self._parent is state.parent:
             return
-        self._importance = self._importance_of(state)
-        self._level_wheel = None if self._allocation else self._wheel_of(self._importance, state.parent)
+        self._sectors = self._sectors_of(self._importance_of(state), state.parent)
         self._parent = state.parent
 
-    def spin(self, state: State, draws: int, candidate: int, varied: bool = True) -> Mask:
-        """Mask of one candidate: the parent's mask without `draws` of its weights.
+    def spin(self, state: State, budget: float, candidate: int, varied: bool = True) -> Mask:
+        """Mask of one candidate: the parent's mask without what leaves.
 
         Args:
             state: Where the search stands; `prepare` was called for it.
-            draws: Weights to remove.
+            budget: What leaves, see `Step`.
             candidate: Index of the candidate among all of its level.
             varied: Whether it has importance factors of its own. False: those of its parent.
         """
-        level_wheel = self._level_wheel
-        if level_wheel is None:
+        assert self._sectors is not None
+        factors: dict[str, float] | None = None
+        if self._allocation:
             factors = {name: math.exp(value) for name, value in self.factors(state, candidate, varied).items()}
-            level_wheel = self._wheel_of(weighed(self._importance, factors), state.parent)
-        return level_wheel.spin(draws, seed=self._seed, level=state.next_level, candidate=candidate)
+        return self._sectors.spin(budget, factors, seed=self._seed, level=state.next_level, candidate=candidate)
 
     def factors(self, state: State, candidate: int, varied: bool = True) -> Mapping[str, float]:
-        """Logarithm of a candidate's importance factor for each parameter. Takes the arguments of `spin`."""
+        """Logarithm of a candidate's importance factor for each of `names`. Takes the arguments of `spin`."""
         if not (self._allocation and varied):
             return state.factors
         return {
@@ -86,9 +102,11 @@ class Drawing:
             for name, before in state.factors.items()
         }
 
-    def _wheel_of(self, importance: Mapping[str, Tensor], parent: Mask) -> LevelWheel:
-        wheel = self._wheel
-        return LevelWheel(importance, parent, sharpness=wheel.sharpness, scope=wheel.scope, shards=self._shards)
+    def _sectors_of(self, importance: Mapping[str, Tensor], parent: Mask) -> Sectors:
+        if self.units is None:
+            return WeightSectors(importance, parent, self._wheel, self._shards)
+        each = importance_of_units(self.units, importance, parent, readers_alone=self._kind in CALIBRATED)
+        return UnitSectors(self.units, each, parent, self._wheel.sharpness)
 
     def _importance_of(self, state: State) -> Mapping[str, Tensor]:
         weights = self._weights(state)

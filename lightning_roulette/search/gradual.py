@@ -22,6 +22,7 @@ from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.report.records import StopReason
 from lightning_roulette.report.report import SearchReport
+from lightning_roulette.search.arguments import check_units
 from lightning_roulette.search.drawing import Drawing
 from lightning_roulette.search.level import try_level
 from lightning_roulette.search.observer import Observer
@@ -30,6 +31,8 @@ from lightning_roulette.search.refitter import Refitter
 from lightning_roulette.search.run import Run, begin
 from lightning_roulette.search.state import State
 from lightning_roulette.settings import Refit, Tree, Validation, Wheel
+from lightning_roulette.unit import Reduction
+from lightning_roulette.wheel.units.units import Units
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,20 @@ class Cuts:
     validation: Validation = field(default_factory=Validation)
     seed: int = 0
 
-    def policy(self, place: int) -> Policy:
-        """Policy of the cut of this number. Numbers count from 1."""
-        if self.target_sparsity is None:
-            return Levels(self.tree, self.branches, self.wheel.scope)
-        goal = cubic(self.target_sparsity, place / self.number)
-        return OneLevel(Levels(self.tree, self.branches, self.wheel.scope, goal))
+    def policy(self, place: int, units: Units | None = None) -> Policy:
+        """Policy of the cut of this number. Numbers count from 1.
+
+        Args:
+            place: The number.
+            units: The units of the network. None: single weights leave.
+        """
+        share, target, tree = place / self.number, self.tree.target, self.tree
+        if self.target_sparsity is None and target is None:
+            return Levels(tree, self.branches, self.wheel.scope, None, units)
+        goal = None if self.target_sparsity is None else cubic(self.target_sparsity, share)
+        if target is not None:
+            tree = replace(tree, target=Reduction(**{target.counted: cubic(target.share, share)}))
+        return OneLevel(Levels(tree, self.branches, self.wheel.scope, goal, units))
 
 
 class Gradual:
@@ -109,6 +120,7 @@ class Gradual:
         evaluate: Evaluator | Callable[[Mask], float],
         calibration: Calibration | None = None,
         observer: Observer | None = None,
+        units: Units | None = None,
     ) -> bool:
         """Validate the network as it is, and record whether its deepest level holds.
 
@@ -117,6 +129,7 @@ class Gradual:
             evaluate: See `search`.
             calibration: The network with inputs. Needed for a refit and for importances on inputs.
             observer: Is told of the candidates of a cut that follows.
+            units: The units of the network, for a cut that follows. None: single weights leave.
 
         Returns:
             Whether the network keeps the floor.
@@ -125,7 +138,7 @@ class Gradual:
             ValueError: If the dense score is NaN.
         """
         began = time.monotonic()
-        run, state = self._begin(weights, evaluate, calibration, observer or Observer())
+        run, state = self._begin(weights, evaluate, calibration, observer or Observer(), units)
         # a cut is judged after the training that follows it, so it has no floor
         self._shown = run, replace(state, report=replace(state.report, tolerance=math.inf))
         self._counted = 0.0
@@ -153,10 +166,12 @@ class Gradual:
 
         Raises:
             RuntimeError: If a refit kept a weight that was pruned before. Training holds it at zero.
+            ValueError: If the units that `judge` was given are not those that the wheel asks for.
         """
         assert self._shown is not None
         (run, state), began = self._shown, time.monotonic()
-        if not isinstance(step := self._cuts.policy(place).next(state), Step):
+        check_units(run.drawing.units, self._cuts.wheel, self._cuts.tree, run.refitter.weights)
+        if not isinstance(step := self._cuts.policy(place, run.drawing.units).next(state), Step):
             return None
         after = try_level(run, state, step)
         _refuse_revived(state.parent, after.parent)
@@ -176,8 +191,7 @@ class Gradual:
         """The report when training is over, after the last network was shown."""
         (report, history), cuts = self.found, self._cuts
         reason, deepest = StopReason.TRAINING_ENDED, history.level == history.deepest
-        goal = math.floor((cuts.target_sparsity or 0) * report.size + 0.5)
-        if deepest and cuts.target_sparsity is not None and report.size - report.survivors >= goal:
+        if deepest and report.target_met:
             reason = StopReason.TARGET_REACHED
         elif deepest and history.level == cuts.tree.max_levels:
             reason = StopReason.MAX_LEVELS
@@ -206,6 +220,7 @@ class Gradual:
         evaluate: Evaluator | Callable[[Mask], float],
         calibration: Calibration | None,
         observer: Observer,
+        units: Units | None,
     ) -> tuple[Run, State]:
         """Validate the network as the parent of a level. The first one, the dense network, sets the tolerance."""
         cuts = self._cuts
@@ -215,7 +230,7 @@ class Gradual:
         return begin(
             judge,
             refitter,
-            Drawing(cuts.wheel, refitter, cuts.branches, cuts.seed, importance),
+            Drawing(cuts.wheel, refitter, cuts.branches, cuts.seed, importance, units),
             observer,
             branches=cuts.branches,
             tolerance=self._cuts.tolerance if self.report is None else math.inf,
@@ -225,6 +240,7 @@ class Gradual:
             history=None if self.history is None else self.history.won_by(self.history.deepest),
             factors=self._factors,
             refuse_nan=self.report is None,
+            target=cuts.tree.target,
         )
 
     def _judged(self, now: float) -> bool:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from lightning_roulette.judge.certificate import paired_error
 from lightning_roulette.judge.outcomes import Outcomes, alike
-from lightning_roulette.judge.race import Race, furthest
+from lightning_roulette.judge.race import Masks, Race, Tell, furthest
 from lightning_roulette.judge.selection import best_of, keeps_floor
 from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.report.records import Candidate, Level
+from lightning_roulette.search.amounts import counts
 from lightning_roulette.search.observer import LevelTime
 from lightning_roulette.search.policies import Step
 from lightning_roulette.search.run import Run
@@ -47,27 +47,26 @@ def try_level(run: Run, state: State, step: Step) -> State:
     Returns:
         The state after the level.
     """
-    began, survivors = time.monotonic(), state.parent.survivors - step.draws
-    sparsity = 1 - survivors / state.parent.size
-    tell = _teller(run, state, step, sparsity)
-    race = _race(run, state, step, sparsity, tell)
+    began = time.monotonic()
+    race = _race(run, state, step)
     judged = _single if _is_single(run, step) else _raced
-    branch, error = judged(run, state, race, tell)
+    branch, error = judged(run, state, race)
+    best = branch.best
+    mask = race.mask(state.tried) if best is None else branch.refitted.mask_from(race.mask(best.index))
     level = Level(
         state.next_level,
         step.rate,
-        sparsity,
-        survivors,
+        mask.sparsity,
+        mask.survivors,
         tuple(branch.candidates),
-        winner=branch.best.index if branch.best else None,
-        accepted=_is_accepted(branch.best, state.report.floor),
+        winner=None if best is None else best.index,
+        accepted=_is_accepted(best, state.report.floor),
         error=error,
         undone=branch.refitted.undone,
+        **counts(run.drawing.units, mask),
     )
-    if level.accepted and branch.best is not None:
-        best = branch.best.index
-        mask = branch.refitted.mask_from(race.mask(best))
-        state = state.accepted(level, mask, branch.refitted, run.drawing.factors(state, best, not step.coarse))
+    if level.accepted and best is not None:
+        state = state.accepted(level, mask, branch.refitted, run.drawing.factors(state, best.index, not step.coarse))
     else:
         state = state.rejected(level, step.coarse)
     run.observer.on_level(level, so_far := run.winner(state))
@@ -89,7 +88,7 @@ def _is_single(run: Run, step: Step) -> bool:
     return step.branches == 1 and run.refitter.each_level
 
 
-def _teller(run: Run, state: State, step: Step, sparsity: float) -> Callable[[int, Candidate | None], None]:
+def _teller(run: Run, state: State, step: Step, sparsity: float) -> Tell:
     """A function that tells the observer how many candidates were judged, and the best so far."""
     planned = 1 if _is_single(run, step) else run.race_length + run.refitter.finalists
 
@@ -99,21 +98,22 @@ def _teller(run: Run, state: State, step: Step, sparsity: float) -> Callable[[in
     return tell
 
 
-def _race(run: Run, state: State, step: Step, sparsity: float, tell: Callable[[int, Candidate | None], None]) -> Race:
+def _race(run: Run, state: State, step: Step) -> Race:
     """The race of one level's candidates. Retries of a level continue the numbering."""
     run.drawing.prepare(state)
-    indices = range(state.tried, state.tried + step.branches)
+    masks = Masks(lambda index: run.drawing.spin(state, step.budget, index, not step.coarse))
+    sparsity = masks(state.tried).sparsity
     return Race(
-        [Candidate(index, sparsity, math.nan, math.nan, folds=0) for index in indices],
-        lambda index: run.drawing.spin(state, step.draws, index, not step.coarse),
+        [Candidate(state.tried + number, sparsity, math.nan, math.nan, folds=0) for number in range(step.branches)],
+        masks,
         lambda mask: run.refitter.network(mask, state.refitted),
         run.judge,
         run.reference,
-        tell,
+        _teller(run, state, step, sparsity),
     )
 
 
-def _single(run: Run, state: State, race: Race, tell: Callable[[int, Candidate | None], None]) -> tuple[Branch, float]:
+def _single(run: Run, state: State, race: Race) -> tuple[Branch, float]:
     """The branch of a single candidate, which is judged after its refit only, and its paired standard error."""
     (candidate,), folds, began = race.candidates, run.judge.search_folds, time.monotonic()
     found = run.refitter.refit(drawn := race.mask(candidate.index), state.parent)
@@ -121,21 +121,19 @@ def _single(run: Run, state: State, race: Race, tell: Callable[[int, Candidate |
     network = run.refitter.network(found.mask_from(drawn), found)
     scores, outcomes = run.judge.recorded(network, folds) if run.rejudges else (run.judge.scores(network, folds), None)
     one = replace(candidate.scored(scores, len(folds)), refitted=True)
-    tell(1, best := best_of([one]))
+    race.tell(1, best := best_of([one]))
     return Branch([one], best, found, seconds), error_of(run.dense.outcomes, outcomes)
 
 
-def _raced(run: Run, state: State, race: Race, tell: Callable[[int, Candidate | None], None]) -> tuple[Branch, float]:
+def _raced(run: Run, state: State, race: Race) -> tuple[Branch, float]:
     """The branch after its race, with its best candidates refitted, and the best one's paired standard error."""
     branch = Branch(raced := race.run(run.stages), best_of(furthest(raced)), Refitted(state.refitted.values))
     if run.refitter.each_level:
-        branch = _refitted(run, state, race, branch, tell)
+        branch = _refitted(run, state, race, branch)
     return _judged_again(run, race, branch)
 
 
-def _refitted(
-    run: Run, state: State, race: Race, branch: Branch, tell: Callable[[int, Candidate | None], None]
-) -> Branch:
+def _refitted(run: Run, state: State, race: Race, branch: Branch) -> Branch:
     """The branch with its best candidates refitted and judged again. Its `best` is one of these."""
     known = {one.index: one for one in branch.candidates}
     runners = [one for one in furthest(branch.candidates) if one.same_as is None and not math.isnan(one.rank)]
@@ -151,7 +149,7 @@ def _refitted(
         if best is None or best_of([best, one]) is one:
             best, values = one, found
         refitted += 1
-        tell(run.race_length + refitted, best)
+        race.tell(run.race_length + refitted, best)
     return Branch(list(known.values()), best, values, seconds)
 
 

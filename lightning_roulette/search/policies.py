@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from lightning_roulette.mask.history import History
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.report.records import StopReason
+from lightning_roulette.search.amounts import Amounts, UnitCosts, Weights
 from lightning_roulette.search.state import State
 from lightning_roulette.settings import Tree
+from lightning_roulette.wheel.units.units import Units
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,14 @@ class Step:
 
     Attributes:
         rate: Pruning rate, as the report gives it.
-        draws: Weights that the level removes from its parent.
+        budget: What the level removes from its parent: weights, or what units cost. The last unit may exceed it.
         branches: Candidates of the level.
         coarse: Whether the level is coarse. Its candidates share the importance factors of their parent, and its
             failure does not count: it makes all later levels fine.
     """
 
     rate: float
-    draws: int
+    budget: float
     branches: int
     coarse: bool = False
 
@@ -51,24 +52,37 @@ class Levels(Policy):
         branches: Candidates per level.
         scope: `"global"` or `"layer"`, see `Wheel`. With `"layer"` every layer keeps at least one weight.
         target_sparsity: Sparsity at which the search ends, in (0, 1). None: no such end.
+        units: The units that leave. The share is then one of their cost, and `tree` may have a target. None: weights.
     """
 
     tree: Tree
     branches: int
     scope: str = "global"
     target_sparsity: float | None = None
+    units: Units | None = None
+
+    @property
+    def amounts(self) -> Amounts:
+        """What is counted."""
+        if self.units is None:
+            return Weights(self.scope, self.target_sparsity)
+        return UnitCosts(self.units, self.tree.target, self.target_sparsity)
 
     def next(self, state: State) -> Step | StopReason:
         """See `Policy`."""
         rate = float(self.tree.pruning_rate) / 2.0**state.halvings
         if (reason := self._end(state, rate)) is not None:
             return reason
-        return Step(rate, level_draws(state.parent.survivors, rate, self.most(state.parent)), self.branches)
+        return self.step(state.parent, rate)
 
-    def most(self, parent: Mask) -> int:
-        """The largest number of weights that may be removed from a parent."""
-        spare = removable(parent, self.scope)
-        return spare if self.target_sparsity is None else min(spare, missing(parent, self.target_sparsity))
+    def step(self, parent: Mask, rate: float, *, coarse: bool = False) -> Step:
+        """The step that removes a share of what a parent keeps. A coarse step has one candidate."""
+        budget = self.amounts.share(parent, rate, self.most(parent))
+        return Step(rate, budget, 1 if coarse else self.branches, coarse)
+
+    def most(self, parent: Mask) -> float:
+        """The most that may be removed from a parent."""
+        return min(self.amounts.removable(parent), self.amounts.missing(parent))
 
     def _end(self, state: State, rate: float) -> StopReason | None:
         tree, deepest = self.tree, History.most_levels
@@ -76,11 +90,11 @@ class Levels(Policy):
             return StopReason.DECLINED
         if state.halvings > 0 and rate < tree.smallest_rate:
             return StopReason.RATE_TOO_SMALL
-        if self.target_sparsity is not None and missing(state.parent, self.target_sparsity) <= 0:
+        if self.amounts.missing(state.parent) <= 0:
             return StopReason.TARGET_REACHED
         if state.history.level >= min(tree.max_levels or deepest, deepest):
             return StopReason.MAX_LEVELS
-        return StopReason.EXHAUSTED if removable(state.parent, self.scope) <= 0 else None
+        return StopReason.EXHAUSTED if self.amounts.removable(state.parent) <= 0 else None
 
 
 @dataclass(frozen=True)
@@ -106,11 +120,8 @@ class CoarseToFine(Policy):
         rate = tree.coarse_rate
         if isinstance(step, StopReason) or state.fine or rate is None or rate <= tree.pruning_rate:
             return step
-        target, parent = self.fine.target_sparsity, state.parent
-        draws = level_draws(parent.survivors, rate, self.fine.most(parent))
-        if target is not None and 2 * draws > missing(parent, target):
-            return step
-        return Step(rate, draws, branches=1, coarse=True)
+        coarse = self.fine.step(state.parent, rate, coarse=True)
+        return step if 2 * coarse.budget > self.fine.amounts.missing(state.parent) else coarse
 
 
 @dataclass(frozen=True)
@@ -124,30 +135,12 @@ class OneLevel(Policy):
     levels: Levels
 
     def next(self, state: State) -> Step | StopReason:
-        """See `Policy`. The rate is the share of the survivors that the step removes."""
+        """See `Policy`. The rate is the share that the step removes of what is left."""
         step = self.levels.next(state)
         if isinstance(step, StopReason):
             return step
-        before, draws = state.parent.survivors, self.levels.most(state.parent)
-        return Step(1 - (before - draws) / before, draws, step.branches)
-
-
-def level_draws(survivors: int, pruning_rate: float, most: int) -> int:
-    """Weights that a level removes: `floor(pruning_rate * survivors + 0.5)`, at least 1 and at most `most`."""
-    return min(max(1, math.floor(pruning_rate * survivors + 0.5)), most)
-
-
-def removable(parent: Mask, scope: str) -> int:
-    """Weights that may still be removed: all but one, or with `scope="layer"` all but one of each layer."""
-    if scope == "layer":
-        return sum(max(0, count - 1) for count in parent.counts.values())
-    return parent.survivors - 1
-
-
-def missing(parent: Mask, target_sparsity: float) -> int:
-    """Weights that must still be removed to reach a sparsity. Negative if it was exceeded."""
-    goal = math.floor(target_sparsity * parent.size + 0.5)
-    return goal - (parent.size - parent.survivors)
+        before, budget = self.levels.amounts.left(state.parent), self.levels.most(state.parent)
+        return Step(1 - (before - budget) / before, budget, step.branches)
 
 
 def cubic(target_sparsity: float, share: float) -> float:

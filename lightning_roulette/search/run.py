@@ -7,12 +7,14 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lightning_roulette.judge.certificate import method_of, too_few
 from lightning_roulette.judge.evaluator import Judge
 from lightning_roulette.judge.outcomes import Outcomes, Singles, size_of
 from lightning_roulette.judge.race import Reference, Rung, no_race, rungs
 from lightning_roulette.mask.history import History
+from lightning_roulette.mask.mask import Mask
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.report.records import Scores, StopReason
@@ -24,6 +26,7 @@ from lightning_roulette.search.refitter import Refitter
 from lightning_roulette.search.state import State
 from lightning_roulette.search.tolerance import Tolerance, default_tolerance
 from lightning_roulette.search.winner import Winner
+from lightning_roulette.unit import Reduction
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +129,7 @@ def begin(
     factors: Mapping[str, float] | None = None,
     refuse_nan: bool = True,
     target_sparsity: float | None = None,
+    target: Reduction | None = None,
 ) -> tuple[Run, State]:
     """Validate the network as it is, and make the first state from it.
 
@@ -143,6 +147,7 @@ def begin(
         factors: Logarithms of its importance factors. Parameters that are not named have 0.
         refuse_nan: Whether a dense score that is not finite is an error.
         target_sparsity: See `search`. It is only noted in the report.
+        target: See `Tree`. It is only noted in the report.
 
     Raises:
         ValueError: If the dense score is not finite, or `confidence` cannot be certified on the held-out half.
@@ -173,6 +178,8 @@ def begin(
         target_sparsity=target_sparsity,
         tolerance_why=allowed.why,
         notes=tuple(one for one in [refitter.rounded] if one),
+        target_reduction=None if target is None else target.share,
+        **_of_units(drawing, parent),
     )
     if note := misfit(judge, refitter, parent, dense.scores, dense.outcomes):
         if not history.deepest:
@@ -183,9 +190,18 @@ def begin(
         report = _promised(report, judge, dense, float(confidence))
     stages, reference = _stages(judge, network, dense.scores, branches, refitter.finalists, race)
     run = Run(judge, refitter, drawing, observer, dense, stages, reference, began)
-    state = State(report, history, parent, Refitted(), {**dict.fromkeys(weights, 0.0), **(factors or {})}, refits)
+    state = State(report, history, parent, Refitted(), {**dict.fromkeys(drawing.names, 0.0), **(factors or {})}, refits)
     observer.on_dense(run.winner(state), run.work)
     return run, state
+
+
+def _of_units(drawing: Drawing, parent: Mask) -> dict[str, Any]:
+    """What the report says of the units of a network, by field. Empty without units."""
+    if (units := drawing.units) is None:
+        return {}
+    known = {} if units.multiply_adds is None else {"multiply_adds": round(units.whole(parent, units.multiply_adds))}
+    cost = {"counted": units.cost.counted, "cost": units.whole(parent)}
+    return {"unit": units.kind, "units": units.count, **cost, **known}
 
 
 def _validated(judge: Judge, network: PrunedWeights, refuse_nan: bool) -> Dense:

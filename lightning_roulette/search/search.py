@@ -28,7 +28,7 @@ from lightning_roulette.judge.evaluator import Evaluator, Judge
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.report.records import StopReason
-from lightning_roulette.search.arguments import check_network, check_search
+from lightning_roulette.search.arguments import check_network, check_search, check_units
 from lightning_roulette.search.confirmation import confirm
 from lightning_roulette.search.drawing import Drawing
 from lightning_roulette.search.level import try_level
@@ -39,6 +39,7 @@ from lightning_roulette.search.run import Run, begin
 from lightning_roulette.search.state import State
 from lightning_roulette.search.winner import Winner
 from lightning_roulette.settings import LeastSquares, Tree, Validation, Wheel, groups_of, refit_of
+from lightning_roulette.wheel.units.units import Units
 
 
 def search(
@@ -57,6 +58,7 @@ def search(
     seed: int = 0,
     policy: Policy | None = None,
     observer: Observer | None = None,
+    units: Units | None = None,
 ) -> Winner:
     """Find the slimmest network of a pruning tree that keeps the floor.
 
@@ -99,6 +101,7 @@ def search(
             candidates. None: `Levels`, which follows `tree` and `target_sparsity`; with a least-squares refit of each
             level `CoarseToFine`.
         observer: Is told of each step.
+        units: The units of the network, from `units_of`. Needed if the wheel's `unit` is no single weight.
 
     Returns:
         The last accepted level that held, or the dense network if no level held.
@@ -112,6 +115,7 @@ def search(
             - The dense score is not finite.
             - The held-out half is too small for a certificate.
             - A refit has no `calibration`, or `evaluate` is a function of a mask.
+            - The wheel's unit is no single weight and `units` is None, or units and another choice do not fit.
 
     Example:
         >>> weights = {"layer": Tensor([0.1, -2.0, 0.01, 3.0])}
@@ -122,13 +126,14 @@ def search(
     wheel, tree, validation = groups_of(wheel, tree, validation)
     check_search(branches, tolerance, target_sparsity, confidence, wheel, tree, validation, seed)
     check_network(weights, evaluate, refit, calibration, wheel)
+    check_units(units, wheel, tree, weights)
     branches, seed = int(branches), int(seed)
     judge = Judge(evaluate, validation.confirm)
     refitter = Refitter(weights, refit_of(refit), calibration)
     run, state = begin(
         judge,
         refitter,
-        Drawing(wheel, refitter, branches, seed),
+        Drawing(wheel, refitter, branches, seed, units=units),
         observer or Observer(),
         branches=branches,
         tolerance=None if tolerance is None else float(tolerance),
@@ -136,8 +141,9 @@ def search(
         race=validation.race,
         seed=seed,
         target_sparsity=None if target_sparsity is None else float(target_sparsity),
+        target=tree.target,
     )
-    levels = Levels(tree, branches, wheel.scope, target_sparsity)
+    levels = Levels(tree, branches, wheel.scope, target_sparsity, units)
     policy = policy or (CoarseToFine(levels) if refitter.solves else levels)
     state, reason = _levels(run, state, policy, tree.seconds)
     state = confirm(run, state)

@@ -13,9 +13,13 @@ import pytest
 import yaml
 
 from lightning_roulette import (
+    Block,
     Codebook,
     LeastSquares,
     Mask,
+    Neuron,
+    NofM,
+    Reduction,
     RouletteWheelPruning,
     Tree,
     Validation,
@@ -64,6 +68,8 @@ ARGUMENTS = {
     "dirpath": ("somewhere", "somewhere"),
 }
 
+ALONE = {"wheel.unit", "tree.target"}  # they exclude others, and are read in a test of their own
+
 
 @pytest.fixture
 def cli(monkeypatch, tmp_path):
@@ -101,7 +107,7 @@ def in_pruned_yaml() -> dict:
 def test_the_table_of_arguments_is_complete():
     outer = set(inspect.signature(RouletteWheelPruning).parameters) - set(GROUPS)
     inner = {f"{name}.{one.name}" for name, group in GROUPS.items() for one in fields(group)}
-    assert set(ARGUMENTS) == outer | inner
+    assert set(ARGUMENTS) | ALONE == outer | inner
 
 
 @pytest.mark.parametrize("source", ["file", "command line"])
@@ -131,11 +137,20 @@ def test_every_argument_is_read(cli, tmp_path, source):
         ("wheel={sharpness: .inf, importance: lamp}", "wheel", Wheel(sharpness=float("inf"), importance="lamp")),
         ("wheel={allocation: null, importance: null}", "wheel", Wheel()),
         ("wheel.importance=obs", "wheel", Wheel(importance="obs")),
+        ("wheel.unit=neuron", "wheel", Wheel(unit=Neuron())),
+        ("wheel={unit: {kept: 1, of: 4}, sharpness: 2}", "wheel", Wheel(2, unit=NofM(1, 4))),
+        ("wheel.unit={rows: 8, columns: 1}", "wheel", Wheel(unit=Block(8, 1))),
         ("exclude+=net.4.*", "exclude", ["net.4.*"]),
     ],
 )
 def test_arguments_may_be_written_in_other_ways(cli, argument, name, value):
     assert getattr(built(cli, CONFIG, f"--trainer.callbacks.{argument}"), name) == value
+
+
+def test_a_target_is_read_with_the_unit_that_it_needs(cli):
+    given = ["wheel={unit: neuron}", "tree={target: {multiply_adds: 0.25}}"]
+    pruning = built(cli, CONFIG, *(f"--trainer.callbacks.{one}" for one in given))
+    assert (pruning.wheel.unit, pruning.tree.target) == (Neuron(), Reduction(multiply_adds=0.25))
 
 
 WRONG = {"sharpness": "inf", "sharpnes": 1, "importance": "size"}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lightning_roulette import Candidate, Level, Mask, SearchReport, StopReason, Tree, search
 from lightning_roulette.mask.history import History
 from lightning_roulette.refit.refitted import Refitted
+from lightning_roulette.search.amounts import level_draws, missing, removable
 from lightning_roulette.search.policies import (
     CoarseToFine,
     Levels,
@@ -20,9 +21,6 @@ from lightning_roulette.search.policies import (
     Policy,
     Step,
     cubic,
-    level_draws,
-    missing,
-    removable,
 )
 from lightning_roulette.search.state import State
 

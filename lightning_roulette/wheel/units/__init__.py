@@ -1,0 +1,1 @@
+"""Units: weights that leave a network together."""
