@@ -16,12 +16,12 @@ from lightning_roulette.trainer.cutting import end_cuts, judge_and_cut
 from lightning_roulette.trainer.files import let_epoch_begin
 from lightning_roulette.trainer.fit_state import FitState, Phase
 from lightning_roulette.trainer.hold_zeros import place_before_checkpoints
+from lightning_roulette.trainer.lightning_names import refuse_foreign_trainer
 from lightning_roulette.trainer.loading import load_checkpoint
 from lightning_roulette.trainer.persistence import Progress
 from lightning_roulette.trainer.preflight import (
     find_prunable,
     nothing_to_do,
-    refuse_foreign_trainer,
     refuse_several_processes,
     refuse_sharding,
     refuse_trainer,

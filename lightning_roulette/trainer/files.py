@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_roulette.large.shards import is_sharded
 from lightning_roulette.mask.history import History
+from lightning_roulette.trainer.lightning_names import in_both
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def checkpoint_with_these_weights(trainer: Trainer, module: LightningModule) -> 
         paths = [
             path
             for one in trainer.checkpoint_callbacks
-            if isinstance(one, ModelCheckpoint)
+            if isinstance(one, in_both(ModelCheckpoint))
             for path in (one.last_model_path, one.best_model_path)
             if path
         ]

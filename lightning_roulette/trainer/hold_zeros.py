@@ -20,6 +20,7 @@ from lightning_roulette.mask.mask import Mask, apply_mask, breaks, fill_pruned, 
 from lightning_roulette.network.lending import copy_into, named_tensors
 from lightning_roulette.network.parameters import aliases, parameters_like, prunable_parameters
 from lightning_roulette.network.zeros import ZeroHold
+from lightning_roulette.trainer.lightning_names import EitherCallback, in_both
 from lightning_roulette.trainer.validation.muting import callbacks_of
 
 _log = logging.getLogger("lightning_roulette")
@@ -74,7 +75,7 @@ def load_into_average(trainer: Trainer, module: LightningModule) -> None:
     """Make a WeightAveraging continue from the module as it is now, because it did not see that weights were loaded."""
     for one in callbacks_of(trainer):
         average = getattr(one, "_average_model", None)  # lightning has no public name for it
-        if isinstance(one, WeightAveraging) and average is not None:
+        if isinstance(one, in_both(WeightAveraging)) and average is not None:
             now, averaged = named_tensors(module), named_tensors(average.module)
             copy_into(averaged, {name: now[name] for name in averaged})
 
@@ -82,12 +83,12 @@ def load_into_average(trainer: Trainer, module: LightningModule) -> None:
 def place_before_checkpoints(trainer: Trainer, callback: Callback) -> None:
     """Move `callback` behind all callbacks that change weights, and before those that save checkpoints."""
     rest = [one for one in callbacks_of(trainer) if one is not callback]
-    first = next((i for i, one in enumerate(rest) if isinstance(one, Checkpoint)), len(rest))
+    first = next((i for i, one in enumerate(rest) if isinstance(one, in_both(Checkpoint))), len(rest))
     # in a new list, because Lightning iterates over the old one at this moment
     trainer.callbacks = [*rest[:first], callback, *rest[first:]]  # type: ignore[attr-defined]
 
 
-class ZeroHolder(Callback):
+class ZeroHolder(EitherCallback):
     """Base class of callbacks that hold zeros in training."""
 
     def __init__(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,21 +18,9 @@ from lightning_roulette.network.parameters import has_lazy_parameters, prunable_
 from lightning_roulette.report.names import shortened
 from lightning_roulette.search.arguments import beyond_shards
 from lightning_roulette.settings import LeastSquares, Wheel, refit_of
+from lightning_roulette.trainer.lightning_names import in_both, in_package_of
 from lightning_roulette.trainer.validation.muting import callbacks_of
 from lightning_roulette.trainer.with_result import WithResult
-
-
-def refuse_foreign_trainer(trainer: Any) -> None:
-    """Raise for a Trainer of the `pytorch_lightning` package, which has other classes than `lightning`.
-
-    Raises:
-        TypeError: If the Trainer is not from `lightning`.
-    """
-    if not isinstance(trainer, Trainer):
-        raise TypeError(
-            f"the Trainer is from {type(trainer).__module__.split('.')[0]!r}, but must be from lightning.pytorch. "
-            "Write `from lightning.pytorch import Trainer` (and LightningModule) instead of `pytorch_lightning`."
-        )
 
 
 def refuse_trainer(
@@ -87,15 +74,15 @@ def refuse_sharding(
     """
     strategy = trainer.strategy
     name = type(strategy).__name__
-    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+    if isinstance(strategy, in_both(FSDPStrategy, DeepSpeedStrategy)):
         how = "flat buffers without the shapes of the weights"
-        if isinstance(strategy, DeepSpeedStrategy):
+        if isinstance(strategy, in_both(DeepSpeedStrategy)):
             how = "partitions that only it can write to"
         raise RuntimeError(
             f"the strategy is {name}, which shards weights into {how}, but RouletteWheelPruning must write to single "
             "weights. Use a single device or 'ddp', or for sharded weights ModelParallelStrategy (FSDP2)."
         )
-    if not isinstance(strategy, ModelParallelStrategy):
+    if not isinstance(strategy, in_both(ModelParallelStrategy)):
         return
     why = beyond_shards(wheel, refit_of(refit))
     if not why and isinstance(at_epoch, Sequence):
@@ -139,7 +126,7 @@ def warn_of_early_stopping(trainer: Trainer, at_epoch: int | Sequence[int] | Non
         return
     first = at_epoch if isinstance(at_epoch, int) else at_epoch[0]
     for one in callbacks_of(trainer):
-        if not isinstance(one, EarlyStopping) or (last not in (None, -1) and one.patience >= last):
+        if not isinstance(one, in_both(EarlyStopping)) or (last not in (None, -1) and one.patience >= last):
             continue
         enough = "longer than the network needs to recover" if last in (None, -1) else f"of {last} (max_epochs)"
         rank_zero_warn(
@@ -165,7 +152,7 @@ def refuse_without_validation(trainer: Trainer, module: LightningModule) -> None
     """
     if trainer.enable_validation:
         return
-    if not is_overridden("validation_step", module):
+    if not in_package_of(trainer, is_overridden)("validation_step", module):
         why = f"{type(module).__name__} has no validation_step, which judges the candidates. Define one."
     elif trainer.limit_val_batches == 0:
         why = "limit_val_batches is 0, so candidates cannot be judged. Allow some validation batches."

@@ -19,6 +19,7 @@ from lightning_roulette.judge.journal import Journal, fingerprint, lines_in
 from lightning_roulette.mask.mask import breaks, fits
 from lightning_roulette.trainer.files import RunFiles
 from lightning_roulette.trainer.fit_state import FitState, Phase
+from lightning_roulette.trainer.lightning_names import in_both
 from lightning_roulette.trainer.persistence import Progress
 from lightning_roulette.trainer.show.log import log, speak_up
 from lightning_roulette.trainer.validation.muting import callbacks_of
@@ -90,7 +91,7 @@ def as_training_ended(trainer: Trainer, module: LightningModule) -> Iterator[Non
     The module is on its device again, and has the averaged weights if there is a `WeightAveraging`.
     """
     for one in callbacks_of(trainer):
-        if isinstance(one, WeightAveraging):
+        if isinstance(one, in_both(WeightAveraging)):
             one.on_train_end(trainer, module)
     trainer.strategy.model_to_device()
     try:
@@ -106,7 +107,7 @@ def warn_of_no_search(trainer: Trainer) -> bool:
             "there was nothing left to train, because max_epochs or max_steps had been reached, or limit_train_batches "
             "is 0. Allow some training before the search, or resume from a checkpoint of the training that has ended."
         )
-    elif any(isinstance(one, StochasticWeightAveraging) for one in callbacks_of(trainer)):
+    elif any(isinstance(one, in_both(StochasticWeightAveraging)) for one in callbacks_of(trainer)):
         why = (
             "the search needs the weights of StochasticWeightAveraging, which does nothing when a training that has "
             "ended is resumed. Train for one more epoch."

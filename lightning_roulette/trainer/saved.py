@@ -21,6 +21,7 @@ from lightning_roulette.network.stored import Stored
 from lightning_roulette.report.names import shortened
 from lightning_roulette.trainer.files import checkpoint_with_these_weights, save_weights
 from lightning_roulette.trainer.fit_state import FitState
+from lightning_roulette.trainer.lightning_names import in_both
 from lightning_roulette.trainer.show.log import log
 from lightning_roulette.trainer.validation.attributes import PlainAttributes
 from lightning_roulette.trainer.validation.guard import digests_of_parameters
@@ -82,14 +83,14 @@ def changed_by(trainer: Trainer, module: LightningModule, prunable: Collection[s
 
 def read_back(fit: FitState) -> None:
     """Read the checkpoint of the winner, and write the weights beside it if it does not hold them. Never raises."""
-    if isinstance(fit.trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+    if isinstance(fit.trainer.strategy.checkpoint_io, in_both(AsyncCheckpointIO)):
         return  # the file is read in `read_back_late`
     _check(fit)
 
 
 def read_back_late(fit: FitState) -> None:
     """The same for files that are written asynchronously. They are complete when the strategy is torn down."""
-    if fit.searches and isinstance(fit.trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+    if fit.searches and isinstance(fit.trainer.strategy.checkpoint_io, in_both(AsyncCheckpointIO)):
         _check(fit)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
@@ -23,9 +23,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_roulette.trainer.choices import Choices
+from lightning_roulette.trainer.lightning_names import built_for, in_both, in_package_of
 from lightning_roulette.trainer.show.log import log
 from lightning_roulette.trainer.validation.muting import callbacks_of, muted_callbacks
 from lightning_roulette.trainer.with_result import WithResult
+
+if TYPE_CHECKING:
+    _Base = _FitLoop
+else:
+    _Base = object
 
 
 class Searches(Protocol):
@@ -38,8 +44,10 @@ class Searches(Protocol):
         """Search."""
 
 
-class SearchLoop(_FitLoop):
+class SearchLoop(_Base):
     """Searches the network once, where a Trainer would train it.
+
+    A class with the base of a Trainer's package is made by `search_loop`.
 
     Args:
         trainer: The Trainer.
@@ -65,10 +73,15 @@ class SearchLoop(_FitLoop):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "The number of training batches", UserWarning)
                 self.setup_data()
-        if isinstance(bar := trainer.progress_bar_callback, RichProgressBar):
+        if isinstance(bar := trainer.progress_bar_callback, in_both(RichProgressBar)):
             bar.on_train_start(trainer, module)  # it makes the display, which our line is a part of
         self._callback.on_train_start(trainer, module)
         self._callback.on_train_end(trainer, module)
+
+
+def search_loop(trainer: Trainer, callback: Searches, ckpt_path: str | None, weights_only: bool | None) -> SearchLoop:
+    """Return a `SearchLoop` for a Trainer."""
+    return built_for(trainer, SearchLoop, _FitLoop)(trainer, callback, ckpt_path, weights_only)
 
 
 def search_loop_of(trainer: Trainer) -> SearchLoop | None:
@@ -115,13 +128,13 @@ def only_searching(
         stack.callback(_restore_optimizers, trainer, list(trainer.optimizers), list(trainer.lr_scheduler_configs))
         for owner in owners:
             stack.enter_context(_kept(owner))
-        for name, shadow in _shadows(module, keep).items():
+        for name, shadow in _shadows(trainer, module, keep).items():
             stack.enter_context(_shadowed(module, name, shadow))
         for name in ("validate_loop", "test_loop", "predict_loop"):
             setattr(trainer, name, _with_own_source(getattr(trainer, name)))
         trainer.fit_loop, trainer.num_sanity_val_steps = loop, 0
         trainer.val_check_interval = 1.0  # a larger one than the training data would be refused
-        trainer._logger_connector = _LoggerConnector(trainer)
+        trainer._logger_connector = in_package_of(trainer, _LoggerConnector)(trainer)
         trainer.ckpt_path = None
         trainer.callbacks = [*_active(callbacks_of(trainer), callback, keep), callback]  # type: ignore[attr-defined]
         yield
@@ -130,7 +143,7 @@ def only_searching(
 def _active(callbacks: Sequence[Callback], callback: Callback, keep: Sequence[str]) -> list[Callback]:
     """Return callbacks of which only progress bars and those in `keep` are called. Others that search are left out."""
     others = [one for one in callbacks if one is not callback and not isinstance(one, WithResult)]
-    bars = [type(one).__name__ for one in others if isinstance(one, ProgressBar)]
+    bars = [type(one).__name__ for one in others if isinstance(one, in_both(ProgressBar))]
     active = muted_callbacks(others, {*keep, *bars})
     for one in active:
         if one not in others:
@@ -138,13 +151,13 @@ def _active(callbacks: Sequence[Callback], callback: Callback, keep: Sequence[st
     return active
 
 
-def _shadows(module: LightningModule, keep: Sequence[str]) -> dict[str, Any]:
+def _shadows(trainer: Trainer, module: LightningModule, keep: Sequence[str]) -> dict[str, Any]:
     """Return what the module has instead of some of its methods."""
     found: dict[str, Any] = {
         "configure_optimizers": partial(_no_optimizers),
         "configure_callbacks": partial(_named, module.configure_callbacks, tuple(keep)),
     }
-    if not is_overridden("training_step", module):
+    if not is_overridden("training_step", module, in_package_of(trainer, LightningModule)):
         found["training_step"] = partial(_no_step)
     return found
 
@@ -155,7 +168,7 @@ def _no_optimizers() -> list[Any]:
 
 def _named(configure_callbacks: Callable[[], Sequence[Callback] | Callback], names: Sequence[str]) -> list[Callback]:
     found = configure_callbacks() or ()
-    return [one for one in ([found] if isinstance(found, Callback) else found) if type(one).__name__ in names]
+    return [one for one in (found if isinstance(found, Sequence) else [found]) if type(one).__name__ in names]
 
 
 def _no_step(*_: Any) -> None:

@@ -20,6 +20,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher  # nothing public tells spawning apart
 
+from lightning_roulette.trainer.lightning_names import in_both
+
 
 class Handover:
     """Sends a result from a worker process to the process that started it.
@@ -35,7 +37,7 @@ class Handover:
 
     def is_due(self, trainer: Trainer) -> bool:
         """Return whether this process was started for the fit of `trainer`, and is the first on its machine."""
-        spawns = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+        spawns = isinstance(trainer.strategy.launcher, in_both(_MultiProcessingLauncher))
         started = multiprocessing.parent_process() is not None
         original = self._outbox == self._inbox and os.getpid() == self._process
         return spawns and started and not original and trainer.local_rank == 0

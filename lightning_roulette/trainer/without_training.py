@@ -12,9 +12,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_roulette.settings import CALIBRATED
 from lightning_roulette.trainer.callback import RouletteWheelPruning
+from lightning_roulette.trainer.lightning_names import (
+    in_both,
+    in_package_of,
+    refuse_foreign_trainer,
+    refuse_mixed_packages,
+)
 from lightning_roulette.trainer.loading import resolved
-from lightning_roulette.trainer.preflight import refuse_foreign_trainer
-from lightning_roulette.trainer.search_loop import SearchLoop, only_searching
+from lightning_roulette.trainer.search_loop import only_searching, search_loop
 from lightning_roulette.trainer.show.log import log
 from lightning_roulette.trainer.validation.muting import callbacks_of
 
@@ -65,8 +70,8 @@ def prune(
         The callback, with `report`, `mask`, `mask_at`, `weights_at` and `best_model_path` as after a fit.
 
     Raises:
-        TypeError: If `trainer` is not a Trainer of lightning.pytorch, `model` is not a LightningModule, or an argument
-            has the wrong type.
+        TypeError: If `trainer` is not a Trainer, if `model` is not a LightningModule of the same package, or if an
+            argument has the wrong type.
         ValueError: If an argument is out of range, if `at_epoch` is given, if an argument needs training data and there
             is none, or if the checkpoint does not exist, cannot be read or does not fit the module.
         RuntimeError: If the candidates cannot be judged; see `RouletteWheelPruning`.
@@ -80,14 +85,15 @@ def prune(
     """
     refuse_foreign_trainer(trainer)
     module = getattr(model, "_orig_mod", model)  # of a network that torch.compile has wrapped
-    if not isinstance(module, LightningModule):
+    refuse_mixed_packages(trainer, model=module, train_dataloaders=train_dataloaders, datamodule=datamodule)
+    if not isinstance(module, in_both(LightningModule)):
         raise TypeError(
             f"model is {type(model).__name__}, but must be a LightningModule with a validation_step, by which "
             "candidates are judged. For a plain PyTorch loop, call lightning_roulette.search."
         )
-    if isinstance(train_dataloaders, LightningDataModule):
+    if isinstance(train_dataloaders, in_both(LightningDataModule)):
         train_dataloaders, datamodule = None, train_dataloaders
-    if not isinstance(datamodule, LightningDataModule | None):
+    if datamodule is not None and not isinstance(datamodule, in_both(LightningDataModule)):
         raise TypeError(f"datamodule is {datamodule!r}, but must be a LightningDataModule, an instance and no class.")
     if trainer.barebones:
         raise ValueError("the Trainer has barebones=True, and logs no metrics. Pass a Trainer without it.")
@@ -96,7 +102,7 @@ def prune(
     if not has_training_data:
         _refuse_what_needs_training_data(arguments, pruning)
     path = resolved(trainer, ckpt_path)
-    loop = SearchLoop(trainer, pruning, path, weights_only)
+    loop = search_loop(trainer, pruning, path, weights_only)
     with only_searching(trainer, module, loop, pruning, pruning.validation.keep_callbacks):
         trainer.fit(model, train_dataloaders, val_dataloaders, datamodule)
     return pruning
@@ -133,7 +139,9 @@ def _callback_of(trainer: Trainer, arguments: dict[str, Any]) -> RouletteWheelPr
 def _has_training_data(
     trainer: Trainer, module: LightningModule, loaders: Any, data: LightningDataModule | None
 ) -> bool:
-    given = loaders is not None or is_overridden("train_dataloader", module if data is None else data)
+    given = loaders is not None or in_package_of(trainer, is_overridden)(
+        "train_dataloader", module if data is None else data
+    )
     return given and trainer.limit_train_batches != 0
 
 

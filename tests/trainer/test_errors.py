@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-import pytorch_lightning
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -13,7 +12,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_roulette import HoldZeros, RouletteWheelPruning, Tree, Validation, Wheel
-from tests.support.modules import QUIET, Blobs, train_loader, val_loader
+from tests.support.modules import Blobs, train_loader, val_loader
 
 
 @pytest.fixture
@@ -63,19 +62,6 @@ def test_a_dirpath_that_cannot_be_a_folder_is_refused_where_it_is_written(tmp_pa
 
 
 # ---- setup, before any data is touched
-
-
-def test_a_trainer_of_pytorch_lightning_is_refused_with_the_import_to_change(tmp_path):
-    class Foreign(pytorch_lightning.LightningModule):
-        training_step = validation_step = Blobs.training_step
-        configure_optimizers = Blobs.configure_optimizers
-
-    trainer = pytorch_lightning.Trainer(
-        accelerator="cpu", max_epochs=1, callbacks=[RouletteWheelPruning(2)], default_root_dir=tmp_path, **QUIET
-    )
-    message = "the Trainer is from 'pytorch_lightning'.*from lightning.pytorch import Trainer"
-    with pytest.raises(TypeError, match=message):
-        trainer.fit(Foreign(), train_loader(), val_loader())
 
 
 def setup_under(make_trainer, strategy, pruning):

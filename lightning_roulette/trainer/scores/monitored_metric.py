@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from lightning_roulette.report.report import SearchReport
+from lightning_roulette.trainer.lightning_names import in_both
 from lightning_roulette.trainer.validation.logged import Logged
 from lightning_roulette.trainer.validation.muting import callbacks_of
 
@@ -111,7 +112,7 @@ def watched_in(trainer: Trainer) -> list[Watched]:
         Watched(one.monitor, one.mode, kind.__name__)
         for kind in (ModelCheckpoint, EarlyStopping)
         for one in callbacks_of(trainer)
-        if isinstance(one, kind)
+        if isinstance(one, in_both(kind))
     ]
     schedulers = [
         Watched(config.monitor, getattr(config.scheduler, "mode", None), "a learning rate scheduler")

@@ -15,6 +15,7 @@ from lightning_roulette.judge.evaluator import divided
 from lightning_roulette.settings import Validation
 from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.data.reading import folded, undivided, whole_if_regrouping_matters
+from lightning_roulette.trainer.lightning_names import in_both
 from lightning_roulette.trainer.processes import mean_over_processes
 from lightning_roulette.trainer.scores.bounds import refuse_low_floor, refuse_wide_tolerance
 from lightning_roulette.trainer.scores.growth import Growth, shares_of
@@ -118,7 +119,7 @@ class ValidationSetup:
         asked = {name for name in (self.monitor, self.choices.rank_by) if name is not None}
         if asked <= logged.values.keys() and (self.monitor is not None or logged.values):
             return None
-        unlikely = (type(self.caller), Checkpoint, EarlyStopping, ProgressBar)
+        unlikely = (type(self.caller), *in_both(Checkpoint, EarlyStopping, ProgressBar))
         others = [one for one in callbacks_of(self.trainer) if not isinstance(one, unlikely)]
         for name in dict.fromkeys(type(one).__name__ for one in others):
             with contextlib.suppress(Exception):  # a callback that fails here does not log the metric

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.report.records import Level
 from lightning_roulette.report.report import SearchReport
+from lightning_roulette.trainer.lightning_names import in_both
 from lightning_roulette.trainer.show.display import Display
 
 
@@ -86,9 +87,9 @@ def line_of(trainer: Trainer) -> Line:
     A TQDM bar whose output goes into a file or a pipe gets none either: each update would be a line there.
     """
     bar = trainer.progress_bar_callback
-    if isinstance(bar, TQDMProgressBar) and bar.is_enabled and _is_live():
+    if isinstance(bar, in_both(TQDMProgressBar)) and bar.is_enabled and _is_live():
         return TQDMLine(bar)
-    if isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
+    if isinstance(bar, in_both(RichProgressBar)) and bar.is_enabled and bar.progress is not None:
         return RichLine(bar.progress)
     return Line()
 

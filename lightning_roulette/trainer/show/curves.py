@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.report.records import Level
 from lightning_roulette.report.report import SearchReport
+from lightning_roulette.trainer.lightning_names import in_both
 from lightning_roulette.trainer.show import points
 from lightning_roulette.trainer.show.board import Board
 from lightning_roulette.trainer.show.display import Display
@@ -38,8 +39,8 @@ class Curves(Display):
 
     def __init__(self, trainer: Trainer) -> None:
         loggers = list(trainer.loggers) if trainer.is_global_zero else []
-        self._boards = [Board(one) for one in loggers if isinstance(one, TensorBoardLogger)]
-        self._others = [one for one in loggers if not isinstance(one, TensorBoardLogger)]
+        self._boards = [Board(one) for one in loggers if isinstance(one, in_both(TensorBoardLogger))]
+        self._others = [one for one in loggers if not isinstance(one, in_both(TensorBoardLogger))]
 
     def on_dense(self, report: SearchReport, mask: Mask, work: float) -> None:
         """Draw level 0."""

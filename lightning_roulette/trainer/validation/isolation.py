@@ -24,9 +24,10 @@ from torch import Tensor
 
 from lightning_roulette.large.shards import reshard
 from lightning_roulette.network.lending import surely
+from lightning_roulette.trainer.lightning_names import in_package_of
 from lightning_roulette.trainer.validation.attributes import PlainAttributes
-from lightning_roulette.trainer.validation.logged import CallbackMetrics, Logged, RecordedResults, Results, logged_in
-from lightning_roulette.trainer.validation.loop import BorrowedLoop, transferred
+from lightning_roulette.trainer.validation.logged import CallbackMetrics, Logged, Results, logged_in, results_for
+from lightning_roulette.trainer.validation.loop import BorrowedLoop, borrowed_loop, transferred
 from lightning_roulette.trainer.validation.muting import callbacks_of, muted_callbacks, muted_logger
 from lightning_roulette.trainer.validation.snapshot import Snapshot, seed_global_generators
 from lightning_roulette.trainer.validation.steps import Steps
@@ -85,10 +86,10 @@ class IsolatedValidation:
         trainer = self.trainer
         reshard(self._module)
         self._users = trainer._logger_connector
-        self._loop = BorrowedLoop(trainer)
+        self._loop = borrowed_loop(trainer)
         self._snapshot = Snapshot(trainer, self._module, self._restless)
         self._snapshot.watch(self._loop.loaders)
-        self._results, self._steps = Results(), None
+        self._results, self._steps = results_for(trainer), None
         with ExitStack() as stack:
             stack.callback(surely, self._snapshot.restore)
             stack.callback(self._loop.close)
@@ -109,12 +110,16 @@ class IsolatedValidation:
         return [
             (trainer, "callbacks", muted_callbacks(callbacks_of(trainer), self._keep)),
             (trainer, "_loggers", [muted_logger(one) for one in trainer.loggers]),  # the public setter copies the list
-            (trainer, "profiler", PassThroughProfiler()),
-            (trainer, "_logger_connector", _LoggerConnector(trainer)),
+            (trainer, "profiler", in_package_of(trainer, PassThroughProfiler)()),
+            (trainer, "_logger_connector", in_package_of(trainer, _LoggerConnector)(trainer)),
             (trainer, "should_stop", trainer.should_stop),
             (trainer, "_last_val_time", getattr(trainer, "_last_val_time", _ABSENT)),  # for intervals in time
-            (trainer.state, "fn", TrainerFn.FITTING),
-            (trainer.state, "stage", RunningStage.VALIDATING),  # otherwise results are added to those of training
+            (trainer.state, "fn", in_package_of(trainer, TrainerFn).FITTING),
+            (
+                trainer.state,
+                "stage",
+                in_package_of(trainer, RunningStage).VALIDATING,
+            ),  # otherwise results are added to those of training
             (trainer.state, "status", trainer.state.status),
             (trainer.fit_loop.epoch_loop, "val_loop", loop),
             (self._module, "_current_fx_name", self._module._current_fx_name),  # `self.log` files values under it
@@ -183,7 +188,7 @@ class IsolatedValidation:
             RuntimeError: If the loaders give no batch.
         """
         self._snapshot.begin()
-        self._collect_in(_ResultCollection(training=False))
+        self._collect_in(in_package_of(self.trainer, _ResultCollection)(training=False))
         self._load()
         try:
             with self._loop.at_most(max_batches):
@@ -209,7 +214,7 @@ class IsolatedValidation:
             What was logged.
         """
         steps = self._prepared()
-        with self._validating(RecordedResults() if recorded else self._results):
+        with self._validating(results_for(self.trainer, recorded=True) if recorded else self._results):
             steps.run(batches, counts)
             logged = logged_in(self.trainer._logger_connector._callback_metrics, self._loop.results)
             steps.end()
@@ -250,7 +255,7 @@ class IsolatedValidation:
             self._prepared()
             before = PlainAttributes([vars(part) for part in self._module.modules()])
             try:
-                with self._validating(Results(), spared), self._buffers_not_sent():
+                with self._validating(results_for(self.trainer), spared), self._buffers_not_sent():
                     self._module._current_fx_name = "validation_step"  # so that all steps may log
                     yield
             finally:
@@ -336,7 +341,7 @@ class IsolatedValidation:
     def _collect_in(self, results: _ResultCollection) -> None:
         """Let a validation log to a fresh connector. The module can read there what was logged before."""
         before = self.trainer._logger_connector if self._snapshot.carries else self._users
-        fresh = _LoggerConnector(self.trainer)
+        fresh = in_package_of(self.trainer, _LoggerConnector)(self.trainer)
         fresh._callback_metrics = CallbackMetrics(before._callback_metrics)
         fresh._logged_metrics = dict(before._logged_metrics)
         fresh._progress_bar_metrics = dict(before._progress_bar_metrics)

@@ -6,18 +6,26 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch import Trainer
 
 # Private in lightning 2.6. Each validation needs fresh results: the user's loop keeps its own.
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
 from torch import Tensor
 from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric, SumMetric
 
+from lightning_roulette.trainer.lightning_names import built_for
+
 # Their `higher_is_better` is wrong in torchmetrics 1.9.
 _MISTAKEN = frozenset({"DaviesBouldinScore", "SpectralDistortionIndex", "WordInfoPreserved"})
 _AGGREGATIONS: dict[type[Metric], str] = {MeanMetric: "mean", SumMetric: "sum", MaxMetric: "max", MinMetric: "min"}
+
+if TYPE_CHECKING:
+    _Base = _ResultCollection
+else:
+    _Base = object
 
 
 @dataclass(frozen=True)
@@ -104,11 +112,13 @@ class CallbackMetrics(dict[str, Any]):
         super().update(metrics)
 
 
-class Results(_ResultCollection):
+class Results(_Base):
     """The results of a validation.
 
     Lightning moves every result to the device of the module at every `self.log`. Here a result is moved only if it is
     on another device.
+
+    A class with the base of a Trainer's package is made by `results_for`.
 
     Attributes:
         updates: See `Logged`.
@@ -147,6 +157,16 @@ class RecordedResults(Results):
         if isinstance(value, Tensor) and (meta.is_mean_reduction or meta.is_sum_reduction):
             for name in set(self._forked_name(self[key], False)):
                 self.updates.setdefault(name, []).append((value.detach().clone(), batch_size))
+
+
+def results_for(trainer: Trainer, recorded: bool = False) -> Results:
+    """Return empty results for a validation with a Trainer.
+
+    Args:
+        trainer: The Trainer.
+        recorded: Whether the value and the weight of each batch are recorded.
+    """
+    return built_for(trainer, RecordedResults if recorded else Results, _ResultCollection)()
 
 
 def logged_in(callback_metrics: Mapping[str, Any], results: _ResultCollection) -> Logged:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
@@ -22,16 +22,26 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 
+from lightning_roulette.trainer.lightning_names import built_for, in_both, in_package_of
 
-class BorrowedLoop(_EvaluationLoop):
+if TYPE_CHECKING:
+    _Base = _EvaluationLoop
+else:
+    _Base = object
+
+
+class BorrowedLoop(_Base):
     """An evaluation loop that uses the loaders of the Trainer's own loop, and leaves that loop as it is.
+
+    A class with the base of a Trainer's package is made by `borrowed_loop`.
 
     Args:
         trainer: A Trainer in `fit`.
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        super().__init__(trainer, TrainerFn.FITTING, RunningStage.VALIDATING, verbose=False, inference_mode=False)
+        function, stage = in_package_of(trainer, TrainerFn).FITTING, in_package_of(trainer, RunningStage).VALIDATING
+        super().__init__(trainer, function, stage, verbose=False, inference_mode=False)
         users = trainer.fit_loop.epoch_loop.val_loop
         self._data_source, self._max_batches = users._data_source, list(users._max_batches)
         self._combined_loader = self._shared = users._combined_loader
@@ -78,7 +88,8 @@ class BorrowedLoop(_EvaluationLoop):
     @property
     def hands_over_iterator(self) -> bool:
         """Whether `validation_step` takes the iterator over the loaders instead of batches."""
-        return isinstance(_select_data_fetcher(self.trainer, RunningStage.VALIDATING), _DataLoaderIterDataFetcher)
+        fetcher = in_package_of(self.trainer, _select_data_fetcher)(self.trainer, RunningStage.VALIDATING)
+        return isinstance(fetcher, in_both(_DataLoaderIterDataFetcher))
 
     def lengths(self) -> list[float]:
         """Return the number of batches of each loader, `inf` if unknown; one number for loaders read side by side."""
@@ -127,11 +138,16 @@ class BorrowedLoop(_EvaluationLoop):
             self._max_batches = every
 
 
+def borrowed_loop(trainer: Trainer) -> BorrowedLoop:
+    """Return a `BorrowedLoop` for a Trainer."""
+    return built_for(trainer, BorrowedLoop, _EvaluationLoop)(trainer)
+
+
 def transferred(trainer: Trainer, batch: Any, loader: int) -> Any:
     """Return a batch as a step gets it: converted, moved to the device, and changed by the module's transfer hooks."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, loader)
-    return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=loader)
+    return in_package_of(trainer, call._call_strategy_hook)(trainer, "batch_to_device", batch, dataloader_idx=loader)
 
 
 def training_loader(trainer: Trainer) -> CombinedLoader:
@@ -143,7 +159,7 @@ def training_loader(trainer: Trainer) -> CombinedLoader:
 
 def combined_like(combined: CombinedLoader, loaders: Any) -> CombinedLoader:
     """Return other loaders as one, in the mode of `combined`."""
-    return CombinedLoader(loaders, mode=combined._mode)
+    return type(combined)(loaders, mode=combined._mode)
 
 
 def _samples(loader: Any, batches: float) -> int | None:

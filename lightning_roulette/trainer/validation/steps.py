@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
+from lightning_roulette.trainer.lightning_names import in_package_of
 from lightning_roulette.trainer.validation.loop import BorrowedLoop
 from lightning_roulette.trainer.validation.muting import callbacks_of
 
@@ -94,19 +95,21 @@ class Steps:
         trainer._logger_connector.on_batch_start(batch, loader if self._several else None)
         if "on_validation_batch_start" in self._hooks:
             self._call("on_validation_batch_start", batch, *rest)
-        output = call._call_strategy_hook(trainer, "validation_step", batch, *(rest if self._takes_index else rest[1:]))
+        taken = rest if self._takes_index else rest[1:]
+        output = in_package_of(trainer, call._call_strategy_hook)(trainer, "validation_step", batch, *taken)
         if "on_validation_batch_end" in self._hooks:
             self._call("on_validation_batch_end", output, batch, *rest)
         if trainer.received_sigterm:
-            raise SIGTERMException
+            raise in_package_of(trainer, SIGTERMException)
 
     def _call(self, hook: str, *arguments: Any) -> None:
-        call._call_callback_hooks(self._trainer, hook, *arguments)
-        call._call_lightning_module_hook(self._trainer, hook, *arguments)
+        for caller in (call._call_callback_hooks, call._call_lightning_module_hook):
+            in_package_of(self._trainer, caller)(self._trainer, hook, *arguments)
 
 
 def _is_overridden_by_someone(hook: str, trainer: Trainer) -> bool:
     """Whether the module, the strategy or a callback that is not muted overrides a hook."""
-    owners = [(trainer.lightning_module, LightningModule), (trainer.strategy, Strategy)]
+    owners: list[tuple[Any, type[Any]]] = [(trainer.lightning_module, LightningModule), (trainer.strategy, Strategy)]
     owners += [(one, Callback) for one in callbacks_of(trainer) if getattr(one, hook, None) is not None]
-    return any(is_overridden(hook, owner, parent) for owner, parent in owners if hasattr(parent, hook))
+    parents = [(owner, in_package_of(trainer, parent)) for owner, parent in owners if hasattr(parent, hook)]
+    return any(is_overridden(hook, owner, parent) for owner, parent in parents)

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
+from lightning_roulette.trainer.lightning_names import in_both
 from lightning_roulette.trainer.validation.muting import muted_logger, twin_with
 
 # A class is a writer of summaries if it has these methods: the SummaryWriter of torch and that of tensorboardX.
@@ -67,7 +68,7 @@ def _replacements(module: nn.Module, held: set[int]) -> Iterator[tuple[Any, str,
 
 def _muted(value: Any, held: set[int]) -> Any:
     """Return a muted copy of a writer, or of a container with a writer in it; anything else as it is."""
-    if isinstance(value, Logger):
+    if isinstance(value, in_both(Logger)):  # type: ignore[type-abstract]
         return muted_logger(value)
     if isinstance(value, dict):
         return _container(value, {key: _muted(one, held) for key, one in value.items()})
