@@ -33,6 +33,7 @@ from lightning_roulette.wheel.level import spin
 if TYPE_CHECKING:
     from lightning_roulette.trainer.callback import RouletteWheelPruning
     from lightning_roulette.trainer.hold_zeros import HoldZeros
+    from lightning_roulette.trainer.sparsity import Sparsity
     from lightning_roulette.trainer.without_training import prune
 
 __version__ = "0.1.0"
@@ -68,6 +69,7 @@ __all__ = [
     "Singles",
     "SparseLayer",
     "SparseNetwork",
+    "Sparsity",
     "StopReason",
     "StoredTensor",
     "Tree",
@@ -96,7 +98,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # the callbacks are imported when asked for, so that `search` works without loading lightning
+    # what needs lightning or torchmetrics is imported when asked for, so that `search` works without loading them
     if name == "RouletteWheelPruning":
         from lightning_roulette.trainer.callback import RouletteWheelPruning
 
@@ -105,6 +107,10 @@ def __getattr__(name: str) -> Any:
         from lightning_roulette.trainer.hold_zeros import HoldZeros
 
         return HoldZeros
+    if name == "Sparsity":
+        from lightning_roulette.trainer.sparsity import Sparsity
+
+        return Sparsity
     if name == "prune":
         from lightning_roulette.trainer.without_training import prune
 

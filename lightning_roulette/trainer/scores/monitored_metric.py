@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_roulette.report.report import SearchReport
 from lightning_roulette.trainer.lightning_names import in_both
+from lightning_roulette.trainer.sparsity import Sparsity
 from lightning_roulette.trainer.validation.logged import Logged
 from lightning_roulette.trainer.validation.muting import callbacks_of
 
@@ -167,6 +168,7 @@ def find_metric(
             The message lists what was logged.
     """
     values = {name: value for name, value in logged.values.items() if _first_name(name, logged) == name}
+    values = {name: value for name, value in values.items() if not isinstance(logged.metrics.get(name), Sparsity)}
     if monitor is None:
         monitor, why = _choice(values, logged, watched, tolerance)
     else:
