@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_roulette import HoldZeros, RouletteWheelPruning, Tree, prune
 from lightning_roulette.trainer import lightning_names
 from tests.support import modules
+from tests.support.events import events
 from tests.support.fits import pruner
 from tests.support.modules import QUIET, train_loader, val_loader
 from tests.support.results import equal, load, nonzeros, told
@@ -72,16 +73,19 @@ def test_either_package_gives_the_same_network_report_and_curves_and_hides_candi
     for package in PACKAGES:
         pruning, (notes, calls), kinds = RouletteWheelPruning(3, **SEARCH), calls_of(package), package.callbacks
         folder = tmp_path / package.__name__
-        logger = package.loggers.CSVLogger(folder)
+        board = package.loggers.TensorBoardLogger(folder, "board")
+        loggers = [package.loggers.CSVLogger(folder), board]
         own = [kinds.EarlyStopping("val_loss"), kinds.ModelCheckpoint(folder, monitor="val_acc", mode="max"), notes]
-        switches = {"enable_checkpointing": True, "logger": logger, "log_every_n_steps": 4}
+        switches = {"enable_checkpointing": True, "logger": loggers, "log_every_n_steps": 4}
         module = fitted(package, folder, pruning, *own, **switches)
         metrics = module.trainer.callback_metrics
         saved = load(pruning.best_model_path)["state_dict"]
         curves = (folder / "lightning_logs/version_0/metrics.csv").read_text()
+        tags = events(board.log_dir).Tags()
         assert pruning.report.sparsity > 0
         assert equal(saved, module.state_dict())
-        found.append((module.state_dict(), told(pruning), calls, metrics, pruning.mask.sparsity, curves))
+        assert "roulette/score" in [*tags["scalars"], *tags["tensors"]]
+        found.append((module.state_dict(), told(pruning), calls, metrics, tags, curves))
     (weights, *facts), (others, *other_facts) = found
     assert equal(weights, others)
     assert facts == other_facts
