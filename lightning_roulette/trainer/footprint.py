@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 from lightning_roulette.large.limits import are_few
 from lightning_roulette.large.shards import any_sharded
+from lightning_roulette.network.calling import caller_of
 from lightning_roulette.network.samples import rows_of
 from lightning_roulette.report.records import Footprint
 from lightning_roulette.slim.files.compressed import compressed
 from lightning_roulette.slim.measuring.bounds import each_once
-from lightning_roulette.slim.measuring.calls import caller_of
 from lightning_roulette.slim.measuring.multiply_adds import multiply_adds
 from lightning_roulette.trainer.data.folded_data import FoldedData, KeptData
 from lightning_roulette.trainer.fit_state import FitState

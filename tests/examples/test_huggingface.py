@@ -59,3 +59,52 @@ def test_from_pretrained_loads_the_zeros_and_gives_the_same_logits(monkeypatch, 
     exec(second, names)
     assert names["pruning"].report.sparsity == pytest.approx(0.2, abs=1e-3)
     assert zeros(load_file("my_slim_model/model.safetensors")) > 0
+
+
+SIZES = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+WORDS = {"vocab_size": 50, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def transformer(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A small model with a fixed initialisation, and inputs."""
+    import transformers
+
+    words = {"input_ids": torch.arange(14).reshape(2, 7)}
+    images = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)}
+    given = {
+        "GPT2LMHeadModel": ({**SIZES, **WORDS, "n_positions": 32}, words),
+        "LlamaForCausalLM": ({**SIZES, **WORDS, "num_key_value_heads": 2, "intermediate_size": 96}, words),
+        "BertForSequenceClassification": ({**SIZES, **WORDS, "intermediate_size": 96}, words),
+        "ViTForImageClassification": ({**SIZES, "image_size": 16, "patch_size": 4, "intermediate_size": 96}, images),
+    }
+    options, inputs = given[name]
+    kind = getattr(transformers, name)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return kind(kind.config_class(**options)).eval(), inputs
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "units"),
+    [
+        ("GPT2LMHeadModel", 4, {"transformer.h.0.mlp.c_fc": 192, "transformer.h.1.mlp.c_fc": 192}),
+        ("LlamaForCausalLM", 2, {"model.layers.0.mlp.gate_proj": 96, "model.layers.1.mlp.gate_proj": 96}),
+        ("ViTForImageClassification", 4, {"vit.layers.0.mlp.fc1": 96, "vit.layers.1.mlp.fc1": 96}),
+        (
+            "BertForSequenceClassification",
+            4,
+            {
+                "bert.encoder.layer.0.intermediate.dense": 96,
+                "bert.encoder.layer.1.intermediate.dense": 96,
+                "bert.pooler.dense": 48,
+            },
+        ),
+    ],
+)
+def test_the_neurons_and_heads_of_transformers_are_found(name, heads, units):
+    from lightning_roulette.network.coupling.coupling import coupling_of
+
+    model, inputs = transformer(name)
+    groups = coupling_of(model, inputs).groups
+    assert {one.name: one.size for one in groups if one.kind == "neuron"} == units
+    assert [one.size for one in groups if one.kind == "head"] == [heads, heads]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_roulette.checks import check_number
+from lightning_roulette.network.calling import caller_of
 from lightning_roulette.network.hooks import run_with_hooks
 from lightning_roulette.network.modes import evaluating
-from lightning_roulette.slim.measuring.calls import caller_of
 from lightning_roulette.slim.measuring.timing import Latency, latencies
 from lightning_roulette.slim.sparse.layers import Sparse, Way, padding_of, sparse_layer
 from lightning_roulette.slim.sparse.table import SparseLayer, SparseNetwork

@@ -1,0 +1,1 @@
+"""Units of a network: which entries compute each, and which read it."""

@@ -1,0 +1,152 @@
+"""Units: what leaves with a unit leaves nothing behind, and the network is as it was."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_roulette.network.coupling.coupling import coupling_of
+from lightning_roulette.network.coupling.groups import Member
+from tests.network.coupling.networks import IMAGES, NETWORKS, ROWS, WORDS, Hidden, Joined, Own, Shuffled, sequences
+from tests.support.networks import Layers, known, numbers, state_of
+
+
+def made(name: str) -> tuple[nn.Module, torch.Tensor]:
+    build, inputs, _ = NETWORKS[name]
+    return known(build()).eval(), inputs
+
+
+def entries(member: Member, unit: int) -> torch.Tensor:
+    return (member.units == unit).nonzero().flatten()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_groups_of_units_are_those_of_the_network(name):
+    model, inputs = made(name)
+    assert {one.name: one.size for one in coupling_of(model, inputs).groups} == NETWORKS[name][2]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_what_computes_a_unit_is_without_effect_once_nothing_reads_it(name):
+    model, inputs = made(name)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = {key: one.clone() for key, one in tensors.items()}
+    for group in coupling_of(model, inputs).groups:
+        for unit in {0, group.size // 2, group.size - 1}:
+            for member in group.consumers:
+                tensors[member.name].index_fill_(member.dim, entries(member, unit), 0)
+            before = model(inputs)
+            for member in group.producers:
+                there = entries(member, unit)
+                part = tensors[member.name].index_select(member.dim, there)
+                tensors[member.name].index_copy_(member.dim, there, part * 1e3 + 1)
+            for member in group.consumers:  # a layer may compute and read units of one group
+                tensors[member.name].index_fill_(member.dim, entries(member, unit), 0)
+            assert (model(inputs) - before).abs().max() <= 1e-9 * before.abs().max(), (group.name, unit)
+            for key, value in state.items():
+                tensors[key].copy_(value)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_every_unit_has_something_that_computes_it_and_something_that_reads_it(name):
+    model, inputs = made(name)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for group in coupling_of(model, inputs).groups:
+        for members in (group.producers, group.consumers):
+            assert {unit for one in members for unit in one.units.tolist()} - {-1} == set(range(group.size))
+        for one in (*group.producers, *group.consumers):
+            assert tensors[one.name].shape[one.dim] == len(one.units)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_network_is_bit_for_bit_as_it_was(name):
+    model, inputs = made(name)
+    model.train()
+    next(model.parameters()).requires_grad_(False)
+    list(model.parameters())[-1].grad = numbers(*list(model.parameters())[-1].shape)
+    before = state_of(model)
+    coupling_of(model, inputs)
+    assert state_of(model) == before
+
+
+def test_frozen_layers_are_followed_too():
+    model = known(Joined()).requires_grad_(False)
+    assert {one.name for one in coupling_of(model, IMAGES).groups} == {"a", "b", "c"}
+    assert not any(one.requires_grad for one in model.parameters())
+
+
+def test_the_index_maps_of_a_concatenation_and_of_a_flattening_are_written_out():
+    groups = {one.name: one for one in coupling_of(known(Joined()), IMAGES).groups}
+    assert groups["b"].consumers[0].units.tolist() == [-1, -1, -1, -1, 0, 1, 2, 3, 4, 5]
+    assert groups["c"].consumers[0].units.tolist() == [unit for unit in range(8) for _ in range(16)]
+
+
+def test_query_heads_that_share_keys_are_one_unit():
+    (head,) = [one for one in coupling_of(known(sequences(Own(4, 2))), WORDS).groups if one.kind == "head"]
+    units = {one.name: one.units.tolist() for one in (*head.producers, *head.consumers)}
+    assert units["1.q_proj.weight"] == units["1.o_proj.weight"] == [0] * 8 + [1] * 8
+    assert units["1.k_proj.weight"] == units["1.v_proj.bias"] == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "layer", "reason"),
+    [
+        (Shuffled(), IMAGES, "a", "the output still depends on its units when nothing reads them"),
+        (Hidden(), ROWS, "a", "the output still depends on its units when nothing reads them"),
+        (Joined(), IMAGES, "d", "its units are outputs of the network, or no layer reads them"),
+        (nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 2)), ROWS, "0", "its units pass 1, which mixes"),
+        (nn.Sequential(nn.Linear(5, 6), nn.Softmax(1), nn.Linear(6, 2)), ROWS, "0", "the output still depends"),
+        (nn.Sequential(nn.Linear(5, 1), nn.Linear(1, 2)), ROWS, "0", "it has a single unit"),
+        (nn.Sequential(nn.Linear(5, 6), nn.Dropout(), nn.Flatten(), nn.Linear(6, 2)), ROWS, "3", "its units are out"),
+        (nn.Sequential(nn.Linear(5, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))), ROWS, "0", "1.weight"),
+    ],
+)
+def test_what_must_stay_is_named_with_the_reason(model, inputs, layer, reason):
+    assert coupling_of(known(model), inputs).left[layer].startswith(reason)
+
+
+def test_tied_layers_stay():
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2))
+    model[2].weight = model[0].weight
+    found = coupling_of(known(model), ROWS)
+    assert not found.groups
+    assert found.left["0"].endswith("is tied to another parameter")
+
+
+class Noisy(Layers):
+    def forward(self, x):
+        return self.b(nn.functional.dropout(self.a(x)))
+
+
+def test_a_network_that_is_no_function_is_left_alone_with_its_random_numbers():
+    model = known(Noisy(a=nn.Linear(5, 40), b=nn.Linear(40, 3)))
+    before = torch.get_rng_state()
+    found = coupling_of(model, ROWS)
+    assert not found.groups
+    assert found.left["a"].startswith("two calls of the network with equal inputs differ")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_wrong_inputs_are_refused_before_anything_runs():
+    with pytest.raises(TypeError, match="example_input is of type int"):
+        coupling_of(Joined(), 3)
+    with pytest.raises(ValueError, match=r"cannot be called with example_input \(RuntimeError"):
+        coupling_of(Joined(), torch.zeros(2, 7))
+    with pytest.raises(ValueError, match="returns no tensor of floating-point numbers"):
+        coupling_of(nn.Sequential(nn.Embedding(3, 2), Numbered()), torch.zeros(2, 2, dtype=torch.int64))
+
+
+class Numbered(nn.Module):
+    def forward(self, x):
+        return x.argmax(-1)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(ImportError, match=r"lightning-roulette\[units\]"):
+        coupling_of(Joined().double(), IMAGES)
