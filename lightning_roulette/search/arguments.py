@@ -22,7 +22,7 @@ from lightning_roulette.settings import (
     Wheel,
     refit_of,
 )
-from lightning_roulette.unit import Weight
+from lightning_roulette.unit import NofM, Weight
 from lightning_roulette.wheel.units.units import Units
 
 
@@ -123,7 +123,7 @@ def _check_targets(target_sparsity: float | None, wheel: Wheel, tree: Tree) -> N
 
 def _check_chosen(refit: Refit | None, wheel: Wheel) -> None:
     """Check that a refit keeps units whole."""
-    if isinstance(refit, LeastSquares) and refit.choose and wheel.unit != Weight():
+    if isinstance(refit, LeastSquares) and refit.choose and not isinstance(wheel.unit, Weight | NofM):
         raise ValueError(
             f"choose is True and unit {wheel.unit!r}, but choosing anew which weights stay would break up units. Pass "
             "choose=False."

@@ -11,11 +11,12 @@ from lightning_roulette.large.shards import Shards
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.refit.sensitivity import NoGradients
 from lightning_roulette.search.refitter import Refitter
-from lightning_roulette.search.sectors import Sectors, UnitSectors, WeightSectors
+from lightning_roulette.search.sectors import NeighbourSectors, Sectors, UnitSectors, WeightSectors
 from lightning_roulette.search.state import State
 from lightning_roulette.settings import CALIBRATED, Wheel
 from lightning_roulette.wheel.chance import normal, stream
 from lightning_roulette.wheel.importance import importance_of
+from lightning_roulette.wheel.units.nofm import Neighbours
 from lightning_roulette.wheel.units.unit_wheel import importance_of_units
 from lightning_roulette.wheel.units.units import Units
 
@@ -105,6 +106,8 @@ class Drawing:
     def _sectors_of(self, importance: Mapping[str, Tensor], parent: Mask) -> Sectors:
         if self.units is None:
             return WeightSectors(importance, parent, self._wheel, self._shards)
+        if isinstance(self.units, Neighbours):
+            return NeighbourSectors(self.units, importance, parent, self._wheel.sharpness)
         each = importance_of_units(self.units, importance, parent, readers_alone=self._kind in CALIBRATED)
         return UnitSectors(self.units, each, parent, self._wheel.sharpness)
 

@@ -14,6 +14,7 @@ from lightning_roulette.mask.mask import Mask
 from lightning_roulette.settings import Wheel
 from lightning_roulette.wheel.importance import weighed
 from lightning_roulette.wheel.level import LevelWheel
+from lightning_roulette.wheel.units.nofm import Neighbours, NofMWheel
 from lightning_roulette.wheel.units.unit_wheel import UnitWheel
 from lightning_roulette.wheel.units.units import Units
 
@@ -93,4 +94,28 @@ class UnitSectors(Sectors):
             each = torch.tensor([factors[name] for name in self.units.groups], dtype=torch.float64)
             importance = importance * each.repeat_interleave(sizes)
         wheel = UnitWheel(self.units, importance, self.parent, sharpness=self.sharpness)
+        return wheel.spin(budget, seed=seed, level=level, candidate=candidate)
+
+
+@dataclass(frozen=True, eq=False)
+class NeighbourSectors(Sectors):
+    """Layers of which each few neighbours keep some.
+
+    Attributes:
+        units: The layers.
+        importance: Importance of every weight.
+        parent: Mask of the parent.
+        sharpness: Exponent of the odds.
+    """
+
+    units: Neighbours
+    importance: Mapping[str, Tensor]
+    parent: Mask
+    sharpness: float
+
+    def spin(
+        self, budget: float, factors: Mapping[str, float] | None, *, seed: int, level: int, candidate: int
+    ) -> Mask:
+        """See `Sectors`. The budget is a part of the cost."""
+        wheel = NofMWheel(self.units, self.importance, self.parent, sharpness=self.sharpness, factors=factors)
         return wheel.spin(budget, seed=seed, level=level, candidate=candidate)

@@ -43,16 +43,16 @@ class Likeness(Evaluator):
 
     folds = 4
 
-    def __init__(self) -> None:
-        self.log = []
+    def __init__(self, net=NET, inputs=INPUTS) -> None:
+        self.log, self.net, self.inputs = [], net, inputs
         with torch.no_grad():
-            self.dense = NET(INPUTS)
+            self.dense = net(inputs)
 
     @torch.no_grad()
     def __call__(self, candidate, folds) -> Scores:
         self.log.append(candidate.mask)
         some = slice(50 * min(folds), 50 * (max(folds) + 1))
-        outputs = torch.func.functional_call(NET, candidate.weights, (INPUTS[some],))
+        outputs = torch.func.functional_call(self.net, candidate.weights, (self.inputs[some],))
         score = -float((outputs - self.dense[some]).square().mean())
         return Scores(rank=score, score=score)
 
