@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from lightning_roulette.checks import as_group, check_choice, check_count
 
@@ -21,7 +25,8 @@ class Codebook:
     Use it for the smallest files. Zero is not in the list, as pruned weights are stored by their positions.
 
     Attributes:
-        bits: The list of a layer has at most `2 ** bits` values, of 8 significant bits. A whole number from 3 to 8.
+        bits: The list of a layer has at most `2 ** bits` values, of 8 significant bits; or the values that the layer
+            has, if they are so few. A whole number from 3 to 8.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -65,3 +70,26 @@ def values_of(values: str | Codebook | Mapping[str, Any]) -> str | Codebook:
 def in_words(values: str | Codebook) -> str:
     """Return how values are stored, as words of a sentence."""
     return f"a codebook of {values.bits} bits" if isinstance(values, Codebook) else values
+
+
+def scale_digits(kind: torch.dtype) -> int:
+    """Return how many significant bits a scale has, so that its products with int8 are exact in a type."""
+    return min(SCALE_BITS, _digits(kind) - INT8_MOST.bit_length())
+
+
+def shortened(numbers: Tensor, digits: int, up: bool = False) -> Tensor:
+    """Return the nearest numbers, or the next larger ones, of a few significant bits."""
+    mantissa, exponent = torch.frexp(numbers)
+    whole = mantissa * 2**digits
+    return torch.ldexp((whole.ceil() if up else whole.round()) / 2**digits, exponent)
+
+
+def on_list(levels: Tensor, kind: torch.dtype) -> Tensor:
+    """Return numbers of few significant bits, exact in the type of the weights and none of them zero."""
+    most = torch.finfo(kind).max
+    short = shortened(levels, min(LEVEL_BITS, _digits(kind))).clamp(-most, most).to(kind).to(levels)
+    return torch.where(short == 0, torch.finfo(kind).tiny, short)
+
+
+def _digits(kind: torch.dtype) -> int:
+    return round(1 - math.log2(torch.finfo(kind).eps))

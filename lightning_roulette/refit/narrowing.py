@@ -11,12 +11,12 @@ from torch import Tensor
 from lightning_roulette.large.processes import ONE_PROCESS, Processes
 from lightning_roulette.network.layers import Layer
 from lightning_roulette.refit.gram import LayerSums
-from lightning_roulette.refit.nearest import nearest, own_levels
 from lightning_roulette.refit.solvers.cholesky import DampedGram
 from lightning_roulette.refit.solvers.grid import Grid
 from lightning_roulette.refit.solvers.grid_fit import int8_grid, listed_grid, spread_levels
 from lightning_roulette.refit.solvers.rounding import Problem
 from lightning_roulette.refit.solvers.rounds import rounded
+from lightning_roulette.slim.files.narrowing import levels_for, nearest
 from lightning_roulette.values import Codebook
 
 _PRICE = 0.005  # of one bit of all weights on average: this share of the variance of the layer's outputs
@@ -110,7 +110,9 @@ class Narrowing:
         if not isinstance(self.values, Codebook) or part.is_whole:
             return None
         if part.name not in self.lists:
-            self.lists[part.name] = own_levels(part.weight.double(), self.values, part.weight.dtype)
+            weights = part.weight.double()
+            found = weights[(weights != 0) & weights.isfinite()]
+            self.lists[part.name] = levels_for(found, 2**self.values.bits, part.weight.dtype)
         return self.lists[part.name]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_roulette import Calibration, Codebook, LeastSquares, Mask
+from lightning_roulette import Calibration, Codebook, LeastSquares, Mask, load_compressed, save_compressed
 from lightning_roulette.large.processes import Processes
 from lightning_roulette.refit import narrowing
 from lightning_roulette.refit.solvers import rounds
@@ -90,6 +90,16 @@ def test_inputs_that_are_not_finite_round_to_the_nearest_values():
     for name, kept in mask.items():
         near = narrowing.Narrowing("int8").nearest(torch.where(kept, net.get_parameter(name).detach(), 0.0))
         assert torch.equal(found.values[name], near)
+
+
+@pytest.mark.parametrize("values", ["float16", "int8", Codebook(3), Codebook(8)])
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_rounded_without_inputs_is_what_a_file_rounds_to(values, kind, tmp_path):
+    weight = torch.where(numbers(20, 30, seed=1).abs() > 0.5, numbers(20, 30), 0.0).to(kind)
+    save_compressed({"weight": weight}, tmp_path / "small.lrw", values)
+    near = narrowing.Narrowing(values).nearest(weight)
+    assert torch.equal(near, load_compressed(tmp_path / "small.lrw")["weight"])
+    assert torch.equal(narrowing.Narrowing(values).nearest(near), near)
 
 
 def test_biases_are_not_rounded_even_if_they_are_pruned():

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_roulette.refit.nearest import nearest
 from lightning_roulette.refit.solvers import rounding
 from lightning_roulette.refit.solvers.grid import Grid, rounded_to
 from lightning_roulette.refit.solvers.grid_fit import (
@@ -20,12 +19,12 @@ from lightning_roulette.refit.solvers.grid_fit import (
     levels_of,
     listed_grid,
     resized,
-    scale_digits,
     spread_levels,
 )
 from lightning_roulette.refit.solvers.rounding import Problem, one_after_another, swept
 from lightning_roulette.refit.solvers.rounds import rounded
-from lightning_roulette.values import Codebook
+from lightning_roulette.slim.files.narrowing import nearest
+from lightning_roulette.values import Codebook, scale_digits
 from tests.support.grids import codes_of, significant_bits
 from tests.support.networks import numbers
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_roulette.refit.solvers.conjugate_gradient import quotient
 from lightning_roulette.refit.solvers.grid import Grid
 from lightning_roulette.refit.solvers.rounding import Problem
-from lightning_roulette.values import INT8_MOST, LEVEL_BITS, SCALE_BITS
+from lightning_roulette.values import INT8_MOST, on_list, scale_digits, shortened
 
 _ROUNDS = 20  # in which a list of values is fitted to the weights alone
 _STEPS = 8  # of conjugate gradients for the values of a list
@@ -74,7 +74,7 @@ def levels_of(values: Tensor, weights: Tensor, prices: Tensor, most: int, kind: 
     if not len(values):
         return values.new_ones(1)
     places = ((torch.arange(most) + 0.5) * len(values) / most).long().unique()
-    levels = _on_list(values.sort().values[places.to(values.device)], kind).unique()
+    levels = on_list(values.sort().values[places.to(values.device)], kind).unique()
     grid = Grid(slice(0, 0), levels, values.new_ones(()), torch.zeros_like(levels), kind)
     for _ in range(_ROUNDS):
         grid = _moved(grid, values, weights, prices)
@@ -109,23 +109,7 @@ def fitted(problem: Problem, grid: Grid, matrix: Tensor) -> Grid:
         scales = shortened(grid.scales + change, scale_digits(grid.kind))
         return replace(grid, scales=torch.where(scales > 0, scales, grid.scales))
     levels = grid.levels + _level_change(codes, entries, residual, gram, len(grid.levels))
-    return replace(grid, levels=_on_list(levels, grid.kind))
-
-
-def shortened(numbers: Tensor, digits: int, up: bool = False) -> Tensor:
-    """Return the nearest numbers, or the next larger ones, of a few significant bits."""
-    mantissa, exponent = torch.frexp(numbers)
-    whole = mantissa * 2**digits
-    return torch.ldexp((whole.ceil() if up else whole.round()) / 2**digits, exponent)
-
-
-def scale_digits(kind: torch.dtype) -> int:
-    """Return how many significant bits a scale has, so that its products with int8 are exact in a type."""
-    return min(SCALE_BITS, _digits(kind) - INT8_MOST.bit_length())
-
-
-def _digits(kind: torch.dtype) -> int:
-    return round(1 - math.log2(torch.finfo(kind).eps))
+    return replace(grid, levels=on_list(levels, grid.kind))
 
 
 def _squares(problem: Problem, columns: slice) -> Tensor:
@@ -161,7 +145,7 @@ def _moved(grid: Grid, values: Tensor, weights: Tensor, prices: Tensor) -> Grid:
     levels, codes = chosen.unique(return_inverse=True)
     total, sums = (torch.zeros_like(levels).index_add_(0, codes, one) for one in (weights, weights * values))
     means = torch.where(total > 0, quotient(sums, total), levels)
-    found, codes = _on_list(means, grid.kind)[codes].unique(return_inverse=True)
+    found, codes = on_list(means, grid.kind)[codes].unique(return_inverse=True)
     bits = (len(values) / codes.bincount(minlength=len(found)).to(found)).log2()
     return replace(grid, levels=found, bits=bits)
 
@@ -181,9 +165,3 @@ def _level_change(codes: Tensor, entries: Tensor, residual: Tensor, gram: Tensor
         found, rest = found + length * direction, rest - length * moved
         direction = rest + quotient(rest @ rest, square) * direction
     return found
-
-
-def _on_list(levels: Tensor, kind: torch.dtype) -> Tensor:
-    """Return numbers of few significant bits, exact in the type of the weights and none of them zero."""
-    short = shortened(levels, min(LEVEL_BITS, _digits(kind))).to(kind).to(levels)
-    return torch.where(short == 0, torch.finfo(kind).tiny, short)

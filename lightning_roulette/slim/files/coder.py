@@ -128,6 +128,19 @@ class Writer(Coder):
         return given
 
 
+class Meter(Coder):
+    """Counts the bits of what would be written, and writes nothing."""
+
+    def _many(self, values: npt.NDArray[Any] | None, model: Any, parameters: npt.NDArray[np.float64]) -> Integers:
+        return _given(values)
+
+    def _alike(self, values: npt.NDArray[Any] | None, model: Any, count: int) -> Integers:
+        return _given(values)
+
+    def _raw(self, values: npt.NDArray[np.uint64] | None, count: int, width: int) -> npt.NDArray[np.uint64]:
+        return np.asarray(values, np.uint64)
+
+
 class Reader(Coder):
     """Reads the three sections of a `Writer`.
 

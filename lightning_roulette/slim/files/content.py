@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from lightning_roulette.slim.files.coder import Coder
+from lightning_roulette.slim.files.coder import Coder, Meter
 from lightning_roulette.slim.files.floats import LAYOUTS, Bits, Numbers
 from lightning_roulette.slim.files.header import Damaged, Entry
 from lightning_roulette.slim.files.multiples import Multiples
@@ -69,13 +70,23 @@ class Content:
 
     def _values(self, entry: Entry, kept: npt.NDArray[np.bool_], given: Survivors | None) -> Survivors:
         count = int(np.count_nonzero(kept))
-        if self.coder.number(None if given is None else int(given.bits is None), 2) == 0:
+        if self.coder.number(None if given is None else int(self._are_multiples(entry, given)), 2) == 0:
             bits = self._of_type(entry.dtype).code(self.coder, None if given is None else given.bits, count)
             return Survivors(kept, bits)
         rows = int(rows_of(kept).any(1).sum())
         scales = self._multiples.scales(self.coder, None if given is None else given.scales, rows)
         multiples = self._multiples.code(self.coder, None if given is None else given.multiples, count)
         return Survivors(kept, multiples=multiples, scales=scales)
+
+    def _are_multiples(self, entry: Entry, given: Survivors) -> bool:
+        """Whether multiples are written: where there is nothing else, or where they take fewer bits."""
+        if given.bits is None or given.multiples is None or given.scales is None:
+            return given.bits is None
+        plain, divided, model = Meter(), Meter(), deepcopy(self._multiples)
+        deepcopy(self._of_type(entry.dtype)).code(plain, given.bits, given.count)
+        model.scales(divided, given.scales, len(given.scales))
+        model.code(divided, given.multiples, given.count)
+        return divided.spent < plain.spent
 
     def _of_type(self, dtype: str) -> Numbers:
         return self._numbers.setdefault(dtype, Numbers(LAYOUTS[dtype]))

@@ -1,18 +1,20 @@
 """A model of numbers: how large they are is learnt while they are written or read; their last digits are raw.
 
 A number is its sign, a bucket (its exponent and the first digits of its mantissa), and the rest of its digits. NaN,
--0.0 and denormal numbers are numbers like others. Of a vector with few different values, each value is written once.
+-0.0 and denormal numbers are numbers like others. Of a vector with few different values, each value is written once
+where this takes fewer bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from lightning_roulette.slim.files.coder import Coder
+from lightning_roulette.slim.files.coder import Coder, Meter
 from lightning_roulette.slim.files.symbols import LARGEST_ALPHABET, Frequencies
 
 Bits = npt.NDArray[np.uint64]
@@ -71,11 +73,20 @@ class Numbers:
         """
         if count == 0:
             return np.zeros(0, np.uint64)
-        different = None if values is None else few(values)
+        different = None if values is None else self._list_of(values)
         kind = None if values is None else _PLAIN if different is None else _DICTIONARY
         if coder.number(kind, 2) == _PLAIN:
             return self._plain(coder, values, count)
         return self._by_dictionary(coder, values, different, count)
+
+    def _list_of(self, values: Bits) -> Bits | None:
+        """The different values, if a vector takes fewer bits with each of them written once; else None."""
+        if (different := few(values)) is None:
+            return None
+        plain, listed = Meter(), Meter()
+        deepcopy(self)._plain(plain, values, len(values))
+        deepcopy(self)._by_dictionary(listed, values, different, len(values))
+        return different if listed.spent < plain.spent else None
 
     def _by_dictionary(self, coder: Coder, values: Bits | None, different: Bits | None, count: int) -> Bits:
         size = coder.number(None if different is None else len(different) - 1, _LARGEST_DICTIONARY) + 1
@@ -117,12 +128,12 @@ def _unused(rest: Bits, width: int) -> int:
 
 
 def few(values: Bits) -> Bits | None:
-    """The different values, if they are few and taken several times each; else None."""
+    """The different values, if they are few and taken twice each on average; else None."""
     sample = np.unique(values[:: max(len(values) // (8 * _LARGEST_DICTIONARY), 1)])
     if len(sample) > _LARGEST_DICTIONARY:
         return None
     different = np.unique(values)
-    return different if len(different) <= min(_LARGEST_DICTIONARY, len(values) // 4) else None
+    return different if len(different) <= min(_LARGEST_DICTIONARY, len(values) // 2) else None
 
 
 def _ascending(values: Bits, layout: Layout) -> Bits:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 
 from lightning_roulette.slim.files.common_scales import in_multiples
-from lightning_roulette.slim.files.floats import LAYOUTS, Bits, few
+from lightning_roulette.slim.files.floats import LAYOUTS, Bits
 from lightning_roulette.slim.files.header import Entry
 from lightning_roulette.slim.files.logits import Integers
-from lightning_roulette.slim.files.narrowing import by_codebook, exact_scales, multiples_of, scales_for_int8
+from lightning_roulette.slim.files.narrowing import in_int8, nearest
 from lightning_roulette.slim.files.tensors import bits_of, from_bits
 from lightning_roulette.values import Codebook
 
+_Entries = TypeVar("_Entries", npt.NDArray[Any], Tensor)
 _REMEDY = "Pass values='float32', which stores every number as it is"
 
 
@@ -27,8 +29,9 @@ class Survivors:
 
     Attributes:
         kept: True where a weight is stored, in the shape of the tensor. The others are zero.
-        bits: The bits of the weights that are stored; None if they are multiples.
-        multiples: Those weights in units of the scale of their row, the first dimension.
+        bits: The bits of the weights that are stored; None if they are multiples only.
+        multiples: Those weights in units of the scale of their row, the first dimension. With bits, the smaller form of
+            the two is written.
         scales: The scales of the rows with such weights.
         negative: Of the zeros that are not stored, those that are -0.0; None if there are none.
     """
@@ -91,53 +94,42 @@ def survivors_of(name: str, tensor: Tensor, values: str | Codebook, mask: Tensor
         negative = bits[~kept] != 0
         found = _as_they_are(tensor, bits[kept].astype(np.uint64), kept)
         return replace(found, negative=negative) if negative.any() else found
-    numbers = tensor.detach().cpu().double()[torch.from_numpy(kept)]
-    if values == "float16":
-        return Survivors(kept, _in_type(_as_float16(name, numbers), tensor.dtype))
-    _check_finite(name, numbers)
-    most = min(torch.finfo(tensor.dtype).max, torch.finfo(torch.float32).max)
-    if isinstance(values, Codebook):
-        rounded = torch.from_numpy(by_codebook(numbers.float().numpy(), values.bits))
-        return Survivors(kept, _in_type(rounded.clamp(-most, most), tensor.dtype))
-    return _as_int8(tensor.detach().cpu().float().numpy(), kept, most)
+    numbers = tensor.detach().cpu().double()
+    _check_limits(name, numbers, values)
+    if values == "int8":
+        return _as_int8(numbers, tensor.dtype, kept)
+    survivors = numbers[torch.from_numpy(kept)].unsqueeze(0)
+    return Survivors(kept, _in_type(nearest(survivors, values, tensor.dtype), tensor.dtype))
 
 
-def rows_of(kept: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def rows_of(entries: _Entries) -> _Entries:
     """The same entries as a matrix, whose rows are the first dimension."""
-    return kept.reshape(kept.shape[0], -1) if kept.size else kept.reshape(kept.shape[0], 0)
+    return entries.reshape(entries.shape[0], -1 if math.prod(entries.shape) else 0)
 
 
 def _as_they_are(tensor: Tensor, bits: Bits, kept: npt.NDArray[np.bool_]) -> Survivors:
-    """The bits of the survivors, or multiples with exactly these bits if there are any that take less."""
+    """The bits of the survivors, and multiples with exactly these bits if there are any."""
     plain = Survivors(kept, bits)
     numbers = tensor.detach().cpu().double().numpy()[kept]
-    if len(numbers) == 0 or few(bits) is not None or not np.isfinite(numbers).all():
+    if len(numbers) == 0 or not np.isfinite(numbers).all():
         return plain
     in_rows = rows_of(kept).sum(1)
     if (found := in_multiples(numbers, in_rows[in_rows > 0])) is None:
         return plain
     divided = Survivors(kept, multiples=found[0], scales=found[1])
-    return divided if np.array_equal(divided.written_bits(tensor.dtype), bits) else plain  # -0.0 is no multiple
+    exact = np.array_equal(divided.written_bits(tensor.dtype), bits)  # -0.0 is no multiple
+    return replace(divided, bits=bits) if exact else plain
 
 
-def _as_int8(weights: npt.NDArray[np.float32], kept: npt.NDArray[np.bool_], most: float) -> Survivors:
-    """Multiples of one scale for each row, at most `most` in size. Rows that are such multiples stay as they are."""
-    rows = rows_of(weights)
-    exact = exact_scales(rows)
-    scales = np.where(exact > 0, exact, scales_for_int8(np.abs(rows).max(1, initial=0.0)))
-    multiples = multiples_of(rows, scales)
-    beyond = np.abs(multiples) * scales[:, None].astype(np.float64) > most
-    multiples = (multiples - np.sign(multiples) * beyond)[rows_of(kept)]
-    return Survivors(kept, multiples=multiples, scales=scales[rows_of(kept).any(1)])
-
-
-def _as_float16(name: str, numbers: Tensor) -> Tensor:
-    rounded = numbers.half()
-    if bool((rounded.isinf() & numbers.isfinite()).any()):
-        raise ValueError(
-            f"{name} has weights above {torch.finfo(torch.float16).max:g}, the limit of float16. {_REMEDY}."
-        )
-    return rounded
+def _as_int8(weights: Tensor, kind: torch.dtype, kept: npt.NDArray[np.bool_]) -> Survivors:
+    """Multiples of one scale for each row. See `in_int8`."""
+    multiples, scales = in_int8(rows_of(weights), kind)
+    in_rows = rows_of(kept)
+    return Survivors(
+        kept,
+        multiples=multiples.numpy().astype(np.int64)[in_rows],
+        scales=scales.numpy().astype(np.float32)[in_rows.any(1)],
+    )
 
 
 def _in_type(numbers: Tensor, dtype: torch.dtype) -> Bits:
@@ -145,6 +137,11 @@ def _in_type(numbers: Tensor, dtype: torch.dtype) -> Bits:
     return found
 
 
-def _check_finite(name: str, numbers: Tensor) -> None:
-    if not bool((numbers.abs() <= torch.finfo(torch.float32).max).all()):
+def _check_limits(name: str, numbers: Tensor, values: str | Codebook) -> None:
+    """Check that weights can be rounded. float16 has infinite numbers and NaN, the others have not."""
+    if values == "float16" and bool((numbers.half().isinf() & numbers.isfinite()).any()):
+        raise ValueError(
+            f"{name} has weights above {torch.finfo(torch.float16).max:g}, the limit of float16. {_REMEDY}."
+        )
+    if values != "float16" and not bool((numbers.abs() <= torch.finfo(torch.float32).max).all()):
         raise ValueError(f"{name} has weights that are not finite, which cannot be rounded. {_REMEDY}.")

@@ -1,4 +1,4 @@
-"""Rounding of weights to few values."""
+"""Rounding of weights to the nearest of few values, without data."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from lightning_roulette.slim.files.logits import Integers
-from lightning_roulette.values import INT8_MOST, SCALE_BITS
+from lightning_roulette.values import INT8_MOST, SCALE_BITS, Codebook, on_list, scale_digits, shortened
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 _ROUNDS = 100  # of Lloyd's algorithm, at most
@@ -16,26 +18,87 @@ _DIGITS = 24  # significant bits of float32
 _NEVER = 1 << 20  # larger than any exponent
 
 
-def by_codebook(survivors: Floats, bits: int) -> Floats:
-    """The nearest value of a codebook for each survivor.
+def nearest(weights: Tensor, values: str | Codebook, kind: torch.dtype, levels: Tensor | None = None) -> Tensor:
+    """Return weights, each rounded to the nearest value that is allowed.
 
-    The values are found by k-means (Lloyd's algorithm). Their first ones follow the density of the survivors, so they
-    are deterministic. Survivors with no more different values than the codebook has stay as they are. Other values are
-    rounded to 8 digits in base 2.
+    Zeros stay zero, and no other number becomes zero. Numbers that are not finite stay as they are. What was rounded
+    so before stays as it is.
 
     Args:
-        survivors: Shape `(n,)`, finite.
-        bits: The codebook has at most `2**bits` values.
+        weights: Float64, shape `(rows, n)`. With int8, each row has a scale.
+        values: How they are stored; see `values_of`.
+        kind: The type of the weights.
+        levels: The values of the list of a codebook, in ascending order. None: see `levels_for`.
     """
-    ordered = np.sort(survivors.astype(np.float64))
-    size = 1 << bits
-    if len(np.unique(ordered)) <= size:
-        return survivors
-    centres = _lloyd(ordered, _first_centres(ordered, size))
-    rounded = np.unique(_of_eight_digits(centres))
-    borders = (rounded[1:].astype(np.float64) + rounded[:-1]) / 2
-    nearest: Floats = rounded[np.searchsorted(borders, survivors)]
-    return nearest
+    entries = (weights != 0) & weights.isfinite()
+    if values == "float32" or not bool(entries.any()):
+        return weights
+    if isinstance(values, Codebook):
+        known = levels_for(weights[entries], 2**values.bits, kind) if levels is None else levels
+        found = known[torch.bucketize(weights.contiguous(), (known[1:] + known[:-1]) / 2)]
+    elif values == "float16":
+        found = _half(weights)
+    else:
+        multiples, scales = in_int8(torch.where(entries, weights, 0.0), kind)
+        found = multiples * scales.unsqueeze(1)
+    return torch.where(entries, found, weights)
+
+
+def levels_for(survivors: Tensor, most: int, kind: torch.dtype) -> Tensor:
+    """Return the list of a codebook for some weights, in ascending order.
+
+    It is found by k-means (Lloyd's algorithm), whose first centres follow the density of the weights, so that it is
+    deterministic. Weights with no more different values than the list has are the list themselves.
+
+    Args:
+        survivors: Float64, shape `(n,)`, finite and not zero.
+        most: Largest number of values in the list.
+        kind: The type of the weights.
+
+    Returns:
+        Float64, shape `(levels,)`; a one if there are no weights.
+    """
+    if not len(survivors):
+        return survivors.new_ones(1)
+    ordered = np.sort(survivors.cpu().numpy())
+    different = np.unique(ordered)
+    if len(different) <= most:
+        return torch.from_numpy(different).to(survivors)
+    centres = torch.from_numpy(_lloyd(ordered, _first_centres(ordered, most)))
+    levels: Tensor = on_list(centres.to(survivors), kind).unique()
+    return levels
+
+
+def in_int8(rows: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return weights as whole multiples, up to 127, of a scale of their row, and the scales.
+
+    A scale has few digits in base 2, rounded up, so that its multiples are exact in the type of the weights. A weight
+    that is not zero is no multiple of zero. Rows of such multiples stay as they are.
+
+    Args:
+        rows: Float64, shape `(rows, n)`, finite.
+        kind: The type of the weights.
+
+    Returns:
+        Multiples, float64, shape `(rows, n)`, and scales, float64, shape `(rows,)`.
+    """
+    sizes, digits, info = rows.abs(), scale_digits(kind), torch.finfo(kind)
+    largest = sizes.amax(1) if rows.shape[1] else sizes.new_zeros(len(rows))
+    # so that multiples of all digits are exact even among the smallest numbers of the type
+    least = max(torch.finfo(torch.float32).tiny, info.smallest_normal * info.eps * 2 ** (digits - 1))
+    exact = torch.from_numpy(_exact_scales(rows.float().cpu().numpy())).to(rows)
+    exact = torch.where((rows == rows.float()).all(1), exact, 0.0)
+    scales = torch.where(exact > 0, exact, shortened(largest / INT8_MOST, digits, up=True).clamp(min=least))
+    multiples = (sizes / scales.unsqueeze(1)).round().clamp(1, INT8_MOST) * rows.sign()
+    most = min(info.max, torch.finfo(torch.float32).max)
+    beyond = multiples.abs() * scales.unsqueeze(1) > most
+    return torch.where(beyond, multiples - multiples.sign(), multiples), scales
+
+
+def _half(weights: Tensor) -> Tensor:
+    info = torch.finfo(torch.float16)
+    sizes = weights.abs().clamp(info.smallest_normal * info.eps, info.max).to(torch.float16)
+    return sizes.to(weights).copysign(weights)
 
 
 def _first_centres(ordered: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.float64]:
@@ -62,15 +125,7 @@ def _lloyd(ordered: npt.NDArray[np.float64], centres: npt.NDArray[np.float64]) -
     return centres
 
 
-def _of_eight_digits(values: npt.NDArray[np.float64]) -> Floats:
-    """The nearest numbers whose mantissa has eight digits in base 2, as bfloat16 has."""
-    mantissa, exponent = np.frexp(values)
-    most = np.finfo(np.float32).max
-    rounded: Floats = np.ldexp(np.rint(mantissa * 256) / 256, exponent).clip(-most, most).astype(np.float32)
-    return rounded
-
-
-def exact_scales(rows: Floats) -> Floats:
+def _exact_scales(rows: Floats) -> Floats:
     """A scale of four digits for each row, of which its numbers are whole multiples up to 127; 0 if there is none.
 
     Args:
@@ -97,29 +152,3 @@ def _whole_scales(rows: Integers) -> Integers:
         fits = (found == 0) & (scale * parts == shared) & (most <= INT8_MOST * scale) & short
         found = np.where(fits, scale, found)
     return found
-
-
-def scales_for_int8(largest: Floats) -> Floats:
-    """A scale for each row, so that its largest size is at most 127 scales.
-
-    A scale has four digits in base 2, rounded up. So it takes few bits, and its multiples are exact.
-
-    Args:
-        largest: The largest size of each row, finite.
-    """
-    mantissa, exponent = np.frexp(largest.astype(np.float64) / INT8_MOST)
-    scales = np.maximum(np.ldexp(np.ceil(mantissa * 16) / 16, exponent), float(np.finfo(np.float32).tiny))
-    found: Floats = scales.astype(np.float32)
-    return found
-
-
-def multiples_of(weights: Floats, scales: Floats) -> Integers:
-    """The nearest whole multiple of the scale of each row. A weight that is not zero gets none that is.
-
-    Args:
-        weights: Shape `(rows, n)`, finite.
-        scales: Shape `(rows,)`, positive.
-    """
-    nearest = np.rint(np.abs(weights).astype(np.float64) / scales[:, None].astype(np.float64)).astype(np.int64)
-    bounded: Integers = np.sign(weights).astype(np.int64) * np.clip(nearest, 1, INT8_MOST)
-    return bounded

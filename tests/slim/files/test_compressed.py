@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_roulette import Codebook, Mask, load_compressed, load_mask, save_compressed
 from lightning_roulette.slim.files.container import MARK
+from lightning_roulette.slim.files.content import Content
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 OTHERS = [torch.bool, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.complex64]
@@ -163,6 +164,26 @@ def test_no_survivor_becomes_zero_in_int8(path):
     found = there_and_back({"weight": weights}, path, "int8")["weight"]
     assert torch.equal(found.sign(), weights.sign())
     assert load_mask(path)["weight"].tolist() == (weights != 0).tolist()
+
+
+@pytest.mark.parametrize("values", ["float16", "int8", Codebook(3)])
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float16, 4e-6), (torch.float16, 3e-5), (torch.float32, 1e-30)])
+def test_no_survivor_becomes_zero_among_the_smallest_numbers(path, values, dtype, largest):
+    weights = (largest * pruned(20, 40)).to(dtype)
+    found = there_and_back({"weight": weights}, path, values)["weight"]
+    assert torch.equal(found != 0, weights != 0)
+    again = there_and_back({"weight": found}, path, values)["weight"]
+    assert torch.equal(again, found)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(2, 400), (60, 60), (300, 20)])
+def test_rounded_weights_take_the_smaller_form(path, outputs, inputs, monkeypatch):
+    state = there_and_back({"weight": pruned(outputs, inputs)}, path, "int8")
+    size, forms = save_compressed(state, path), []
+    for multiples in (False, True):
+        monkeypatch.setattr(Content, "_are_multiples", lambda *_, multiples=multiples: multiples)
+        forms.append(save_compressed(state, path))
+    assert size == min(forms) < max(forms)
 
 
 @pytest.mark.parametrize("bits", [3, 5, 8])

@@ -5,14 +5,17 @@ import math
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 
+from lightning_roulette.slim.files import floats
 from lightning_roulette.slim.files.coder import Reader, Writer
 from lightning_roulette.slim.files.common_scales import in_multiples
 from lightning_roulette.slim.files.floats import LAYOUTS, Numbers
 from lightning_roulette.slim.files.multiples import LARGEST, Multiples
 from lightning_roulette.slim.files.positions import Positions
 from lightning_roulette.slim.files.symbols import Frequencies
+from lightning_roulette.slim.files.tensors import bits_of
 
 SEEDS = st.integers(0, 2**32 - 1)
 SHAPES = st.sampled_from(
@@ -193,3 +196,30 @@ def test_the_bits_that_are_counted_are_those_of_the_file():
     Numbers(LAYOUTS["float32"]).code(writer, bits(chance.normal(size=6000)), 6000)
     size = sum(map(len, writer.sections()))
     assert size - 12 <= writer.spent / 8 <= size
+
+
+def vector(kind: str, different: int, count: int) -> np.ndarray:
+    """Bits of numbers of which only some are different."""
+    values = torch.randn(different, generator=torch.Generator().manual_seed(different)).to(getattr(torch, kind))
+    places = torch.randint(different, (count,), generator=torch.Generator().manual_seed(1))
+    return bits_of(values[places]).astype(np.uint64)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(("different", "count"), [(2, 40), (30, 70), (300, 700), (900, 3000), (300, 20_000)])
+@pytest.mark.parametrize("learnt", [0, 5000])
+def test_numbers_take_no_more_bits_than_plain_ones_or_than_a_list(kind, different, count, learnt, monkeypatch):
+    given, before = vector(kind, different, count), vector(kind, 4000, learnt)
+
+    def spent() -> float:
+        numbers, writer = Numbers(LAYOUTS[kind]), Writer()
+        numbers.code(writer, before, len(before))
+        first = writer.spent
+        numbers.code(writer, given, len(given))
+        return writer.spent - first
+
+    found, forms = spent(), {}
+    for form, different_ones in (("plain", lambda *_: None), ("list", lambda self, values: floats.few(values))):
+        monkeypatch.setattr(Numbers, "_list_of", different_ones)
+        forms[form] = spent()
+    assert found == min(forms.values())
