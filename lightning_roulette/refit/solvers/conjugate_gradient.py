@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_roulette.large.limits import limits
+from lightning_roulette.large.precision import full_precision
+from lightning_roulette.large.products import products_with
 from lightning_roulette.refit.solvers.accuracy import allowed_share
+from lightning_roulette.refit.solvers.active import dot, rows_of
 
 _PAUSE = 8  # steps between checks of the errors; after many steps a third of them
 # How much further steps would lower an error is extrapolated, so only half of what is allowed may be left. The
 # extrapolation fails if the error pauses, so there is a certain bound, too. It is far too large, so more is allowed:
 # fifty times as much where a thousandth is allowed, and more where exactness matters less.
 _EXPECTED, _CERTAIN = 0.5, 5e4  # in units of what is allowed; the latter for each unit of the allowed share
+_LOOSE = 0.1  # allowed share from which float32 is exact enough, and errors are checked twice as often
 _LEAST_FALL = 0.25  # share of the last fall of an error that is expected to follow at least
 _NUMBERS_PER_ENTRY = 8  # float64 numbers that the iteration holds for each output and input
 
@@ -44,6 +47,17 @@ class Equations:
     power: Tensor
     rounding: float
     rows: int
+
+    def of_inputs(self, used: Tensor) -> Equations:
+        """Return the equations without the inputs that no output keeps.
+
+        Args:
+            used: Indices of the others.
+        """
+        if len(used) == len(self.gram):
+            return self
+        gram = self.gram[used.unsqueeze(1), used]
+        return replace(self, gram=gram, right=self.right[:, used], kept=self.kept[:, used])
 
     def blocks(self) -> Iterator[tuple[slice, Equations]]:
         """Yield blocks of outputs. The iteration of a block takes at most `limits().system_bytes`."""
@@ -75,34 +89,68 @@ def conjugate_gradient(equations: Equations, steps: Tensor) -> tuple[Tensor, Ten
     solved = torch.zeros_like(equations.error, dtype=torch.bool)
     if equations.gram.numel() == 0:  # no output keeps an input
         return found, ~solved
-    for some, block in equations.blocks():
-        found[some], solved[some] = _solution(block, steps[some])
+    matrix = _Matrix.of(equations)
+    with full_precision(equations.gram.device):
+        for some, block in equations.blocks():
+            scaled, size = matrix.scaled(block)
+            values, solved[some] = _solution(scaled, matrix, steps[some])
+            found[some] = values * matrix.scale * size
     return found, solved
 
 
-def _solution(equations: Equations, steps: Tensor) -> tuple[Tensor, Tensor]:
-    matrix = _Matrix(equations.gram, equations.ridge, equations.gram.diagonal() + equations.ridge)
+def _solution(equations: Equations, matrix: _Matrix, steps: Tensor) -> tuple[Tensor, Tensor]:
     iterates, errors = _Iterates.at_zero(equations, matrix), _Errors.at_zero(equations, matrix)
     found, solved, taken = torch.zeros_like(equations.right), torch.zeros_like(steps, dtype=torch.bool), 0
     while len(iterates.outputs):
-        pause = max(_PAUSE, taken // 3)
+        pause = max(matrix.pause, taken // 3)
         for _ in range(pause):
             errors.follow(*iterates.move(matrix))
         taken += pause
-        done = errors.are_small(equations.ridge * _dot(iterates.found, iterates.found), iterates.slope)
+        weights = iterates.found * matrix.scale
+        done = errors.are_small(equations.ridge * dot(weights, weights), iterates.slope.double())
         ended = done | (steps[iterates.outputs] <= taken)
         found[iterates.outputs[ended]] = iterates.found[ended]
         solved[iterates.outputs[done]] = True
         if bool(ended.any()):
-            iterates, errors = _rows(iterates, ~ended), _rows(errors, ~ended)
+            iterates, errors = rows_of(iterates, ~ended), rows_of(errors, ~ended)
     return found, solved
 
 
 @dataclass(frozen=True, eq=False)
 class _Matrix:
-    gram: Tensor
-    ridge: float
-    diagonal: Tensor  # of the Gram matrix with its ridge
+    """The Gram matrix with its ridge, scaled to ones on the diagonal: this is the preconditioner.
+
+    Attributes:
+        times: Returns the products of rows with the scaled matrix.
+        scale: Reciprocal root of each entry of the diagonal, float64, shape `(inputs,)`.
+        kind: Type in which the iteration is computed.
+        pause: Least number of steps between checks of the errors.
+    """
+
+    times: Callable[[Tensor], Tensor]
+    scale: Tensor
+    kind: torch.dtype
+    pause: int
+
+    @classmethod
+    def of(cls, equations: Equations) -> _Matrix:
+        """Return the matrix of equations: float32 if their solutions may be far from exact."""
+        scale = (equations.gram.diagonal() + equations.ridge).rsqrt()
+        shares = allowed_share(equations.kept.sum(1), equations.rows)
+        loose = bool((shares >= _LOOSE).all())
+        entries = (equations.gram * scale).mul_(scale.unsqueeze(1))
+        entries.diagonal().fill_(1.0)
+        entries = entries.to(torch.float32) if loose else entries
+        return cls(products_with(entries), scale, entries.dtype, _PAUSE // 2 if loose else _PAUSE)
+
+    def scaled(self, equations: Equations) -> tuple[Equations, Tensor]:
+        """Return the equations for this matrix, with right-hand sides of length one, and the lengths that they had."""
+        right = equations.right * self.scale
+        size = right.masked_fill(~equations.kept, 0.0).norm(dim=1, keepdim=True)
+        size = size.masked_fill(size == 0, 1.0)
+        squares = size.flatten().square()
+        error, power = equations.error / squares, equations.power / squares
+        return replace(equations, right=(right / size).to(self.kind), error=error, power=power), size
 
 
 @dataclass(eq=False)
@@ -115,7 +163,7 @@ class _Iterates:
         found: What is found so far, the same shape.
         rest: What the equations leave of the right-hand sides, the same shape.
         direction: Direction of the next step, the same shape.
-        slope: Products of `rest` with `rest / diagonal`, shape `(active,)`.
+        slope: Sum of squares of `rest`, shape `(active,)`.
     """
 
     outputs: Tensor
@@ -130,19 +178,17 @@ class _Iterates:
         """Return the iterates before the first step."""
         outputs = torch.arange(len(equations.right), device=equations.right.device)
         rest = torch.where(equations.kept, equations.right, 0.0)
-        scaled = rest / matrix.diagonal
-        return cls(outputs, equations.kept, torch.zeros_like(rest), rest, scaled, _dot(rest, scaled))
+        return cls(outputs, equations.kept, torch.zeros_like(rest), rest, rest.clone(), dot(rest, rest))
 
     def move(self, matrix: _Matrix) -> tuple[Tensor, Tensor, Tensor]:
         """Make one step. Return its length, how much it lowered the damped error, and the ratio of slopes."""
-        moved = torch.addmm(self.direction, self.direction, matrix.gram, beta=matrix.ridge).mul_(self.kept)
-        length = quotient(self.slope, _dot(self.direction, moved))
+        moved = matrix.times(self.direction).mul_(self.kept)
+        length = quotient(self.slope, dot(self.direction, moved))
         self.found.addcmul_(length.unsqueeze(1), self.direction)
         self.rest.addcmul_(length.unsqueeze(1), moved, value=-1)
-        scaled = torch.div(self.rest, matrix.diagonal, out=moved)
-        before, self.slope = self.slope, _dot(self.rest, scaled)
+        before, self.slope = self.slope, dot(self.rest, self.rest)
         ratio = quotient(self.slope, before)
-        self.direction.mul_(ratio.unsqueeze(1)).add_(scaled)
+        self.direction.mul_(ratio.unsqueeze(1)).add_(self.rest)
         return length, length * before, ratio
 
 
@@ -172,8 +218,8 @@ class _Errors:
     @classmethod
     def at_zero(cls, equations: Equations, matrix: _Matrix) -> _Errors:
         """Return the errors before the first step."""
-        largest = torch.where(equations.kept, matrix.diagonal, matrix.ridge).amax(1)
-        error, least = equations.error, matrix.ridge / largest
+        least = equations.ridge * torch.where(equations.kept, matrix.scale, equations.ridge**-0.5).square().amin(1)
+        error = equations.error
         unknown, allowed = equations.rounding * equations.power, allowed_share(equations.kept.sum(1), equations.rows)
         return cls(unknown, allowed, error, error, torch.zeros_like(error), least, 1 / least)
 
@@ -202,19 +248,6 @@ class _Errors:
         allowed = self.allowed * torch.maximum(self.last, self.unknown)
         small = falls_less & (expected <= _EXPECTED * allowed) & (certain <= _CERTAIN * self.allowed * allowed)
         return small | ~self.last.isfinite()
-
-
-_Active = TypeVar("_Active", _Iterates, _Errors)
-
-
-def _rows(of: _Active, left: Tensor) -> _Active:
-    """Return some outputs of iterates or errors."""
-    return replace(of, **{one.name: getattr(of, one.name)[left] for one in fields(of)})
-
-
-def _dot(one: Tensor, other: Tensor) -> Tensor:
-    """Return the products of rows, shape `(rows,)`."""
-    return (one.unsqueeze(1) @ other.unsqueeze(2)).flatten()
 
 
 def quotient(above: Tensor, below: Tensor) -> Tensor:

@@ -8,8 +8,6 @@ system from a large matrix takes about 30 ns for each.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -21,6 +19,7 @@ _SORTED_INPUT = 800  # an input of an output: the kept ones are found and their 
 _ITERATED_ENTRY = 130  # an input of an output in a step: eight passes over memory
 _STEP = 1e6  # a step of no output
 _STEPS_TO_A_THOUSANDTH, _LEAST_STEPS = 32, 8  # that solve most outputs
+_LEAST_ON_INVERSE, _MORE_ON_INVERSE = 5, 30  # the same on the inverse: the latter times the square of the pruned share
 _EXACT_STEPS = 64  # whose work rounding of an output one after another may take
 _SWEPT_ENTRY = 3000  # an input of an output in a sweep of rounding: some twenty passes over memory
 _SENT_ENTRY = 300  # a number that is summed over processes
@@ -82,7 +81,33 @@ def usual_steps(kept: Tensor, rows: int) -> Tensor:
         Float64, shape `(groups, outputs)`.
     """
     share = allowed_share(kept.sum(2), rows)
-    return (_STEPS_TO_A_THOUSANDTH * share.log() / math.log(1e-3)).clamp(min=_LEAST_STEPS)
+    return (_STEPS_TO_A_THOUSANDTH * (1 - share.sqrt())).clamp(min=_LEAST_STEPS)
+
+
+def usual_steps_on_inverse(kept: Tensor) -> Tensor:
+    """Return the same for steps on the inverse (see `solved_by_multipliers`)."""
+    pruned = 1 - kept.double().mean(2)
+    return _LEAST_ON_INVERSE + _MORE_ON_INVERSE * pruned.square()
+
+
+def most_steps_on_inverse(kept: Tensor, rows: int) -> Tensor:
+    """Return after how many steps on the inverse another way would have taken less work.
+
+    Args:
+        kept: Bool, shape `(groups, outputs, inputs)`.
+        rows: Number of rows that they are solved on.
+
+    Returns:
+        Float64, shape `(groups, outputs)`; zero for outputs that another way solves in less work, and for all of a
+        group if the inverse takes more work than all of them save.
+    """
+    inputs, step = kept.shape[2], step_cost(kept.shape[2])
+    direct, correction = factor_costs(kept)
+    work = usual_steps_on_inverse(kept) * step
+    saved = (torch.minimum(direct, usual_steps(kept, rows) * step) - work).clamp(min=0)
+    least = inverse_cost(inputs) + _STEPS_TO_A_THOUSANDTH * _STEP
+    worth = (saved > 0) & (work < correction) & (saved.sum(1, keepdim=True) > least)
+    return torch.where(worth, (torch.minimum(direct, correction) / step).floor(), 0.0)
 
 
 def most_steps(kept: Tensor, rows: int) -> Tensor:
@@ -125,8 +150,8 @@ def solve_cost(kept: Tensor, rows: int) -> float:
     """
     inputs = kept.shape[2]
     direct, correction = factor_costs(kept)
-    exact = torch.minimum(direct, correction)
-    return float(torch.minimum(exact, usual_steps(kept, rows) * step_cost(inputs)).sum())
+    steps = torch.minimum(usual_steps(kept, rows), usual_steps_on_inverse(kept))
+    return float(torch.minimum(torch.minimum(direct, correction), steps * step_cost(inputs)).sum())
 
 
 def worth_rounding_exactly(kept: Tensor) -> Tensor:

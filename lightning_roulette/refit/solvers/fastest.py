@@ -1,4 +1,4 @@
-"""Least squares by whichever way takes less work: factors, or conjugate gradients."""
+"""Least squares by whichever way takes least work: factors, or conjugate gradients on the matrix or on its inverse."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from lightning_roulette.refit.gram import GramSums
 from lightning_roulette.refit.solvers.cholesky import Cholesky, CholeskyPrepared
 from lightning_roulette.refit.solvers.conjugate_gradient import Equations, conjugate_gradient
-from lightning_roulette.refit.solvers.cost import most_steps
+from lightning_roulette.refit.solvers.cost import most_steps, most_steps_on_inverse
+from lightning_roulette.refit.solvers.multipliers import solved_by_multipliers
 from lightning_roulette.refit.solvers.solver import Prepared, Solver
 
 _LEAST_DAMPING = 1e-6  # from this damping on, conjugate gradients need few enough steps
@@ -18,12 +19,15 @@ _LEAST_DAMPING = 1e-6  # from this damping on, conjugate gradients need few enou
 
 @dataclass(frozen=True)
 class Fastest(Solver):
-    """Solver that takes, for each output, the way with less work.
+    """Solver that takes, for each output, the way with least work.
 
     - A Cholesky factor is exact (see `Cholesky`). Its work grows with `kept ** 3` for each set of kept inputs.
     - Conjugate gradients take `inputs ** 2` for each step and output. They end when the squared error of an output
       exceeds the exact solution's by less than a thousandth, or by more if there are few rows (see `allowed_share`).
-      An output that is not solved when its steps took as much work as a factor is solved by a factor.
+    - Conjugate gradients on the inverse (see `solved_by_multipliers`) take an inverse for all outputs, but few steps
+      where most inputs are kept. They end in the same way, but with a certain bound.
+
+    An output that is not solved when its steps took as much work as a factor is solved by a factor.
 
     Attributes:
         damping: See `Cholesky`. Below 1e-6 all outputs are solved by factors.
@@ -39,7 +43,7 @@ class Fastest(Solver):
 
 @dataclass(frozen=True, eq=False)
 class FastestPrepared(Prepared):
-    """Gram sums that are prepared for both ways.
+    """Gram sums that are prepared for all ways.
 
     Attributes:
         sums: The Gram sums.
@@ -51,37 +55,37 @@ class FastestPrepared(Prepared):
 
     def solve(self, kept: Tensor, start: Tensor) -> Tensor:
         """See `Prepared.solve`."""
-        found, solved = torch.zeros_like(start), torch.zeros_like(kept[..., 0])
-        steps = most_steps(kept, self.sums.rows)
-        for group in steps.any(1).nonzero().flatten().tolist():
-            outputs = steps[group].nonzero().flatten()
-            begin = torch.where(kept[group, outputs], start[group, outputs], 0.0)
-            change, done = self._changed(group, outputs, kept[group, outputs], begin, steps[group, outputs])
-            found[group, outputs], solved[group, outputs] = begin + change, done
-        left = ~solved.unsqueeze(2)
+        found, left = torch.zeros_like(start), torch.ones_like(kept[..., 0])
+        on_inverse, on_matrix = most_steps_on_inverse(kept, self.sums.rows), most_steps(kept, self.sums.rows)
+        ways = (self._by_multipliers, on_inverse), (self._by_steps, on_matrix * (on_inverse == 0))
+        for way, steps in ways:
+            for group in steps.any(1).nonzero().flatten().tolist():
+                outputs = steps[group].nonzero().flatten()
+                its, begin = kept[group, outputs], torch.where(kept[group, outputs], start[group, outputs], 0.0)
+                change, done = way(group, self._equations(group, outputs, its, begin), steps[group, outputs])
+                found[group, outputs], left[group, outputs] = begin + change, ~done
+        left = left.unsqueeze(2)
         return torch.where(left, self.exact.solve(kept & left, start), found) if bool(left.any()) else found
 
-    def _changed(
-        self, group: int, outputs: Tensor, kept: Tensor, begin: Tensor, steps: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the changes of some outputs of a group, and which of them are solved."""
+    def _equations(self, group: int, outputs: Tensor, kept: Tensor, begin: Tensor) -> Equations:
+        """Return the equations of the changes of some outputs of a group."""
         gram, cross = self.sums.gram[group], self.sums.cross[group, :, outputs].mT
         right = cross - begin @ gram  # solve for the change, which the ridge draws to zero
         power = self.sums.power[group, outputs]
         error = power - (begin * (cross + right)).sum(1)
-        used = kept.any(0).nonzero().flatten()
-        whole = len(used) == len(gram)
-        equations = Equations(
-            gram if whole else gram[used.unsqueeze(1), used],
-            float(self.exact.matrix.ridges[group]),
-            right[:, used],
-            kept[:, used],
-            error,
-            power,
-            self.sums.rounding,
-            self.sums.rows,
-        )
-        found, solved = conjugate_gradient(equations, steps)
-        change = torch.zeros_like(begin)
+        ridge = float(self.exact.matrix.ridges[group])
+        return Equations(gram, ridge, right, kept, error, power, self.sums.rounding, self.sums.rows)
+
+    def _by_multipliers(self, group: int, equations: Equations, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the changes, and which outputs are solved: none if the inverse is not exact enough."""
+        if self.exact.matrix.inverse is None:
+            return torch.zeros_like(equations.right), torch.zeros_like(steps, dtype=torch.bool)
+        return solved_by_multipliers(equations, self.exact.matrix.inverse[group], steps)
+
+    def _by_steps(self, group: int, equations: Equations, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the changes, and which outputs are solved. Inputs that no output keeps are left out."""
+        used = equations.kept.any(0).nonzero().flatten()
+        found, solved = conjugate_gradient(equations.of_inputs(used), steps)
+        change = torch.zeros_like(equations.right)
         change[:, used] = found
         return change, solved
