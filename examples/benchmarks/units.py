@@ -3,7 +3,7 @@
 - Networks and data: `units_cases.py`. Test data judges only. Choices are made on a part of the training data.
 - Peers: `units_peers.py`. All ways see the same calibration inputs, and the peers with `Taylor` also their targets.
 - Goals: a share of the multiply-adds saved, without training or before one epoch of training with one recipe for all;
-  or as few weights as half a point allows.
+  as few weights as half a point allows; or two of each four neighbouring weights (`units_ours.py`).
 - `faster` is the ratio of the medians of the processor's seconds for a batch of 64, by turns, on one thread.
 
 Finished runs are lines of JSON in the file of results and are not repeated. The table is written next to it.
@@ -22,6 +22,7 @@ import torch
 from finished_runs import Row, Runs
 from torch import nn
 from units_cases import CASES, Case, Options, learn, recalibrate
+from units_ours import largest_of_four, with_pattern, without_units
 from units_peers import PEERS, Peer, adds_of, to_adds, to_floor
 
 RUNS = 15  # of each network, to time it
@@ -49,13 +50,15 @@ GOALS = {
     "50 %": Goal(0.5),
     "50 %, then an epoch": Goal(0.5, epochs=1),
     "half a point": Goal(None, 0.5),
+    "2 of 4": Goal(None),
 }
 PLAN = {
     "ResNet-20": ("20 %", "50 %", "50 %, then an epoch"),
     "LeNet-5": ("half a point",),
     "LeNet-300-100": ("half a point",),
-    "ViT": ("40 %",),
+    "ViT": ("40 %", "2 of 4"),
     "GPT-2": ("40 %",),
+    "ResNet-8": ("2 of 4",),
 }
 Way = Callable[[Case, Goal, int], nn.Module]
 
@@ -82,25 +85,38 @@ def recalibrated(way: Way) -> Way:
     return then
 
 
-WAYS: dict[str, Way] = {name: of_peer(peer) for name, peer in PEERS.items()}
-WAYS |= {f"{name}, recalibrated": recalibrated(of_peer(peer)) for name, peer in PEERS.items()}
+OURS = "lightning_roulette"
+UNIT_WAYS: dict[str, Way] = {name: of_peer(peer) for name, peer in PEERS.items()}
+UNIT_WAYS |= {f"{name}, recalibrated": recalibrated(of_peer(peer)) for name, peer in PEERS.items()}
+UNIT_WAYS[OURS] = lambda case, goal, seed: without_units(case, goal.reduction, goal.tolerance, seed)
+PATTERN_WAYS: dict[str, Way] = {
+    "the two largest, recalibrated": lambda case, _, seed: largest_of_four(case, seed, refitted=False),
+    "the two largest, refitted": lambda case, _, seed: largest_of_four(case, seed, refitted=True),
+    OURS: lambda case, _, seed: with_pattern(case, seed),
+}
+WAYS = UNIT_WAYS | PATTERN_WAYS
 
 
-def measured(case: Case, way: str, goal: Goal, seed: int, stored: Path) -> Row:
+def ways_of(goal: str) -> dict[str, Way]:
+    """Return the ways to a goal."""
+    return PATTERN_WAYS if goal == "2 of 4" else UNIT_WAYS
+
+
+def measured(case: Case, way: str, goal: str, seed: int, stored: Path) -> Row:
     """Prune in one way. Return the score on test data, what is left, and how much faster the network is.
 
     Args:
         case: The network and its data.
-        way: One of `WAYS`.
-        goal: How much is removed.
+        way: One of `ways_of(goal)`.
+        goal: One of `GOALS`.
         seed: Draws the calibration inputs.
         stored: File for the state of the training, from which an interrupted one goes on.
     """
     began = time.process_time()
-    network = WAYS[way](case, goal, seed)
+    network = ways_of(goal)[way](case, GOALS[goal], seed)
     seconds = time.process_time() - began
-    if goal.epochs:
-        learn(network, case, torch.optim.SGD(network.parameters(), **RECIPE), goal.epochs, stored)
+    if epochs := GOALS[goal].epochs:
+        learn(network, case, torch.optim.SGD(network.parameters(), **RECIPE), epochs, stored)
     return {
         "test": case.score(network, case.judging),
         "adds": adds_of(network, case.example) / adds_of(case.network, case.example),
@@ -158,7 +174,7 @@ def runs_of(name: str, options: argparse.Namespace) -> Iterator[tuple[int, str, 
     """Yield the seeds, goals and ways of a network."""
     for seed in range(options.seeds):
         for goal in (one for one in PLAN[name] if options.goals is None or one in options.goals):
-            yield from ((seed, goal, way) for way in options.ways)
+            yield from ((seed, goal, way) for way in ways_of(goal) if options.ways is None or way in options.ways)
 
 
 def main() -> None:
@@ -169,7 +185,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="what GPT-2 learns; default: sources of Python's standard library")
     parser.add_argument("--networks", nargs="+", choices=PLAN, default=list(PLAN))
     parser.add_argument("--goals", nargs="+", choices=GOALS)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("units.jsonl"))
     options = parser.parse_args()
@@ -193,9 +209,9 @@ def add_all(results: Runs, name: str, case: Case, pending: list[tuple[int, str, 
     """Make the runs that are not finished."""
     dense = case.score(case.network, case.judging)
     for seed, goal, way in pending:
-        if "recalibrated" in way and (GOALS[goal].epochs or not has_statistics(case)):
+        if way.startswith("Torch-Pruning") and "recal" in way and (GOALS[goal].epochs or not has_statistics(case)):
             continue  # training estimates the statistics anew
-        found = measured(case, way, GOALS[goal], seed, stored / f"units-{name}-{way}-{goal}-{seed}.state")
+        found = measured(case, way, goal, seed, stored / f"units-{name}-{way}-{goal}-{seed}.state")
         results.add(network=name, goal=goal, way=way, seed=seed, dense=dense, **found)
 
 

@@ -27,6 +27,7 @@ from lightning_roulette.network.modes import evaluating
 
 Split = tuple[Tensor, Tensor]
 BATCH, CALIBRATION, HELD = 128, 5000, 5000  # images
+EVERY = 100  # steps of training between two states that are stored
 WIDTH, CONTEXT, ROWS, HELD_TEXT = 96, 128, 12_000, 1000  # of the transformers
 
 
@@ -168,7 +169,7 @@ def learn(network: nn.Module, case: Case, optimizer: torch.optim.Optimizer, epoc
         loss(network(case.augmented(case.learning[0][some], chance)), case.learning[1][some]).backward()
         optimizer.step()
         schedule.step()
-        if step % 100 == 99:
+        if step % EVERY == EVERY - 1:
             torch.save((step + 1, [part.state_dict() for part in parts]), stored)
     stored.unlink(missing_ok=True)
     network.eval()

@@ -1,0 +1,121 @@
+"""The benchmark of whole units: the peers meet their goals, training goes on where it stopped, and the table."""
+
+from __future__ import annotations
+
+import sys
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.support.networks import numbers
+
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
+import units
+import units_cases
+import units_ours
+import units_peers
+from finished_runs import Runs
+
+
+@pytest.fixture
+def case() -> units_cases.Case:
+    """A small network with batch normalisation, on two classes of noise with a mean of their own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first, second = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
+        pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2)]
+        net = nn.Sequential(first, nn.BatchNorm2d(8), nn.ReLU(), second, nn.BatchNorm2d(16), nn.ReLU(), *pool)
+    y = torch.arange(600) % 2
+    x = numbers(600, 4, 6, 6, seed=0).float() + y.view(-1, 1, 1, 1)
+    parts = [(x[some], y[some]) for some in (slice(400), slice(400, 500), slice(500, 600))]
+    found = units_cases.Case(
+        net.eval(), "8", *parts, lambda x, chance: x + torch.rand(len(x), 1, 1, 1, generator=chance)
+    )
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    units_cases.learn(net, found, optimizer, 2, Path("nowhere"))
+    return found
+
+
+@pytest.mark.parametrize("name", units_peers.PEERS)
+def test_peers_save_as_much_as_they_must_and_what_the_floor_allows(case, name):
+    peer = units_peers.PEERS[name]
+    dense = units_peers.adds_of(case.network, case.example)
+    before = deepcopy(case.network.state_dict())
+    found = units_peers.to_adds(case, peer, 0.4, seed=0)
+    left = units_peers.adds_of(found, case.example) / dense
+    assert 0.35 < left <= 0.6
+    assert found(case.example).shape == (64, 2)
+    held = units_peers.to_floor(case, peer, 2.0, seed=0)
+    assert case.score(held, case.choosing) >= case.score(case.network, case.choosing) - 2
+    assert all(torch.equal(one, before[name]) for name, one in case.network.state_dict().items())
+
+
+def test_interrupted_training_goes_on_as_if_it_had_not_stopped(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(units_cases, "EVERY", 2)
+
+    def trained(given: units_cases.Case) -> nn.Module:
+        net = deepcopy(case.network)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+        units_cases.learn(net, given, optimizer, 2, tmp_path / "state")
+        return net
+
+    steps = 0
+
+    def stops(x: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 6:
+            raise KeyboardInterrupt
+        return case.augmented(x, chance)
+
+    whole = trained(case)
+    with pytest.raises(KeyboardInterrupt):
+        trained(replace(case, augmented=stops))
+    assert (tmp_path / "state").exists()
+    again = trained(case)
+    assert not (tmp_path / "state").exists()
+    for one, other in zip(whole.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_statistics_become_those_of_all_batches(case):
+    units_cases.recalibrate(case.network, inputs := case.calibration(0)[0])
+    with torch.no_grad():
+        outputs = case.network[0](inputs)
+    assert torch.allclose(case.network[1].running_mean, outputs.mean((0, 2, 3)), atol=1e-4)
+    assert not case.network[1].training
+
+
+def test_two_of_four_are_kept_and_refits_come_closer(case):
+    def error(net: nn.Module) -> float:
+        with torch.no_grad():
+            return float((net(case.choosing[0]) - case.network(case.choosing[0])).square().mean())
+
+    largest, refitted = (units_ours.largest_of_four(case, 0, refitted) for refitted in (False, True))
+    ours = units_ours.with_pattern(case, 0)
+    for net in (largest, refitted, ours):
+        assert int((net[3].weight != 0).sum()) == net[3].weight.numel() // 2
+        assert bool(((net[0].weight != 0).sum(1) == 2).all())
+    assert max(error(refitted), error(ours)) < error(largest)
+
+
+def test_the_table_has_a_line_for_each_way_and_no_run_is_repeated(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(units, "RUNS", 2)
+    monkeypatch.setattr(units, "CASES", {"LeNet-5": lambda _: case})
+    monkeypatch.setattr(units, "PLAN", {"LeNet-5": ("40 %", "2 of 4")})
+    monkeypatch.setattr(units, "UNIT_WAYS", {name: way for name, way in units.UNIT_WAYS.items() if "Taylor" in name})
+    files = ["--data", str(tmp_path), "--stored", str(tmp_path), "--results", str(tmp_path / "units.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["", *files, "--seeds", "1"])
+    units.main()
+    rows = Runs(tmp_path / "units.jsonl").rows
+    assert [row["goal"] for row in rows] == ["40 %"] * 4 + ["2 of 4"] * 3
+    units.main()
+    assert Runs(tmp_path / "units.jsonl").rows == rows
+    table = (tmp_path / "units.md").read_text()
+    assert table in capsys.readouterr().out
+    line = next(line for line in table.splitlines() if line.startswith("| Torch-Pruning, Taylor, recalibrated |"))
+    assert f"| {100 * rows[2]['adds']:.1f}% |" in line
