@@ -1,39 +1,33 @@
 """Validation of a network that is lent: loggers, callbacks and random state are left untouched.
 
-Only this folder touches private attributes of a Trainer. This file swaps `val_loop`, `_logger_connector`,
-`_loggers`, `_last_val_time` and `_limits` of the loaders, and the module's `_current_fx_name`. The names are those of
-lightning 2.6. No public interface validates inside `fit`: `trainer.validate` ends the fit.
+Only this folder touches private attributes of a Trainer. The names are those of lightning 2.6. No public interface
+validates inside `fit`: `trainer.validate` ends the fit.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from types import TracebackType
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor
 
 from lightning_roulette.large.shards import reshard
 from lightning_roulette.network.lending import surely
 from lightning_roulette.trainer.lightning_names import in_package_of
 from lightning_roulette.trainer.validation.attributes import PlainAttributes
-from lightning_roulette.trainer.validation.logged import CallbackMetrics, Logged, Results, logged_in, results_for
+from lightning_roulette.trainer.validation.logged import Logged, Results, logged_in, results_for
 from lightning_roulette.trainer.validation.loop import BorrowedLoop, borrowed_loop, transferred
-from lightning_roulette.trainer.validation.muting import callbacks_of, muted_callbacks, muted_logger
+from lightning_roulette.trainer.validation.replacing import buffers_not_sent, connector_after, replaced
 from lightning_roulette.trainer.validation.snapshot import Snapshot, seed_global_generators
 from lightning_roulette.trainer.validation.steps import Steps
-from lightning_roulette.trainer.validation.writers import muted_writers
-
-_ABSENT = object()
 
 
 class IsolatedValidation:
@@ -93,8 +87,7 @@ class IsolatedValidation:
         with ExitStack() as stack:
             stack.callback(surely, self._snapshot.restore)
             stack.callback(self._loop.close)
-            for owner, name, replacement in self._replacements():
-                stack.enter_context(_swapped(owner, name, replacement))
+            stack.enter_context(replaced(trainer, self._module, self._loop, self._keep))
             self._stack = stack.pop_all()
         return self
 
@@ -102,30 +95,6 @@ class IsolatedValidation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
-
-    def _replacements(self) -> list[tuple[Any, str, Any]]:
-        """What is replaced inside the block: the owner, the name of its attribute, and the replacement."""
-        trainer, loop = self.trainer, self._loop
-        limits = [] if loop.combined is None else [(loop.combined, "_limits", loop.combined.limits)]
-        return [
-            (trainer, "callbacks", muted_callbacks(callbacks_of(trainer), self._keep)),
-            (trainer, "_loggers", [muted_logger(one) for one in trainer.loggers]),  # the public setter copies the list
-            (trainer, "profiler", in_package_of(trainer, PassThroughProfiler)()),
-            (trainer, "_logger_connector", in_package_of(trainer, _LoggerConnector)(trainer)),
-            (trainer, "should_stop", trainer.should_stop),
-            (trainer, "_last_val_time", getattr(trainer, "_last_val_time", _ABSENT)),  # for intervals in time
-            (trainer.state, "fn", in_package_of(trainer, TrainerFn).FITTING),
-            (
-                trainer.state,
-                "stage",
-                in_package_of(trainer, RunningStage).VALIDATING,
-            ),  # otherwise results are added to those of training
-            (trainer.state, "status", trainer.state.status),
-            (trainer.fit_loop.epoch_loop, "val_loop", loop),
-            (self._module, "_current_fx_name", self._module._current_fx_name),  # `self.log` files values under it
-            *muted_writers(self._module, trainer.loggers),
-            *limits,  # the public setter does not accept None
-        ]
 
     # ---- what the loaders hold
 
@@ -255,7 +224,7 @@ class IsolatedValidation:
             self._prepared()
             before = PlainAttributes([vars(part) for part in self._module.modules()])
             try:
-                with self._validating(results_for(self.trainer), spared), self._buffers_not_sent():
+                with self._validating(results_for(self.trainer), spared), buffers_not_sent(self.trainer):
                     self._module._current_fx_name = "validation_step"  # so that all steps may log
                     yield
             finally:
@@ -330,37 +299,7 @@ class IsolatedValidation:
             self._running, results.batch = False, None
             surely(lambda: self._snapshot.restore_module(spared))
 
-    @contextmanager
-    def _buffers_not_sent(self) -> Iterator[None]:
-        """Inside the block, DDP does not send buffers before a step. Processes may then take different steps."""
-        model = self.trainer.strategy.model
-        held = hasattr(model, "require_forward_param_sync")
-        with _swapped(model, "require_forward_param_sync", False) if held else nullcontext():
-            yield
-
     def _collect_in(self, results: _ResultCollection) -> None:
         """Let a validation log to a fresh connector. The module can read there what was logged before."""
         before = self.trainer._logger_connector if self._snapshot.carries else self._users
-        fresh = in_package_of(self.trainer, _LoggerConnector)(self.trainer)
-        fresh._callback_metrics = CallbackMetrics(before._callback_metrics)
-        fresh._logged_metrics = dict(before._logged_metrics)
-        fresh._progress_bar_metrics = dict(before._progress_bar_metrics)
-        self.trainer._logger_connector, self._loop.results = fresh, results
-
-
-@contextmanager
-def _swapped(owner: Any, name: str, replacement: Any) -> Iterator[None]:
-    original = getattr(owner, name, _ABSENT)
-
-    def put_back() -> None:
-        if original is not _ABSENT:
-            setattr(owner, name, original)
-        elif hasattr(owner, name):
-            delattr(owner, name)
-
-    try:
-        if replacement is not _ABSENT:
-            setattr(owner, name, replacement)
-        yield
-    finally:
-        surely(put_back)
+        self.trainer._logger_connector, self._loop.results = connector_after(before, self.trainer), results
