@@ -19,16 +19,17 @@ def products_with(matrix: Tensor) -> Callable[[Tensor], Tensor]:
     Enter `full_precision` around the calls.
 
     Args:
-        matrix: Shape `(rows, inputs)`. It must not change as long as the function is used.
+        matrix: Shape `(rows, inputs)`, or `(groups, rows, inputs)` as the rows that it is multiplied with. It must not
+            change as long as the function is used.
     """
     if not _by_onednn(matrix):
         return lambda rows: rows @ matrix.mT
-    prepared = matrix.to_mkldnn()
+    prepared = matrix.view(matrix.shape[-2:]).to_mkldnn()
     return lambda rows: linear(rows.to_mkldnn(), prepared).to_dense()
 
 
 def _by_onednn(matrix: Tensor) -> bool:
     backend = torch.backends.mkldnn
-    fits = matrix.device.type == "cpu" and matrix.dtype == torch.float32 and matrix.dim() == 2
-    large = fits and matrix.shape[1] >= _LEAST_COLUMNS
-    return large and matrix.shape[0] > 0 and backend.is_available() and bool(backend.enabled)
+    one = matrix.numel() == matrix.shape[-2:].numel() > 0
+    large = one and matrix.dtype == torch.float32 and matrix.shape[-1] >= _LEAST_COLUMNS
+    return large and matrix.device.type == "cpu" and backend.is_available() and bool(backend.enabled)

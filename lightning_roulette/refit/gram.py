@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_roulette.large.limits import limits
 from lightning_roulette.large.precision import full_precision
 from lightning_roulette.large.processes import Processes
+from lightning_roulette.large.products import products_with
 from lightning_roulette.refit.centre import Centre
 from lightning_roulette.refit.held_out import HeldOutRows
 
@@ -27,7 +28,8 @@ class GramSums:
 
     Products of float32 rows are computed in float32, over `limits().gram_rows` rows at a time, after a constant near
     their mean is subtracted. They are summed in float64. The entries of the centred matrix are then exact up to some
-    1e-7 of the root of the product of their two diagonal entries. Products of float64 rows are computed in float64.
+    1e-7 of the root of the product of their two diagonal entries, and those on the diagonal up to some 1e-6 of
+    themselves. Products of float64 rows are computed in float64.
 
     Memory does not grow with the number of rows: it is `inputs ** 2 + inputs * outputs` float64 numbers for each group,
     and `limits().gram_rows` rows.
@@ -166,7 +168,7 @@ class GramSums:
             if x.shape[2] < _NARROW or not (_fits(x) and _fits(y)):
                 x, y = x.to(torch.float64), y.to(torch.float64)
         _add_products(self._gram, x)
-        self._cross += x.mT @ y
+        self._cross += products_with(y.mT.contiguous())(x.mT.contiguous()) if x.dtype != torch.float64 else x.mT @ y
 
 
 def _no_sums(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,14 +197,14 @@ def _fits(rows: Tensor) -> bool:
 
 def _add_products(gram: Tensor, x: Tensor) -> None:
     """Add `x^T x` to the blocks of a Gram matrix on and below its diagonal."""
-    inputs = gram.shape[1]
-    for begin in range(0, inputs, _COLUMNS):
-        end = min(begin + _COLUMNS, inputs)
-        rows, columns = x[..., begin:end].mT, x[..., :end]
+    columns = x.mT.contiguous() if x.dtype != gram.dtype else x.mT
+    for begin in range(0, gram.shape[1], _COLUMNS):
+        some, all_until = columns[:, begin : begin + _COLUMNS], columns[:, : begin + _COLUMNS]
+        part = gram[:, begin : begin + _COLUMNS, : begin + _COLUMNS]
         if x.dtype == gram.dtype:
-            gram[:, begin:end, :end].baddbmm_(rows, columns)
+            part.baddbmm_(some, all_until.mT)
         else:
-            gram[:, begin:end, :end] += rows @ columns
+            part += products_with(all_until)(some)
 
 
 def _mirror(gram: Tensor) -> None:

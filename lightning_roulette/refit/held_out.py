@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_roulette.large.precision import full_precision
 from lightning_roulette.large.processes import ONE_PROCESS, Processes
+from lightning_roulette.large.products import products_with
 
 
 @dataclass(eq=False)
@@ -49,7 +50,7 @@ class HeldOutRows:
             matrix: Float64, shape `(groups, outputs, inputs)`.
         """
         with full_precision(matrix.device):
-            return self._mean(sum(_squares(x @ matrix.to(x.dtype).mT - y) for x, y in self._parts))
+            return self._mean(sum(_squares(products_with(matrix.to(x.dtype))(x) - y) for x, y in self._parts))
 
     def output_variance(self, like: Tensor) -> float:
         """Variance of the wanted outputs over the rows, summed over outputs and groups.

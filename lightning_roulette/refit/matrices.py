@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_roulette.large.precision import full_precision
 from lightning_roulette.large.processes import ONE_PROCESS, Processes
+from lightning_roulette.large.products import products_with
 from lightning_roulette.network.layers import Layer
 from lightning_roulette.refit.traversal import Call, Given
 from lightning_roulette.wheel.chance import random_bits, stream
@@ -113,7 +114,7 @@ def matrix_of(layer: Layer, tensors: Mapping[str, Tensor]) -> Tensor:
 def outputs_of(rows: Tensor, matrix: Tensor) -> Tensor:
     """Return a layer's outputs for rows of its input, of the type of the rows, shape `(groups, rows, outputs)`."""
     with full_precision(rows.device):
-        return rows @ matrix.to(rows.dtype).mT
+        return products_with(matrix.to(rows.dtype))(rows)
 
 
 def kept_in_matrix(layer: Layer, mask: Mapping[str, Tensor]) -> Tensor:

@@ -9,11 +9,14 @@ from lightning_roulette.large.precision import full_precision
 from lightning_roulette.large.products import products_with
 from tests.support.networks import numbers
 
+SHAPES = [(300, 400), (1, 256), (40, 30), (3, 500), (1, 300, 400), (1, 40, 30), (2, 300, 400), (1, 0, 300)]
 
-@pytest.mark.parametrize(("rows", "inputs", "others"), [(300, 400, 5), (1, 256, 1), (40, 30, 7), (3, 500, 0)])
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("others", [0, 1, 7])
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
-def test_products_are_exact_in_their_type(rows, inputs, others, kind):
-    matrix, more = numbers(rows, inputs, seed=1), numbers(others, inputs, seed=2)
+def test_products_are_exact_in_their_type(shape, others, kind):
+    matrix, more = numbers(*shape, seed=1), numbers(*shape[:-2], others, shape[-1], seed=2)
     found = products_with(matrix.to(kind))(more.to(kind))
     assert found.dtype == kind
     assert torch.allclose(found.double(), more @ matrix.mT, atol=1e-3 if kind == torch.float32 else 1e-10)
