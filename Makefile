@@ -2,9 +2,12 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# the oldest versions that pyproject.toml allows
+OLDEST = lightning==2.6.0 pytorch-lightning==2.6.0 torchmetrics==1.3.1 tensorboard==2.18.0
+
 MNIST = $(if $(DATA),--data $(DATA))
 
-.PHONY: demo test coverage check bench clean
+.PHONY: demo test test-oldest test-all coverage check dist docs bench clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/quickstart.py
@@ -16,6 +19,12 @@ test: check
 	PYTHONPATH=$(VENV)/beside $(VENV)/bin/python -m pytest tests/examples/test_huggingface.py
 	PYTHONPATH=$(VENV)/phones $(VENV)/bin/python -m pytest tests/slim/export/executorch
 
+# what only trainer/ uses: the oldest versions come before those of the environment
+test-oldest: $(VENV)/.oldest
+	PYTHONPATH=$(VENV)/oldest $(VENV)/bin/python -m pytest --numprocesses=2 -m "not slow" tests/trainer
+
+test-all: test test-oldest docs dist
+
 coverage: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest --numprocesses=2 --cov --cov-report=term
 
@@ -23,6 +32,20 @@ check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# the wheel and the sdist; the wheel is installed into an environment of its own, where the quickstart runs
+dist: $(VENV)/release/.made
+	rm -rf dist build
+	$(VENV)/release/bin/python -m build
+	$(VENV)/release/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv --clear $(VENV)/clean
+	$(subst $(VENV)/bin,$(VENV)/clean/bin,$(PIP)) torch
+	$(subst $(VENV)/bin,$(VENV)/clean/bin,$(PIP)) "$$(echo dist/*.whl)[examples]"
+	cd $(VENV)/clean && bin/python $(CURDIR)/examples/quickstart.py
+
+# the site of the documentation, in build/site; it needs no network to be read
+docs: $(VENV)/site/.made
+	$(VENV)/site/bin/python -m mkdocs build --strict
 
 # hours on two cores; DATA names an mnist.npz in the layout of Keras, else MNIST is fetched from OpenML
 bench: $(VENV)/.demo
@@ -51,6 +74,21 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) --no-deps --target $(VENV)/beside --upgrade transformers
 	$(PIP) --no-deps --target $(VENV)/phones --upgrade executorch torchao ruamel.yaml tabulate
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.oldest: $(VENV)/.dev Makefile
+	rm -rf $(VENV)/oldest
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/oldest $(OLDEST)
+	touch $@
+
+$(VENV)/release/.made: constraints.txt
+	$(PYTHON) -m venv $(VENV)/release
+	$(subst $(VENV)/bin,$(VENV)/release/bin,$(PIP)) build twine
+	touch $@
+
+$(VENV)/site/.made: constraints.txt
+	$(PYTHON) -m venv $(VENV)/site
+	$(subst $(VENV)/bin,$(VENV)/site/bin,$(PIP)) mkdocs mkdocs-material "mkdocstrings[python]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lightning_roulette.trainer.sparsity import Sparsity
     from lightning_roulette.trainer.without_training import prune
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Batches",

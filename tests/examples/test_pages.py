@@ -10,6 +10,7 @@ import yaml
 
 import lightning_roulette
 from lightning_roulette import LeastSquares, RouletteWheelPruning, Tree, Validation, Wheel, search
+from lightning_roulette.refit.solvers.cholesky import Cholesky
 from tests.support.pages import NOT_RUN, PAGES, PROJECT, QuickTrainer, blocks, fitted, reader, run, text_of
 
 ELSEWHERE = {"docs/huggingface.md"}  # its code runs in test_huggingface.py, with transformers
@@ -42,6 +43,17 @@ def of_checkpoint(names: dict) -> None:
     assert zeros(names["model"]) == zeros(loaded) > 0
 
 
+def of_contributing(names: dict) -> None:
+    chance = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(1, 50, width, generator=chance, dtype=torch.float64) for width in (6, 4))
+    (sums := names["GramSums"]()).add(x, y)
+    kept, start = torch.rand(1, 4, 6, generator=chance) < 0.6, torch.zeros(1, 4, 6, dtype=torch.float64)
+    ours, exact = (solver.init(sums).solve(kept, start) for solver in (names["PseudoInverse"](), Cholesky(0.0)))
+    torch.testing.assert_close(ours, exact)
+    found = search({"w": torch.randn(40)}, lambda mask: 1.0, policy=names["FixedNumber"](5, 3, 2))
+    assert [level.survivors for level in found.report.levels] == [35, 30, 25]
+
+
 def of_microcontroller(names: dict) -> None:
     assert sorted(os.listdir("firmware")) == ["digits.c", "digits.h", "digits.tflite"]
     assert names["exported"].scores is not None
@@ -67,6 +79,7 @@ def of_usage(names: dict) -> None:
 
 # what is true for the names of a page after its blocks have run
 AFTERWARDS = {
+    "CONTRIBUTING.md": of_contributing,
     "README.md": of_front_page,
     "docs/checkpoint.md": of_checkpoint,
     "docs/microcontroller.md": of_microcontroller,
@@ -198,7 +211,7 @@ def options_of(words: list[str], capsys) -> str:
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
 def test_every_command_exists_and_has_its_options(monkeypatch, capsys, page):
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    targets = re.findall(r"(?m)^(\w+):", (PROJECT / "Makefile").read_text())
+    targets = re.findall(r"(?m)^([\w-]+):", (PROJECT / "Makefile").read_text())
     for command in commands(page):
         words = command.replace("...", "").split()
         if words[0] == "make":
