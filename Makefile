@@ -45,7 +45,7 @@ dist: $(VENV)/release/.made
 
 # the site of the documentation, in build/site; it needs no network to be read
 docs: $(VENV)/site/.made
-	$(VENV)/site/bin/python -m mkdocs build --strict
+	PATH=$(CURDIR)/$(VENV)/site/bin:$$PATH NO_MKDOCS_2_WARNING=1 $(VENV)/site/bin/python -m mkdocs build --strict
 
 # hours on two cores; DATA names an mnist.npz in the layout of Keras, else MNIST is fetched from OpenML
 bench: $(VENV)/.demo
@@ -87,7 +87,7 @@ $(VENV)/release/.made: constraints.txt
 
 $(VENV)/site/.made: constraints.txt
 	$(PYTHON) -m venv $(VENV)/site
-	$(subst $(VENV)/bin,$(VENV)/site/bin,$(PIP)) mkdocs mkdocs-material "mkdocstrings[python]"
+	$(subst $(VENV)/bin,$(VENV)/site/bin,$(PIP)) mkdocs mkdocs-material "mkdocstrings[python]" ruff
 	touch $@
 
 clean:
