@@ -24,6 +24,7 @@ from lightning_roulette.slim.files.compressed import load_compressed, load_mask,
 from lightning_roulette.slim.files.inspection import FileContents, StoredTensor, inspect
 from lightning_roulette.slim.files.weights import save_weights
 from lightning_roulette.slim.measuring.measure import Measured, measure
+from lightning_roulette.slim.removal.removal import DeadCount, UnitCount, dead_units, remove_dead
 from lightning_roulette.slim.sparse.converting import to_dense, to_sparse
 from lightning_roulette.slim.sparse.table import SparseLayer, SparseNetwork
 from lightning_roulette.unit import Block, Head, Neuron, NofM, Reduction, Weight
@@ -44,6 +45,7 @@ __all__ = [
     "Calibration",
     "Candidate",
     "Codebook",
+    "DeadCount",
     "Evaluator",
     "Exported",
     "FileContents",
@@ -73,11 +75,13 @@ __all__ = [
     "StopReason",
     "StoredTensor",
     "Tree",
+    "UnitCount",
     "Validation",
     "Weight",
     "Wheel",
     "Winner",
     "apply_mask",
+    "dead_units",
     "export",
     "inspect",
     "load_compressed",
@@ -86,6 +90,7 @@ __all__ = [
     "prunable_parameters",
     "prune",
     "register_layer",
+    "remove_dead",
     "save_compressed",
     "save_weights",
     "search",
