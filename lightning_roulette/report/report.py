@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning_roulette.report import plain, table, words
+from lightning_roulette.report import frame, html, plain, plot, table, words
 from lightning_roulette.report.former import FormerNames
 from lightning_roulette.report.records import Footprint, Level, Method, Skipped, StopReason, negated
 
@@ -202,9 +202,51 @@ class SearchReport(FormerNames):
         """Return the summary and a short table of levels as text."""
         return table.text(self)
 
-    def markdown(self) -> str:
-        """Return the summary and the table of all levels in Markdown."""
-        return table.markdown(self)
+    def _repr_html_(self) -> str:
+        """Return the summary and a short table of levels in HTML. Notebooks show it."""
+        return html.html(self)
+
+    def markdown(self, *, brief: bool = False) -> str:
+        """Return the summary and the table of all levels in Markdown.
+
+        Args:
+            brief: Whether the table has no pruning rate and no spread of the branch, so that it fits on narrow pages.
+        """
+        return table.markdown(self, brief=brief)
+
+    def plot(self, over: str = "sparsity", axes: Any = None) -> Any:
+        """Draw the scores of the search with matplotlib.
+
+        Every candidate is a dot. A line joins the winners of the accepted levels, and another one their scores on the
+        held-out half. Floors are dashed, the dense network is a diamond, and a dotted line marks the result. Candidates
+        that are much worse than the winners are outside of the picture; the legend says how many.
+
+        Args:
+            over: The x-axis:
+
+                - `"sparsity"`: to see what each step costs. It has a logarithmic scale in the share of weights left.
+                - `"level"`: to see the order of the steps, and levels that were tried again.
+            axes: Axes of matplotlib to draw on. None: those of a new figure of pyplot.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ValueError: If `over` is not one of the choices.
+            ImportError: If matplotlib is not installed, which is the extra `plot`.
+        """
+        return plot.plot(self, over, axes)
+
+    def to_dataframe(self) -> Any:
+        """Return a pandas DataFrame with one row for each level, failed ones included.
+
+        The columns are the fields of `Level`, the number of candidates, and the smallest, median and largest score of
+        the branch. What is unknown is NaN or None.
+
+        Raises:
+            ImportError: If pandas is not installed, which is the extra `pandas`.
+        """
+        return frame.frame(self)
 
     def summary(self) -> list[str]:
         """Return the result in a few lines; the same lines begin `str(report)`."""

@@ -16,6 +16,7 @@ SHORT = 10  # levels in the table of a printed report
 
 _SEARCH_COLUMNS = ("score", "s.e.", "branch min", "median", "max", "accepted")
 _HEADINGS = ("level", "pruning rate", "sparsity", "weights left", *_SEARCH_COLUMNS, "held-out", "s.e.", "held")
+_LONG = ("pruning rate", "branch min", "median", "max")  # not in brief tables
 _ERROR, _ACCEPTED, _HELD_OUT = (_HEADINGS.index(name) for name in ("s.e.", "accepted", "held-out"))
 
 
@@ -24,22 +25,28 @@ def text(report: SearchReport) -> str:
     return "\n".join([*summary(report), *(["", aligned(report, SHORT)] if report.levels else [])])
 
 
-def markdown(report: SearchReport) -> str:
-    """Return the summary and the table of all levels in Markdown."""
-    head, *body = rows(report)
+def markdown(report: SearchReport, *, brief: bool = False) -> str:
+    """Return the summary and the table of all levels in Markdown; see `SearchReport.markdown`."""
+    cells = rows(report)
+    shown = [place for place, name in enumerate(cells[0]) if not brief or name not in _LONG]
+    head, *body = ([row[place] for place in shown] for row in cells)
     lines = [head, ["---:"] * len(head), *body]
     return "\n\n".join(summary(report)) + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def aligned(report: SearchReport, most: int | None = None) -> str:
     """Return the table of levels as aligned text; see `SearchReport.table`."""
+    cells, left_out = some_rows(report, most)
+    return "\n".join([*in_columns(cells), *([left_out] if left_out else [])])
+
+
+def some_rows(report: SearchReport, most: int | None) -> tuple[list[list[str]], str]:
+    """Return the table of about `most` levels, headings first, and a sentence about levels that are left out."""
     head, *body = rows(report)
     places = range(len(body)) if most is None else shown(report, most)
-    cells = [head, *(body[place] for place in places)]
-    lines = in_columns(cells)
-    if left_out := len(body) - len(places):
-        lines.append(f"{left_out} of {len(body)} levels are left out. report.table() returns all of them.")
-    return "\n".join(lines)
+    left_out = len(body) - len(places)
+    said = f"{left_out} of {len(body)} levels are left out. report.table() returns all of them." if left_out else ""
+    return [head, *(body[place] for place in places)], said
 
 
 def shown(report: SearchReport, most: int) -> list[int]:

@@ -15,7 +15,7 @@ from lightning_roulette.trainer.hold_zeros import load_into_average
 from lightning_roulette.trainer.preparing import calibration_of, measured, ready_between_epochs
 from lightning_roulette.trainer.saved import rehearse_saving
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
-from lightning_roulette.trainer.searching import noted, save_dense, save_winner
+from lightning_roulette.trainer.searching import noted, save_dense, save_winner, show_result
 from lightning_roulette.trainer.show.show import ShowBetweenEpochs
 
 
@@ -31,7 +31,7 @@ def judge_and_cut(fit: FitState, cuts: BetweenEpochs, number: int) -> None:
     fit.know_files()
     if fit.result.history is None:
         rehearse_saving(fit, judges.weights)
-    with ShowBetweenEpochs(fit.trainer, judges.metric) as shown, noted(fit, judges) as evaluate:
+    with ShowBetweenEpochs(fit.trainer, judges.metric, fit.choices) as shown, noted(fit, judges) as evaluate:
         with judges.validation:
             calibration = calibration_of(fit, judges.validation)
             held = cuts.gradual.judge(judges.weights, evaluate, calibration, shown)
@@ -48,7 +48,7 @@ def end_cuts(fit: FitState, cuts: BetweenEpochs) -> None:
     """Judge the last level, load the slimmest that held, measure it and save it."""
     judges, result = ready_between_epochs(fit), fit.result
     fit.know_files()
-    with ShowBetweenEpochs(fit.trainer, judges.metric) as shown:
+    with ShowBetweenEpochs(fit.trainer, judges.metric, fit.choices) as shown:
         with judges.validation:
             held = cuts.gradual.judge(judges.weights, judges.evaluate)
         _take_judgement(fit, cuts, held, judges.metric, shown)
@@ -62,7 +62,7 @@ def end_cuts(fit: FitState, cuts: BetweenEpochs) -> None:
         result.measured_at_step = fit.trainer.global_step
         if report.winner is not None:
             save_winner(fit)
-    shown.on_end(report)
+    show_result(fit, shown)
 
 
 def _take_judgement(
@@ -71,6 +71,8 @@ def _take_judgement(
     """Take over the report. Keep and save a network that held; the first is the dense one."""
     report, history = _take_report(fit, cuts, metric)
     shown.on_judged(report, history.mask, fit.trainer.current_epoch)
+    if not report.levels:
+        shown.on_weights(0, history.mask, named_tensors(fit.module))
     if not held:
         return
     cuts.keep(fit.module)

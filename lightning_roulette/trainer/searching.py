@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from lightning_roulette.judge.evaluator import Evaluator
 from lightning_roulette.judge.noted import Noted
+from lightning_roulette.network.lending import named_tensors
 from lightning_roulette.report.records import StopReason
 from lightning_roulette.report.report import SearchReport
 from lightning_roulette.search.search import search
@@ -36,7 +37,7 @@ def search_network(fit: FitState) -> None:
     judges, latest = ready(fit), Latest()
     fit.know_files()
     rehearse_saving(fit, judges.weights)
-    with Show(fit.trainer, judges.metric) as shown:
+    with Show(fit.trainer, judges.metric, fit.choices) as shown:
         try:
             with noted(fit, judges) as evaluate:
                 winner = _searched(fit, judges, evaluate, Several(_comparable(fit, judges), latest, shown))
@@ -48,8 +49,16 @@ def search_network(fit: FitState) -> None:
                 reason = StopReason.INTERRUPTED if isinstance(error, KeyboardInterrupt) else StopReason.FAILED
                 _keep_accepted(fit, latest.so_far, judges.metric, reason)
             raise
-    assert fit.result.report is not None
-    shown.on_end(fit.result.report)
+    show_result(fit, shown)
+
+
+def show_result(fit: FitState, shown: Show) -> None:
+    """Show the weights that were loaded, if the network was pruned, and the report."""
+    report, mask = fit.result.report, fit.result.mask
+    assert report is not None
+    if report.winner is not None and mask is not None:
+        shown.on_weights(report.winner.level, mask, named_tensors(fit.module))
+    shown.on_end(report)
 
 
 def measure_and_save(fit: FitState) -> None:

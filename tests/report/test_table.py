@@ -109,5 +109,12 @@ def test_the_markdown_holds_the_summary_and_one_row_per_level():
     assert rows[2] == "| 2 | 0.1 | 28.00% | 7,200 | 0.962 | - | 0.3 | 0.5 | 0.962 | yes | - | - | - |"
 
 
+def test_brief_markdown_leaves_out_the_columns_that_make_it_wide():
+    head, _, *rows = CONFIRMED.markdown(brief=True).split("\n\n")[-1].splitlines()
+    assert head == "| level | sparsity | weights left | score | s.e. | accepted | held-out | s.e. | held |"
+    assert rows[0] == "| 1 | 20.00% | 8,000 | 0.97 | 0.002 | yes | 0.9511 | 0.0021 | yes |"
+    assert len(rows) == 4
+
+
 def test_a_refit_does_not_change_the_rows_of_the_table():
     assert replace(REPORT, importance="sensitivity", refit="survivors by least squares").rows() == REPORT.rows()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.report.records import Level
@@ -14,6 +14,9 @@ from lightning_roulette.trainer.lightning_names import in_both
 from lightning_roulette.trainer.show import points
 from lightning_roulette.trainer.show.board import Board
 from lightning_roulette.trainer.show.display import Display
+from lightning_roulette.trainer.show.log import log
+from lightning_roulette.trainer.show.row import Setting, result_of, row_of
+from lightning_roulette.trainer.show.row import described as described_result
 
 
 class Curves(Display):
@@ -31,7 +34,8 @@ class Curves(Display):
     | `roulette-branch/score_error`, `/held_out_error` | paired standard errors against the dense score, if known |
     | `roulette-density/<layer>` | share of the weights of a layer that is kept, for the twenty largest layers |
 
-    TensorBoard also gets a layout of charts, and the report with all levels as a table in its text tab.
+    TensorBoard also gets a layout of charts. At the end each logger gets the settings of the search as hyperparameters,
+    and its final numbers as `roulette-result/*`. In TensorBoard they are a row of the table of hyperparameters.
 
     Args:
         trainer: The Trainer whose loggers are used.
@@ -41,6 +45,11 @@ class Curves(Display):
         loggers = list(trainer.loggers) if trainer.is_global_zero else []
         self._boards = [Board(one) for one in loggers if isinstance(one, in_both(TensorBoardLogger))]
         self._others = [one for one in loggers if not isinstance(one, in_both(TensorBoardLogger))]
+        self._settings: Mapping[str, Setting] = {}
+
+    def on_begin(self, settings: Mapping[str, Setting]) -> None:
+        """Remember the settings."""
+        self._settings = settings
 
     def on_dense(self, report: SearchReport, mask: Mask, work: float) -> None:
         """Draw level 0."""
@@ -67,11 +76,17 @@ class Curves(Display):
         self._draw(report.levels[-1].level, points.of_level(report, mask), report)
 
     def on_end(self, report: SearchReport) -> None:
-        """Write the report into the text tab of TensorBoard."""
+        """Log the settings and the final numbers."""
+        settings, result = row_of(report, self._settings), result_of(report)
+        step = 0 if report.winner is None else report.winner.level
         for board in self._boards:
-            board.text("roulette/report", report.markdown(), len(report.accepted))
+            board.row(settings, result, step)
+            for tag, value in result.items():
+                board.scalar(tag, value, step, described_result(tag))
             board.save()
         for logger in self._others:
+            _log_settings(logger, settings)
+            logger.log_metrics(dict(result), step=step)
             logger.save()
 
     def _draw_dense(self, report: SearchReport, mask: Mask) -> None:
@@ -81,8 +96,17 @@ class Curves(Display):
 
     def _draw(self, step: int, values: Mapping[str, float], report: SearchReport) -> None:
         for board in self._boards:
-            board.scalars(values, step, report.monitor)
+            for tag, value in values.items():
+                board.scalar(tag, value, step, points.described(tag, report.monitor))
             board.save()
         for logger in self._others:
             logger.log_metrics(dict(values), step=step)
             logger.save()
+
+
+def _log_settings(logger: Logger, settings: Mapping[str, Setting]) -> None:
+    """Log the settings of a search. A logger may refuse other settings than those of an earlier search in its run."""
+    try:
+        logger.log_hyperparams(dict(settings))
+    except Exception as error:  # the search has ended well, whatever the logger does
+        log.warning(f"RouletteWheelPruning: {type(logger).__name__} refused the settings of the search: {error}")

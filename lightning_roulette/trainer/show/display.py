@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.report.records import Level
 from lightning_roulette.report.report import SearchReport
 from lightning_roulette.search.observer import LevelTime
+from lightning_roulette.trainer.show.row import Setting
 
 
 class Display:
@@ -19,6 +23,9 @@ class Display:
 
     def __init__(self, trainer: Trainer) -> None:
         pass
+
+    def on_begin(self, settings: Mapping[str, Setting]) -> None:
+        """A search begins with these settings; see `row.settings_of`."""
 
     def on_dense(self, report: SearchReport, mask: Mask, work: float) -> None:
         """The dense network was judged, and a search begins.
@@ -60,6 +67,15 @@ class Display:
 
     def on_cut(self, report: SearchReport, mask: Mask) -> None:
         """Between epochs, the last level of the report was cut. `mask` is the mask of the network after the cut."""
+
+    def on_weights(self, level: int, mask: Mask, weights: Mapping[str, Tensor]) -> None:
+        """These are the weights of the dense network (level 0), or of the result, which was loaded.
+
+        Args:
+            level: The level of the network.
+            mask: Its mask.
+            weights: Weights by the names of the mask, and perhaps others.
+        """
 
     def on_end(self, report: SearchReport) -> None:
         """The search has ended, and its winner was loaded."""

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.report.records import Candidate, Level
 from lightning_roulette.report.report import SearchReport
 from lightning_roulette.search.observer import LevelTime, Observer
 from lightning_roulette.search.winner import Winner
+from lightning_roulette.trainer.choices import Choices
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
+from lightning_roulette.trainer.show.album import Album
 from lightning_roulette.trainer.show.bar import ProgressLine
 from lightning_roulette.trainer.show.curves import Curves
 from lightning_roulette.trainer.show.display import Display
+from lightning_roulette.trainer.show.level_table import LevelTable
 from lightning_roulette.trainer.show.log import LogLines
+from lightning_roulette.trainer.show.row import settings_of
 
-DISPLAYS: tuple[type[Display], ...] = (LogLines, ProgressLine, Curves)
+DISPLAYS: tuple[type[Display], ...] = (LogLines, ProgressLine, Curves, Album, LevelTable)
 
 _Show = TypeVar("_Show", bound="Show")
 
@@ -28,11 +34,14 @@ class Show(Observer):
     Args:
         trainer: The Trainer whose network is pruned.
         metric: The metric of the scores.
+        choices: The arguments of the callback.
     """
 
-    def __init__(self, trainer: Trainer, metric: MonitoredMetric) -> None:
+    def __init__(self, trainer: Trainer, metric: MonitoredMetric, choices: Choices) -> None:
         self._metric = metric
         self._displays = [kind(trainer) for kind in DISPLAYS]
+        for one in self._displays:
+            one.on_begin(settings_of(choices))
 
     def __enter__(self: _Show) -> _Show:
         return self
@@ -46,6 +55,7 @@ class Show(Observer):
         report = self._metric.units_of(so_far.report)
         for one in self._displays:
             one.on_dense(report, so_far.mask, work)
+            one.on_weights(0, so_far.mask, so_far.dense)
 
     def on_candidate(self, level: int, done: int, planned: int, best: Candidate | None, sparsity: float) -> None:
         """See `Observer`."""
@@ -71,6 +81,11 @@ class Show(Observer):
         ours = next(one for one in report.accepted if one.level == level.level)
         for one in self._displays:
             one.on_confirmed(report, ours)
+
+    def on_weights(self, level: int, mask: Mask, weights: Mapping[str, Tensor]) -> None:
+        """Show the weights of a network; see `Display.on_weights`."""
+        for one in self._displays:
+            one.on_weights(level, mask, weights)
 
     def on_end(self, report: SearchReport) -> None:
         """Show the final report, which is in the units of the metric already."""

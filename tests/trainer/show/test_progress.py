@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from lightning_roulette import LevelTime, RouletteWheelPruning, Tree, sparsity
 from lightning_roulette.judge.race import rungs
+from lightning_roulette.trainer.choices import Choices
 from lightning_roulette.trainer.show.bar import Line, ProgressLine, line_of
 from lightning_roulette.trainer.show.display import Display
 from lightning_roulette.trainer.show.log import log, speak_up
@@ -29,6 +30,7 @@ from tests.support.isolated import BY_DEFAULT, ON_ALL, judged_by, one_level
 from tests.support.modules import Blobs
 
 LEVELS = Tree(0.2, max_levels=2)
+CHOICES = Choices.of(RouletteWheelPruning())
 # How often a candidate of five is judged: once on all data, or in a race on half of the folds
 JUDGED = [
     (ON_ALL, 5),
@@ -113,7 +115,7 @@ def test_tqdm_measures_the_speed_of_this_level_alone_and_draws_ten_times_a_secon
 def test_tqdm_never_calls_the_line_of_a_search_a_validation(at_hook, capsys):
     def shown(trainer, module):
         capsys.readouterr()
-        with Show(trainer, judged_by("val_acc")):
+        with Show(trainer, judged_by("val_acc"), CHOICES):
             return capsys.readouterr().out
 
     assert not [out for out in at_hook("on_train_epoch_start", shown, TQDMProgressBar()) if "Validation" in out]
@@ -226,6 +228,19 @@ def test_rich_still_finds_its_own_tasks_after_a_search(at_hook, thread_errors):
     read = at_hook(hook, lambda *_: bar.val_progress_bar.description, bar, pruning(at_epoch=1), times=99)
     assert set(read) == {"Validation"}
     assert not thread_errors
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_the_levels_are_a_table_in_the_console_of_a_rich_bar(rich, fit, capsys, thread_errors):
+    console = io.StringIO()
+    bar = RichProgressBar(console_kwargs={"file": console, "width": 200}) if rich else TQDMProgressBar()
+    ours = pruning()
+    fit(bar, ours)
+    assert not thread_errors
+    said = console.getvalue() + capsys.readouterr().out
+    cells = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in said.splitlines()]
+    assert ([row for row in cells if row] == ours.report.rows()) is rich
+    assert ("Levels of the search" in said) is rich
 
 
 # ---- no bar
@@ -358,7 +373,7 @@ def test_only_the_first_process_speaks_and_draws(first, fit, said, tmp_path, mon
     def search(trainer, module):
         monkeypatch.setattr(type(trainer), "is_global_zero", first)
         winner = one_level(trainer, module)
-        with Show(trainer, judged_by("val_acc")) as show:
+        with Show(trainer, judged_by("val_acc"), CHOICES) as show:
             show.on_dense(winner, 1.0)
             show.on_level(winner.report.levels[0], winner)
             show.on_timed(winner.report.levels[0], winner, LevelTime(2.0, 1.5))
