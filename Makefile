@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 # transformers is beside the environment, because torchmetrics imports it wherever it is found, which takes seconds;
 # executorch is beside it without most of what it depends on, which only other backends need
 test: check
-	$(VENV)/bin/python -m pytest --numprocesses=2
+	$(VENV)/bin/python -m pytest --numprocesses=2 -rs
 	PYTHONPATH=$(VENV)/beside $(VENV)/bin/python -m pytest tests/examples/test_huggingface.py
 	PYTHONPATH=$(VENV)/phones $(VENV)/bin/python -m pytest tests/slim/export/executorch
 
