@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lightning_roulette.checks import check_choice
 from lightning_roulette.report.optional import imported
 from lightning_roulette.report.records import Level
 
@@ -33,7 +32,8 @@ class _Names:
 
 def plot(report: SearchReport, over: str, axes: Any) -> Any:
     """Draw a report; see `SearchReport.plot`."""
-    check_choice("over", over, AXES)
+    if over not in AXES:
+        raise ValueError(f"over is {over!r}, but must be one of {', '.join(map(repr, AXES))}.")
     if axes is None:
         _, axes = imported("matplotlib.pyplot", "report.plot()", EXTRA).subplots(figsize=SIZE, layout="constrained")
     names = _names(report)

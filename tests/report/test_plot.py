@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import math
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ import pytest
 matplotlib = pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure  # noqa: E402
 
+from tests.support.missing import without  # noqa: E402
 from tests.support.reports import CONFIRMED, DENSE, REPORT  # noqa: E402
 
 
@@ -98,12 +98,6 @@ def test_an_unknown_axis_is_refused():
     ("method", "package", "extra"), [("plot", "matplotlib", "plot"), ("to_dataframe", "pandas", "pandas")]
 )
 def test_a_missing_package_is_an_error_that_names_the_extra(method, package, extra, monkeypatch):
-    def missing(name, *rest):
-        if name.split(".")[0] == package:
-            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-        return load(name, *rest)
-
-    load = builtins.__import__
-    monkeypatch.setattr("importlib.import_module", missing)
+    without(monkeypatch, package)
     with pytest.raises(ImportError, match=rf"{package}.*pip install 'lightning-roulette\[{extra}\]'"):
         getattr(REPORT, method)()

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lightning_roulette.large.shards import any_sharded
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.report.report import SearchReport
 from lightning_roulette.trainer.show import pictures
-from lightning_roulette.trainer.show.board import Board
+from lightning_roulette.trainer.show.board import boards_of
 from lightning_roulette.trainer.show.display import Display
 from lightning_roulette.trainer.show.log import log
 from lightning_roulette.trainer.show.points import largest
@@ -33,7 +32,7 @@ class Album(Display):
 
     | tag | what it is |
     |---|---|
-    | `roulette-picture/scores`, `/densities` | pictures of the result; they need matplotlib |
+    | `roulette-image/scores`, `/densities` | pictures of the result; they need matplotlib |
     | `roulette-mask/<layer>` | pictures of the masks of the first small layers |
     | `roulette-weights/<layer>` | histograms of the weights of the twenty largest layers, before and after |
     | `roulette/report` | the lines of the report, and a table of all levels |
@@ -43,8 +42,7 @@ class Album(Display):
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        ours = [one for one in trainer.loggers if isinstance(one, TensorBoardLogger)] if trainer.is_global_zero else []
-        self._boards = [Board(one) for one in ours]
+        self._boards = boards_of(trainer)
         self._mask: Mask | None = None
 
     def on_weights(self, level: int, mask: Mask, weights: Mapping[str, Tensor]) -> None:
@@ -65,9 +63,9 @@ class Album(Display):
             return
         level = 0 if report.winner is None else report.winner.level
         try:
-            self._image("roulette-picture/scores", pictures.scores_over_sparsity(report), level, _SCORES)
+            self._image("roulette-image/scores", pictures.scores_over_sparsity(report), level, _SCORES)
             if self._mask is not None:
-                self._image("roulette-picture/densities", pictures.densities(self._mask), level, _DENSITIES)
+                self._image("roulette-image/densities", pictures.densities(self._mask), level, _DENSITIES)
         except Exception as error:  # the search has ended well, whatever the drawing library does
             log.info(f"RouletteWheelPruning: no pictures for TensorBoard: {error}")
         for board in self._boards:

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.data_compat import migrate_value
 from torch import Tensor
 from torch.utils.tensorboard import summary
 
+from lightning_roulette.trainer.lightning_names import in_both
 from lightning_roulette.trainer.show.layout import layout
 from lightning_roulette.trainer.show.row import Setting
 
@@ -88,3 +90,14 @@ class Board:
     def _add(self, entry: Summary, step: int | None = None) -> None:
         # as Lightning's logger does: the public methods of the writer take no description
         self._logger.experiment._get_file_writer().add_summary(entry, step)
+
+
+def is_tensorboard(logger: Logger) -> bool:
+    """Whether entries of a `Board` can be written into the folder of this logger."""
+    return isinstance(logger, in_both(TensorBoardLogger))
+
+
+def boards_of(trainer: Trainer) -> list[Board]:
+    """Return a board for each TensorBoardLogger of a Trainer, in the first process; none in others."""
+    ours: list[Any] = [one for one in trainer.loggers if is_tensorboard(one)]
+    return [Board(one) for one in ours] if trainer.is_global_zero else []

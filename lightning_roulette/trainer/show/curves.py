@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.report.records import Level
 from lightning_roulette.report.report import SearchReport
-from lightning_roulette.trainer.lightning_names import in_both
 from lightning_roulette.trainer.show import points
-from lightning_roulette.trainer.show.board import Board
+from lightning_roulette.trainer.show.board import boards_of, is_tensorboard
 from lightning_roulette.trainer.show.display import Display
 from lightning_roulette.trainer.show.log import log
 from lightning_roulette.trainer.show.row import Setting, result_of, row_of
@@ -42,9 +41,8 @@ class Curves(Display):
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        loggers = list(trainer.loggers) if trainer.is_global_zero else []
-        self._boards = [Board(one) for one in loggers if isinstance(one, in_both(TensorBoardLogger))]
-        self._others = [one for one in loggers if not isinstance(one, in_both(TensorBoardLogger))]
+        others = [one for one in trainer.loggers if not is_tensorboard(one)]
+        self._boards, self._others = boards_of(trainer), others if trainer.is_global_zero else []
         self._settings: Mapping[str, Setting] = {}
 
     def on_begin(self, settings: Mapping[str, Setting]) -> None:

@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 from lightning_roulette.report.report import SearchReport
 from lightning_roulette.report.table import SHORT, some_rows
+from lightning_roulette.trainer.lightning_names import in_both
 from lightning_roulette.trainer.show.display import Display
 
 
@@ -19,7 +20,7 @@ class LevelTable(Display):
 
     def __init__(self, trainer: Trainer) -> None:
         bar = trainer.progress_bar_callback
-        self._bar = bar if isinstance(bar, RichProgressBar) and bar.is_enabled else None
+        self._bar = bar if isinstance(bar, in_both(RichProgressBar)) and bar.is_enabled else None
 
     def on_end(self, report: SearchReport) -> None:
         """Print the table."""

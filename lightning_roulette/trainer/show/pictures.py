@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.report.optional import imported
-from lightning_roulette.report.plot import EXTRA, SIZE
+from lightning_roulette.report.plot import EXTRA
 from lightning_roulette.report.report import SearchReport
 from lightning_roulette.trainer.show.points import largest
 
+SIZE = (5.6, 3.9)  # of the picture of scores, in inches. It can be read on a card of TensorBoard.
 MOST_MASKS = 8  # pictures of masks
 MOST_PIXELS = 2**18  # weights of a layer whose mask is drawn
 
@@ -38,7 +39,7 @@ def densities(mask: Mask) -> Tensor:
         ImportError: If matplotlib is not installed.
     """
     bars = [(short, mask.counts[name], mask.flags[name].numel()) for name, short in largest(mask).items()]
-    return _drawn((SIZE[0], 1.2 + 0.3 * len(bars)), lambda axes: _draw_bars(axes, bars))
+    return _drawn((SIZE[0], 1.0 + 0.3 * len(bars)), lambda axes: _draw_bars(axes, bars))
 
 
 def masks(mask: Mask) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from lightning_roulette.trainer.show.show import Show
 from tests.support import fits
 from tests.support.events import events, plugin_of
 from tests.support.isolated import judged_by
+from tests.support.missing import without
 
 pruner = partial(fits.pruner, tolerance=0.3)
 
@@ -100,16 +101,13 @@ def test_the_result_is_drawn_where_matplotlib_is_installed(fit, tmp_path):
     fit(pruning, logger=logger)
     found = entries(logger.log_dir, "images")
     for name in ("scores", "densities"):
-        drawn = pixels(found[f"roulette-picture/{name}"][pruning.report.winner.level])
+        drawn = pixels(found[f"roulette-image/{name}"][pruning.report.winner.level])
         assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 10
 
 
 def test_without_matplotlib_a_line_names_the_extra_and_the_rest_is_there(fit, tmp_path, monkeypatch, caplog):
-    def missing(name):
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name.split(".")[0])
-
     caplog.set_level(logging.INFO, logger="lightning_roulette")
-    monkeypatch.setattr("lightning_roulette.report.optional.importlib.import_module", missing)
+    without(monkeypatch, "matplotlib")
     pruning, logger = pruner(), TensorBoardLogger(tmp_path)
     fit(pruning, logger=logger)
     (said,) = [one for one in caplog.messages if "pictures" in one]

@@ -78,8 +78,8 @@ def test_images_show_the_result_and_the_masks(page):
 def test_images_show_the_scores_where_matplotlib_is_installed(page):
     pytest.importorskip("matplotlib")
     opened = page("images")
-    opened.text("roulette-picture/scores", "roulette-picture/densities", "Every candidate is a dot")
-    assert 825 in opened.values("img", "one.naturalWidth", least=4)
+    opened.text("roulette-image/scores", "roulette-image/densities", "Every candidate is a dot")
+    assert 616 in opened.values("img", "one.naturalWidth", least=4)
 
 
 @pytest.mark.parametrize("tab", ["histograms", "distributions"])
