@@ -25,7 +25,7 @@ from lightning_roulette.slim.export.operations import (
 )
 from lightning_roulette.slim.export.reference import run
 
-_Between: TypeAlias = Pool2d | Pad | Reshape | Activate
+_Between: TypeAlias = Pool2d | Pad | Reshape | Activate | Conv2d
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class _Link:
 
     Attributes:
         first: The layer that makes them.
-        between: Operations on the way that keep channels apart.
+        between: Operations on the way that keep channels apart. Convolutions among them are depthwise.
         last: The layer that uses them.
     """
 
@@ -56,7 +56,9 @@ def without_idle(program: Program) -> Program:
 
     An output is idle if all weights of the next layer for it are zero, or if all its own weights are zero: it is then
     the constant that its bias gives, and is added to the biases of the next layer. Outputs are removed between two
-    layers with only pooling, padding, activations and reshapes between them. Grouped convolutions and sums keep theirs.
+    layers with only depthwise convolutions, pooling, padding, activations and reshapes between them. A depthwise
+    convolution loses the same channels; one whose weights are zero is constant, too. Other grouped convolutions and
+    sums keep theirs.
     """
     while True:
         found = next(((link, idle) for link in _links(program) if bool((idle := _idle(link)).any())), None)
@@ -81,9 +83,9 @@ def _link(program: Program, first: Weighted, users: Mapping[str, list[Operation]
     value = first.output
     while value.name != program.output.name and len(users[value.name]) == 1:
         (one,) = users[value.name]
-        if isinstance(one, (Linear, Conv2d)):
-            return _Link(first, tuple(between), one) if _separate(one) else None
-        if not isinstance(one, (Pool2d, Pad, Reshape, Activate)) or one.output.shape[0] % len(first.weight):
+        if isinstance(one, (Linear, Conv2d)) and _separate(one):
+            return _Link(first, tuple(between), one)
+        if isinstance(one, (Linear, Add)) or not _keeps_channels_apart(one, len(first.weight)):
             return None
         between.append(one)
         value = one.output
@@ -94,13 +96,16 @@ def _separate(layer: Weighted) -> bool:
     return isinstance(layer, Linear) or layer.groups == 1
 
 
+def _keeps_channels_apart(one: _Between, channels: int) -> bool:
+    if isinstance(one, Conv2d):
+        return one.groups == len(one.weight) == channels
+    return one.output.shape[0] % channels == 0
+
+
 def _idle(link: _Link) -> Tensor:
     """Return which outputs of the first layer may be removed, bool. One output is always kept."""
     uses = _by_output(link).ne(0).flatten(2).any(2).any(0)
-    constant = ~link.first.weight.ne(0).flatten(1).any(1)
-    if any(isinstance(one, Pad) for one in link.between) or (isinstance(link.last, Conv2d) and any(link.last.padding)):
-        constant &= _constants(link) == 0
-    idle = ~uses | constant
+    idle = ~uses | _constants(link)[0]
     if bool(idle.all()):
         idle[0] = False
     return idle
@@ -111,18 +116,29 @@ def _by_output(link: _Link) -> Tensor:
     return link.last.weight.reshape(len(link.last.weight), len(link.first.weight), -1)
 
 
-def _constants(link: _Link) -> Tensor:
-    """Return what each output is if all its weights are zero."""
-    found = link.first.bias.double()
+def _constants(link: _Link) -> tuple[Tensor, Tensor]:
+    """Return which outputs of the first layer are constant where the last one reads them, bool, and what they are."""
+    value = torch.zeros(len(link.first.weight), dtype=torch.float64)
+    known = torch.zeros(len(value), dtype=torch.bool)
     for one in (link.first, *link.between):
+        if _is_padded(one):
+            known &= value == 0
+        if isinstance(one, (Linear, Conv2d)):
+            weights = one.weight.double().flatten(1)
+            value = one.bias.double() + torch.where(known, value, 0.0) * weights.sum(1)
+            known = known | ~weights.ne(0).any(1)
         if isinstance(one, (Linear, Conv2d, Activate)) and one.activation != "none":
-            found = found.clamp(0, 6 if one.activation == "relu6" else None)
-    return found
+            value = value.clamp(0, 6 if one.activation == "relu6" else None)
+    return known & (value == 0) if _is_padded(link.last) else known, value
+
+
+def _is_padded(one: Operation) -> bool:
+    return isinstance(one, Pad) or (isinstance(one, Conv2d) and any(one.padding))
 
 
 def _removed(program: Program, link: _Link, idle: Tensor) -> Program:
     """Return the program without some outputs of the first layer of a link."""
-    constant = torch.where(idle, _constants(link), 0.0)
+    constant = torch.where(idle, _constants(link)[1], 0.0)
     weights = _by_output(link)
     bias = link.last.bias.double() + weights.double().flatten(2).sum(2) @ constant
     kept = ~idle
@@ -130,7 +146,11 @@ def _removed(program: Program, link: _Link, idle: Tensor) -> Program:
     values = {one.output.name: _smaller(one.output, kept) for one in (link.first, *link.between)}
     first = replace(link.first, weight=link.first.weight[kept], bias=link.first.bias[kept])
     last = replace(link.last, weight=left, bias=bias.float())
-    changed = {link.first.output.name: first, link.last.output.name: last}
+    changed: dict[str, Operation] = {link.first.output.name: first, link.last.output.name: last}
+    for one in link.between:
+        if isinstance(one, Conv2d):
+            part = replace(one, weight=one.weight[kept], bias=one.bias[kept], groups=int(kept.sum()))
+            changed[one.output.name] = part
     operations = (_with_values(changed.get(one.output.name, one), values) for one in program.operations)
     return replace(program, operations=tuple(operations))
 

@@ -82,6 +82,38 @@ def test_channels_are_removed_through_a_flattened_image():
     assert slim.operations[-1].weight.shape == (2, 4)
 
 
+def separable(padding: int, bias: float) -> nn.Module:
+    """Two layers with a depthwise convolution between them, whose first channel is the constant `bias` before it."""
+    module = nn.Sequential(
+        nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=padding, groups=4), nn.ReLU(), nn.Conv2d(4, 2, 1)
+    )
+    module[0].weight.data.abs_()
+    module[0].weight.data[0], module[0].bias.data[0] = 0, bias
+    return module
+
+
+@pytest.mark.parametrize(("padding", "bias", "left"), [(0, 2.0, 3), (1, 2.0, 4), (1, -2.0, 3), (1, 0.0, 3)])
+def test_a_constant_channel_goes_through_a_depthwise_convolution(padding, bias, left):
+    module = separable(padding, bias)
+    slim = same(trace(module, torch.randn(2, 1, 8, 8)), torch.randn(3, 1, 8, 8))
+    assert outputs(slim) == [left, left, 2]
+    assert slim.operations[1].groups == left
+
+
+def test_a_channel_that_a_depthwise_convolution_or_the_next_layer_does_not_use_goes():
+    module = separable(1, 2.0)
+    module[2].weight.data[1] = 0
+    module[4].weight.data[:, 2] = 0
+    assert outputs(same(trace(module, torch.randn(2, 1, 8, 8)), torch.randn(3, 1, 8, 8))) == [2, 2, 2]
+
+
+def test_groups_of_several_channels_keep_theirs():
+    module = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 2, 1))
+    module[0].weight.data[0] = 0
+    module[2].weight.data[:, 2] = 0
+    assert outputs(same(trace(module, torch.randn(2, 1, 8, 8)), torch.randn(3, 1, 8, 8))) == [4, 4, 2]
+
+
 def test_outputs_that_are_used_twice_stay():
     def forward(layer, x):
         x = layer(x)
