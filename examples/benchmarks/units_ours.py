@@ -66,9 +66,8 @@ def without_units(case: Case, reduction: float | None, tolerance: float, seed: i
         tolerance: What may be lost on the part that chooses, in points.
         seed: Seed of the search, and of the calibration inputs.
     """
-    from lightning_roulette.wheel.units.grouping import units_of
-
     from lightning_roulette import remove_dead
+    from lightning_roulette.wheel.units.grouping import units_of
 
     target = None if reduction is None else Reduction(multiply_adds=reduction)
     units = units_of(case.network, case.example[:1], unit="neuron", target=target)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from units_cases import Case, loss
 
 from lightning_roulette.network.modes import evaluating
-from lightning_roulette.slim.measuring.multiply_adds import multiply_adds
+from lightning_roulette.network.multiply_adds import multiply_adds
 
 Gradients = dict[str, Tensor]
 HALVINGS, PROJECTIONS = 10, ("query", "key", "value")

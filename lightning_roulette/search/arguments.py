@@ -73,7 +73,7 @@ def check_network(
     if not weights or not any(weight.numel() for weight in weights.values()):
         raise ValueError("weights is empty, but must name at least one tensor with entries.")
     how = refit_of(refit)
-    _check_chosen(how, wheel)
+    check_chosen(how, wheel)
     if (shards := Shards.of(weights)) is not None and (why := beyond_shards(wheel, how)):
         raise ValueError(f"the weights are sharded over {shards.ranks} processes, but {why}")
     if calibration is None and (how is not None or wheel.importance in CALIBRATED):
@@ -121,8 +121,12 @@ def _check_targets(target_sparsity: float | None, wheel: Wheel, tree: Tree) -> N
         )
 
 
-def _check_chosen(refit: Refit | None, wheel: Wheel) -> None:
-    """Check that a refit keeps units whole."""
+def check_chosen(refit: Refit | None, wheel: Wheel) -> None:
+    """Check that a refit keeps units whole.
+
+    Raises:
+        ValueError: If it chooses which weights stay, one by one.
+    """
     if isinstance(refit, LeastSquares) and refit.choose and not isinstance(wheel.unit, Weight | NofM):
         raise ValueError(
             f"choose is True and unit {wheel.unit!r}, but choosing anew which weights stay would break up units. Pass "

@@ -30,7 +30,6 @@ from lightning_roulette.trainer.preflight import (
     warn_of_early_stopping,
     warn_of_little,
 )
-from lightning_roulette.trainer.preparing import rehearse
 from lightning_roulette.trainer.resuming import (
     as_training_ended,
     refuse_other_schedule,
@@ -44,6 +43,7 @@ from lightning_roulette.trainer.saved import read_back_late, warn_of_other_weigh
 from lightning_roulette.trainer.search_loop import as_data_allows, search_loop_of
 from lightning_roulette.trainer.searching import measure_and_save, search_network
 from lightning_roulette.trainer.show.log import log, speak_up
+from lightning_roulette.trainer.units import rehearse_search
 from lightning_roulette.trainer.with_result import WithResult
 
 
@@ -259,12 +259,12 @@ class RouletteWheelPruning(WithResult):
         trains = search_loop_of(trainer) is None
         validates = trainer.num_sanity_val_steps == 0 and validates_before(trainer, fit.choices.first_epoch)
         if fit.searches and not (trains and validates):
-            rehearse(fit, max(1, trainer.num_sanity_val_steps))
+            rehearse_search(fit, max(1, trainer.num_sanity_val_steps))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the metric after the first validation of a fit without a sanity check."""
         if self._run.searches and not trainer.sanity_checking and self._run.metric is None:
-            rehearse(self._run, 1)
+            rehearse_search(self._run, 1)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search or cut, if it is due before this epoch. The checkpoints of the last epoch are written by now."""

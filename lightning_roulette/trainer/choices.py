@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any
 
 from lightning_roulette.checks import check_choice, check_epochs, check_words
-from lightning_roulette.search.arguments import check_search
+from lightning_roulette.search.arguments import check_chosen, check_search
 from lightning_roulette.search.gradual import Cuts
 from lightning_roulette.settings import CALIBRATED, LeastSquares, Refit, Tree, Validation, Wheel, groups_of, refit_of
 from lightning_roulette.trainer.between_epochs import BetweenEpochs
@@ -152,4 +152,5 @@ def _check(
         if patterns is not None:
             check_words(name, patterns, "patterns over parameter names")
     _check_refit(refit_of(refit), at_epoch)
+    check_chosen(refit_of(refit), of_search["wheel"])
     refuse_dirpath(dirpath)

@@ -17,6 +17,7 @@ from lightning_roulette.trainer.saved import rehearse_saving
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from lightning_roulette.trainer.searching import noted, save_dense, save_winner, show_result
 from lightning_roulette.trainer.show.show import ShowBetweenEpochs
+from lightning_roulette.trainer.units import say_units, units_for
 
 
 def judge_and_cut(fit: FitState, cuts: BetweenEpochs, number: int) -> None:
@@ -31,10 +32,13 @@ def judge_and_cut(fit: FitState, cuts: BetweenEpochs, number: int) -> None:
     fit.know_files()
     if fit.result.history is None:
         rehearse_saving(fit, judges.weights)
+    units = units_for(fit, judges.weights, judges.data)
+    if fit.result.history is None:
+        say_units(fit, units)
     with ShowBetweenEpochs(fit.trainer, judges.metric, fit.choices) as shown, noted(fit, judges) as evaluate:
         with judges.validation:
             calibration = calibration_of(fit, judges.validation)
-            held = cuts.gradual.judge(judges.weights, evaluate, calibration, shown)
+            held = cuts.gradual.judge(judges.weights, evaluate, calibration, shown, units)
         _take_judgement(fit, cuts, held, judges.metric, shown)
         if not held:
             return

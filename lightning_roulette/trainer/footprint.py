@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 from lightning_roulette.large.limits import are_few
 from lightning_roulette.large.shards import any_sharded
 from lightning_roulette.network.calling import caller_of
+from lightning_roulette.network.multiply_adds import multiply_adds
 from lightning_roulette.network.samples import rows_of
 from lightning_roulette.report.records import Footprint
 from lightning_roulette.slim.files.compressed import compressed
 from lightning_roulette.slim.measuring.bounds import each_once
-from lightning_roulette.slim.measuring.multiply_adds import multiply_adds
 from lightning_roulette.trainer.data.folded_data import FoldedData, KeptData
 from lightning_roulette.trainer.fit_state import FitState
 from lightning_roulette.trainer.preparing import judging_of
@@ -72,7 +72,7 @@ def _per_sample(fit: FitState, data: FoldedData | None) -> _PerSample | None:
     if example is None and (data is None or fit.trainer.world_size > 1):
         return None
     with judging_of(fit).isolated() as validation:
-        given = _first_batch(validation, data) if example is None else example
+        given = first_batch(validation, data) if example is None else example
         if given is None or not (samples := rows_of(given)):
             return None
         with validation.seeing():
@@ -81,7 +81,7 @@ def _per_sample(fit: FitState, data: FoldedData | None) -> _PerSample | None:
     return round(found.dense / samples), round(found.effective / samples)
 
 
-def _first_batch(validation: IsolatedValidation, data: FoldedData | None) -> Any:
+def first_batch(validation: IsolatedValidation, data: FoldedData | None) -> Any:
     """Return the first batch of the validation data, from memory if it is there; None if steps take no batches."""
     if validation.hands_over_iterator:
         return None

@@ -27,6 +27,7 @@ from lightning_roulette.trainer.saved import read_back, rehearse_saving
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from lightning_roulette.trainer.scores.setup import CandidateValidation
 from lightning_roulette.trainer.show.show import Show
+from lightning_roulette.trainer.units import say_units, units_for
 
 
 def search_network(fit: FitState) -> None:
@@ -109,10 +110,12 @@ def noted(fit: FitState, judges: CandidateValidation) -> Iterator[Evaluator]:
 
 
 def _searched(fit: FitState, judges: CandidateValidation, evaluate: Evaluator, observer: Several) -> Winner:
+    units = units_for(fit, judges.weights, judges.data)
+    say_units(fit, units)
     with judges.validation:
         calibration = calibration_of(fit, judges.validation)
         settings = fit.choices.of_search(fit.only_tries)
-        winner = search(judges.weights, evaluate, calibration=calibration, observer=observer, **settings)
+        winner = search(judges.weights, evaluate, calibration=calibration, observer=observer, units=units, **settings)
         judges.data.check()
     judges.evaluate.unmoved.check()
     return winner

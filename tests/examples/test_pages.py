@@ -14,7 +14,7 @@ from lightning_roulette.refit.solvers.cholesky import Cholesky
 from tests.support.pages import NOT_RUN, PAGES, PROJECT, QuickTrainer, blocks, fitted, reader, run, text_of
 
 ELSEWHERE = {"docs/huggingface.md"}  # its code runs in test_huggingface.py, with transformers
-NEEDS = {"docs/microcontroller.md": "tflite_micro"}  # pages whose code needs an extra
+NEEDS = {"docs/microcontroller.md": "tflite_micro", "docs/units.md": "torch_pruning"}  # pages whose code needs an extra
 WITH_CODE = [page for page in PAGES if blocks(page, "python") and page not in ELSEWHERE]
 RESULT = [
     "",
@@ -77,6 +77,11 @@ def of_usage(names: dict) -> None:
     assert set(lightning_roulette.prunable_parameters(names["Projection"](3, 2))) == {"weight"}
 
 
+def of_units(names: dict) -> None:
+    assert names["pruning"].report.units > 0
+    assert zeros(names["net"]) > 0
+
+
 # what is true for the names of a page after its blocks have run
 AFTERWARDS = {
     "CONTRIBUTING.md": of_contributing,
@@ -85,6 +90,7 @@ AFTERWARDS = {
     "docs/microcontroller.md": of_microcontroller,
     "docs/output.md": of_output,
     "docs/plain_pytorch.md": of_plain_pytorch,
+    "docs/units.md": of_units,
     "docs/usage.md": of_usage,
     "docs/while_training.md": of_while_training,
 }

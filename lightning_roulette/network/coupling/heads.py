@@ -78,10 +78,9 @@ def heads_of(network: nn.Module) -> dict[str, list[Group]]:
 
 def _torchs(name: str, part: nn.MultiheadAttention) -> Group:
     prefix = f"{name}." if name else ""
-    width = part.num_heads * part.head_dim  # of all heads
-    heads = torch.arange(width) // part.head_dim
+    heads = torch.arange(part.embed_dim) // part.head_dim
     producers = [
-        Member(f"{prefix}{own}", 0, heads.repeat(len(one) // width))
+        Member(f"{prefix}{own}", 0, heads.repeat(len(one) // part.embed_dim))
         for own in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
         if (one := getattr(part, own)) is not None
     ]

@@ -10,10 +10,10 @@ from torch import nn
 
 from lightning_roulette.network.calling import caller_of
 from lightning_roulette.network.modes import evaluating
+from lightning_roulette.network.multiply_adds import MultiplyAdds, multiply_adds
 from lightning_roulette.network.parameters import prunable_parameters
 from lightning_roulette.slim.measuring.bounds import Bytes, bytes_of
 from lightning_roulette.slim.measuring.device import OnDevice, on_device
-from lightning_roulette.slim.measuring.multiply_adds import MultiplyAdds, multiply_adds
 from lightning_roulette.slim.measuring.timing import Latency
 from lightning_roulette.slim.sparse.converting import tried
 

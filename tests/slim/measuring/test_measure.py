@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lightning_roulette import export, measure
+from lightning_roulette.network.multiply_adds import multiply_adds
 from lightning_roulette.slim.measuring.bounds import bound_of, bytes_of
-from lightning_roulette.slim.measuring.multiply_adds import multiply_adds
 from lightning_roulette.slim.measuring.timing import Latency, latencies
 from lightning_roulette.slim.sparse import converting
 from lightning_roulette.slim.sparse.layers import Sparse

@@ -44,11 +44,46 @@ def multiply_adds(model: nn.Module, run: Callable[[], object]) -> MultiplyAdds:
     """
     found = [0, 0]
 
+    def add(weight: Tensor, times: int) -> None:
+        found[0] += times * weight.numel()
+        found[1] += times * int(weight.count_nonzero())
+
+    _see_uses(model, run, add)
+    return MultiplyAdds(*found)
+
+
+def positions_of(model: nn.Module, run: Callable[[], object]) -> dict[str, float]:
+    """How often an entry of each parameter is multiplied while a network runs, by the name of the parameter.
+
+    Layers are those of `multiply_adds`. If entries of a parameter are multiplied unequally often, it is their mean.
+
+    Args:
+        model: The network.
+        run: Runs it once.
+    """
+    owners = {_memory(one): name for name, one in model.named_parameters()}
+    found: dict[str, int] = {}
+
+    def add(weight: Tensor, times: int) -> None:
+        name = owners[_memory(weight)]
+        found[name] = found.get(name, 0) + times * weight.numel()
+
+    _see_uses(model, run, add)
+    return {name: found[name] / max(1, one.numel()) for name, one in model.named_parameters() if name in found}
+
+
+def _memory(one: Tensor) -> int:
+    """Return where the memory of a tensor begins. A part of an attention's weight begins where the whole does."""
+    return one.untyped_storage().data_ptr()
+
+
+def _see_uses(model: nn.Module, run: Callable[[], object], add: Callable[[Tensor, int], None]) -> None:
+    """Run a network, and tell of each weight that is used, and how often each of its entries is."""
+
     def count(module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
         inputs = [*arguments, *(named[name] for name in _ARGUMENTS if name in named)]
         for weight, times in _uses(module, inputs, output):
-            found[0] += times * weight.numel()
-            found[1] += times * int(weight.count_nonzero())
+            add(weight, times)
 
     calls: dict[int, tuple[tuple[Any, ...], Mapping[str, Any]]] = {}
 
@@ -59,7 +94,6 @@ def multiply_adds(model: nn.Module, run: Callable[[], object]) -> MultiplyAdds:
         count(module, *calls.pop(id(module), (arguments, {})), output)
 
     run_with_hooks(run, [one for one in model.modules() if _is_counted(one)], before=before, after=after)
-    return MultiplyAdds(*found)
 
 
 def _is_counted(module: nn.Module) -> bool:
@@ -97,8 +131,9 @@ def _matrices(module: nn.Module) -> list[Tensor]:
 
 
 def _of_attention(module: nn.MultiheadAttention, inputs: list[Any]) -> Iterator[Use]:
+    size = module.embed_dim
     whole = module.in_proj_weight
-    parts = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight) if whole is None else whole.chunk(3)
+    parts = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight) if whole is None else whole.split(size)
     rows = [_times(one.numel(), one.shape[-1]) for one in inputs]
     yield from zip(parts, rows, strict=True)
     yield module.out_proj.weight, rows[0]

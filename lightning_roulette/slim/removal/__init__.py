@@ -1,1 +1,0 @@
-"""Networks without the neurons, channels and heads that pruning left without effect."""

@@ -1,0 +1,151 @@
+"""The units of the network of a fit, found with an example of its input."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lightning_roulette.network.hooks import run_with_hooks
+from lightning_roulette.report.names import shortened
+from lightning_roulette.trainer.data.folded_data import FoldedData
+from lightning_roulette.trainer.fit_state import FitState
+from lightning_roulette.trainer.footprint import first_batch
+from lightning_roulette.trainer.preparing import judging_of, prunable, rehearse
+from lightning_roulette.trainer.show.log import log
+from lightning_roulette.trainer.validation.loop import transferred
+from lightning_roulette.unit import Block, NofM, Weight, unit_of
+from lightning_roulette.wheel.units.grouping import units_of
+from lightning_roulette.wheel.units.units import Cost, Part, Units
+
+
+def units_for(fit: FitState, weights: Mapping[str, nn.Parameter], data: FoldedData | None = None) -> Units | None:
+    """Return the units of the network of a fit; None if single weights leave.
+
+    The example of the input is the module's `example_input_array` if it is set. Otherwise one validation step is taken
+    on the first batch of the validation data: it is what the step passes to the network inside the module that has most
+    of the prunable weights, or to the module itself. With several processes, all use the units that the first found.
+
+    Args:
+        fit: The run.
+        weights: The prunable weights.
+        data: The validation data, if a search has read them.
+
+    Raises:
+        ImportError: If the extra `units` is not installed.
+        RuntimeError: If there is no example of the input, or if no unit may leave.
+    """
+    if (unit := unit_of(fit.choices.wheel.unit)) == Weight():
+        return None
+    try:
+        path, example = _example(fit, data, weights)
+        network, prefix = fit.module.get_submodule(path), _prefix(path)
+        inner = {name.removeprefix(prefix): one for name, one in weights.items() if name.startswith(prefix)}
+        with judging_of(fit).isolated():
+            found = units_of(network, example, unit=unit, weights=inner, target=fit.choices.tree.target)
+    except (TypeError, ValueError) as error:
+        raise RuntimeError(
+            f"unit is {unit!r}, but its units were not found: {error} The example of the input is the module's "
+            "example_input_array, or what validation_step passes to the network on the first validation batch. Set "
+            "example_input_array if that fails, or pass Wheel(unit='weight')."
+        ) from error
+    units = _renamed(found, prefix, [name for name in weights if not name.startswith(prefix)])
+    return fit.trainer.strategy.broadcast(units) if fit.trainer.world_size > 1 else units
+
+
+def rehearse_search(fit: FitState, batches: float) -> None:
+    """Find the metric, and refuse what would fail in the search; see `rehearse`. The units are found, too.
+
+    Args:
+        fit: The run.
+        batches: How many batches of each loader are validated.
+
+    Raises:
+        RuntimeError: See `rehearse` and `units_for`.
+    """
+    rehearse(fit, batches)
+    if fit.result.history is None:
+        units_for(fit, prunable(fit))
+
+
+def say_units(fit: FitState, units: Units | None) -> None:
+    """Log how many units there are and which layers are kept whole, and keep the latter for the report."""
+    if units is None:
+        return
+    reasons: dict[str, list[str]] = {}
+    for name, why in units.kept_whole.items():
+        reasons.setdefault(why, []).append(name)
+    whole = "; ".join(f"{shortened(names)} ({why})" for why, names in reasons.items())
+    said = f"Kept whole, without units: {whole}." if whole else ""
+    if said:
+        fit.facts.note(said)
+    if fit.trainer.is_global_zero:
+        log.info(f"RouletteWheelPruning: {units.count:,} units may leave (unit: {units.kind}). {said}".rstrip())
+
+
+def _example(fit: FitState, data: FoldedData | None, weights: Collection[str]) -> tuple[str, Any]:
+    """Return the path of a network inside the module, and what it is called with."""
+    if isinstance(fit.choices.wheel.unit, NofM | Block) and fit.choices.tree.target is None:
+        return "", None
+    if (given := fit.module.example_input_array) is not None:
+        return "", transferred(fit.trainer, given, 0)
+    with judging_of(fit).isolated() as validation:
+        if (batch := first_batch(validation, data)) is None:
+            raise ValueError("validation_step takes no batches, but an iterator.")
+        with validation.seeing():
+            return _passed(fit.module, lambda: validation.validation_step(batch), weights)
+
+
+def _passed(module: nn.Module, run: Callable[[], object], weights: Collection[str]) -> tuple[str, Any]:
+    """Return the path of the outermost called module with most of the weights, and what it is called with first."""
+    paths = {id(part): path for path, part in module.named_modules()}  # the hash of a metric may change
+    calls: dict[str, tuple[tuple[Any, ...], Mapping[str, Any]]] = {}
+
+    def note(part: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        calls.setdefault(paths[id(part)], (arguments, named))
+
+    run_with_hooks(run, module.modules(), before=note)
+    counts = {path: sum(name.startswith(_prefix(path)) for name in weights) for path in calls}
+    if not any(counts.values()):
+        raise ValueError("validation_step calls no module with prunable weights.")
+    path = max(counts, key=lambda one: counts[one])  # of several, the one that is called first
+    arguments, named = calls[path]
+    if named:
+        forward = inspect.signature(module.get_submodule(path).forward)
+        return path, dict(forward.bind(*arguments, **named).arguments)
+    return path, arguments
+
+
+def _prefix(path: str) -> str:
+    return f"{path}." if path else ""
+
+
+def _renamed(units: Units, prefix: str, outside: Sequence[str]) -> Units:
+    """Return units of a network inside a module with the names that the module gives them.
+
+    Args:
+        units: The units.
+        prefix: Of the names.
+        outside: Prunable weights of the module that the network does not have.
+    """
+
+    def cost(one: Cost) -> Cost:
+        others = 1.0 if one.counted in ("weights", "parameters") else 0.0
+        each = {f"{prefix}{name}": value for name, value in one.each.items()}
+        return replace(one, each=each | dict.fromkeys(outside, others))
+
+    def named(one: Mapping[str, Any]) -> dict[str, Any]:
+        return {f"{prefix}{name}": value for name, value in one.items()}
+
+    whole = named(units.kept_whole) | dict.fromkeys(outside, "the network that is traced does not have it")
+    return replace(
+        units,
+        groups=named(units.groups),
+        parts=tuple(Part(f"{prefix}{one.name}", one.labels, one.reads) for one in units.parts),
+        cost=cost(units.cost),
+        multiply_adds=None if units.multiply_adds is None else cost(units.multiply_adds),
+        kept_whole=whole,
+    )
