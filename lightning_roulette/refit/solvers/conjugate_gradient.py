@@ -21,6 +21,7 @@ _PAUSE = 8  # steps between checks of the errors; after many steps a third of th
 _EXPECTED, _CERTAIN = 0.5, 5e4  # in units of what is allowed; the latter for each unit of the allowed share
 _LOOSE = 0.1  # allowed share from which float32 is exact enough, and errors are checked twice as often
 _LEAST_FALL = 0.25  # share of the last fall of an error that is expected to follow at least
+_SCALED_ROWS = 256  # rows of a matrix that are scaled together
 _NUMBERS_PER_ENTRY = 8  # float64 numbers that the iteration holds for each output and input
 
 
@@ -138,10 +139,13 @@ class _Matrix:
         scale = (equations.gram.diagonal() + equations.ridge).rsqrt()
         shares = allowed_share(equations.kept.sum(1), equations.rows)
         loose = bool((shares >= _LOOSE).all())
-        entries = (equations.gram * scale).mul_(scale.unsqueeze(1))
+        kind = torch.float32 if loose else torch.float64
+        entries = torch.empty_like(equations.gram, dtype=kind)
+        for begin in range(0, len(scale), _SCALED_ROWS):
+            some = slice(begin, begin + _SCALED_ROWS)
+            entries[some] = (equations.gram[some] * scale * scale[some].unsqueeze(1)).to(kind)
         entries.diagonal().fill_(1.0)
-        entries = entries.to(torch.float32) if loose else entries
-        return cls(products_with(entries), scale, entries.dtype, _PAUSE // 2 if loose else _PAUSE)
+        return cls(products_with(entries), scale, kind, _PAUSE // 2 if loose else _PAUSE)
 
     def scaled(self, equations: Equations) -> tuple[Equations, Tensor]:
         """Return the equations for this matrix, with right-hand sides of length one, and the lengths that they had."""
