@@ -24,6 +24,7 @@ from lightning_roulette.slim.files.compressed import load_compressed, load_mask,
 from lightning_roulette.slim.files.inspection import FileContents, StoredTensor, inspect
 from lightning_roulette.slim.files.weights import save_weights
 from lightning_roulette.slim.measuring.measure import Measured, measure
+from lightning_roulette.slim.removal.removal import DeadCount, UnitCount, dead_units, remove_dead
 from lightning_roulette.slim.sparse.converting import to_dense, to_sparse
 from lightning_roulette.slim.sparse.table import SparseLayer, SparseNetwork
 from lightning_roulette.unit import Block, Head, Neuron, NofM, Reduction, Weight
@@ -46,6 +47,7 @@ __all__ = [
     "Calibration",
     "Candidate",
     "Codebook",
+    "DeadCount",
     "Evaluator",
     "Exported",
     "FileContents",
@@ -75,12 +77,14 @@ __all__ = [
     "StopReason",
     "StoredTensor",
     "Tree",
+    "UnitCount",
     "Units",
     "Validation",
     "Weight",
     "Wheel",
     "Winner",
     "apply_mask",
+    "dead_units",
     "export",
     "inspect",
     "load_compressed",
@@ -89,6 +93,7 @@ __all__ = [
     "prunable_parameters",
     "prune",
     "register_layer",
+    "remove_dead",
     "save_compressed",
     "save_weights",
     "search",

@@ -21,9 +21,9 @@ def attention_layers(part: nn.MultiheadAttention, path: str, shared: Collection[
         path: Prefix of the names of its parameters.
         shared: Names of parameters that are tied to others.
     """
-    found, bias = [], free(part, path, "in_proj_bias", shared)
+    found, bias, width = [], free(part, path, "in_proj_bias", shared), part.num_heads * part.head_dim
     for place, word in enumerate(("query", "key", "value")):
-        offsets = slice(place * part.embed_dim, (place + 1) * part.embed_dim)
+        offsets = slice(place * width, (place + 1) * width)
         joint = part.in_proj_weight is not None
         name, outputs = ("in_proj_weight", offsets) if joint else (f"{word[0]}_proj_weight", slice(0, None))
         columns = Columns(f"{path}{name}", some_outputs(outputs), flat(argument(place, word)))
@@ -48,7 +48,7 @@ def _without_projection(part: nn.MultiheadAttention) -> Any:
     """The forward of an attention whose output projection is an identity. The module is not changed."""
     weight = part.out_proj.weight
     identity = copy.copy(part.out_proj)
-    identity._parameters = {"weight": _still(torch.eye(len(weight)).to(weight)), "bias": None}
+    identity._parameters = {"weight": _still(torch.eye(weight.shape[1]).to(weight)), "bias": None}
     twin = copy.copy(part)
     twin._parameters = {name: None if one is None else _still(one) for name, one in part._parameters.items()}
     twin._modules, twin.training = {**part._modules, "out_proj": identity}, False

@@ -131,9 +131,8 @@ def _matrices(module: nn.Module) -> list[Tensor]:
 
 
 def _of_attention(module: nn.MultiheadAttention, inputs: list[Any]) -> Iterator[Use]:
-    size = module.embed_dim
     whole = module.in_proj_weight
-    parts = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight) if whole is None else whole.split(size)
+    parts = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight) if whole is None else whole.chunk(3)
     rows = [_times(one.numel(), one.shape[-1]) for one in inputs]
     yield from zip(parts, rows, strict=True)
     yield module.out_proj.weight, rows[0]

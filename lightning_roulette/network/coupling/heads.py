@@ -78,9 +78,10 @@ def heads_of(network: nn.Module) -> dict[str, list[Group]]:
 
 def _torchs(name: str, part: nn.MultiheadAttention) -> Group:
     prefix = f"{name}." if name else ""
-    heads = torch.arange(part.embed_dim) // part.head_dim
+    width = part.num_heads * part.head_dim  # of all heads
+    heads = torch.arange(width) // part.head_dim
     producers = [
-        Member(f"{prefix}{own}", 0, heads.repeat(len(one) // part.embed_dim))
+        Member(f"{prefix}{own}", 0, heads.repeat(len(one) // width))
         for own in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
         if (one := getattr(part, own)) is not None
     ]

@@ -1,0 +1,1 @@
+"""Networks without the neurons, channels and heads that pruning left without effect."""

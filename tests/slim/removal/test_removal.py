@@ -1,0 +1,221 @@
+"""Dead units leave a network, and its outputs stay."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_roulette.network.coupling.coupling import coupling_of
+from lightning_roulette.slim.removal.removal import dead_units, remove_dead
+from tests.network.coupling.networks import IMAGES, NETWORKS, ROWS, Block, Joined
+from tests.support.networks import Layers, known, numbers, state_of
+
+
+def made(name: str) -> tuple[nn.Module, torch.Tensor]:
+    build, inputs, _ = NETWORKS[name]
+    return known(build()).eval(), inputs
+
+
+@torch.no_grad()
+def unread(model: nn.Module, inputs: torch.Tensor) -> dict[str, list[int]]:
+    """Set what reads every second unit to zero. Return these units by group."""
+    chosen = {}
+    for group in coupling_of(model, inputs).groups:
+        chosen[group.name] = list(range(1, group.size, 2))
+        for member in group.consumers:
+            places = torch.isin(member.units, torch.tensor(chosen[group.name])).nonzero().flatten()
+            model.get_parameter(member.name).index_fill_(member.dim, places, 0)
+    return chosen
+
+
+def others(inputs: torch.Tensor) -> torch.Tensor:
+    return numbers(*inputs.shape, seed=7) if inputs.is_floating_point() else inputs.flip(0)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_units_that_nothing_reads_are_gone_and_the_outputs_stay(name):
+    model, inputs = made(name)
+    chosen = unread(model, inputs)
+    before = state_of(model)
+    slim = remove_dead(model, inputs)
+    assert state_of(model) == before
+    assert (slim(others(inputs)) - model(others(inputs))).abs().max() < 1e-12
+    assert list(slim.state_dict()) == list(model.state_dict())
+    for group in coupling_of(model, inputs).groups:
+        for one in (*group.producers, *(one for one in group.consumers if int(one.units.min()) >= 0)):
+            left = slim.state_dict()[one.name].shape[one.dim]
+            assert left == len(one.units) - int(torch.isin(one.units, torch.tensor(chosen[group.name])).sum())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_a_network_without_units_is_the_network_with_zeros_in_training_too(name):
+    model, inputs = made(name)
+    unread(model, inputs)
+    slim = remove_dead(model, inputs)
+    for one in (model, slim):
+        one.train()
+        for part in one.modules():
+            if isinstance(part, nn.Dropout | nn.MultiheadAttention):
+                part.eval()
+    assert (slim(inputs) - model(inputs)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_whose_units_all_live_stays(name):
+    model, inputs = made(name)
+    slim = remove_dead(model, inputs)
+    assert slim is not model
+    assert all(torch.equal(one, slim.state_dict()[key]) for key, one in model.state_dict().items())
+    assert dead_units(model, inputs).dead == 0
+
+
+def chain() -> nn.Module:
+    return known(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 2)))
+
+
+@torch.no_grad()
+def test_units_without_weights_are_folded_into_the_next_bias():
+    model = chain()
+    model[0].weight[1:3] = 0  # constant, not zero
+    slim = remove_dead(model, ROWS)
+    assert slim[0].weight.shape == (4, 5)
+    assert not torch.equal(slim[2].bias, model[2].bias)
+    assert (slim(others(ROWS)) - model(others(ROWS))).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_death_spreads_forwards_and_backwards():
+    model = chain()
+    model[0].weight[:3] = 0  # constants
+    model[2].weight[0, 3:] = 0  # reads constants alone
+    model[2].weight[1:, 4] = 0  # read by the unit 1 alone
+    model[2].weight[0, 4] = 0
+    model[2].weight[1, 4] = 1.0
+    model[4].weight[:, 1] = 0  # the unit 1 is read by none
+    slim = remove_dead(model, ROWS)
+    assert [tuple(one.shape) for one in slim.parameters()] == [(2, 5), (2,), (5, 2), (5,), (2, 5), (2,)]
+    assert (slim(others(ROWS)) - model(others(ROWS))).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("second", "left", "staying"),
+    [
+        (nn.Conv2d(6, 4, 3), 4, 0),
+        (nn.Conv2d(6, 4, 3, stride=2, dilation=2), 4, 0),
+        (nn.Conv2d(6, 4, 3, padding=1), 6, 2),
+        (nn.Conv2d(6, 4, 3, padding=1, padding_mode="replicate"), 4, 0),
+        (nn.Conv2d(6, 4, 3, padding="same"), 6, 2),
+        (nn.Conv2d(6, 4, 1, padding="same"), 4, 0),
+        (nn.Conv2d(6, 4, 3, bias=False), 6, 2),
+        (nn.Conv2d(6, 4, 3, groups=2), 4, 0),
+        (nn.ConvTranspose2d(6, 4, 3), 6, 2),
+    ],
+)
+@torch.no_grad()
+def test_constants_are_folded_only_where_that_is_exact(second, left, staying):
+    model = known(nn.Sequential(nn.Conv2d(2, 6, 1), nn.Tanh(), second, nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 2, 1)))
+    model[0].weight[[1, 4]] = 0
+    slim = remove_dead(model, IMAGES)
+    assert len(slim[0].weight) == left
+    (count,) = [one for one in dead_units(model, IMAGES).groups if one.name == "0"]
+    each = 6 // count.units  # channels of a unit
+    assert (6 - count.dead * each, count.constant * each) == (left, staying)
+    assert (slim(others(IMAGES)) - model(others(IMAGES))).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_a_constant_of_zero_leaves_before_a_padded_convolution():
+    model = known(nn.Sequential(nn.Conv2d(2, 8, 3), Block(8), nn.Flatten(), nn.Linear(128, 3))).eval()
+    model[1].a.weight[[2, 5]] = 0
+    model[1].n.bias[[2, 5]] = -1.0  # the next is a ReLU
+    model[1].n.running_mean[[2, 5]] = 0
+    slim = remove_dead(model, IMAGES)
+    assert slim[1].a.weight.shape == (6, 8, 3, 3)
+    assert slim[1].b.weight.shape == (8, 6, 3, 3)
+    assert (slim(others(IMAGES)) - model(others(IMAGES))).abs().max() < 1e-12
+
+
+class Wired(Layers):
+    """Writes the number of its units into its code."""
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)).view(-1, 16 * 6))
+
+
+@torch.no_grad()
+def test_a_network_that_computes_with_the_number_of_its_units_keeps_them_and_says_so():
+    model = known(Wired(a=nn.Conv2d(2, 6, 3), b=nn.Linear(96, 3)))
+    model.a.weight[1] = 0
+    slim = remove_dead(model, IMAGES)
+    assert slim.a.weight.shape == model.a.weight.shape
+    assert slim.a.out_channels == 6
+    assert (slim(others(IMAGES)) - model(others(IMAGES))).abs().max() < 1e-12
+    assert dead_units(model, IMAGES).left["a"] == "the network cannot be called with another number of its units"
+
+
+@torch.no_grad()
+def test_one_unit_of_each_group_stays():
+    model = known(Joined())
+    model.c.weight.zero_()
+    slim = remove_dead(model, IMAGES)
+    assert [len(part.weight) for part in (slim.a, slim.b, slim.c)] == [1, 1, 1]
+    assert (slim(others(IMAGES)) - model(others(IMAGES))).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_the_new_network_keeps_modes_and_frozen_weights_and_trains():
+    model = chain().train()
+    model[2].weight[:, 0] = 0
+    model[0].weight.requires_grad_(False)
+    slim = remove_dead(model, ROWS)
+    assert slim.training
+    assert [one.requires_grad for one in slim.parameters()] == [one.requires_grad for one in model.parameters()]
+    with torch.enable_grad():
+        slim(ROWS).sum().backward()
+    assert slim[2].weight.grad.shape == slim[2].weight.shape == (7, 5)
+
+
+@torch.no_grad()
+def test_the_count_is_a_table():
+    model = chain()
+    model[2].weight[:, 0] = 0
+    found = dead_units(model, ROWS)
+    assert (found.units, found.dead) == (13, 1)
+    assert str(found).splitlines() == [
+        "units  kind    all  dead  constant",
+        "0      neuron    6     1         0",
+        "2      neuron    7     0         0",
+        "1 of 13 units are dead.",
+        "4: its units are outputs of the network, or no layer reads them",
+    ]
+
+
+def test_outputs_that_would_change_are_refused(monkeypatch):
+    from lightning_roulette.slim.removal import removal
+
+    monkeypatch.setattr(removal.DeadUnits, "__init__", spoiled(removal.DeadUnits.__init__))
+    with pytest.raises(ValueError, match="differ from those of the network by more than 1e-5"):
+        remove_dead(chain(), ROWS)
+
+
+def spoiled(init):
+    def wrong(self, network, groups, runs):
+        init(self, network, groups, runs)
+        network[4].bias.detach().add_(1e-3)
+
+    return wrong
+
+
+def test_a_copy_can_be_made_slimmer_again():
+    model, inputs = made("torch's attention")
+    with torch.no_grad():
+        model.self_attn.out_proj.weight[:, :4] = 0
+    once = remove_dead(model, inputs)
+    again = remove_dead(copy.deepcopy(once), inputs)
+    assert again.self_attn.num_heads == once.self_attn.num_heads == 1
+    assert (again(inputs) - model(inputs)).abs().max() < 1e-12
