@@ -207,7 +207,8 @@ def main() -> None:
 
 def add_all(results: Runs, name: str, case: Case, pending: list[tuple[int, str, str]], stored: Path) -> None:
     """Make the runs that are not finished."""
-    dense = case.score(case.network, case.judging)
+    known = [row["dense"] for row in results.of(network=name)]
+    dense = known[0] if known else case.score(case.network, case.judging)
     for seed, goal, way in pending:
         if way.startswith("Torch-Pruning") and "recal" in way and (GOALS[goal].epochs or not has_statistics(case)):
             continue  # training estimates the statistics anew

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 sys.path.append(str(Path(__file__).parent.parent / "paper"))
-from checkpoints import NETWORKS, shifted
+from checkpoints import NETWORKS
 from data import load
 from networks import as_trained, trained
 
@@ -176,21 +176,21 @@ def learn(network: nn.Module, case: Case, optimizer: torch.optim.Optimizer, epoc
 
 
 def resnet_20(options: Options) -> Case:
-    """Return ResNet-20 of a checkpoint. Its batch normalisation is first estimated anew."""
+    """Return ResNet-20 of a checkpoint. Its batch normalisation is first estimated anew. It learns from bytes."""
     published = NETWORKS["resnet20"]
     with np.load(options.data / "cifar10.npz") as arrays:
-        x, y, x_test, y_test = (
-            torch.from_numpy(arrays[f"{one}"]) for one in ("x_train", "y_train", "x_test", "y_test")
-        )
+        x, y, x_test, y_test = (torch.from_numpy(arrays[one]) for one in ("x_train", "y_train", "x_test", "y_test"))
     rest, held = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).split(len(x) - HELD)
-    black = published.images(torch.zeros_like(x[:1]))
     classes, test_classes = (one.flatten().long() for one in (y, y_test))
-    parts = [(published.images(x[some]), classes[some]) for some in (rest, held)]
+    parts = [(x[rest], classes[rest]), (published.images(x[held]), classes[held])]
     parts.append((published.images(x_test), test_classes))
-    network = published.build()
-    network.load_state_dict(torch.load(options.checkpoint, weights_only=True))
-    case = Case(_ready(network), "fc", *parts, lambda x, chance: shifted(x - black, chance) + black)
-    recalibrate(case.network, case.calibration(0)[0])
+    case = Case(_ready(published.build()), "fc", *parts, published.images)
+    if (path := options.networks / "units-resnet20.pt").exists():
+        case.network.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        case.network.load_state_dict(torch.load(options.checkpoint, weights_only=True))
+        recalibrate(case.network, case.calibration(0)[0])
+        torch.save(case.network.state_dict(), path)
     return case
 
 
