@@ -43,6 +43,7 @@ from lightning_roulette.trainer.saved import read_back_late, warn_of_other_weigh
 from lightning_roulette.trainer.search_loop import as_data_allows, search_loop_of
 from lightning_roulette.trainer.searching import measure_and_save, search_network
 from lightning_roulette.trainer.show.log import log, speak_up
+from lightning_roulette.trainer.show.show import begin_rows
 from lightning_roulette.trainer.units import rehearse_search
 from lightning_roulette.trainer.with_result import WithResult
 
@@ -247,6 +248,7 @@ class RouletteWheelPruning(WithResult):
             if self._run.phase is Phase.FRESH:
                 warn_of_little(pl_module, self.include, self.exclude)
             refuse_without_validation(trainer, pl_module)
+            begin_rows(trainer, pl_module, self._run.choices)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hold the zeros of an earlier search, and find the metric by a short validation."""

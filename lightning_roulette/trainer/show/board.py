@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from itertools import count
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
@@ -18,9 +19,11 @@ from torch.utils.tensorboard import summary
 
 from lightning_roulette.trainer.lightning_names import in_both
 from lightning_roulette.trainer.show.layout import layout
-from lightning_roulette.trainer.show.row import Setting
+from lightning_roulette.trainer.show.row import MEANINGS, RESULT, Setting, described
 
 BINS = 64  # of a histogram
+
+_BEGUN: WeakSet[TensorBoardLogger] = WeakSet()  # loggers in whose runs a row waits for its final numbers
 
 
 class Board:
@@ -56,20 +59,38 @@ class Board:
         """Write the charts that draw several curves together."""
         self._add(layout())
 
-    def row(self, settings: Mapping[str, Setting], result: Mapping[str, float], step: int) -> None:
-        """Write a row into the table of the tab HParams.
+    def begin_row(self, settings: Mapping[str, Setting], others: Mapping[str, Any]) -> None:
+        """Write the settings into the row of this run, in the table of the tab HParams.
 
-        The table has one row for each run. If this run has a row already, such as the hyperparameters of the module,
-        the row is that of a run of its own, in a folder below. It then has these hyperparameters too.
+        A run has one row and one list of columns. TensorBoard keeps the first that is written. So this comes before the
+        module's hyperparameters are logged, and has them too. If the run has a row already, nothing is written.
+
+        Args:
+            settings: The settings of the search.
+            others: Hyperparameters that Lightning will log.
         """
         hparams: Any = self._logger.hparams
         if hparams:
-            plain = {str(name): one for name, one in hparams.items() if isinstance(one, bool | int | float | str)}
-            self._logger.experiment.add_hparams({**plain, **settings}, dict(result), None, self._free_run(), step)
             return
-        for entry in summary.hparams(dict(settings), dict(result)):
-            self._add(entry, step)
-        hparams.update(settings)  # this run has a row now
+        columns = [*(["hp_metric"] if others else []), *(f"{RESULT}{name}" for name in MEANINGS)]
+        for entry in summary.hparams({**_flat(others), **settings}, dict.fromkeys(columns, 0.0)):
+            self._add(entry)
+        hparams.update(settings)
+        _BEGUN.add(self._logger)
+
+    def end_row(self, settings: Mapping[str, Setting], result: Mapping[str, float], step: int) -> None:
+        """Write the final numbers, and a row for them if none was begun.
+
+        That row is the one of a run of its own, in a folder below. It has the hyperparameters of this run too.
+        """
+        if self._logger in _BEGUN:
+            _BEGUN.discard(self._logger)
+        else:
+            hparams: Any = self._logger.hparams
+            row = {**_flat(hparams), **settings}
+            self._logger.experiment.add_hparams(row, dict(result), None, self._free_run(), step)
+        for tag, value in result.items():
+            self.scalar(tag, value, step, described(tag))
 
     def save(self) -> None:
         """Write what waits to the disk."""
@@ -101,3 +122,14 @@ def boards_of(trainer: Trainer) -> list[Board]:
     """Return a board for each TensorBoardLogger of a Trainer, in the first process; none in others."""
     ours: list[Any] = [one for one in trainer.loggers if is_tensorboard(one)]
     return [Board(one) for one in ours] if trainer.is_global_zero else []
+
+
+def _flat(hparams: Mapping[str, Any], within: str = "") -> dict[str, Setting]:
+    """Return hyperparameters as TensorBoard can show them: nested names joined by "/", and other objects as text."""
+    found: dict[str, Setting] = {}
+    for name, value in hparams.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{within}{name}/")
+        else:
+            found[f"{within}{name}"] = value if isinstance(value, Setting) else str(value)
+    return found

@@ -14,8 +14,7 @@ from lightning_roulette.trainer.show import points
 from lightning_roulette.trainer.show.board import boards_of, is_tensorboard
 from lightning_roulette.trainer.show.display import Display
 from lightning_roulette.trainer.show.log import log
-from lightning_roulette.trainer.show.row import Setting, result_of, row_of
-from lightning_roulette.trainer.show.row import described as described_result
+from lightning_roulette.trainer.show.row import Setting, result_of
 
 
 class Curves(Display):
@@ -75,15 +74,13 @@ class Curves(Display):
 
     def on_end(self, report: SearchReport) -> None:
         """Log the settings and the final numbers."""
-        settings, result = row_of(report, self._settings), result_of(report)
+        result = result_of(report)
         step = 0 if report.winner is None else report.winner.level
         for board in self._boards:
-            board.row(settings, result, step)
-            for tag, value in result.items():
-                board.scalar(tag, value, step, described_result(tag))
+            board.end_row(self._settings, result, step)
             board.save()
         for logger in self._others:
-            _log_settings(logger, settings)
+            _log_settings(logger, self._settings)
             logger.log_metrics(dict(result), step=step)
             logger.save()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 from lightning_roulette.report.report import SearchReport
 from lightning_roulette.trainer.choices import Choices
@@ -11,10 +10,11 @@ from lightning_roulette.trainer.choices import Choices
 Setting = bool | int | float | str
 RESULT = "roulette-result/"
 
-_MEANINGS = {
+MEANINGS = {
     "sparsity": "Share of the prunable weights that is removed.",
     "weights_left": "Number of prunable weights that are kept.",
     "score": "The metric of the pruned network on all validation data.",
+    "tolerance": "How much worse the metric was allowed to be.",
     "decline": "How much worse the metric is: the estimate of the report.",
     "held_out_decline": "How much worse the metric is on the held-out half, as measured.",
     "seconds": "Wall time of the search.",
@@ -25,12 +25,14 @@ _MEANINGS = {
 
 
 def settings_of(choices: Choices) -> dict[str, Setting]:
-    """Return the settings of a search that decide most about its result, by their names. All rows have the same."""
+    """Return the settings of a search that decide most about its result, by tags. All rows have the same."""
     wheel, tree, validation = choices.wheel, choices.tree, choices.validation
     refit = choices.refit if choices.refit is None or isinstance(choices.refit, str) else type(choices.refit).__name__
     importance = getattr(wheel.importance, "__name__", wheel.importance)
-    return {
+    named: dict[str, Setting] = {
         "branches": choices.branches,
+        "tolerance": str(choices.tolerance),
+        "monitor": str(choices.monitor),
         "seed": choices.seed,
         "refit": str(refit),
         "target_sparsity": str(choices.target_sparsity),
@@ -43,12 +45,7 @@ def settings_of(choices: Choices) -> dict[str, Setting]:
         "tree.patience": tree.patience,
         "validation.confirm": validation.confirm,
     }
-
-
-def row_of(report: SearchReport, settings: Mapping[str, Setting]) -> dict[str, Setting]:
-    """Return all settings, with those that the search found out, by tags."""
-    found: dict[str, Setting] = {"monitor": report.monitor, "tolerance": report.tolerance, "weights": report.size}
-    return {f"roulette/{name}": value for name, value in {**settings, **found}.items()}
+    return {f"roulette/{name}": value for name, value in named.items()}
 
 
 def result_of(report: SearchReport) -> dict[str, float]:
@@ -58,6 +55,7 @@ def result_of(report: SearchReport) -> dict[str, float]:
         "sparsity": report.sparsity,
         "weights_left": report.survivors,
         "score": report.score,
+        "tolerance": report.tolerance,
         "decline": report.decline,
         "held_out_decline": _held_out_decline(report, None if winner is None else winner.held_out_score),
         "seconds": report.seconds,
@@ -65,13 +63,13 @@ def result_of(report: SearchReport) -> dict[str, float]:
         "bytes": None if footprint is None else footprint.compressed_bytes,
         "multiply_adds": None if footprint is None else footprint.effective_multiply_adds,
     }
-    known = {name: float(one) for name, one in numbers.items() if one is not None and not math.isnan(one)}
+    known = {name: float(one) for name, one in numbers.items() if one is not None and math.isfinite(one)}
     return {f"{RESULT}{name}": value for name, value in known.items()}
 
 
 def described(tag: str) -> str:
     """Return what a final number is."""
-    return f"{_MEANINGS[tag.removeprefix(RESULT)]} The step is the level of the result."
+    return f"{MEANINGS[tag.removeprefix(RESULT)]} The step is the level of the result."
 
 
 def _held_out_decline(report: SearchReport, score: float | None) -> float | None:

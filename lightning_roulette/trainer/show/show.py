@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_roulette.mask.mask import Mask
@@ -17,6 +17,7 @@ from lightning_roulette.trainer.choices import Choices
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from lightning_roulette.trainer.show.album import Album
 from lightning_roulette.trainer.show.bar import ProgressLine
+from lightning_roulette.trainer.show.board import boards_of
 from lightning_roulette.trainer.show.curves import Curves
 from lightning_roulette.trainer.show.display import Display
 from lightning_roulette.trainer.show.level_table import LevelTable
@@ -26,6 +27,23 @@ from lightning_roulette.trainer.show.row import settings_of
 DISPLAYS: tuple[type[Display], ...] = (LogLines, ProgressLine, Curves, Album, LevelTable)
 
 _Show = TypeVar("_Show", bound="Show")
+
+
+def begin_rows(trainer: Trainer, module: LightningModule, choices: Choices) -> None:
+    """Begin the row of a search in the tables of TensorBoard. Call this before Lightning logs hyperparameters.
+
+    Args:
+        trainer: The Trainer whose loggers are used.
+        module: Its module.
+        choices: The arguments of the callback.
+    """
+    owners = [one for one in (module, trainer.datamodule) if one is not None]  # type: ignore[attr-defined]
+    # these log their hyperparameters; lightning has no public name for it
+    logging = [one for one in owners if getattr(one, "_log_hyperparams", False)]
+    for board in boards_of(trainer):
+        board.begin_row(
+            settings_of(choices), {name: one for each in logging for name, one in each.hparams_initial.items()}
+        )
 
 
 class Show(Observer):

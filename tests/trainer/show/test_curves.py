@@ -73,6 +73,7 @@ def final(report) -> dict[str, list[tuple[int, float]]]:
         "sparsity": report.sparsity,
         "weights_left": report.survivors,
         "score": report.score,
+        "tolerance": report.tolerance,
         "decline": report.decline,
         "seconds": report.seconds,
         "validations": report.validations,
@@ -82,7 +83,8 @@ def final(report) -> dict[str, list[tuple[int, float]]]:
     if winner is not None:
         numbers["held_out_decline"] = sign * (report.held_out_dense - winner.held_out_score)
     step = 0 if winner is None else winner.level
-    return {f"roulette-result/{name}": [(step, float(value))] for name, value in numbers.items()}
+    known = {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
+    return {f"roulette-result/{name}": [(step, value)] for name, value in known.items()}
 
 
 def rounded(curves) -> dict[str, list[tuple[int, float]]]:

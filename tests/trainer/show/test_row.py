@@ -13,7 +13,7 @@ from tensorboard.plugins.hparams import metadata
 
 from tests.support import fits
 from tests.support.events import events, scalars
-from tests.support.modules import Blobs
+from tests.support.modules import Blobs, BlobsData
 
 pruner = partial(fits.pruner, tolerance=0.3)
 
@@ -21,7 +21,7 @@ pruner = partial(fits.pruner, tolerance=0.3)
 class WithHyperparameters(Blobs):
     """A module that logs its hyperparameters."""
 
-    def __init__(self, lr: float = 1e-2) -> None:
+    def __init__(self, lr: float = 1e-2, more: dict | None = None) -> None:
         super().__init__(lr)
         self.save_hyperparameters()
 
@@ -42,38 +42,50 @@ def columns(folder: Path | str) -> tuple[set[str], set[str]]:
 
 
 def test_a_search_is_a_row_of_its_settings_and_its_final_numbers(fit, tmp_path):
-    pruning, logger = pruner(tolerance=None, seed=3), TensorBoardLogger(tmp_path)
+    pruning, logger = pruner(seed=3), TensorBoardLogger(tmp_path)
     fit(pruning, logger=logger)
     found, (settings, metrics) = row(logger.log_dir), columns(logger.log_dir)
     assert found.keys() == settings
-    assert found["roulette/tolerance"] == pruning.report.tolerance
-    assert found["roulette/monitor"] == "val_acc"
-    assert (found["roulette/branches"], found["roulette/seed"], found["roulette/refit"]) == (2, 3, "None")
-    assert found["roulette/tree.pruning_rate"] == 0.2
-    points = scalars(logger.log_dir)
-    assert {points[tag][0][0] for tag in metrics} == {pruning.report.winner.level}
+    assert (found["roulette/tolerance"], found["roulette/monitor"], found["roulette/refit"]) == ("0.3", "None", "None")
+    assert (found["roulette/branches"], found["roulette/seed"], found["roulette/tree.pruning_rate"]) == (2, 3, 0.2)
+    points = {tag: found for tag, found in scalars(logger.log_dir).items() if tag.startswith("roulette-result/")}
+    assert points.keys() == metrics
+    assert {found[0][0] for found in points.values()} == {pruning.report.winner.level}
     assert points["roulette-result/sparsity"][0][1] == pytest.approx(pruning.report.sparsity)
-    assert {
-        f"roulette-result/{one}" for one in ("sparsity", "decline", "held_out_decline", "seconds", "bytes")
-    } <= metrics
 
 
-def test_the_row_of_the_modules_hyperparameters_stays_and_ours_has_them_too(fit, tmp_path):
+class Data(BlobsData):
+    """Data that logs its hyperparameters."""
+
+    def __init__(self, batch_size: int = 50) -> None:
+        super().__init__(batch_size)
+        self.save_hyperparameters()
+
+
+def test_the_hyperparameters_of_module_and_data_are_in_the_same_row(fit, tmp_path):
     pruning, logger = pruner(), TensorBoardLogger(tmp_path)
-    fit(pruning, logger=logger, module=WithHyperparameters(0.02))
-    ours = Path(logger.log_dir, "roulette_1")
-    assert row(logger.log_dir) == {"lr": 0.02}
-    assert row(ours)["lr"] == 0.02
-    assert row(ours)["roulette/branches"] == 2
-    assert scalars(str(ours))["roulette-result/sparsity"][0][1] == pytest.approx(pruning.report.sparsity)
+    module = WithHyperparameters(0.02, {"depth": {"of": 3}, "sizes": [3, 4]})
+    fit(pruning, logger=logger, module=module, datamodule=Data(40))
+    found, (settings, metrics) = row(logger.log_dir), columns(logger.log_dir)
+    mine = {name: value for name, value in found.items() if not name.startswith("roulette")}
+    assert mine == {"lr": 0.02, "more/depth/of": 3, "more/sizes": "[3, 4]", "batch_size": 40}
+    assert found["roulette/branches"] == 2
+    assert found.keys() == settings
+    assert {"hp_metric", "roulette-result/sparsity"} <= metrics
+    assert [one for one in Path(logger.log_dir).iterdir() if one.is_dir()] == []
+    kept = yaml.safe_load(Path(logger.log_dir, "hparams.yaml").read_text())
+    assert (kept["lr"], kept["batch_size"], kept["roulette/seed"]) == (0.02, 40, 0)
 
 
 def test_each_search_of_one_run_has_a_row(fit, tmp_path):
-    logger = TensorBoardLogger(tmp_path)
+    logger, found = TensorBoardLogger(tmp_path), []
     for seed in range(3):
-        fit(pruner(seed=seed), logger=logger)
-    folders = [logger.log_dir, *(Path(logger.log_dir, f"roulette_{number}") for number in (1, 2))]
-    assert [row(one)["roulette/seed"] for one in folders] == [0, 1, 2]
+        found.append(pruner(seed=seed))
+        fit(found[-1], logger=logger, module=WithHyperparameters(0.02))
+    folders = [Path(logger.log_dir), *(Path(logger.log_dir, f"roulette_{number}") for number in (1, 2))]
+    assert [(row(one)["roulette/seed"], row(one)["lr"]) for one in folders] == [(0, 0.02), (1, 0.02), (2, 0.02)]
+    for folder, pruning in zip(folders[1:], found[1:], strict=True):
+        assert scalars(str(folder))["roulette-result/score"][0][1] == pytest.approx(pruning.report.score)
 
 
 def test_other_loggers_get_the_settings_as_hyperparameters(fit, tmp_path):
@@ -83,7 +95,7 @@ def test_other_loggers_get_the_settings_as_hyperparameters(fit, tmp_path):
         kept = yaml.safe_load(Path(logger.log_dir, "hparams.yaml").read_text())
         assert kept["lr"] == 0.02
         assert kept["roulette/wheel.sharpness"] == 16.0
-        assert kept["roulette/tolerance"] == 0.3
+        assert kept["roulette/tolerance"] == "0.3"
 
 
 def test_a_logger_that_refuses_the_settings_does_not_end_the_fit(fit, tmp_path, caplog, monkeypatch):
