@@ -50,7 +50,8 @@ class HeldOutRows:
             matrix: Float64, shape `(groups, outputs, inputs)`.
         """
         with full_precision(matrix.device):
-            return self._mean(sum(_squares(products_with(matrix.to(x.dtype))(x) - y) for x, y in self._parts))
+            times = {kind: products_with(matrix.to(kind)) for kind in {x.dtype for x, _ in self._parts}}
+            return self._mean(sum(_squares(times[x.dtype](x) - y) for x, y in self._parts))
 
     def output_variance(self, like: Tensor) -> float:
         """Variance of the wanted outputs over the rows, summed over outputs and groups.
