@@ -48,7 +48,7 @@ class Limits:
     block_keys: int = 1 << 16
     block_keys_off_cpu: int = 1 << 22
     branch_mask_bytes: int = 1 << 24
-    gram_rows: int = 1 << 9
+    gram_rows: int = 1 << 8
     system_bytes: int = 1 << 26
     waiting_threads: int = 1 << 10
     recorded_bytes: int = 1 << 30
