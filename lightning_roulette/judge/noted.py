@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_roulette.judge.evaluator import Evaluator, as_evaluator
 from lightning_roulette.judge.journal import Journal, bytes_of, fingerprint
 from lightning_roulette.judge.outcomes import Batches, Outcomes, Resamples, Singles
+from lightning_roulette.large.gathered import together
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.report.records import Scores
@@ -77,7 +78,8 @@ class Noted(Evaluator):
     def _digest(self, candidate: PrunedWeights) -> str:
         """Return digits that identify a pruned network; two networks share them with probability 2**-128."""
         if candidate.refitted and candidate.refitted is not self._refitted[0]:
-            self._refitted = (candidate.refitted, fingerprint(candidate.refitted))
+            values = candidate.refitted
+            self._refitted = (values, together(fingerprint(values), values))
         return candidate.mask.digest.hex() + (self._refitted[1] if candidate.refitted else "")
 
 

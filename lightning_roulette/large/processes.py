@@ -19,6 +19,13 @@ class FailedElsewhere(RuntimeError):
     """Another process failed."""
 
 
+class OutOfStep(RuntimeError):
+    """This process failed in a run that all processes make in step. The others cannot be told, as they wait inside it.
+
+    If they wait for ever, what started the processes ends them.
+    """
+
+
 def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
@@ -61,6 +68,14 @@ class Processes:
             self._join(0)
             return tuple(self._sum(one) for one in tensors)
         return tensors
+
+    def go_on(self) -> None:
+        """Wait for the other processes.
+
+        Raises:
+            FailedElsewhere: If one of them failed.
+        """
+        self.add()
 
     def each(self, values: Tensor) -> Tensor:
         """The values of every process, by process number: shape `(ranks, *values.shape)`."""
@@ -109,7 +124,7 @@ class Processes:
         """
         try:
             yield
-        except FailedElsewhere:
+        except (FailedElsewhere, OutOfStep):
             raise
         except Exception:
             if self.ranks > 1:

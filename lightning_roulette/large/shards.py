@@ -1,13 +1,15 @@
 """Weights that are sharded over several processes.
 
 With FSDP2 (`fully_shard`) a parameter is a DTensor, and each process holds some of its rows. Every process stores the
-masks of the whole network. It computes importance and keys for its own weights only, and weights are never gathered.
+masks of the whole network. It computes importance and keys for its own weights only. A refit gathers one layer at a
+time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -30,6 +32,11 @@ def any_sharded(tensors: Iterable[Tensor]) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """The part of a DTensor that this process holds, as a view; any other tensor itself."""
     return cast(Tensor, cast(Any, tensor).to_local()) if is_sharded(tensor) else tensor
+
+
+def mesh_of(tensor: Tensor) -> Any:
+    """The mesh of processes that hold a DTensor."""
+    return cast(Any, tensor).device_mesh
 
 
 def start_of(tensor: Tensor) -> int:
@@ -66,7 +73,7 @@ def part_of(kept: Flags, tensor: Tensor) -> Tensor:
         tensor: The tensor.
     """
     ours = local(tensor)
-    return kept.unpacked() if ours is tensor else kept.part(*_span(tensor)).view(ours.shape)
+    return kept.unpacked() if ours is tensor else kept.part(*span(tensor)).view(ours.shape)
 
 
 def nonzeros(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor | Bits]:
@@ -84,7 +91,8 @@ def filled(value: bool, tensor: Tensor) -> Tensor:
     return torch.full_like(tensor, value, dtype=torch.bool)
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
+def span(tensor: Tensor) -> tuple[int, int]:
+    """The first index in the flattened tensor of the part that this process holds, and the index after its last."""
     start = start_of(tensor)
     return start, start + local(tensor).numel()
 
@@ -118,7 +126,7 @@ class Shards:
         if not sharded:
             return None
         meshes = {tuple(one.device_mesh.mesh.flatten().tolist()): one.device_mesh for one in sharded.values()}
-        spans = {name: _span(weight) for name, weight in weights.items()}
+        spans = {name: span(weight) for name, weight in weights.items()}
         mesh = next(iter(meshes.values()))
         if len(meshes) > 1 or mesh.ndim != 1:
             raise ValueError(
@@ -128,12 +136,7 @@ class Shards:
         rank, device = mesh.get_local_rank(), local(next(iter(sharded.values()))).device
         others = {name: (0, 0) for name in weights if rank and not _holds_rows(weights[name])}
 
-        def add(values: Tensor) -> Tensor:
-            total = values.to(device, copy=True)
-            torch.distributed.all_reduce(total, group=mesh.get_group())
-            return total.to(values.device)
-
-        return cls({**spans, **others}, rank, mesh.size(), add)
+        return cls({**spans, **others}, rank, mesh.size(), partial(sum_over, mesh, device))
 
     def own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights that this process owns, flat; views where they are contiguous."""
@@ -201,9 +204,21 @@ def reshard(module: nn.Module) -> None:
             cast(Any, part).reshard()
 
 
+def is_owner(tensor: Tensor) -> bool:
+    """Whether this process owns the rows that it holds. The first one owns those that all hold."""
+    return _holds_rows(tensor) or mesh_of(tensor).get_local_rank() == 0
+
+
 def _holds_rows(tensor: Tensor) -> bool:
     return is_sharded(tensor) and not all(one.is_replicate() for one in cast(Any, tensor).placements)
 
 
 def _none(tensor: Tensor) -> Tensor:
     return tensor.detach().new_empty(0)
+
+
+def sum_over(mesh: Any, device: torch.device, values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes of a mesh, computed on a device. All of them call this."""
+    total = values.to(device, copy=True)
+    torch.distributed.all_reduce(total, group=mesh.get_group())
+    return total.to(values.device)

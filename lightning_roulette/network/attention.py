@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -47,12 +46,19 @@ def _output_projection(part: nn.MultiheadAttention, path: str, shared: Collectio
 def _without_projection(part: nn.MultiheadAttention) -> Any:
     """The forward of an attention whose output projection is an identity. The module is not changed."""
     weight = part.out_proj.weight
-    identity = copy.copy(part.out_proj)
+    identity = _copied(part.out_proj)
     identity._parameters = {"weight": _still(torch.eye(weight.shape[1]).to(weight)), "bias": None}
-    twin = copy.copy(part)
+    twin = _copied(part)
     twin._parameters = {name: None if one is None else _still(one) for name, one in part._parameters.items()}
     twin._modules, twin.training = {**part._modules, "out_proj": identity}, False
     return twin.forward
+
+
+def _copied(part: nn.Module) -> Any:
+    # the class that FSDP2 gives a module makes no copies: it calls the constructor of the class before
+    twin = object.__new__(type(part))
+    twin.__dict__.update(part.__dict__)
+    return twin
 
 
 def _still(tensor: Tensor) -> nn.Parameter:

@@ -9,9 +9,32 @@ import torch
 from torch import Tensor, nn
 
 from lightning_roulette.large.bits import Flags, is_small
+from lightning_roulette.large.gathered import write_rows
 from lightning_roulette.large.masking import RemovedValues, fill
-from lightning_roulette.large.shards import local
+from lightning_roulette.large.shards import is_sharded, local
 from lightning_roulette.mask.mask import flags_of
+
+
+class InUse(Mapping[str, Tensor]):
+    """The parameters and buffers of a network as its modules have them now. In a forward, FSDP2 makes them whole.
+
+    Args:
+        module: The network.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, _, own = name.rpartition(".")
+        found: Tensor = getattr(self._module.get_submodule(path), own)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(named_tensors(self._module))
+
+    def __len__(self) -> int:
+        return len(named_tensors(self._module))
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -67,7 +90,13 @@ def copy_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> No
 
 @torch.no_grad()
 def write(tensor: Tensor, value: Tensor) -> None:
-    """Write a value into a tensor, in place. Entries of an expanded tensor that share memory are written once."""
+    """Write a value into a tensor, in place. Entries of an expanded tensor that share memory are written once.
+
+    A sharded tensor takes a whole value, too, of which this process writes its rows.
+    """
+    if is_sharded(tensor) and not is_sharded(value):
+        write_rows(tensor, value)
+        return
     if tensor.layout == torch.strided and 0 in tensor.stride():
         for dim, step in enumerate(tensor.stride()):
             if step == 0 and tensor.shape[dim] > 1:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_roulette.large.gathered import gathered_all
 from lightning_roulette.large.processes import ONE_PROCESS, Processes
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.layers import Layer
@@ -20,6 +21,8 @@ from lightning_roulette.refit.solvers.cholesky import DampedGram
 from lightning_roulette.refit.solvers.cost import worth_sharing
 from lightning_roulette.refit.solvers.fastest import Fastest
 from lightning_roulette.refit.solvers.shared import Shared, in_shares
+
+_ROUNDING = 1e-9  # share of the mean square of a layer's outputs by which rounding may increase its error
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +66,8 @@ class Fitting:
         The chosen entries are kept only if their damped error on the fitted rows is smaller than that of the given
         entries, and their error on the held-out rows is not larger.
         """
-        kept, dense = self._kept(layer), matrix_of(layer, self.dense)
+        kept = self._kept(layer)
+        dense = matrix_of(layer, gathered_all(self.dense, layer.parameters, self.processes))
         prepared = Shared(Fastest(self.damping), self.processes).init(sums.fit)
         given = prepared.solve(kept, torch.where(kept, dense, 0.0))
         if not (self.choose and sums.finite):
@@ -112,3 +116,13 @@ class Fitting:
         if layer.bias is not None:
             free[..., -1] = False
         return free
+
+
+def fault(sums: LayerSums, start: Tensor, refitted: Tensor) -> str:
+    """Return why a refitted matrix is not kept; empty if it is finite and no worse, in the type of the weights."""
+    if not (sums.finite and bool(refitted.isfinite().all())):
+        return "its inputs or its solved weights are not finite"
+    held_out = sums.held_out
+    if held_out.rows and held_out.error(refitted) > held_out.error(start) + _ROUNDING * held_out.mean_square:
+        return "it increased the error on inputs that it was not solved on"
+    return ""

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_roulette.large.digests import digests_of
 from lightning_roulette.network.containers import rebuilt, tensors_of
 from lightning_roulette.network.modes import evaluating
-from lightning_roulette.refit.traversal import Runs
+from lightning_roulette.refit.runs import Runs
 
 
 def forwards(module: nn.Module, batches: Sequence[Any]) -> Runs:
@@ -26,7 +26,7 @@ def forwards(module: nn.Module, batches: Sequence[Any]) -> Runs:
 
 
 class _Forward:
-    """A network's forward on batches of given numbers."""
+    """A network's forward on batches of given numbers. After the last one come the first ones again."""
 
     def __init__(self, module: nn.Module, batches: Sequence[Any]) -> None:
         self._module, self._batches = module, batches
@@ -35,6 +35,7 @@ class _Forward:
 
     def run(self, number: int) -> object:
         """Run the network on a batch. Copies take memory while a run waits, so there are none if none are needed."""
+        number %= len(self._batches)
         batch = self._batches[number]
         if number in self._unchanged and not self._writes:
             return self._result(batch)
@@ -48,3 +49,22 @@ class _Forward:
 
     def _result(self, batch: Any) -> object:
         return self._module(*batch) if isinstance(batch, tuple | list) else self._module(batch)
+
+
+def number_of(batches: Sequence[Any] | int, has_run: bool) -> int:
+    """Return how many batches there are.
+
+    Args:
+        batches: A list of batches, or their number.
+        has_run: Whether there is a function that runs the network on the batch of a number.
+
+    Raises:
+        TypeError: If `batches` is neither, or if it is a number and there is no such function.
+    """
+    if not isinstance(batches, int | Sequence):
+        kind = type(batches).__name__
+        raise TypeError(f"batches is a {kind}, but must be a list of batches, or a number. Pass list(...) of it.")
+    number = batches if isinstance(batches, int) else len(batches)
+    if isinstance(batches, int) and not has_run:
+        raise TypeError(f"batches is {batches}, but must be a list of inputs if run is None. Pass the inputs, or run.")
+    return number

@@ -12,19 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from lightning_roulette.checks import check_count
+from lightning_roulette.large.gathered import holders_of
 from lightning_roulette.large.processes import ONE_PROCESS, Processes
+from lightning_roulette.large.shards import any_sharded, reshard
 from lightning_roulette.mask.mask import Mask, fill_pruned
 from lightning_roulette.network.lending import copy_into, lent, named_tensors
 from lightning_roulette.network.samples import pieces_of
 from lightning_roulette.refit.fitting import Fitting
-from lightning_roulette.refit.forwards import forwards
+from lightning_roulette.refit.forwards import forwards, number_of
+from lightning_roulette.refit.in_step import in_step
 from lightning_roulette.refit.layerwise import Layerwise
 from lightning_roulette.refit.matrices import RowSampler
 from lightning_roulette.refit.narrowing import Narrowing
 from lightning_roulette.refit.refitted import Refitted
+from lightning_roulette.refit.runs import Runs
 from lightning_roulette.refit.scales import input_scales
 from lightning_roulette.refit.sensitivity import Sensitivity
-from lightning_roulette.refit.traversal import Runs
 from lightning_roulette.refit.turns import Turns
 from lightning_roulette.settings import LeastSquares, Refit, refit_of
 
@@ -61,7 +64,8 @@ class Calibration:
         batches: Inputs of the network's forward, each a tensor or a tuple of arguments; or the number of batches that
             `run` knows. The network may write to them; they stay as they are.
         run: Runs the network on the batch of a given number, in evaluation mode. None calls the network's forward on
-            `batches`. Several runs may be under way, see above.
+            `batches`. Several runs may be under way, see above. If the weights are sharded, it is also called with the
+            number `batches`, and may run on any inputs then.
         around: Returns a context that is entered around one run or around several, for what `run` needs.
         pieces: Functions that each run the network on a few samples, for `"sensitivity"`, which needs the memory of a
             training step. None uses the first 2,048 samples of `batches`, 256 at a time, if the first dimension counts
@@ -96,15 +100,24 @@ class Calibration:
         cache_bytes: int = 2**31,
         processes: Processes = ONE_PROCESS,
     ) -> None:
-        self._processes = processes
-        self.batches = _number_of(batches, run is not None)
+        reshard(module)
+        sharded = any_sharded(module.parameters())
+        self._processes = processes = holders_of(module, processes)
+        self.batches = number_of(batches, run is not None)
         if (total := int(self._processes.add(torch.tensor(self.batches))[0])) < 1:
             raise ValueError("batches is empty, but must have at least one batch of inputs.")
+        if run is None and sharded and not bool(processes.each(torch.tensor(self.batches)).all()):
+            raise ValueError(
+                f"there are {total} batches for {processes.ranks} processes, but each process that holds shards of the "
+                "network runs it, and needs a batch. Give each at least one."
+            )
         if run is None:
             few = forwards(module, pieces_of(cast("Sequence[Any]", batches)))
             self._runs = forwards(module, cast("Sequence[Any]", batches))
         else:
             few = self._runs = Runs(self.batches, run, around)
+        if sharded:
+            self._runs = in_step(self._runs, module, total, processes)
         whole = [partial(few.alone, number) for number in range(few.batches)]
         self._module, self._pieces = module, whole if pieces is None else pieces
         self._sampler, self._seed = RowSampler(rows, total, seed, self._processes), seed
@@ -312,13 +325,3 @@ class Calibration:
                     self._processes,
                 )
         return self._layerwise[key]
-
-
-def _number_of(batches: Sequence[Any] | int, has_run: bool) -> int:
-    if not isinstance(batches, int | Sequence):
-        kind = type(batches).__name__
-        raise TypeError(f"batches is a {kind}, but must be a list of batches, or a number. Pass list(...) of it.")
-    number = batches if isinstance(batches, int) else len(batches)
-    if isinstance(batches, int) and not has_run:
-        raise TypeError(f"batches is {batches}, but must be a list of inputs if run is None. Pass the inputs, or run.")
-    return number

@@ -13,24 +13,28 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from lightning_roulette.large.gathered import blank, gathered, whole
 from lightning_roulette.large.processes import Processes
-from lightning_roulette.network.layers import Layer, batch_norms_of, channels
-from lightning_roulette.network.lending import copy_into, lent, named_tensors, write
+from lightning_roulette.network.layers import Layer, channels
+from lightning_roulette.network.lending import InUse, copy_into, lent, write
 from lightning_roulette.network.recurrent import has_state
 from lightning_roulette.network.refittable import layers_of
 from lightning_roulette.refit.compared import Compared
 from lightning_roulette.refit.dense import DenseOutputs
 from lightning_roulette.refit.enough import RowCount
-from lightning_roulette.refit.fitting import Fitting
+from lightning_roulette.refit.fitting import Fitting, fault
 from lightning_roulette.refit.gram import LayerSums, MeanAndVariance
+from lightning_roulette.refit.in_step import RunsInStep, follow_in_step
 from lightning_roulette.refit.interleaved import Interleaved
 from lightning_roulette.refit.matrices import RowSampler, matrix_of, outputs_of, write_matrix
 from lightning_roulette.refit.narrowing import Narrowing
-from lightning_roulette.refit.traversal import Call, CallLoop, Given, Runs, Step, Traversal
+from lightning_roulette.refit.runs import Runs
+from lightning_roulette.refit.solved import changeable, statistics_of, steps_of, weights_of
+from lightning_roulette.refit.traversal import Call, CallLoop, Given, Seen, Step, Traversal
 from lightning_roulette.refit.turns import Turns, turns_of
 
 _DENSE_SHARE = 4  # outputs of the dense network take at most one part in this many of the memory
-_ROUNDING = 1e-9  # share of the mean square of a layer's outputs by which rounding may increase its error
+_RECURRENT = "it is recurrent, and its weights are sharded"
 
 
 class NotKept(Exception):
@@ -67,9 +71,11 @@ class Layerwise:
         processes: Processes,
     ) -> None:
         found, left_alone = layers_of(module, names) if layers else ([], {})
-        steps = _steps(module, found)
-        self.tensors = _changeable(module, names, steps)
-        self.statistics = {name: self.tensors[name] for name in _statistics(steps)}
+        recurrent = {layer for layer in found if layer.recurrent and isinstance(runs, RunsInStep)}
+        left_alone |= {name: _RECURRENT for layer in recurrent for name in layer.names}
+        steps = steps_of(module, [layer for layer in found if layer not in recurrent])
+        self.tensors = changeable(module, names, steps)
+        self.statistics = {name: self.tensors[name] for name in statistics_of(steps)}
         self._module, self._memory, self._processes = module, memory, processes
         self._carrying: set[nn.Module] = set()
         self._look_anew(sampler)
@@ -83,9 +89,9 @@ class Layerwise:
         scattered = [step for step in steps if step.module in self._scattered]
         self.left_alone = {
             **left_alone,
-            **dict.fromkeys(_names(uncalled), "the network does not call it on the calibration inputs"),
-            **dict.fromkeys(_names(carrying), "the network calls it again with states that it gave before"),
-            **dict.fromkeys(_names(scattered), "the network calls it in several threads"),
+            **dict.fromkeys(weights_of(uncalled), "the network does not call it on the calibration inputs"),
+            **dict.fromkeys(weights_of(carrying), "the network calls it again with states that it gave before"),
+            **dict.fromkeys(weights_of(scattered), "the network calls it in several threads"),
         }
         self._first_sums: dict[Layer, LayerSums] | None = None
 
@@ -96,6 +102,8 @@ class Layerwise:
 
     def try_turns(self) -> Turns:
         """Try whether batches may run by turns. The network must be dense."""
+        if isinstance(self._traversal.runs, RunsInStep):
+            return Turns(False, note="the calibration batches run anew for each layer, because weights are sharded.")
         left = max(0, (self._memory or 0) - self._dense_outputs.bytes)
         return turns_of(self._module, self._traversal, self._compared, left)
 
@@ -126,7 +134,7 @@ class Layerwise:
     def _look_anew(self, sampler: RowSampler) -> None:
         """Begin to note what is needed of the first run."""
         self._sampler, self._rows = sampler, RowCount(sampler)
-        self._dense_outputs = DenseOutputs(self.tensors, sampler, (self._memory or 0) // _DENSE_SHARE)
+        self._dense_outputs = DenseOutputs(InUse(self._module), sampler, (self._memory or 0) // _DENSE_SHARE)
         self._compared = Compared()
         self._carrying = set()
 
@@ -136,7 +144,7 @@ class Layerwise:
         if batches == self._sampler.batches:
             return None
         self._look_anew(replace(self._sampler, batches=batches))
-        return replace(runs, batches=len(range(self._processes.rank, batches, self._processes.ranks)))
+        return runs.fewer(batches, self._processes)
 
     def _meet(self, call: Call, given: Given) -> None:
         """Note what is needed of a call in the dense network."""
@@ -151,6 +159,9 @@ class Layerwise:
             self._carrying.add(call.step.module)
 
     def _followed(self, loop: CallLoop[None]) -> None:
+        if isinstance(runs := self._traversal.runs, RunsInStep):
+            follow_in_step(self._traversal, runs, loop)
+            return
         if self._turns.by_turns:
             ends = {(self._traversal.order[place], batch) for place, batch in self._turns.ends}
             Interleaved(self._module, self._traversal, ends).follow(loop)
@@ -177,7 +188,8 @@ class Layerwise:
         return {layer: its for layer, its in sums.items() if its.fit.rows}
 
     def _over_all(self, layer: Layer, sums: LayerSums) -> LayerSums:
-        return sums.over(self._processes, matrix_of(layer, self.tensors))
+        like = {name: blank(self.tensors[name]) for name in layer.parameters}
+        return sums.over(self._processes, matrix_of(layer, like))
 
     def _refit_steps(self, steps: Sequence[Step], fitting: Fitting | None, reasons: dict[str, str]) -> CallLoop[None]:
         """Collect the inputs of each step, refit it, and go on to the next step."""
@@ -213,6 +225,7 @@ class Layerwise:
                 missed = True
                 break
             inputs.add(channels(*given))
+        yield Seen(step)
         if self._processes.anywhere(missed):
             return
         mean, variance = inputs.over(self._processes, self.tensors[f"{step.prefix}running_mean"]).result()
@@ -232,6 +245,7 @@ class Layerwise:
                     self._add(sums, call, given)
         except NotKept as found:
             reason = str(found)
+        yield Seen(step)
         if reason := self._processes.first_text(reason):
             raise NotKept(reason)
         sums = {layer: self._over_all(layer, own) for layer, own in sums.items()}
@@ -267,58 +281,24 @@ class Layerwise:
 
     def _fit(self, layer: Layer, sums: LayerSums, fitting: Fitting) -> None:
         """Solve for a layer's kept weights and write them. Undo it and raise `NotKept` if they are no improvement."""
-        start = matrix_of(layer, self.tensors)
-        solved, kept = fitting.fit(layer, sums)
-        write_matrix(layer, self.tensors, solved)
-        if reason := self._processes.first_text(_fault(sums, start, matrix_of(layer, self.tensors))):
-            write_matrix(layer, self.tensors, start)
+        with whole(self.tensors, layer.parameters, self._processes) as tensors:
+            start = matrix_of(layer, tensors)
+            solved, kept = fitting.fit(layer, sums)
+            write_matrix(layer, tensors, solved)
+            if reason := self._processes.first_text(fault(sums, start, matrix_of(layer, tensors))):
+                write_matrix(layer, tensors, start)
+        if reason:
             raise NotKept(reason)
         fitting.note(layer, kept)
 
     def _narrow(self, layer: Layer, sums: LayerSums, narrowing: Narrowing) -> None:
         """Round the weights of a layer to the values that are allowed."""
         if narrowing.values != "float32":
-            matrix = matrix_of(layer, self.tensors)
-            write_matrix(layer, self.tensors, narrowing.refitted(layer, self.tensors, matrix, sums))
+            with whole(self.tensors, layer.parameters, self._processes) as tensors:
+                rounded = narrowing.refitted(layer, tensors, matrix_of(layer, tensors), sums)
+                write_matrix(layer, tensors, rounded)
 
     def _narrow_left_alone(self, narrowing: Narrowing) -> None:
         """Round the weights that no refit changes to the nearest values that are allowed."""
         for name in {id(self.tensors[name]): name for name in self.left_alone}.values():
-            write(self.tensors[name], narrowing.nearest(self.tensors[name].detach()))
-
-
-def _fault(sums: LayerSums, start: Tensor, refitted: Tensor) -> str:
-    """Return why a refitted matrix is not kept; empty if it is finite and no worse, in the type of the weights."""
-    if not (sums.finite and bool(refitted.isfinite().all())):
-        return "its inputs or its solved weights are not finite"
-    held_out = sums.held_out
-    if held_out.rows and held_out.error(refitted) > held_out.error(start) + _ROUNDING * held_out.mean_square:
-        return "it increased the error on inputs that it was not solved on"
-    return ""
-
-
-def _steps(module: nn.Module, layers: Sequence[Layer]) -> list[Step]:
-    together: dict[tuple[nn.Module, int], list[Layer]] = {}
-    for layer in layers:
-        together.setdefault((layer.module, layer.turn), []).append(layer)
-    steps = []
-    for (part, _), its in together.items():
-        if any(layer.recurrent for layer in its):
-            steps.append(Step(part, tuple(its), followed=True))
-        steps.append(Step(part, tuple(its)))
-    return steps + [Step(part, prefix=prefix) for prefix, part in batch_norms_of(module).items()]
-
-
-def _names(steps: Sequence[Step]) -> list[str]:
-    return [name for step in steps for layer in step.layers for name in layer.names]
-
-
-def _changeable(module: nn.Module, names: Sequence[str], steps: Sequence[Step]) -> dict[str, Tensor]:
-    own = [name for step in steps for layer in step.layers for name in layer.parameters]
-    tensors = named_tensors(module)
-    return {name: tensors[name] for name in dict.fromkeys([*names, *own, *_statistics(steps)])}
-
-
-def _statistics(steps: Sequence[Step]) -> list[str]:
-    norms = [step.prefix for step in steps if not step.layers]
-    return [f"{prefix}{own}" for prefix in norms for own in ("running_mean", "running_var")]
+            write(self.tensors[name], narrowing.nearest(gathered(self.tensors[name].detach(), self._processes)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any, TypeVar
@@ -14,8 +13,9 @@ import torch
 from torch import nn
 
 from lightning_roulette.large.processes import ONE_PROCESS, Processes
-from lightning_roulette.network.hooks import Enough, run_with_hooks
+from lightning_roulette.network.hooks import Enough
 from lightning_roulette.network.layers import Layer
+from lightning_roulette.refit.runs import Runs
 from lightning_roulette.wheel.chance import stream
 
 _NEVER = 1 << 60
@@ -57,24 +57,14 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Runs:
-    """Runs of a network on batches.
+class Seen:
+    """This process needs no further call of a step. What follows may communicate with the other processes.
 
     Attributes:
-        batches: Number of batches.
-        run: Runs the network on the batch of a given number, inside `around`.
-        around: Sets up what runs need, and puts it back. It is entered around one run or around several.
+        step: The step.
     """
 
-    batches: int
-    run: Callable[[int], object]
-    around: Callable[[], AbstractContextManager[object]] = nullcontext
-
-    def alone(self, batch: int) -> None:
-        """Run the network on one batch."""
-        torch.clear_autocast_cache()  # it may hold casts of weights that have changed since
-        with self.around():
-            self.run(batch)
+    step: Step
 
 
 # The arguments of a call: positional and keyword arguments of the module's forward.
@@ -86,8 +76,8 @@ Meet = Callable[[Call, Given], None]
 Result = TypeVar("Result")
 
 # A loop over calls. It yields the call that it needs next and is sent the arguments of that call; None if the network
-# does not make the call.
-CallLoop = Generator[Call, Given | None, Result]
+# does not make the call. After the last call of a step it yields `Seen`, also if there was no call.
+CallLoop = Generator[Call | Seen, Given | None, Result]
 
 
 class Traversal:
@@ -147,7 +137,7 @@ class Traversal:
             for step in self.steps[module]:
                 meet(Call(step, batch, met[module] - 1), (arguments, named))
 
-        run_with_hooks(lambda: self.runs.alone(batch), self.steps, before=hook)
+        self.runs.heard(batch, self.steps, hook)
 
     def follow(self, loop: CallLoop[None]) -> None:
         """Run the network as often as a loop over calls needs, and send the loop the arguments of its calls.
@@ -163,16 +153,17 @@ class Traversal:
                 reader.send(None)
 
     def _first_run(self, meet: Meet, fewer: Callable[[], Runs | None]) -> _FirstCalls:
-        found = self._seen(_FirstCalls(), meet, range(min(1, self.batches)))
+        found = self._seen(_FirstCalls(), meet, range(min(1, self.runs.rounds)))
         if (runs := fewer()) is not None:
             self.runs, self.batches = runs, runs.batches
             self.calls.clear()
             self.scattered.clear()
-            found = self._seen(_FirstCalls(), meet, range(min(1, self.batches)))
-        return self._seen(found, meet, range(1, self.batches))
+            found = self._seen(_FirstCalls(), meet, range(min(1, self.runs.rounds)))
+        return self._seen(found, meet, range(1, self.runs.rounds))
 
     def _seen(self, found: _FirstCalls, meet: Meet, batches: Iterable[int]) -> _FirstCalls:
         """Run the network on batches, and note what it calls."""
+        threads: dict[int, set[Step]] = {}
 
         def note(call: Call, given: Given) -> None:
             threads.setdefault(get_ident(), set()).add(call.step)
@@ -182,11 +173,14 @@ class Traversal:
             self.calls[call.step, call.batch] += 1
             meet(call, given)
 
-        for batch in batches if self.steps else ():
-            began, threads = time.monotonic(), dict[int, set[Step]]()
+        def see(batch: int) -> None:
+            began = time.monotonic()
+            threads.clear()
             self.listen(batch, note)
             self._note_scattered(batch, threads)
             self.longest = max(self.longest, time.monotonic() - began)
+
+        self.runs.each(batches if self.steps else (), see)
         return found
 
     def _note_scattered(self, batch: int, threads: Mapping[int, Set[Step]]) -> None:
@@ -244,12 +238,16 @@ class Reader:
 
     def __init__(self, loop: CallLoop[None]) -> None:
         self._loop = loop
-        self.wanted: Call | None = next(loop, None)
+        self.wanted: Call | None = None
+        self.send(None)
 
     def send(self, given: Given | None) -> None:
         """Send the loop the arguments of its call, and let it go on to the next call that it needs."""
         try:
-            self.wanted = self._loop.send(given)
+            found = self._loop.send(given)
+            while isinstance(found, Seen):
+                found = self._loop.send(None)
+            self.wanted = found
         except StopIteration:
             self.wanted = None
 

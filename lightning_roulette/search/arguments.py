@@ -74,7 +74,7 @@ def check_network(
         raise ValueError("weights is empty, but must name at least one tensor with entries.")
     how = refit_of(refit)
     check_chosen(how, wheel)
-    if (shards := Shards.of(weights)) is not None and (why := beyond_shards(wheel, how)):
+    if (shards := Shards.of(weights)) is not None and (why := beyond_shards(wheel)):
         raise ValueError(f"the weights are sharded over {shards.ranks} processes, but {why}")
     if calibration is None and (how is not None or wheel.importance in CALIBRATED):
         asked = f"refit is {refit!r}" if how is not None else f"importance is {wheel.importance!r}"
@@ -134,16 +134,13 @@ def check_chosen(refit: Refit | None, wheel: Wheel) -> None:
         )
 
 
-def beyond_shards(wheel: Wheel, how: Refit | None) -> str:
-    """Why sharded weights cannot be pruned with this wheel and refit, and what to do. Empty if they can.
+def beyond_shards(wheel: Wheel) -> str:
+    """Why sharded weights cannot be pruned with this wheel, and what to do. Empty if they can.
 
     Args:
         wheel: How candidates are drawn.
-        how: Kind of refit. None: no refit.
     """
     importance = wheel.importance
-    if how is not None:
-        return "a refit needs whole layers, and no process has them. Pass refit=None."
     if wheel.unit != Weight():
         return f"unit {wheel.unit!r} needs whole layers, and no process has them. Pass wheel=Wheel(unit='weight')."
     if importance not in (None, "magnitude"):

@@ -13,7 +13,7 @@ from lightning_roulette.refit.sensitivity import NoGradients
 from lightning_roulette.search.refitter import Refitter
 from lightning_roulette.search.sectors import NeighbourSectors, Sectors, UnitSectors, WeightSectors
 from lightning_roulette.search.state import State
-from lightning_roulette.settings import CALIBRATED, Wheel
+from lightning_roulette.settings import CALIBRATED, Importance, Wheel
 from lightning_roulette.wheel.chance import normal, stream
 from lightning_roulette.wheel.importance import importance_of
 from lightning_roulette.wheel.units.nofm import Neighbours
@@ -33,7 +33,7 @@ class Drawing:
         branches: Candidates per level.
         seed: Source of all chance.
         importance: Importance to use where the wheel names none. None: `"sensitivity"` where each level is refitted
-            by least squares, else `"magnitude"`.
+            by least squares and no weight is sharded, else `"magnitude"`.
         units: The units that leave. None: single weights.
 
     Attributes:
@@ -52,9 +52,8 @@ class Drawing:
         self.units = units
         self._wheel, self._refitter, self._seed = wheel, refitter, seed
         self._shards = Shards.of(refitter.weights)
-        self._kind = wheel.importance or importance or ("sensitivity" if refitter.solves else "magnitude")
+        self._kind, self._fallback = _kind(wheel, refitter, importance, self._shards is not None)
         self._allocation = _allocation(wheel, refitter, branches)
-        self._fallback = ""
         self._parent: Mask | None = None
         self._sectors: Sectors | None = None
 
@@ -127,11 +126,21 @@ class Drawing:
         """Weights of the parent: zero where pruned, or the dense weights if pruned values do not matter."""
         dense = self._refitter.weights
         if self._shards is not None:
-            return self._shards.own(dense)
+            ours = self._refitter.network(state.parent, state.refitted).weights if state.refitted.values else dense
+            return self._shards.own({name: ours[name] for name in dense})
         if self._kind == "magnitude" and not state.refitted.values:
             return {name: weight.detach() for name, weight in dense.items()}
         parent = self._refitter.network(state.parent, state.refitted).weights
         return {name: parent[name] for name in dense}
+
+
+def _kind(wheel: Wheel, refitter: Refitter, importance: str | None, sharded: bool) -> tuple[str | Importance, str]:
+    """The importance, and why it is not the usual one; empty if it is."""
+    if (asked := wheel.importance or importance) is not None:
+        return asked, ""
+    if refitter.solves and sharded:
+        return "magnitude", "magnitude, as weights are sharded over processes"
+    return "sensitivity" if refitter.solves else "magnitude", ""
 
 
 def _allocation(wheel: Wheel, refitter: Refitter, branches: int) -> float:

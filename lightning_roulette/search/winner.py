@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from lightning_roulette.large.copies import copies_of
+from lightning_roulette.large.shards import any_sharded
 from lightning_roulette.mask.history import History
 from lightning_roulette.mask.mask import Mask, apply_mask
 from lightning_roulette.mask.pruned import PrunedWeights
@@ -58,6 +59,14 @@ class Winner:
             ValueError: If there was no such level.
         """
         return network_at(level, self.mask_at(level), self.dense, self.refits).weights
+
+    @property
+    def whole(self) -> dict[str, Tensor]:
+        """The winner's weights. Of sharded weights there are only those that a refit changed, as whole tensors."""
+        if not any_sharded(self.dense.values()):
+            return self.weights
+        known = self.refits.get(self.history.level)
+        return {} if known is None else known.whole(self.mask)
 
     def cpu(self) -> Winner:
         """The same winner on the CPU. Copies of dense weights beyond one gibibyte go to a temporary file."""

@@ -82,10 +82,10 @@ class RouletteWheelPruning(WithResult):
     resumes the training with `ckpt_path` repeats none of them, and finds the same network if training is deterministic.
     If training had ended without its search, resuming it runs the search.
 
-    Weights may be sharded by FSDP2: use `ModelParallelStrategy` and `fully_shard`, without tensor parallelism, and pass
-    `refit=None` and `Wheel(importance="magnitude")` or the default importance. All processes find the mask that one
-    device would find. Each process keeps the masks of the whole network; the mask of a large tensor takes one bit per
-    weight.
+    Weights may be sharded by FSDP2: use `ModelParallelStrategy` and `fully_shard`, without tensor parallelism. The
+    importance is the magnitude. A refit gathers one layer at a time. All processes find the mask that one device would
+    find with this importance, up to rounding in a refit. Each process keeps the masks of the whole network; the mask of
+    a large tensor takes one bit per weight. It also keeps the refitted survivors of all accepted levels on its CPU.
 
     Args:
         branches: Number of candidates per level. None: 20, or 1 if levels are cut between epochs, where further
@@ -231,7 +231,7 @@ class RouletteWheelPruning(WithResult):
         choices = Choices.of(self) if loop is None else as_data_allows(Choices.of(self), loop)
         self._fit = FitState(trainer, pl_module, self, choices, self._result, self._zeros, phase, searches)
         if stage == "fit":
-            refuse_sharding(trainer, self.refit, self.wheel, self.at_epoch)
+            refuse_sharding(trainer, self.wheel, self.at_epoch)
             refuse_trainer(trainer, self, self.validation.keep_callbacks, self.at_epoch)
             refuse_several_processes(trainer, self.confidence)
             place_before_checkpoints(trainer, self)

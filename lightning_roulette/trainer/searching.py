@@ -165,7 +165,7 @@ def _keep_accepted(fit: FitState, so_far: Winner | None, metric: MonitoredMetric
     report: SearchReport = replace(fit.report_of(so_far.report, metric), stop_reason=reason)
     fit.result.report = report
     if fit.files is not None and report.accepted and fit.trainer.is_global_zero:
-        weights = so_far.weights if so_far.refits else {}
+        weights = so_far.whole if so_far.refits else {}
         save_accepted_levels(fit.files.interrupted, so_far.history, report.to_dict(), weights)
         warnings.warn(
             f"RouletteWheelPruning: the search did not end. The {len(report.accepted)} levels accepted so far are in "

@@ -84,13 +84,11 @@ def _zero(weights):
 
 
 WHAT_NEEDS_WHOLE_LAYERS = {
-    "the default": ({}, "a refit needs whole layers.*Pass refit=None"),
-    "running statistics": ({"refit": "batch_norm"}, "a refit needs whole layers.*Pass refit=None"),
     **{
-        kind: ({"refit": None, "wheel": Wheel(importance=kind)}, f"importance '{kind}' needs whole layers.*'magnitude'")
+        kind: ({"wheel": Wheel(importance=kind)}, f"importance '{kind}' needs whole layers.*'magnitude'")
         for kind in ("lamp", "sensitivity", "activation", "obs")
     },
-    "a function": ({"refit": None, "wheel": Wheel(importance=_zero)}, "importance by a function needs whole layers"),
+    "a function": ({"wheel": Wheel(importance=_zero)}, "importance by a function needs whole layers"),
     "several epochs": ({"at_epoch": [1]}, r"at_epoch is \[1\].*Pass one epoch"),
 }
 

@@ -26,10 +26,20 @@ pytestmark = pytest.mark.slow
 class Uneven(Blobs):
     """Three layers, of which two cannot be halved; one layer alone is sharded apart from the outermost module."""
 
-    def __init__(self, lr: float) -> None:
+    def __init__(self, lr: float, stops: int | None = None, talks: bool = False) -> None:
         super().__init__(lr)
         self.net = dense_net(16, 25, 11, 10)
         self.sharded = False
+        self.steps, self.stops = 0, stops  # of validation; in the last one the power fails
+        self.talks = talks  # to the other process, in each step
+
+    def validation_step(self, batch, batch_idx):
+        self.steps += 1
+        if self.steps == self.stops:
+            raise ConnectionError("no power")
+        if self.talks and self.trainer.world_size > 1:
+            torch.distributed.all_reduce(batch[0].clone())
+        super().validation_step(batch, batch_idx)
 
     def configure_model(self):
         if not self.sharded and isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -45,9 +55,11 @@ RUNS = {
     "at the end": (0.0, {"validation": ON_ALL}),
     "each layer": (0.0, {"validation": ON_ALL, "wheel": Wheel(scope="layer")}),
     "leaning": (0.0, {"validation": ON_ALL, "wheel": Wheel(4, allocation=0.3)}),
-    "at epoch": (0.01, {"at_epoch": 1}),
+    "at epoch": (0.01, {"at_epoch": 1, "refit": "auto"}),
+    "refitted": (0.0, {"validation": ON_ALL, "refit": "auto", "wheel": Wheel(importance="magnitude")}),
 }
 ALONE = ("at the end", "each layer", "leaning")  # found by one process too
+REFITTED = "refitted"
 IN_PARTS = "leaning"  # the run whose files are distributed checkpoints
 
 
@@ -55,14 +67,15 @@ def by_rows(*, whole_files: bool) -> ModelParallelStrategy:
     return ModelParallelStrategy(2, 1, save_distributed_checkpoint=not whole_files)
 
 
-def fit(name: str, folder: Path, weights, **options) -> dict:
+def fit(name: str, folder: Path, weights, stops: int | None = None, **options) -> dict:
     """One of the runs; what it found, in plain tensors and numbers."""
     lr, choices = RUNS[name]
-    module = Uneven(lr)
+    module = Uneven(lr, stops, talks=name == "at epoch")
     pruning, found = train_with_search(module, weights, folder, {"refit": None, **choices}, **options)
     return found | {
         "masks": [dict(pruning.mask_at(level)) for level in range(len(pruning.report.accepted) + 1)],
         "weights": whole(module),
+        "steps": module.steps,
         "level 1": {name: full_of(one) for name, one in pruning.weights_at(1).items()},
     }
 
@@ -83,6 +96,20 @@ def hold(folder: Path, path: str) -> dict:
     return seen | {"mask": dict(holding.held()), "weights": whole(module), "before": stored}
 
 
+def resumed(folder: Path, weights, stops: int) -> dict:
+    """A run that fails and is started again, and what is in the file that it leaves when it fails."""
+
+    def again(stops: int | None) -> dict:
+        return fit(REFITTED, folder, weights, stops, devices=2, strategy=by_rows(whole_files=True))
+
+    with pytest.raises(ConnectionError, match="no power"):
+        again(stops)
+    torch.distributed.barrier()
+    left = folder / "interrupted.pt"
+    stored = {"left": torch.load(left, weights_only=True)["weights"], "mask left": dict(Mask.load(left))}
+    return again(None) | stored
+
+
 def main(folder: Path) -> None:
     """What each of the processes does, which Lightning starts by running this file again."""
     torch.set_num_threads(1)
@@ -91,6 +118,7 @@ def main(folder: Path) -> None:
     for name in RUNS:
         strategy = by_rows(whole_files=name != IN_PARTS)
         found[name] = fit(name, folder / name, weights, devices=2, strategy=strategy)
+    found["resumed"] = resumed(folder / "resumed", weights, found[REFITTED]["steps"] * 3 // 4)
     found["held"] = hold(folder, found["at the end"]["path"])
     torch.save(found, folder / f"rank{torch.distributed.get_rank()}.pt")
 
@@ -124,6 +152,28 @@ def test_they_find_what_one_process_with_whole_weights_finds(ranks, dense, tmp_p
     assert equal(both["weights"], alone["weights"])
     assert equal(both["level 1"], alone["level 1"])
     assert_same_winners(alone["report"], both["report"])
+
+
+def test_a_refit_is_that_of_one_process_up_to_rounding(ranks, dense, tmp_path):
+    alone, (both, other) = fit(REFITTED, tmp_path, dense, devices=1), (rank[REFITTED] for rank in ranks)
+    assert [Mask(one) for one in both["masks"]] == [Mask(one) for one in alone["masks"]]
+    assert len(both["masks"]) == 4
+    for what in ("weights", "level 1"):
+        assert all(torch.allclose(one, alone[what][name], atol=1e-5) for name, one in both[what].items())
+        assert equal(both[what], other[what])
+    assert_same_winners(alone["report"], both["report"])
+    assert both["report"]["refit"].startswith("survivors by least squares")
+    kept = both["mask"]["net.2.weight"]
+    assert float((both["weights"]["net.2.weight"] - dense["net.2.weight"])[kept].abs().max()) > 0.01
+
+
+def test_a_search_that_fails_leaves_refitted_weights_and_is_resumed(ranks):
+    for found in (rank["resumed"] for rank in ranks):
+        assert Mask(found["mask"]) == Mask(ranks[0][REFITTED]["mask"])
+        assert equal(found["weights"], ranks[0][REFITTED]["weights"])
+        assert found["steps"] < 0.75 * ranks[0][REFITTED]["steps"]
+        assert found["left"].keys() == found["level 1"].keys()
+        assert all(torch.equal(found["left"][weight] != 0, kept) for weight, kept in found["mask left"].items())
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != IN_PARTS])

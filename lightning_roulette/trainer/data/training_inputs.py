@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_roulette.large.communication import Communication
 from lightning_roulette.large.limits import limits
 from lightning_roulette.large.processes import ONE_PROCESS, Processes
+from lightning_roulette.large.shards import any_sharded
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.containers import rebuilt
 from lightning_roulette.network.hooks import run_with_hooks
@@ -37,7 +38,8 @@ class TrainerCalibration(Calibration):
     - Batches are joined if the network gives the same on them.
     - Gradients take the memory of a training step, so they use at most as many samples at a time as training does.
     - With several processes, each runs a share of the batches that one process would run; see `Processes`. If the steps
-      of the module communicate, all run the same batches at the same time. The results of the first process count.
+      of the module communicate, all run the same batches at the same time. The results of the first process count,
+      unless the weights are sharded: then the sums of all processes count.
 
     Args:
         trainer: A Trainer in `fit`.
@@ -60,22 +62,23 @@ class TrainerCalibration(Calibration):
         cache_bytes: int = 2**31,
     ) -> None:
         self._trainer = trainer
-        whole = _fewer(trainer, validation, module, batches) if by_layer else batches
+        every = _fewer(trainer, validation, module, batches) if by_layer else batches
         pieces = _few_at_a_time(trainer, validation, batches)
         self._shares = _sharing(trainer, validation, pieces[0])
-        whole, pieces = self._shares.share(whole), self._shares.share(pieces)
+        self._sharded = any_sharded(module.parameters())
+        whole, pieces = self._shares.share(every), self._shares.share(pieces)
         statistics: list[Tensor] = []
         for part in batch_norms_of(module).values():
             statistics += [cast(Tensor, part.running_mean), cast(Tensor, part.running_var)]
         super().__init__(
             module,
             len(whole),
-            run=lambda number: validation.step(rebuilt(whole[number], copies=True)),
+            run=lambda number: validation.step(rebuilt((*whole, every[0])[number], copies=True)),
             around=partial(validation.seeing, statistics),
             pieces=[partial(_see, validation, piece, statistics) for piece in pieces],
             seed=seed,
             cache_bytes=cache_bytes,
-            processes=self._shares,
+            processes=processes_of(trainer) if self._sharded else self._shares,
         )
 
     def _agreed(self, turns: Turns) -> Turns:
@@ -83,7 +86,7 @@ class TrainerCalibration(Calibration):
         return turns if self._shares.ranks == self._trainer.world_size else self._trainer.strategy.broadcast(turns)
 
     def _agreed_refit(self, mask: Mask, found: Refitted) -> Refitted:
-        if self._trainer.world_size == 1:
+        if self._trainer.world_size == 1 or self._sharded:  # shards are not sent, and all processes agreed on them
             return found
         device = self._trainer.strategy.root_device
         flags = None if found.mask is None else found.mask.stored
