@@ -210,8 +210,9 @@ def options_of(words: list[str], capsys) -> str:
         with pytest.raises(SystemExit):
             main([words[3], "--help"])
         return capsys.readouterr().out
-    source = (PROJECT / words[1]).read_text()
-    return "--config=" if "LightningCLI" in source else source.replace('"', " ")
+    file = f"examples/{words[2]}/__main__.py" if words[1] == "-m" else words[1]
+    source = (PROJECT / file).read_text()
+    return "--config= --model= --data= --trainer=" if "LightningCLI" in source else source.replace('"', " ")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
