@@ -32,7 +32,6 @@ def settings_of(choices: Choices) -> dict[str, Setting]:
     named: dict[str, Setting] = {
         "branches": choices.branches,
         "tolerance": str(choices.tolerance),
-        "monitor": str(choices.monitor),
         "seed": choices.seed,
         "refit": str(refit),
         "target_sparsity": str(choices.target_sparsity),
