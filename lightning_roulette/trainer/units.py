@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -17,9 +17,11 @@ from lightning_roulette.trainer.footprint import first_batch
 from lightning_roulette.trainer.preparing import judging_of, prunable, rehearse
 from lightning_roulette.trainer.show.log import log
 from lightning_roulette.trainer.validation.loop import transferred
-from lightning_roulette.unit import Block, NofM, Weight, unit_of
+from lightning_roulette.unit import Block, NofM, Unit, Weight, unit_of
 from lightning_roulette.wheel.units.grouping import units_of
 from lightning_roulette.wheel.units.units import Cost, Part, Units
+
+T = TypeVar("T")
 
 
 def units_for(fit: FitState, weights: Mapping[str, nn.Parameter], data: FoldedData | None = None) -> Units | None:
@@ -41,19 +43,44 @@ def units_for(fit: FitState, weights: Mapping[str, nn.Parameter], data: FoldedDa
     if (unit := unit_of(fit.choices.wheel.unit)) == Weight():
         return None
     try:
-        path, example = _example(fit, data, weights)
-        network, prefix = fit.module.get_submodule(path), _prefix(path)
-        inner = {name.removeprefix(prefix): one for name, one in weights.items() if name.startswith(prefix)}
-        with judging_of(fit).isolated():
-            found = units_of(network, example, unit=unit, weights=inner, target=fit.choices.tree.target)
+        if isinstance(unit, NofM | Block):
+            return _without_tracing(fit, data, weights, unit)
+        return _in_all_processes(fit, _traced(fit, data, weights, unit))
     except (TypeError, ValueError) as error:
         raise RuntimeError(
             f"unit is {unit!r}, but its units were not found: {error} The example of the input is the module's "
             "example_input_array, or what validation_step passes to the network on the first validation batch. Set "
             "example_input_array if that fails, or pass Wheel(unit='weight')."
         ) from error
-    units = _renamed(found, prefix, [name for name in weights if not name.startswith(prefix)])
-    return fit.trainer.strategy.broadcast(units) if fit.trainer.world_size > 1 else units
+
+
+def _traced(fit: FitState, data: FoldedData | None, weights: Mapping[str, nn.Parameter], unit: Unit) -> Units:
+    """Return units that are found, or whose cost is found, with an example of the input."""
+    path, example = _example(fit, data, weights)
+    network, prefix = fit.module.get_submodule(path), _prefix(path)
+    inner = {name.removeprefix(prefix): one for name, one in weights.items() if name.startswith(prefix)}
+    with judging_of(fit).isolated():
+        found = units_of(network, example, unit=unit, weights=inner, target=fit.choices.tree.target)
+    return _renamed(found, prefix, [name for name in weights if not name.startswith(prefix)])
+
+
+def _without_tracing(fit: FitState, data: FoldedData | None, weights: Mapping[str, nn.Parameter], unit: Unit) -> Units:
+    """Return units that all processes find alike, in the layers of the whole module. Only a target needs an example."""
+    found = units_of(fit.module, unit=unit, weights=weights)
+    if fit.choices.tree.target is None:
+        return found
+    counted = _traced(fit, data, weights, unit)
+    cost, multiply_adds = _in_all_processes(fit, (counted.cost, counted.multiply_adds))
+    return replace(found, cost=cost, multiply_adds=multiply_adds)
+
+
+def _in_all_processes(fit: FitState, found: T) -> T:
+    """Return what the first process found."""
+    return fit.trainer.strategy.broadcast(found) if _several(fit) else found
+
+
+def _several(fit: FitState) -> bool:
+    return fit.trainer.world_size > 1
 
 
 def rehearse_search(fit: FitState, batches: float) -> None:
@@ -88,8 +115,6 @@ def say_units(fit: FitState, units: Units | None) -> None:
 
 def _example(fit: FitState, data: FoldedData | None, weights: Collection[str]) -> tuple[str, Any]:
     """Return the path of a network inside the module, and what it is called with."""
-    if isinstance(fit.choices.wheel.unit, NofM | Block) and fit.choices.tree.target is None:
-        return "", None
     if (given := fit.module.example_input_array) is not None:
         return "", transferred(fit.trainer, given, 0)
     with judging_of(fit).isolated() as validation:
