@@ -74,9 +74,10 @@ class Calibration:
             4,096 and at most 65,536. See docs/measurements.md for what fewer rows cost.
         seed: Seed of the choice of rows and of random directions.
         cache_bytes: Memory for what a refit keeps between layers, see above.
-        processes: Processes that each have a share of the batches and pieces; see `Processes.share`. All call the same
-            methods. Results are those of one process with all batches, up to rounding. If weights are chosen, rounding
-            decides between choices of nearly equal error.
+        processes: Processes that each have a share of the batches and pieces; see `Processes.share`. If weights are
+            sharded, those that hold the shards need not be given. All call the same methods. Results are those of one
+            process with all batches, up to rounding. If weights are chosen, rounding decides between choices of nearly
+            equal error.
 
     Attributes:
         batches: Number of batches of this process.

@@ -167,6 +167,12 @@ def test_a_refit_is_that_of_one_process_up_to_rounding(ranks, dense, tmp_path):
     assert float((both["weights"]["net.2.weight"] - dense["net.2.weight"])[kept].abs().max()) > 0.01
 
 
+def test_the_report_says_why_importance_is_the_magnitude(ranks):
+    why = "magnitude, as weights are sharded over processes"
+    assert [rank["at epoch"]["report"]["importance"] for rank in ranks] == [why, why]
+    assert ranks[0]["at the end"]["report"]["importance"] == "magnitude"
+
+
 def test_a_search_that_fails_leaves_refitted_weights_and_is_resumed(ranks):
     for found in (rank["resumed"] for rank in ranks):
         assert Mask(found["mask"]) == Mask(ranks[0][REFITTED]["mask"])
