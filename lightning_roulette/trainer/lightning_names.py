@@ -116,4 +116,15 @@ def _twin(thing: _T) -> _T:
 
 @functools.cache
 def _joined(kind: Any, base: Any) -> Any:
-    return type(kind.__name__, (kind, base), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    parts = {"__module__": kind.__module__, "__doc__": kind.__doc__, "__reduce_ex__": _reduced}
+    return type(kind.__name__, (kind, base), parts)
+
+
+def _reduced(made: Any, protocol: int) -> tuple[Any, ...]:
+    """Return how an object of a joined class is pickled. Its class has no name of its own in any module."""
+    return _blank, type(made).__bases__, vars(made)
+
+
+def _blank(kind: Any, base: Any) -> Any:
+    joined = _joined(kind, base)
+    return joined.__new__(joined)

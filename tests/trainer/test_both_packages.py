@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import pickle
 from functools import cache
 from types import ModuleType
 
@@ -210,3 +211,21 @@ def test_another_version_of_the_standalone_package_is_not_imported(found, monkey
 
     monkeypatch.setattr(lightning_names.importlib.metadata, "version", version)
     assert lightning_names._standalone() is None
+
+
+class Added:
+    """What is added to a base class of Lightning."""
+
+    def told(self):
+        return self.value
+
+
+@both
+def test_an_object_of_a_joined_class_is_pickled_for_spawned_processes(package):
+    trainer = package.Trainer(**QUIET, accelerator="cpu")
+    made = lightning_names.built_for(trainer, Added, lightning.pytorch.Callback)()
+    made.value = 3
+    again = pickle.loads(pickle.dumps(made))
+    assert type(again) is type(made)
+    assert isinstance(again, package.Callback)
+    assert again.told() == 3
