@@ -61,8 +61,9 @@ class Wheel:
             - `None`: 0.3 with a least-squares refit and more than one candidate, otherwise 0.
             - `0`: no difference.
             - A positive number. It has no effect with `scope="layer"`.
-        unit: Which weights leave together. With units the factors of `allocation` belong to groups of units, and
-            `scope` must be `"global"`:
+        unit: Which weights leave together. A neuron or a head is as important as the weights that read it, for what it
+            costs; with `"sensitivity"`, as the derivative of the outputs with respect to a factor of these weights.
+            With units the factors of `allocation` belong to groups of units, and `scope` must be `"global"`:
 
             - `"weight"` or `Weight()`: single weights. For the smallest files.
             - `"neuron"` or `Neuron()`: neurons and channels, with all that is coupled with them. For networks that are

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from lightning_roulette.refit.scales import input_scales
 from lightning_roulette.refit.sensitivity import Sensitivity
 from lightning_roulette.refit.turns import Turns
 from lightning_roulette.settings import LeastSquares, Refit, refit_of
+from lightning_roulette.wheel.units.units import Units
 
 _log = logging.getLogger(__name__)
 
@@ -249,7 +250,31 @@ class Calibration:
             sums = layerwise.sums()
         return input_scales(kind, sums, mask, damping)
 
+    def gates(self, units: Units, mask: Mask, values: Mapping[str, Tensor]) -> Tensor:
+        """Return how much the outputs of the network depend on each unit, float64, shape `(units,)`.
+
+        It is the sum over outputs and samples of the squared derivative with respect to a factor of all weights that
+        read the unit; see `Gates`. Only ratios of these numbers mean something.
+
+        Args:
+            units: The units.
+            mask: The mask of the pruned network.
+            values: Values that differ from the dense network, from `Refitted.values`.
+
+        Raises:
+            NoGradients: If the network has no derivatives.
+        """
+        with self._processes.failing_together(), self._differentiated(mask, values) as sensitivity:
+            return sensitivity.gates(units, self._module)
+
     def _sensitivity(self, mask: Mask, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with self._differentiated(mask, values) as sensitivity:
+            found = sensitivity.scales()
+        return {name: found[name].to(kept.device) for name, kept in mask.items()}
+
+    @contextmanager
+    def _differentiated(self, mask: Mask, values: Mapping[str, Tensor]) -> Iterator[Sensitivity]:
+        """Make the network the pruned one inside the block, and give what differentiates it."""
         names = {*mask, *values, *dict(self._module.named_buffers())}
         tensors = {name: one for name, one in named_tensors(self._module).items() if name in names}
         with lent(tensors):
@@ -257,8 +282,7 @@ class Calibration:
                 self._sensitivities[key] = Sensitivity(self._module, key, self._pieces, self._seed, self._processes)
             copy_into(tensors, values)
             fill_pruned(tensors, mask)
-            found = self._sensitivities[key].scales()
-        return {name: found[name].to(kept.device) for name, kept in mask.items()}
+            yield self._sensitivities[key]
 
     def _changed(self, layerwise: Layerwise, mask: Mask, how: Refit | None) -> dict[str, Tensor]:
         """Return the tensors that this kind of refit changes, and the weights of the mask."""

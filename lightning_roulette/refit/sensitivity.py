@@ -14,20 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_roulette.large.devices import with_float64
 from lightning_roulette.large.processes import Processes
-from lightning_roulette.network.hooks import Enough, run_with_hooks
-from lightning_roulette.network.parameters import CONVOLUTIONS, TRANSPOSED, aliases, owners_of
+from lightning_roulette.network.hooks import run_with_hooks
+from lightning_roulette.network.parameters import aliases, owners_of
 from lightning_roulette.network.ties import ties_of
+from lightning_roulette.refit.backward_run import BackwardRun, channel_of, first_floating
+from lightning_roulette.refit.backward_run import NoGradients as NoGradients
 from lightning_roulette.refit.channel_sums import ChannelSums
-from lightning_roulette.wheel.chance import random_bits, stream
+from lightning_roulette.refit.gates import Gates
+from lightning_roulette.wheel.chance import stream
+from lightning_roulette.wheel.units.units import Units
 
 _ROWS = 2**14  # of the outputs of each layer that are differentiated at least, if there are as many
 _ALL = 1 << 30
-
-
-class NoGradients(ValueError):
-    """The network's outputs have no derivatives with respect to the outputs of its modules."""
 
 
 class Sensitivity:
@@ -125,13 +124,27 @@ class Sensitivity:
         mean = sum(float(scale.mean()) for scale in known) / len(known)
         return {name: torch.tensor(mean, dtype=torch.float64) if one is None else one for name, one in found.items()}
 
-    def _sums(self) -> dict[nn.Module, ChannelSums]:
+    def gates(self, units: Units, network: nn.Module) -> Tensor:
+        """Return the sum of squared derivatives for each unit, float64, see `Gates`.
+
+        Raises:
+            NoGradients: If there are no derivatives, or if one is not finite.
+        """
+        gates = Gates(units, network)
+        self._sums(gates)
+        if not bool((found := gates.over(self._processes)).isfinite().all()):
+            raise NoGradients("some derivatives of the network's outputs are not finite")
+        if not bool(found.any()):
+            raise NoGradients("the network's outputs have no derivatives with respect to what reads its units")
+        return found
+
+    def _sums(self, gates: Gates | None = None) -> dict[nn.Module, ChannelSums]:
         """Return the sums over the pieces of all processes."""
         observed = list(dict.fromkeys(part for parts in self._observed.values() for part in parts))
         sums: dict[nn.Module, ChannelSums] = {}
         reason = ""
         try:
-            sums = self._run(observed)
+            sums = self._run(observed, gates)
         except NoGradients as error:
             reason = str(error)
         if reason := self._processes.first_text(reason):
@@ -139,14 +152,14 @@ class Sensitivity:
         over_all = {part: sums.get(part, ChannelSums()).over(self._processes) for part in observed}
         return {part: one for part, one in over_all.items() if one is not None}
 
-    def _run(self, observed: Sequence[nn.Module]) -> dict[nn.Module, ChannelSums]:
+    def _run(self, observed: Sequence[nn.Module], gates: Gates | None) -> dict[nn.Module, ChannelSums]:
         sums: dict[nn.Module, ChannelSums] = {}
         try:
             for number, (piece, calls) in enumerate(zip(self._pieces, self._calls, strict=True)):
                 last = sum(calls[part] for part in observed)
                 if last:
-                    run = _BackwardRun(last, sums, partial(stream, self._seed, self._processes.number(number)))
-                    run_with_hooks(piece, observed, after=run.meet)
+                    run = BackwardRun(last, sums, partial(stream, self._seed, self._processes.number(number)), gates)
+                    run_with_hooks(piece, observed, before=None if gates is None else run.begin, after=run.meet)
         except RuntimeError as error:  # a network that works without derivatives may fail with them
             raise NoGradients(f"the network fails where derivatives are asked for: {error}") from error
         return sums
@@ -159,89 +172,6 @@ class Sensitivity:
             if part in sums and (here := sums[part].square(part, self._shapes[name], part in owners)) is not None:
                 squares = here if squares is None else squares + here
         return None if squares is None else squares.sqrt()
-
-
-class _BackwardRun:
-    """One run on some samples. It differentiates at its last call and then ends.
-
-    Args:
-        calls: Number of calls of all observed modules in the run.
-        sums: The sums that it adds to.
-        key: Returns a key of random numbers for a number and a word.
-    """
-
-    def __init__(self, calls: int, sums: dict[nn.Module, ChannelSums], key: Callable[[int, str], int]) -> None:
-        self._left, self._sums, self._key = calls, sums, key
-        self._probed: list[tuple[nn.Module, Tensor, Tensor]] = []  # module, probe, output
-
-    def meet(self, part: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-        """Add a probe of zeros to a module's output; differentiate with respect to all probes at the last call."""
-        if torch.is_inference_mode_enabled():
-            raise NoGradients("the network runs in inference mode")
-        torch.set_grad_enabled(True)  # in effect until the run leaves the block that turned gradients off
-        place, tensor = _first_floating(output)
-        if tensor is not None:
-            self._add_inputs(part, arguments)
-            probe = torch.zeros_like(tensor, requires_grad=True)
-            probed = tensor + probe
-            self._probed.append((part, probe, probed))
-            output = probed if place is None else type(output)([*output[:place], probed, *output[place + 1 :]])
-        self._left -= 1
-        if self._left == 0:
-            self._differentiate()
-            raise Enough
-        return output
-
-    def _add_inputs(self, part: nn.Module, arguments: tuple[Any, ...]) -> None:
-        _, given = _first_floating(arguments)
-        squares = torch.ones(1, dtype=torch.float64) if given is None else _squares_by_channel(part, given)
-        rows = 1 if given is None else max(1, given.numel() // len(squares))
-        if part in self._sums:
-            self._sums[part].add_inputs(squares, rows)
-        else:
-            self._sums[part] = ChannelSums(squares, rows)
-
-    def _differentiate(self) -> None:
-        """Differentiate the outputs on which no later output depends, each in a direction of random signs."""
-        reached: set[int] = set()
-        for last in reversed(range(len(self._probed))):
-            if last in reached:
-                continue
-            probes = [probe for _, probe, _ in self._probed[: last + 1]]
-            output = self._probed[last][2]
-            key = self._key(last, "directions")
-            signs = random_bits(key, torch.arange(output.numel())).lt(0).to(output.device).view(output.shape)
-            direction = torch.where(signs, -1.0, 1.0).to(output.dtype)
-            found = torch.autograd.grad(output, probes, direction, retain_graph=True, allow_unused=True)
-            for index, derivative in enumerate(found):
-                if derivative is not None:
-                    reached.add(index)
-                    part = self._probed[index][0]
-                    self._sums[part].add_derivatives(_squares_by_channel(part, derivative))
-
-
-def _squares_by_channel(part: nn.Module, values: Tensor) -> Tensor:
-    """Return sums of squares over all dimensions but the channels, float64."""
-    channel = _channel_of(part, values)
-    squares = with_float64(values.detach()).to(torch.float64).square()
-    return squares.movedim(channel, 0).flatten(1).sum(1) if values.dim() > 1 else squares
-
-
-def _channel_of(part: nn.Module, values: Tensor) -> int:
-    """Return the dimension of the channels of a module's input or output."""
-    spatial = len(part.kernel_size) if isinstance(part, (*CONVOLUTIONS, *TRANSPOSED)) else 0
-    return max(0, values.dim() - 1 - spatial)
-
-
-def _first_floating(values: Any) -> tuple[int | None, Tensor | None]:
-    """Return the first floating-point tensor with channels, and its place if it is in a tuple or list."""
-    if isinstance(values, Tensor):
-        return None, values if values.is_floating_point() and values.dim() else None
-    if isinstance(values, tuple | list) and not hasattr(values, "_fields"):
-        for place, one in enumerate(values):
-            if isinstance(one, Tensor) and one.is_floating_point() and one.dim():
-                return place, one
-    return None, None
 
 
 def _owners(module: nn.Module, names: Sequence[str]) -> dict[str, list[tuple[str, nn.Module, bool]]]:
@@ -287,9 +217,9 @@ def _calls_in(
 
     def count(part: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         calls[part] += 1
-        _, found = _first_floating(output)
+        _, found = first_floating(output)
         if rows is not None and found is not None:
-            rows[part] += found.numel() // max(1, found.shape[_channel_of(part, found)])
+            rows[part] += found.numel() // max(1, found.shape[channel_of(part, found)])
 
     run_with_hooks(piece, dict.fromkeys(parts), after=count)
     return calls

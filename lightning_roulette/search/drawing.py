@@ -13,11 +13,11 @@ from lightning_roulette.refit.sensitivity import NoGradients
 from lightning_roulette.search.refitter import Refitter
 from lightning_roulette.search.sectors import NeighbourSectors, Sectors, UnitSectors, WeightSectors
 from lightning_roulette.search.state import State
-from lightning_roulette.settings import CALIBRATED, Importance, Wheel
+from lightning_roulette.settings import Importance, Wheel
 from lightning_roulette.wheel.chance import normal, stream
 from lightning_roulette.wheel.importance import importance_of
 from lightning_roulette.wheel.units.nofm import Neighbours
-from lightning_roulette.wheel.units.unit_wheel import importance_of_units
+from lightning_roulette.wheel.units.unit_wheel import for_their_costs, importance_of_units
 from lightning_roulette.wheel.units.units import Units
 
 
@@ -75,7 +75,7 @@ class Drawing:
         """
         if self._parent is state.parent:
             return
-        self._sectors = self._sectors_of(self._importance_of(state), state.parent)
+        self._sectors = self._sectors_of(state)
         self._parent = state.parent
 
     def spin(self, state: State, budget: float, candidate: int, varied: bool = True) -> Mask:
@@ -102,25 +102,31 @@ class Drawing:
             for name, before in state.factors.items()
         }
 
-    def _sectors_of(self, importance: Mapping[str, Tensor], parent: Mask) -> Sectors:
-        if self.units is None:
-            return WeightSectors(importance, parent, self._wheel, self._shards)
-        if isinstance(self.units, Neighbours):
-            return NeighbourSectors(self.units, importance, parent, self._wheel.sharpness)
-        each = importance_of_units(self.units, importance, parent, readers_alone=self._kind in CALIBRATED)
-        return UnitSectors(self.units, each, parent, self._wheel.sharpness)
-
-    def _importance_of(self, state: State) -> Mapping[str, Tensor]:
-        weights = self._weights(state)
+    def _sectors_of(self, state: State) -> Sectors:
         try:
-            return importance_of(
-                weights, self._kind, lambda kind: self._refitter.scales(kind, state.parent, state.refitted)
-            )
+            return self._sectors_by_importance(state)
         except NoGradients as error:
             if self._wheel.importance is not None:
                 raise ValueError(f"importance is {self._kind!r}, but {error}. Choose another.") from error
             self._kind, self._fallback = "magnitude", f"magnitude, as {error}"
-            return importance_of(weights, "magnitude")
+            return self._sectors_by_importance(state)
+
+    def _sectors_by_importance(self, state: State) -> Sectors:
+        units, parent, sharpness = self.units, state.parent, self._wheel.sharpness
+        if units is None:
+            return WeightSectors(self._importance_of(state), parent, self._wheel, self._shards)
+        if isinstance(units, Neighbours):
+            return NeighbourSectors(units, self._importance_of(state), parent, sharpness)
+        if self._kind == "sensitivity" and units.coupled:
+            each = for_their_costs(units, self._refitter.gates(units, parent, state.refitted), parent)
+        else:
+            each = importance_of_units(units, self._importance_of(state), parent, units.coupled)
+        return UnitSectors(units, each, parent, sharpness)
+
+    def _importance_of(self, state: State) -> Mapping[str, Tensor]:
+        return importance_of(
+            self._weights(state), self._kind, lambda kind: self._refitter.scales(kind, state.parent, state.refitted)
+        )
 
     def _weights(self, state: State) -> Mapping[str, Tensor]:
         """Weights of the parent: zero where pruned, or the dense weights if pruned values do not matter."""

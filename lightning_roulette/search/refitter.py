@@ -15,6 +15,7 @@ from lightning_roulette.report.records import Skipped
 from lightning_roulette.settings import LeastSquares, Refit
 from lightning_roulette.unit import NofM
 from lightning_roulette.values import in_words
+from lightning_roulette.wheel.units.units import Units
 
 _STATISTICS = Refit()  # computes running statistics only
 
@@ -145,6 +146,11 @@ class Refitter:
         """See `Calibration.scales`."""
         assert self.calibration is not None
         return self.calibration.scales(kind, mask, refitted.values)
+
+    def gates(self, units: Units, mask: Mask, refitted: Refitted) -> Tensor:
+        """See `Calibration.gates`."""
+        assert self.calibration is not None
+        return self.calibration.gates(units, mask, refitted.values)
 
 
 def neighbours_in(unit: object) -> int | None:

@@ -166,9 +166,9 @@ def test_cuts_between_epochs_nest_and_follow_a_cubic_schedule():
     weights, masks = dict(WEIGHTS), []
     for place in (1, 2, 3):
         gradual.judge(weights, evaluate, units=DEAR)
-        network = gradual.cut(place)
-        masks.append(network.mask)
-        weights = dict(network.weights)
+        if (network := gradual.cut(place)) is not None:  # it may have exceeded the goal of the next cut
+            weights = dict(network.weights)
+        masks.append(gradual.mask)
     gradual.judge(weights, evaluate)
     shares = [1 - DEAR.left(mask) / 568 for mask in masks]
     for share, place in zip(shares, (1, 2, 3), strict=True):
@@ -178,7 +178,7 @@ def test_cuts_between_epochs_nest_and_follow_a_cubic_schedule():
     assert all(dead(mask) for mask in masks)
     report = gradual.ended()
     assert (report.stop_reason, report.target_met, report.units) == (StopReason.TARGET_REACHED, True, 22)
-    assert [level.multiply_adds for level in report.levels] == [round(DEAR.left(mask)) for mask in masks]
+    assert [level.multiply_adds for level in report.levels] == list(dict.fromkeys(map(round, map(DEAR.left, masks))))
 
 
 @pytest.mark.parametrize(

@@ -110,5 +110,9 @@ def importance_of_units(units: Units, importance: Mapping[str, Tensor], parent: 
     """
     names = dict.fromkeys(part.name for part in units.parts)
     squares = {name: importance[name].detach().to("cpu", torch.float64).square() * parent[name].cpu() for name in names}
-    costs = units.costs(parent)
-    return (units.totals(squares, readers_alone) / costs.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
+    return for_their_costs(units, units.totals(squares, readers_alone), parent)
+
+
+def for_their_costs(units: Units, squares: Tensor, parent: Mask) -> Tensor:
+    """Return the root of the square of each unit's importance for what it costs, float64, shape `(units,)`."""
+    return (squares / units.costs(parent).clamp(min=torch.finfo(torch.float64).tiny)).sqrt()

@@ -73,6 +73,11 @@ class Units:
     kept_whole: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def coupled(self) -> bool:
+        """Whether some entries compute a unit and others read it, as they do for neurons and heads."""
+        return not all(part.reads for part in self.parts)
+
+    @property
     def count(self) -> int:
         """Number of units."""
         return sum(self.groups.values())
