@@ -37,7 +37,7 @@ from lightning_roulette.slim.files.weights import read_weights
 
 State = Mapping[str, Tensor]
 Data = tuple[Tensor, Tensor]
-TASKS = {"LeNet-300-100": ("mnist", 0.9), "LeNet-5": ("mnist-lenet-5", 0.95), "ResNet-8": ("cifar10", 0.7)}
+TASKS = {"LeNet-300-100": ("mnist", 0.9), "LeNet-5": ("mnist-lenet-5", 0.9), "ResNet-8": ("cifar10", 0.7)}
 ROUNDED = ("float16", "int8", Codebook(5), Codebook(4), Codebook(3))
 STEPS = (-38, -32, -29, -26, -23, -20)  # of NNCodec, whose step size is `2 ** (qp / 4)` up to a factor
 CALIBRATION = 5000
