@@ -3,7 +3,7 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # the oldest versions that pyproject.toml allows
-OLDEST = lightning==2.6.0 pytorch-lightning==2.6.0 torchmetrics==1.3.1 tensorboard==2.18.0
+OLDEST = lightning==2.6.1 pytorch-lightning==2.6.1 torchmetrics==1.3.1 tensorboard==2.18.0
 
 MNIST = $(if $(DATA),--data $(DATA))
 
@@ -35,7 +35,7 @@ check: $(VENV)/.dev
 
 # the wheel and the sdist; the wheel is installed into an environment of its own, where the quickstart runs
 dist: $(VENV)/release/.made
-	rm -rf dist build
+	rm -rf dist
 	$(VENV)/release/bin/python -m build
 	$(VENV)/release/bin/python -m twine check --strict dist/*
 	$(PYTHON) -m venv --clear $(VENV)/clean
@@ -45,7 +45,7 @@ dist: $(VENV)/release/.made
 
 # the site of the documentation, in build/site; it needs no network to be read
 docs: $(VENV)/site/.made
-	PATH=$(CURDIR)/$(VENV)/site/bin:$$PATH NO_MKDOCS_2_WARNING=1 $(VENV)/site/bin/python -m mkdocs build --strict
+	PATH=$(abspath $(VENV))/site/bin:$$PATH NO_MKDOCS_2_WARNING=1 $(VENV)/site/bin/python -m mkdocs build --strict
 
 # hours on two cores; DATA names an mnist.npz in the layout of Keras, else MNIST is fetched from OpenML
 bench: $(VENV)/.demo

@@ -43,6 +43,15 @@ def of_checkpoint(names: dict) -> None:
     assert zeros(names["model"]) == zeros(loaded) > 0
 
 
+def of_after_pruning(names: dict) -> None:
+    layers = [one for one in names["adapted"].modules() if isinstance(one, names["LoRA"])]
+    assert len(layers) == 2
+    slim = names["MyModel"].load_from_checkpoint(names["pruning"].best_model_path)
+    assert zeros(*(one.layer for one in layers)) == zeros(slim) > 0
+    assert all(one.lora_B.weight.any() for one in layers)
+    assert all(len(set(row.tolist())) <= 255 for weight in names["weights"].values() for row in weight)
+
+
 def of_contributing(names: dict) -> None:
     chance = torch.Generator().manual_seed(0)
     x, y = (torch.randn(1, 50, width, generator=chance, dtype=torch.float64) for width in (6, 4))
@@ -61,6 +70,13 @@ def of_microcontroller(names: dict) -> None:
 
 def of_output(names: dict) -> None:
     assert zeros(names["model"]) == round(names["report"].levels[0].sparsity * 624) > 0
+
+
+def of_vision(names: dict) -> None:
+    assert names["pruned"].report.sparsity == pytest.approx(zeros(names["classifier"]) / 1528)
+    assert zeros(names["classifier"]) == sum(
+        int((one == 0).sum()) for one in torch.load("slim.pt").values() if one.ndim > 1
+    )
 
 
 def of_while_training(names: dict) -> None:
@@ -86,12 +102,14 @@ def of_units(names: dict) -> None:
 AFTERWARDS = {
     "CONTRIBUTING.md": of_contributing,
     "README.md": of_front_page,
+    "docs/after_pruning.md": of_after_pruning,
     "docs/checkpoint.md": of_checkpoint,
     "docs/microcontroller.md": of_microcontroller,
     "docs/output.md": of_output,
     "docs/plain_pytorch.md": of_plain_pytorch,
     "docs/units.md": of_units,
     "docs/usage.md": of_usage,
+    "docs/vision.md": of_vision,
     "docs/while_training.md": of_while_training,
 }
 
