@@ -24,7 +24,9 @@ def places(nav) -> list[str]:
 
 
 def test_the_reference_has_every_public_name_once():
-    assert sorted(REFERENCE) == sorted(lightning_roulette.__all__)
+    missing = set(lightning_roulette.__all__) - set(REFERENCE)
+    assert not missing, "add lines `::: lightning_roulette.NAME` to docs/reference.md"
+    assert len(REFERENCE) == len(lightning_roulette.__all__)
 
 
 @pytest.mark.parametrize("name", lightning_roulette.__all__)
