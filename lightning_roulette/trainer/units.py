@@ -29,7 +29,7 @@ def units_for(fit: FitState, weights: Mapping[str, nn.Parameter], data: FoldedDa
 
     The example of the input is the module's `example_input_array` if it is set. Otherwise one validation step is taken
     on the first batch of the validation data: it is what the step passes to the network inside the module that has most
-    of the prunable weights, or to the module itself. With several processes, all use the costs that the first found.
+    of the prunable weights, or to the module itself. With several processes, all use what the first found.
 
     Args:
         fit: The run.
