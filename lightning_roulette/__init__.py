@@ -25,6 +25,7 @@ from lightning_roulette.slim.files.inspection import FileContents, StoredTensor,
 from lightning_roulette.slim.files.weights import save_weights
 from lightning_roulette.slim.measuring.measure import Measured, measure
 from lightning_roulette.slim.removal.removal import DeadCount, UnitCount, dead_units, remove_dead
+from lightning_roulette.slim.removal.shrunk import load_shrunk, save_shrunk
 from lightning_roulette.slim.sparse.converting import to_dense, to_sparse
 from lightning_roulette.slim.sparse.table import SparseLayer, SparseNetwork
 from lightning_roulette.unit import Block, Head, Neuron, NofM, Reduction, Weight
@@ -89,12 +90,14 @@ __all__ = [
     "inspect",
     "load_compressed",
     "load_mask",
+    "load_shrunk",
     "measure",
     "prunable_parameters",
     "prune",
     "register_layer",
     "remove_dead",
     "save_compressed",
+    "save_shrunk",
     "save_weights",
     "search",
     "skipped_parameters",

@@ -1,0 +1,61 @@
+"""A file of a network without dead units builds it again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_roulette.slim.removal.removal import remove_dead
+from lightning_roulette.slim.removal.shrunk import load_shrunk, save_shrunk
+from tests.network.coupling.networks import IMAGES, NETWORKS, Joined
+from tests.slim.removal.test_removal import made, others, unread
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_the_loaded_network_is_the_one_that_was_written(name, tmp_path):
+    model, inputs = made(name)
+    unread(model, inputs)
+    slim = save_shrunk(model, tmp_path / "shrunk.ckpt", inputs)
+    loaded = load_shrunk(tmp_path / "shrunk.ckpt", lambda: NETWORKS[name][0]().double()).eval()
+    assert torch.equal(loaded(others(inputs)), slim(others(inputs)))
+    assert (loaded(others(inputs)) - model(others(inputs))).abs().max() < 1e-12
+    assert all(
+        torch.equal(one, loaded.state_dict()[key]) for key, one in remove_dead(model, inputs).state_dict().items()
+    )
+    sizes = [{key: one for key, one in vars(part).items() if isinstance(one, int)} for part in slim.modules()]
+    assert [{key: getattr(part, key) for key in each} for part, each in zip(loaded.modules(), sizes, strict=True)] == [
+        {**each} for each in sizes
+    ]
+
+
+NEW = """
+import sys, torch
+from lightning_roulette.slim.removal.shrunk import load_shrunk
+from tests.network.coupling.networks import IMAGES, Joined
+torch.save(load_shrunk(sys.argv[1], lambda: Joined().double()).eval()(IMAGES), sys.argv[2])
+assert "torch_pruning" not in sys.modules
+"""
+
+
+@torch.no_grad()
+def test_a_new_process_needs_no_graph(tmp_path):
+    model, inputs = made("joined")
+    unread(model, inputs)
+    slim = save_shrunk(model, tmp_path / "shrunk.ckpt", inputs)
+    subprocess.run([sys.executable, "-c", NEW, tmp_path / "shrunk.ckpt", tmp_path / "out.pt"], check=True)
+    assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True), slim(IMAGES))
+
+
+def test_other_files_and_other_networks_are_refused(tmp_path):
+    model, inputs = made("joined")
+    save_shrunk(model, tmp_path / "shrunk.ckpt", inputs)
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="is no file of save_shrunk"):
+        load_shrunk(tmp_path / "other.ckpt", Joined)
+    with pytest.raises(ValueError, match="does not fit the Sequential"):
+        load_shrunk(tmp_path / "shrunk.ckpt", nn.Sequential)
