@@ -70,7 +70,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable ".[dev,examples,tflm]" tokenizers safetensors regex typer
+	$(PIP) --editable ".[dev,examples,onnx,tflm]" tokenizers safetensors regex typer
 	$(PIP) --no-deps --target $(VENV)/beside --upgrade transformers
 	$(PIP) --no-deps --target $(VENV)/phones --upgrade executorch torchao ruamel.yaml tabulate
 	touch $@ $(VENV)/.demo

@@ -16,7 +16,11 @@ from lightning_roulette.refit.solvers.cholesky import Cholesky
 from tests.support.pages import NOT_RUN, PAGES, PROJECT, QuickTrainer, blocks, fitted, reader, run, text_of
 
 ELSEWHERE = {"docs/huggingface.md"}  # its code runs in test_huggingface.py, with transformers
-NEEDS = {"docs/microcontroller.md": "tflite_micro", "docs/units.md": "torch_pruning"}  # pages whose code needs an extra
+NEEDS = {  # pages whose code needs an extra
+    "docs/microcontroller.md": "tflite_micro",
+    "docs/removal.md": "onnxscript",
+    "docs/units.md": "torch_pruning",
+}
 WITH_CODE = [page for page in PAGES if blocks(page, "python") and page not in ELSEWHERE]
 RESULT = [
     "",

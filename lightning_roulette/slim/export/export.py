@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_roulette.checks import check_choice
+from lightning_roulette.network.modes import evaluating
 from lightning_roulette.slim.export.exported import Exported, FormatScores
 from lightning_roulette.slim.export.idle import slimmed
 from lightning_roulette.slim.export.operations import Program, Weighted
@@ -27,8 +28,10 @@ FORMATS = {
     "tflm": "lightning_roulette.slim.export.tflm.writing",
     "executorch": "lightning_roulette.slim.export.executorch.writing",
 }
+# each has a function `write(model, path, *, example_input, ...)`, as it takes networks of any kind
+NETWORK_FORMATS = {"onnx": "lightning_roulette.slim.export.onnx.writing"}
 _ROWS = 4096  # calibration inputs that are used at most
-_GIVEN = ("program", "path", "calibration")
+_GIVEN = ("program", "model", "path", "calibration", "example_input")
 
 
 def export(
@@ -36,7 +39,7 @@ def export(
     path: str | PathLike[str],
     format: str,
     *,
-    example_input: Tensor,
+    example_input: Any,
     calibration: Tensor | Iterable[Any] | None = None,
     validation: tuple[Tensor, Tensor] | Iterable[Any] | None = None,
     score: Callable[[Tensor, Tensor], float] = accuracy,
@@ -62,8 +65,11 @@ def export(
             - `"executorch"`: a .pte file for ExecuTorch, PyTorch's runtime for phones, through XNNPACK. Zeros gain
               nothing there, except in the package of an app, which is compressed. Option: `values="float32"` (default)
               or `values="int8"`. Needs the extra `executorch`.
+            - `"onnx"`: a file for onnxruntime and others, by PyTorch's exporter, in floating point. Use it for networks
+              of any kind. Dead units are removed first (option `removal=True`), and the file is checked with
+              onnxruntime, which also times it. Needs the extra `onnx`.
 
-        example_input: Inputs of any number, shape `(n, ...)`.
+        example_input: Inputs of any number, shape `(n, ...)`. For `"onnx"` also a tuple or a mapping of tensors.
         calibration: Some hundred inputs as in use, for the ranges of 8-bit integers: a tensor, or batches of which the
             first entry is the input, such as a loader of training data. Not validation data, so that it can judge.
         validation: Inputs and targets, or batches of both, which are read once. The network and what the device
@@ -76,18 +82,36 @@ def export(
         TypeError: If an argument has the wrong type, or if the format does not have an option.
         ValueError: If an argument is not allowed, or if the network cannot be expressed.
     """
-    check_choice("format", format, tuple(FORMATS))
-    write = import_module(FORMATS[format]).write
+    check_choice("format", format, (*FORMATS, *NETWORK_FORMATS))
+    write = import_module((FORMATS | NETWORK_FORMATS)[format]).write
     _check_options(format, write, options)
+    exported: Exported
+    if format in NETWORK_FORMATS:
+        exported = write(model, Path(path), example_input=example_input, **options)
+        return exported if validation is None else _scored(exported, model, example_input, validation, score)
     whole = trace(model, example_input)
     program = slimmed(whole, example_input.cpu())
     inputs = None if calibration is None else _inputs(calibration, program.input.shape)
-    exported: Exported = write(program, Path(path), calibration=inputs, **options)
+    exported = write(program, Path(path), calibration=inputs, **options)
     exported = replace(exported, notes=(*_removed(whole, program), *exported.notes))
     if validation is None:
         return exported
     network, device = scores(_runs(whole, exported, score), validation, score, program.input.shape)
     return replace(exported, scores=FormatScores(network, device))
+
+
+def _scored(
+    exported: Exported, model: nn.Module, example: Any, validation: Any, score: Callable[..., float]
+) -> Exported:
+    """Return what was written with the scores of a network with one input, and of its file."""
+    if not isinstance(example, Tensor):
+        raise TypeError(
+            f"validation was given, but example_input is a {type(example).__name__}. Networks are scored if they take "
+            "one tensor. Leave validation out, and run the file that was written with onnxruntime."
+        )
+    with evaluating(model), torch.no_grad():
+        found = scores([model, exported.run], validation, score, tuple(example.shape[1:]))
+    return replace(exported, scores=FormatScores(*found))
 
 
 def _runs(whole: Program, exported: Exported, score: Callable[..., float]) -> list[Callable[[Tensor], Tensor]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_roulette.report.columns import in_columns
 from lightning_roulette.slim.export.operations import Final
+from lightning_roulette.slim.measuring.timing import Latency
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,17 @@ class Exported:
         format: Name of the format.
         values: Type of the stored values, "int8" or "float32".
         files: The files.
-        flash: Bytes of constants: weights, positions, biases, scales. Code is not included.
-        dense_flash: The same if no layer was compressed.
-        ram: Bytes of memory for all values that are computed, the input and the output included.
+        flash: Bytes of constants: weights, positions, biases, scales. Code is not included. Of ONNX, of the file.
+        dense_flash: The same if no layer was compressed. Of ONNX, if no dead unit was removed.
+        ram: Bytes of memory for all values that are computed, the input and the output included; None if the runtime
+            does not tell.
         layers: How the weights are stored.
         run: Computes what the device computes: from inputs in float32, shape `(n, ...)`, outputs in float32.
         final: The function that the network applies last, and that the device does not: see `Program`.
         scores: Scores on the validation data; None if there are none.
         notes: Sentences about this export.
+        latency: How long the runtime takes for the example on this machine, with one thread; None if it was not run.
+        dense_latency: The same before dead units were removed.
     """
 
     format: str
@@ -64,12 +68,14 @@ class Exported:
     files: tuple[Path, ...]
     flash: int
     dense_flash: int
-    ram: int
+    ram: int | None
     layers: tuple[StoredLayer, ...]
-    run: Callable[[Tensor], Tensor]
+    run: Callable[..., Tensor]
     final: Final | None = None
     scores: FormatScores | None = None
     notes: tuple[str, ...] = ()
+    latency: Latency | None = None
+    dense_latency: Latency | None = None
 
     def __str__(self) -> str:
         """Return a table of the layers, and the totals."""
@@ -82,10 +88,14 @@ class Exported:
 
     def _totals(self) -> list[str]:
         """Return sentences about flash, memory and scores."""
-        lines = [
-            f"Flash: {self.flash:,} bytes of constants; {self.dense_flash:,} with all zeros.",
-            f"Memory: {self.ram:,} bytes, with input and output.",
-        ]
+        lines = [f"File: {self.flash:,} bytes; {self.dense_flash:,} with dead units."]
+        if self.ram is not None:
+            lines = [
+                f"Flash: {self.flash:,} bytes of constants; {self.dense_flash:,} with all zeros.",
+                f"Memory: {self.ram:,} bytes, with input and output.",
+            ]
+        if self.latency is not None and self.dense_latency is not None:
+            lines.append(f"Time for the example: {self.latency}; with dead units {self.dense_latency}.")
         if self.scores is not None:
             lines.append(f"On the validation data: network {self.scores.network:g}, device {self.scores.device:g}.")
         if self.final is not None:

@@ -18,14 +18,23 @@ _CLOSE = 1e-5  # allowed difference, relative to the larger of one and the large
 
 def runs_of(model: nn.Module, example_input: Any) -> list[Callable[[], Any]]:
     """What calls a network with the example, and with random inputs like it."""
-    chance = torch.Generator().manual_seed(0)
-    return [caller_of(model, one)(None) for one in (example_input, _varied(example_input, chance))]
+    return [caller_of(model, one)(None) for one in (example_input, like(example_input))]
+
+
+def like(example_input: Any) -> Any:
+    """Random inputs of the same mean and spread; whole numbers and truth values in another order."""
+    return _varied(example_input, torch.Generator().manual_seed(0))
 
 
 def outputs(model: nn.Module, example_input: Any) -> list[Tensor]:
     """What a network returns for the example and for random inputs like it, in evaluation mode."""
     with borrowed(model):
         return [one for run in runs_of(model, example_input) for one in outputs_of(run)]
+
+
+def float_outputs(model: nn.Module, given: Any) -> list[Tensor]:
+    """The floating-point numbers that a network returns for an input."""
+    return outputs_of(caller_of(model, given)(None))
 
 
 def are_close(expected: list[Tensor], found: list[Tensor]) -> bool:
@@ -40,7 +49,6 @@ def _is_close(one: Tensor, other: Tensor) -> bool:
 
 
 def _varied(given: Any, chance: torch.Generator) -> Any:
-    """Random numbers of the same mean and spread; whole numbers and truth values in another order."""
     if isinstance(given, Tensor):
         return _random_like(given, chance)
     parts = parts_of(given)

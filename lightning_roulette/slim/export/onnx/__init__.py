@@ -1,0 +1,1 @@
+"""Files in the format of ONNX, written by PyTorch's exporter and checked with onnxruntime."""
