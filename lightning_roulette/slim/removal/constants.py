@@ -25,19 +25,34 @@ class Folding:
         self._module = module
         self._kind = affine_kind_of(module) or AffineKind(nn.Linear)
         self._values: Tensor | None = None  # of each input, nan where it differs
+        self._varies: Tensor | None = None  # whether each input depends on what the network is given
+        self._calls: list[Tensor] = []
         self._bias = getattr(module, self._kind.bias or "", None)
 
     def listening(self) -> Iterator[Removable]:
         """Yield hooks that look at the inputs of all calls, until they are removed."""
-        self._values = None
+        self._values = self._varies = None
         yield cast(Removable, self._module.register_forward_pre_hook(self._look, with_kwargs=True))
+
+    def comparing(self) -> Iterator[Removable]:
+        """Yield hooks that compare the inputs of the calls of two runs, until they are removed."""
+        self._calls.clear()
+        yield cast(Removable, self._module.register_forward_pre_hook(self._hold, with_kwargs=True))
+
+    def compare(self) -> None:
+        """Take an input for no constant if it differed between the calls of the first run and those of the second."""
+        half, calls = len(self._calls) // 2, self._calls
+        for one, other in zip(calls[:half], calls[half:], strict=False):
+            differs = (one != other).any(0) if one.shape == other.shape else torch.ones_like(one[0], dtype=torch.bool)
+            self._varies = differs if self._varies is None else self._varies | differs
+        self._calls = []
 
     def exact(self) -> Tensor:
         """Whether each column of the weight reads a constant that can be folded, or zero. Shape `(columns,)`."""
-        if self._values is None:
+        if self._values is None or self._varies is None:
             return torch.zeros(self._columns, dtype=torch.bool)
         foldable = self._bias is not None and not _is_padded(self._module)
-        each = ~self._values.isnan() if foldable else self._values == 0
+        each = (~self._values.isnan() if foldable else self._values == 0) & ~self._varies
         return each.reshape(-1, self._columns).all(0).cpu()
 
     @torch.no_grad()
@@ -66,14 +81,12 @@ class Folding:
         return weight.shape[1]
 
     def _look(self, module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        given = arguments[0] if arguments else next(iter(named.values()))
-        if isinstance(module, _ConvNd):
-            batched = given.dim() == module.weight.dim()
-            rows = given.transpose(0, 1).flatten(1).T if batched else given.flatten(1).T
-        else:
-            rows = given.reshape(-1, given.shape[-1])
+        rows = _rows(module, arguments, named)
         first = rows[0] if self._values is None else self._values
         self._values = torch.where((rows == first).all(0), first, torch.nan)
+
+    def _hold(self, module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        self._calls.append(_rows(module, arguments, named).detach().clone())
 
 
 def foldings_of(network: nn.Module) -> dict[str, Folding]:
@@ -85,6 +98,15 @@ def foldings_of(network: nn.Module) -> dict[str, Folding]:
             weight = "weight" if kind is None else kind.weight
             found[f"{name}.{weight}" if name else weight] = Folding(part)
     return found
+
+
+def _rows(module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    """Return what a layer is called with, shape `(samples and positions, inputs)`."""
+    given: Tensor = arguments[0] if arguments else next(iter(named.values()))
+    if isinstance(module, _ConvNd):
+        batched = given.dim() == module.weight.dim()
+        return given.transpose(0, 1).flatten(1).T if batched else given.flatten(1).T
+    return given.reshape(-1, given.shape[-1])
 
 
 def _is_padded(part: nn.Module) -> bool:

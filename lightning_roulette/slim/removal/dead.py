@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_roulette.network.coupling.groups import Group, Member
-from lightning_roulette.network.lending import named_tensors
+from lightning_roulette.network.hooks import Removable
+from lightning_roulette.network.lending import lent, named_tensors
 from lightning_roulette.slim.removal.constants import Folding, foldings_of
 
 
@@ -63,7 +64,8 @@ class DeadUnits:
     def _fold(self, groups: Sequence[Group], waiting: Mapping[str, Tensor]) -> bool:
         names = {member.name for group in groups for member in group.consumers}
         foldings = {name: one for name, one in self._foldings.items() if name in names}
-        _listen(foldings, self._runs)
+        _listen([one.listening() for one in foldings.values()], self._runs)
+        self._compare(foldings, groups, waiting)
         found = False
         for group in groups:
             exact = waiting[group.name].clone()
@@ -75,6 +77,22 @@ class DeadUnits:
                 _fill(self._tensors[member.name], member, exact)
             found = found or bool(exact.any())
         return found
+
+    def _compare(self, foldings: Mapping[str, Folding], groups: Sequence[Group], waiting: Mapping[str, Tensor]) -> None:
+        """Look whether the units depend on the network's input, also with biases that no ReLU cuts off.
+
+        What else is added to a unit, such as a mean over the inputs, would be hidden where a ReLU gives zero.
+        """
+        biases = [one for group in groups for one in group.producers if self._tensors[one.name].dim() == 1]
+        waits = {id(one): waiting[group.name] for group in groups for one in group.producers}
+        for value in (1.0, -1.0):
+            with lent({one.name: self._tensors[one.name] for one in biases}):
+                for one in biases:
+                    own = abs(value) if one.name.endswith("running_var") else value
+                    _fill(self._tensors[one.name], one, waits[id(one)], own)
+                _listen([one.comparing() for one in foldings.values()], self._runs)
+            for folding in foldings.values():
+                folding.compare()
 
     def _any_entry(self, size: int, members: Sequence[Member]) -> Tensor:
         """Return for each unit whether an entry of it is not zero in any member."""
@@ -91,13 +109,13 @@ def _entries(tensor: Tensor, member: Member, size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int64).index_add(0, member.units[there], used[there].long())
 
 
-def _fill(tensor: Tensor, member: Member, chosen: Tensor) -> None:
+def _fill(tensor: Tensor, member: Member, chosen: Tensor, value: float = 0.0) -> None:
     places = ((member.units >= 0) & chosen[member.units.clamp(min=0)]).nonzero().flatten()
-    tensor.index_fill_(member.dim, places.to(tensor.device), 0)
+    tensor.index_fill_(member.dim, places.to(tensor.device), value)
 
 
-def _listen(foldings: Mapping[str, Folding], runs: Sequence[Callable[[], Any]]) -> None:
-    hooks = [hook for one in foldings.values() for hook in one.listening()]
+def _listen(listening: Sequence[Iterator[Removable]], runs: Sequence[Callable[[], Any]]) -> None:
+    hooks = [hook for one in listening for hook in one]
     try:
         for run in runs:
             run()

@@ -219,3 +219,24 @@ def test_a_copy_can_be_made_slimmer_again():
     again = remove_dead(copy.deepcopy(once), inputs)
     assert again.self_attn.num_heads == once.self_attn.num_heads == 1
     assert (again(inputs) - model(inputs)).abs().max() < 1e-12
+
+
+class Added(Layers):
+    """Adds the mean of its inputs, times a factor, to each unit."""
+
+    def __init__(self) -> None:
+        super().__init__(a=nn.Linear(6, 8), b=nn.Linear(8, 5))
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x) + x.mean(-1, keepdim=True)))
+
+
+@pytest.mark.parametrize("example", [torch.zeros(1, 6), torch.ones(2, 6), numbers(4, 6)])
+@torch.no_grad()
+def test_a_unit_to_which_an_input_is_added_stays_where_a_relu_hides_it(example):
+    model = known(Added()).double()
+    model.a.weight[2], model.a.bias[2] = 0, -3
+    slim = remove_dead(model, example.double())
+    inputs = 100 * numbers(4, 6).double()
+    assert torch.equal(slim(inputs), model(inputs))
+    assert slim.a.out_features == 8
