@@ -56,25 +56,27 @@ def positions_of(model: nn.Module, run: Callable[[], object]) -> dict[str, float
     """How often an entry of each parameter is multiplied while a network runs, by the name of the parameter.
 
     Layers are those of `multiply_adds`. If entries of a parameter are multiplied unequally often, it is their mean.
+    Weights that are computed from parameters, as those of a weight normalisation, are left out.
 
     Args:
         model: The network.
         run: Runs it once.
     """
-    owners = {_memory(one): name for name, one in model.named_parameters()}
-    found: dict[str, int] = {}
+    parameters, found = dict(model.named_parameters()), dict[str, int]()
 
     def add(weight: Tensor, times: int) -> None:
-        name = owners[_memory(weight)]
-        found[name] = found.get(name, 0) + times * weight.numel()
+        if (name := _owner(parameters, weight)) is not None:
+            found[name] = found.get(name, 0) + times * weight.numel()
 
     _see_uses(model, run, add)
-    return {name: found[name] / max(1, one.numel()) for name, one in model.named_parameters() if name in found}
+    return {name: times / max(1, parameters[name].numel()) for name, times in found.items()}
 
 
-def _memory(one: Tensor) -> int:
-    """Return where the memory of a tensor begins. A part of an attention's weight begins where the whole does."""
-    return one.untyped_storage().data_ptr()
+def _owner(parameters: Mapping[str, Tensor], weight: Tensor) -> str | None:
+    """Return the name of the parameter in whose memory a weight begins, as a part of an attention's weight does."""
+    place = weight.data_ptr()
+    inside = (name for name, one in parameters.items() if one.data_ptr() <= place < one.data_ptr() + one.nbytes)
+    return next(inside, None)
 
 
 def _see_uses(model: nn.Module, run: Callable[[], object], add: Callable[[Tensor, int], None]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
 
 from lightning_roulette.network.hooks import run_with_hooks
+from lightning_roulette.network.samples import rows_of
 from lightning_roulette.report.names import shortened
 from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.fit_state import FitState
@@ -18,6 +20,7 @@ from lightning_roulette.trainer.preparing import judging_of, prunable, rehearse
 from lightning_roulette.trainer.show.log import log
 from lightning_roulette.trainer.validation.loop import transferred
 from lightning_roulette.unit import Block, NofM, Unit, Weight, unit_of
+from lightning_roulette.wheel.units.costs import cost_in_multiply_adds
 from lightning_roulette.wheel.units.grouping import units_of
 from lightning_roulette.wheel.units.units import Cost, Part, Units
 
@@ -56,12 +59,23 @@ def units_for(fit: FitState, weights: Mapping[str, nn.Parameter], data: FoldedDa
 
 def _traced(fit: FitState, data: FoldedData | None, weights: Mapping[str, nn.Parameter], unit: Unit) -> Units:
     """Return units that are found, or whose cost is found, with an example of the input."""
-    path, example = _example(fit, data, weights)
+    path, example, work = _example(fit, data, weights)
     network, prefix = fit.module.get_submodule(path), _prefix(path)
     inner = {name.removeprefix(prefix): one for name, one in weights.items() if name.startswith(prefix)}
     with judging_of(fit).isolated():
         found = units_of(network, example, unit=unit, weights=inner, target=fit.choices.tree.target)
-    return _renamed(found, prefix, [name for name in weights if not name.startswith(prefix)])
+    beside = {name: one.numel() for name, one in fit.module.named_parameters() if not name.startswith(prefix)}
+    found = _renamed(found, prefix, [name for name in beside if name in weights])
+    if found.cost.counted == "parameters":
+        fixed = sum(size for name, size in beside.items() if name not in weights)
+        found = replace(found, cost=replace(found.cost, fixed=found.cost.fixed + fixed))
+    return found if work is None else _counted_in(work, found)
+
+
+def _counted_in(work: Cost, units: Units) -> Units:
+    """Return units with the multiply-adds of the whole module, as some of it may run beside the network."""
+    cost = work if units.cost.counted == work.counted else units.cost
+    return replace(units, cost=cost, multiply_adds=work)
 
 
 def _without_tracing(fit: FitState, data: FoldedData | None, weights: Mapping[str, nn.Parameter], unit: Unit) -> Units:
@@ -113,15 +127,25 @@ def say_units(fit: FitState, units: Units | None) -> None:
         log.info(f"RouletteWheelPruning: {units.count:,} units may leave (unit: {units.kind}). {said}".rstrip())
 
 
-def _example(fit: FitState, data: FoldedData | None, weights: Collection[str]) -> tuple[str, Any]:
-    """Return the path of a network inside the module, and what it is called with."""
+def _example(
+    fit: FitState, data: FoldedData | None, weights: Mapping[str, nn.Parameter]
+) -> tuple[str, Any, Cost | None]:
+    """Return the path of a network inside the module, what it is called with, and the work of a validation step.
+
+    The latter are the multiply-adds of one sample; None if the network is the module, or if samples cannot be counted.
+    """
     if (given := fit.module.example_input_array) is not None:
-        return "", transferred(fit.trainer, given, 0)
+        return "", transferred(fit.trainer, given, 0), None
     with judging_of(fit).isolated() as validation:
         if (batch := first_batch(validation, data)) is None:
             raise ValueError("validation_step takes no batches, but an iterator.")
         with validation.seeing():
-            return _passed(fit.module, lambda: validation.validation_step(batch), weights)
+            step = partial(validation.validation_step, batch)
+            path, example = _passed(fit.module, step, weights)
+        if not (samples := rows_of(batch)):
+            return path, example, None
+        with validation.seeing():
+            return path, example, cost_in_multiply_adds(fit.module, weights, step, samples)
 
 
 def _passed(module: nn.Module, run: Callable[[], object], weights: Collection[str]) -> tuple[str, Any]:

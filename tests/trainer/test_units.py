@@ -140,6 +140,42 @@ def test_cuts_between_epochs_hold_whole_units_through_training(fit):
     assert report.winner.units < report.levels[0].units < report.units == 14
 
 
+class Divided(Pictures):
+    """Calls two networks, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 8), nn.ReLU()))
+        self.last = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 10))
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        logits = self.last(self.net(x))
+        self.val_acc(logits, y)
+        self.log("val_loss", cross_entropy(logits, y))
+        self.log("val_acc", self.val_acc)
+
+    def training_step(self, batch, batch_idx):
+        return cross_entropy(self.last(self.net(batch[0])), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("target", "whole"),
+    [
+        (Reduction(multiply_adds=0.4), 20 * 24 + 12 * 18),
+        (Reduction(parameters=0.4), 20 * 24 + 12 * 18 + 20 + 8 + 12 + 10),
+    ],
+)
+def test_a_target_counts_what_the_module_calls_beside_the_traced_network(fit, target, whole):
+    pruning = pruner(tree=Tree(0.3, target=target), **NEURON)
+    fit(pruning, module=Divided())
+    report = pruning.report
+    assert report.multiply_adds == report.footprint.dense_multiply_adds == 20 * 24 + 12 * 18
+    assert report.winner.multiply_adds == report.footprint.effective_multiply_adds
+    assert report.cost == whole
+    assert report.target_met
+    assert report.winner.cost <= 0.6 * whole
+
+
 def test_prune_uses_the_example_of_the_module(tmp_path):
     class Exemplary(Pictures):
         def forward(self, x):

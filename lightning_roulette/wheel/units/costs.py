@@ -16,7 +16,7 @@ from lightning_roulette.network.calling import caller_of
 from lightning_roulette.network.coupling.groups import Group
 from lightning_roulette.network.hooks import run_with_hooks
 from lightning_roulette.network.modes import evaluating
-from lightning_roulette.network.multiply_adds import positions_of
+from lightning_roulette.network.multiply_adds import multiply_adds, positions_of
 from lightning_roulette.network.samples import rows_of
 from lightning_roulette.unit import Reduction
 from lightning_roulette.wheel.units.units import Cost
@@ -63,23 +63,32 @@ def costs_of(found: Groups, target: Reduction | None, example_input: Any) -> tup
     """
     run, samples = caller_of(found.network, example_input)(None), rows_of(example_input) or 1
     with evaluating(found.network), torch.no_grad():
-        multiply_adds = _multiply_adds(found, run, samples)
-        return _cost(found, target, run, multiply_adds), multiply_adds
+        work = cost_in_multiply_adds(found.network, found.weights, run, samples)
+        return _cost(found, target, run, work), work
 
 
-def _multiply_adds(found: Groups, run: Callable[[], object], samples: int) -> Cost:
-    """Return the multiply-adds of one sample, if `run` runs so many samples."""
-    sizes = {name: one.numel() for name, one in found.network.named_parameters()}
-    each = {name: times / samples for name, times in positions_of(found.network, run).items()}
-    fixed = sum(times * sizes[name] for name, times in each.items() if name not in found.weights)
-    return Cost("multiply_adds", {name: times for name, times in each.items() if name in found.weights}, None, fixed)
+def cost_in_multiply_adds(
+    network: nn.Module, weights: Mapping[str, Tensor], run: Callable[[], object], samples: int
+) -> Cost:
+    """Return the multiply-adds of one sample.
+
+    Args:
+        network: The network.
+        weights: The prunable weights by name. What others multiply is fixed.
+        run: Runs the network once, on so many samples.
+        samples: Number of samples.
+    """
+    found = positions_of(network, run)
+    each = {name: times / samples for name, times in found.items() if name in weights}
+    whole = multiply_adds(network, run).dense / samples
+    return Cost("multiply_adds", each, None, whole - sum(each[name] * weights[name].numel() for name in each))
 
 
-def _cost(found: Groups, target: Reduction | None, run: Callable[[], object], multiply_adds: Cost) -> Cost:
+def _cost(found: Groups, target: Reduction | None, run: Callable[[], object], work: Cost) -> Cost:
     if target is None:
         return Cost.of_weights(list(found.weights))
     if target.counted == "multiply_adds":
-        return multiply_adds
+        return work
     return _parameters(found) if target.counted == "parameters" else _latency(found, run)
 
 

@@ -117,3 +117,21 @@ def test_positions_times_entries_are_the_multiply_adds():
         sizes = {name: one.numel() for name, one in network.named_parameters()}
         dense = multiply_adds(network, lambda network=network, given=given: network(*given)).dense
         assert sum(found[name] * sizes[name] for name in found) == pytest.approx(dense)
+
+
+def test_weights_that_are_computed_from_others_cost_what_they_multiply():
+    inner = nn.utils.parametrizations.weight_norm(nn.Linear(8, 7))
+    network = nn.Sequential(nn.Linear(6, 8), inner, nn.Linear(7, 4), nn.ReLU(), nn.Linear(4, 3))
+    units = units_of(network, torch.ones(2, 6), target=Reduction(multiply_adds=0.5))
+    assert units.groups == {"2": 4}
+    assert units.whole(Mask.full(prunable_parameters(network))) == 6 * 8 + 8 * 7 + 7 * 4 + 4 * 3
+
+
+def test_weights_that_share_a_memory_are_told_apart():
+    network, memory = nn.LSTM(3, 4), torch.zeros(500)  # cuDNN keeps the weights of a layer side by side
+    place = 0
+    for one in network.parameters():
+        one.data = memory[place : place + one.numel()].view(one.shape)
+        place += one.numel()
+    found = positions_of(network, lambda: network(torch.ones(5, 2, 3)))
+    assert found == {"weight_ih_l0": 10, "weight_hh_l0": 10}
