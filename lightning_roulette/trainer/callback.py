@@ -24,6 +24,7 @@ from lightning_roulette.trainer.preflight import (
     nothing_to_do,
     refuse_several_processes,
     refuse_sharding,
+    refuse_shrink,
     refuse_trainer,
     refuse_without_validation,
     validates_before,
@@ -154,6 +155,10 @@ class RouletteWheelPruning(WithResult):
         seed: Seed of all random choices of the search.
         dirpath: Folder for the files of the search. None: the folder of the Trainer's checkpoints; if the Trainer
             writes no checkpoints, nothing is written. Files of other runs are never overwritten.
+        shrink: Whether to write `shrunk.ckpt` beside `pruned.ckpt` as well: the winner without the neurons, channels
+            and heads that are left without effect, see `remove_dead`. The module keeps its shapes. `load_shrunk` reads
+            the file, and `shrunk()` returns the same network. It needs the extra `units` and whole weights. If
+            the network cannot be shrunk, a warning says why, and `pruned.ckpt` holds the winner.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -183,6 +188,7 @@ class RouletteWheelPruning(WithResult):
         validation: Validation | Mapping[str, Any] = Validation(),
         seed: int = 0,
         dirpath: str | os.PathLike[str] | None = None,
+        shrink: bool = False,
     ) -> None:
         choices = Choices.checked(
             branches=branches,
@@ -200,13 +206,14 @@ class RouletteWheelPruning(WithResult):
             validation=validation,
             seed=seed,
             dirpath=dirpath,
+            shrink=shrink,
         )
         self.branches, self.tolerance, self.seed = choices.branches, choices.tolerance, choices.seed
         self.monitor, self.mode, self.validation = choices.monitor, choices.mode, choices.validation
         self.target_sparsity, self.confidence = choices.target_sparsity, choices.confidence
         self.at_epoch, self.refit = choices.at_epoch, choices.refit
         self.include, self.exclude = choices.include, choices.exclude
-        self.wheel, self.tree, self.dirpath = choices.wheel, choices.tree, choices.dirpath
+        self.wheel, self.tree, self.dirpath, self.shrink = choices.wheel, choices.tree, choices.dirpath, choices.shrink
         super().__init__(choices)
         self._fit: FitState | None = None
 
@@ -232,6 +239,7 @@ class RouletteWheelPruning(WithResult):
         self._fit = FitState(trainer, pl_module, self, choices, self._result, self._zeros, phase, searches)
         if stage == "fit":
             refuse_sharding(trainer, self.wheel, self.at_epoch)
+            refuse_shrink(trainer, self.shrink)
             refuse_trainer(trainer, self, self.validation.keep_callbacks, self.at_epoch)
             refuse_several_processes(trainer, self.confidence)
             place_before_checkpoints(trainer, self)

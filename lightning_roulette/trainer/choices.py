@@ -37,6 +37,7 @@ class Choices:
     validation: Validation
     seed: int
     dirpath: str | os.PathLike[str] | None
+    shrink: bool
 
     @classmethod
     def checked(cls, **given: Any) -> Choices:
@@ -141,6 +142,7 @@ def _check(
     dirpath: Any,
     refit: Any,
     at_epoch: Any,
+    shrink: Any,
     **of_search: Any,
 ) -> None:
     check_search(**of_search)
@@ -154,3 +156,5 @@ def _check(
     _check_refit(refit_of(refit), at_epoch)
     check_chosen(refit_of(refit), of_search["wheel"])
     refuse_dirpath(dirpath)
+    if not isinstance(shrink, bool):
+        raise TypeError(f"shrink is {shrink!r}, but must be True or False.")

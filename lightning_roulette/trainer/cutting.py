@@ -17,6 +17,7 @@ from lightning_roulette.trainer.saved import rehearse_saving
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from lightning_roulette.trainer.searching import noted, save_dense, save_winner, show_result
 from lightning_roulette.trainer.show.show import ShowBetweenEpochs
+from lightning_roulette.trainer.shrinking import save_shrunk_winner
 from lightning_roulette.trainer.units import say_units, units_for
 
 
@@ -66,6 +67,7 @@ def end_cuts(fit: FitState, cuts: BetweenEpochs) -> None:
         result.measured_at_step = fit.trainer.global_step
         if report.winner is not None:
             save_winner(fit)
+            save_shrunk_winner(fit, judges.data)
     show_result(fit, shown)
 
 

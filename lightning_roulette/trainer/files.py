@@ -26,12 +26,14 @@ class RunFiles:
         dense: Path of the checkpoint of the network before the winner was loaded.
         interrupted: Path of the accepted levels of a search that did not end.
         weights: Path of the weights of the winner, written only if the checkpoint does not hold them.
+        shrunk: Path of the winner without its dead units.
     """
 
     pruned: str
     dense: str
     interrupted: str
     weights: str
+    shrunk: str
 
     @property
     def folder(self) -> str:
@@ -58,8 +60,8 @@ class RunFiles:
         version = 0
         while True:
             tail = f"-v{version}" if version else ""
-            names = (f"pruned{tail}.ckpt", f"dense{tail}.ckpt", f"interrupted{tail}.pt", f"pruned-weights{tail}.pt")
-            yield cls(*(f"{folder.rstrip('/')}/{name}" for name in names))
+            names = ("pruned.ckpt", "dense.ckpt", "interrupted.pt", "pruned-weights.pt", "shrunk.ckpt")
+            yield cls(*(f"{folder.rstrip('/')}/{tail.join(os.path.splitext(name))}" for name in names))
             version += 1
 
     def _exist(self) -> bool:
@@ -160,7 +162,7 @@ def save_accepted_levels(
         report: The report as plain values.
         weights: The weights of the last level and all values that its refit changed; empty without a refit.
     """
-    _write(path, {**history.state(), "report": dict(report), "weights": dict(weights)})
+    write_file(path, {**history.state(), "report": dict(report), "weights": dict(weights)})
 
 
 def save_weights(path: str, history: History, report: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
@@ -168,10 +170,11 @@ def save_weights(path: str, history: History, report: Mapping[str, Any], weights
 
     `torch.load(path)["state_dict"]` are the weights, for `module.load_state_dict(..., strict=False)`.
     """
-    _write(path, {**history.state(), "report": dict(report), "state_dict": dict(weights)})
+    write_file(path, {**history.state(), "report": dict(report), "state_dict": dict(weights)})
 
 
-def _write(path: str, contents: Mapping[str, Any]) -> None:
+def write_file(path: str, contents: Mapping[str, Any]) -> None:
+    """Write tensors and plain values. If writing fails, no incomplete file has its name."""
     files = get_filesystem(path)
     files.makedirs(os.path.dirname(path), exist_ok=True)
     with files.open(f"{path}.part", "wb") as file:

@@ -72,6 +72,7 @@ class Result:
         measured_at_step: The global step at which the winner was last measured.
         winner: The weights of all levels. Not saved: None after a checkpoint was loaded.
         module: The network that was pruned. Not saved, and not copied.
+        example: The path of a network inside the module, and what it is called with. Only with `shrink`; not saved.
         between_epochs: See above.
     """
 
@@ -82,6 +83,7 @@ class Result:
         self.measured_at_step = 0
         self.winner: Winner | None = None
         self.module: weakref.ref[LightningModule] | None = None
+        self.example: tuple[str, Any] | None = None
         self.between_epochs = between_epochs
 
     def forget(self, between_epochs: BetweenEpochs | None) -> None:

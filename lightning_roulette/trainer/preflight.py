@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_roulette.large.shards import Shards
+from lightning_roulette.network.coupling.graph import graph_package
 from lightning_roulette.network.coverage import coverage_of, largest_class
 from lightning_roulette.network.parameters import has_lazy_parameters, prunable_parameters, skipped_parameters
 from lightning_roulette.report.names import shortened
@@ -87,6 +88,23 @@ def refuse_sharding(trainer: Trainer, wheel: Wheel, at_epoch: int | Sequence[int
         why = f"tensor parallelism is not supported. Pass {sizes}, and call fully_shard on the module."
     if why:
         raise RuntimeError(f"the strategy is {name}, which shards weights, but {why}")
+
+
+def refuse_shrink(trainer: Trainer, shrink: bool) -> None:
+    """Raise if dead units cannot be removed here.
+
+    Raises:
+        ImportError: If the extra `units` is not installed.
+        RuntimeError: If the strategy shards weights.
+    """
+    if not shrink:
+        return
+    graph_package()
+    if isinstance(trainer.strategy, in_both(ModelParallelStrategy)):
+        raise RuntimeError(
+            f"shrink is True and the strategy is {type(trainer.strategy).__name__}, which shards weights, but units "
+            "are removed from whole weights. Leave shrink out, load pruned.ckpt on one device, and call save_shrunk."
+        )
 
 
 def refuse_several_processes(trainer: Trainer, confidence: float | None) -> None:

@@ -108,7 +108,7 @@ def warn_of_other_weights(fit: FitState) -> None:
         f"{shortened(changed)} changed after the network was measured, for example in on_train_end or on_fit_end of "
         f"the module or of another callback. The report does not describe these weights.{where}"
     )
-    _note(fit, message)
+    note(fit, message)
     if fit.trainer.is_global_zero:
         warnings.warn(f"RouletteWheelPruning: {message}", stacklevel=2)
 
@@ -130,7 +130,7 @@ def _check(fit: FitState) -> None:
         save_weights(files.weights, history, report.to_dict(), weights)
     except Exception as error:
         sentence = f"The checkpoint {files.pruned!r} was not checked, because it could not be read back: {error!r}."
-        _note(fit, sentence)
+        note(fit, sentence)
         log.info(f"RouletteWheelPruning: {sentence}")
         return
     message = (
@@ -138,11 +138,11 @@ def _check(fit: FitState) -> None:
         f"{_suspects(fit)}. The weights that were measured are in {files.weights!r}. Load them by "
         "module.load_state_dict(torch.load(path)['state_dict'], strict=False)."
     )
-    _note(fit, message)
+    note(fit, message)
     warnings.warn(f"RouletteWheelPruning: {message}", stacklevel=2)
 
 
-def _note(fit: FitState, sentence: str) -> None:
+def note(fit: FitState, sentence: str) -> None:
     """Put a sentence into the report, which was made before."""
     fit.facts.note(sentence)
     if fit.result.report is not None:

@@ -27,6 +27,7 @@ from lightning_roulette.trainer.saved import read_back, rehearse_saving
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from lightning_roulette.trainer.scores.setup import CandidateValidation
 from lightning_roulette.trainer.show.show import Show
+from lightning_roulette.trainer.shrinking import save_shrunk_winner
 from lightning_roulette.trainer.units import say_units, units_for
 
 
@@ -72,6 +73,7 @@ def measure_and_save(fit: FitState) -> None:
     fit.know_files()
     if report.winner is not None:
         save_winner(fit)
+        save_shrunk_winner(fit)
 
 
 def save_winner(fit: FitState) -> None:
@@ -149,6 +151,7 @@ def _load(fit: FitState, winner: Winner, metric: MonitoredMetric, data: FoldedDa
         raise
     if pruned:
         save_winner(fit)
+        save_shrunk_winner(fit, data)
 
 
 def _must_save_dense(fit: FitState) -> bool:

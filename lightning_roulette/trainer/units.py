@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
 
-from lightning_roulette.network.hooks import run_with_hooks
-from lightning_roulette.network.samples import rows_of
 from lightning_roulette.report.names import shortened
 from lightning_roulette.trainer.data.folded_data import FoldedData
+from lightning_roulette.trainer.example import example_of, prefix_of
 from lightning_roulette.trainer.fit_state import FitState
-from lightning_roulette.trainer.footprint import first_batch
 from lightning_roulette.trainer.preparing import judging_of, prunable, rehearse
 from lightning_roulette.trainer.show.log import log
-from lightning_roulette.trainer.validation.loop import transferred
+from lightning_roulette.trainer.shrinking import rehearse_shrinking
 from lightning_roulette.unit import Block, NofM, Unit, Weight, unit_of
-from lightning_roulette.wheel.units.costs import cost_in_multiply_adds
 from lightning_roulette.wheel.units.grouping import units_of
 from lightning_roulette.wheel.units.units import Cost, Part, Units
 
@@ -59,8 +54,8 @@ def units_for(fit: FitState, weights: Mapping[str, nn.Parameter], data: FoldedDa
 
 def _traced(fit: FitState, data: FoldedData | None, weights: Mapping[str, nn.Parameter], unit: Unit) -> Units:
     """Return units that are found, or whose cost is found, with an example of the input."""
-    path, example, work = _example(fit, data, weights)
-    network, prefix = fit.module.get_submodule(path), _prefix(path)
+    path, example, work = example_of(fit, data, weights)
+    network, prefix = fit.module.get_submodule(path), prefix_of(path)
     inner = {name.removeprefix(prefix): one for name, one in weights.items() if name.startswith(prefix)}
     with judging_of(fit).isolated():
         found = units_of(network, example, unit=unit, weights=inner, target=fit.choices.tree.target)
@@ -105,11 +100,12 @@ def rehearse_search(fit: FitState, batches: float) -> None:
         batches: How many batches of each loader are validated.
 
     Raises:
-        RuntimeError: See `rehearse` and `units_for`.
+        RuntimeError: See `rehearse`, `units_for` and `rehearse_shrinking`.
     """
     rehearse(fit, batches)
     if fit.result.history is None:
         units_for(fit, prunable(fit))
+        rehearse_shrinking(fit)
 
 
 def say_units(fit: FitState, units: Units | None) -> None:
@@ -125,51 +121,6 @@ def say_units(fit: FitState, units: Units | None) -> None:
         fit.facts.note(said)
     if fit.trainer.is_global_zero:
         log.info(f"RouletteWheelPruning: {units.count:,} units may leave (unit: {units.kind}). {said}".rstrip())
-
-
-def _example(
-    fit: FitState, data: FoldedData | None, weights: Mapping[str, nn.Parameter]
-) -> tuple[str, Any, Cost | None]:
-    """Return the path of a network inside the module, what it is called with, and the work of a validation step.
-
-    The latter are the multiply-adds of one sample; None if the network is the module, or if samples cannot be counted.
-    """
-    if (given := fit.module.example_input_array) is not None:
-        return "", transferred(fit.trainer, given, 0), None
-    with judging_of(fit).isolated() as validation:
-        if (batch := first_batch(validation, data)) is None:
-            raise ValueError("validation_step takes no batches, but an iterator.")
-        with validation.seeing():
-            step = partial(validation.validation_step, batch)
-            path, example = _passed(fit.module, step, weights)
-        if not (samples := rows_of(batch)):
-            return path, example, None
-        with validation.seeing():
-            return path, example, cost_in_multiply_adds(fit.module, weights, step, samples)
-
-
-def _passed(module: nn.Module, run: Callable[[], object], weights: Collection[str]) -> tuple[str, Any]:
-    """Return the path of the outermost called module with most of the weights, and what it is called with first."""
-    paths = {id(part): path for path, part in module.named_modules()}  # the hash of a metric may change
-    calls: dict[str, tuple[tuple[Any, ...], Mapping[str, Any]]] = {}
-
-    def note(part: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        calls.setdefault(paths[id(part)], (arguments, named))
-
-    run_with_hooks(run, module.modules(), before=note)
-    counts = {path: sum(name.startswith(_prefix(path)) for name in weights) for path in calls}
-    if not any(counts.values()):
-        raise ValueError("validation_step calls no module with prunable weights.")
-    path = max(counts, key=lambda one: counts[one])  # of several, the one that is called first
-    arguments, named = calls[path]
-    if named:
-        forward = inspect.signature(module.get_submodule(path).forward)
-        return path, dict(forward.bind(*arguments, **named).arguments)
-    return path, arguments
-
-
-def _prefix(path: str) -> str:
-    return f"{path}." if path else ""
 
 
 def _renamed(units: Units, prefix: str, outside: Sequence[str]) -> Units:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_roulette.mask.mask import Mask
@@ -14,6 +14,7 @@ from lightning_roulette.report.report import SearchReport
 from lightning_roulette.trainer.choices import Choices
 from lightning_roulette.trainer.hold_zeros import ZeroHolder
 from lightning_roulette.trainer.persistence import Result
+from lightning_roulette.trainer.removing import refuse_unfinished, removal_from
 from lightning_roulette.trainer.spawned import Handover
 
 
@@ -64,6 +65,27 @@ class WithResult(ZeroHolder):
             RuntimeError: If no search has ended in this process. A checkpoint holds only the weights of the winner.
         """
         return self._result.weights_at(level)
+
+    def shrunk(self, example_input: Any = None) -> LightningModule:
+        """Return a new module without the neurons, channels and heads that pruning left without effect.
+
+        The module that was pruned keeps its shapes. The new one is of the same class with the same names, on the same
+        device, without a Trainer. Its outputs are equal, see `remove_dead`. To train it, pass it to a new fit.
+
+        Args:
+            example_input: What the forward of the module is called with: a tensor, a tuple or list of arguments, or a
+                mapping of named arguments. None: with `shrink=True`, what the search found; otherwise the module's
+                `example_input_array`.
+
+        Raises:
+            ImportError: If the extra `units` is not installed.
+            RuntimeError: If no search has ended, or if the module is not known in this process.
+            TypeError: See `remove_dead`.
+            ValueError: If there is no example, or if the module cannot be called with it; see `remove_dead`.
+        """
+        refuse_unfinished(self._result)
+        found: LightningModule = removal_from(self._result, example_input).model  # type: ignore[assignment]
+        return found
 
     def forget(self) -> None:
         """Forget what was found, so that the next fit searches its network anew."""

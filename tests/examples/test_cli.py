@@ -66,6 +66,7 @@ ARGUMENTS = {
     "validation.keep_callbacks": ("[Says, Shouts]", ("Says", "Shouts")),
     "seed": ("-5", -5),
     "dirpath": ("somewhere", "somewhere"),
+    "shrink": ("true", True),
 }
 
 ALONE = {"wheel.unit", "tree.target"}  # they exclude others, and are read in a test of their own

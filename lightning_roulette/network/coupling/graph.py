@@ -106,15 +106,23 @@ def float_tensors(output: Any) -> list[Tensor]:
     return [tensor for part in (parts_of(output) or {}).values() for tensor in float_tensors(part)]
 
 
+def graph_package() -> Any:
+    """Return Torch-Pruning.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    try:
+        return importlib.import_module("torch_pruning")
+    except ModuleNotFoundError as error:
+        raise ImportError(_MISSING) from error
+
+
 def _graph(network: nn.Module, run: Callable[[], Any]) -> Any:
     kinds = {type(part): kind for part in network.modules() if (kind := affine_kind_of(part)) is not None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about parameters outside of layers, which are looked at here
-        try:
-            pruning = importlib.import_module("torch_pruning")
-        except ModuleNotFoundError as error:
-            raise ImportError(_MISSING) from error
-        return _tracer(pruning)().build_dependency(
+        return _tracer(graph_package())().build_dependency(
             network,
             example_inputs=(),
             forward_fn=lambda *_: [one for one in float_tensors(run()) if one.grad_fn is not None],

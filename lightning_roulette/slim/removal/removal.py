@@ -72,12 +72,12 @@ class Removal:
     """A network without dead units.
 
     Attributes:
-        network: The network.
+        model: The new module: the network, or what it is inside of.
         count: What was found in the first network.
-        sizes: The attributes of modules that differ from those of the first network, by the name of the module.
+        sizes: The attributes of modules that differ from those of the first one, by the name of the module.
     """
 
-    network: nn.Module
+    model: nn.Module
     count: DeadCount
     sizes: Mapping[str, Mapping[str, Any]]
 
@@ -102,9 +102,10 @@ def remove_dead(model: nn.Module, example_input: Any) -> nn.Module:
     Raises:
         ImportError: If the extra `units` is not installed.
         TypeError: If `example_input` is none of these.
-        ValueError: If the network cannot be called with it, or if rounding changes its outputs by more than 1e-5.
+        ValueError: If the network cannot be called with it, if it is compiled, or if rounding changes its outputs by
+            more than 1e-5.
     """
-    return removal_of(model, example_input).network
+    return removal_of(model, example_input).model
 
 
 def dead_units(model: nn.Module, example_input: Any) -> DeadCount:
@@ -120,9 +121,17 @@ def dead_units(model: nn.Module, example_input: Any) -> DeadCount:
     return removal_of(model, example_input).count
 
 
-def removal_of(model: nn.Module, example_input: Any) -> Removal:
-    """See `remove_dead`."""
-    network = copy.deepcopy(model)
+def removal_of(model: nn.Module, example_input: Any, inside: str = "") -> Removal:
+    """Remove the dead units of a network in a copy of a module; see `remove_dead`.
+
+    Args:
+        model: The module. It is not changed.
+        example_input: What the forward of the network is called with.
+        inside: The path of the network inside the module. Empty: the module is the network.
+    """
+    _refuse_own_forward(model)
+    whole = copy.deepcopy(model)
+    network = whole.get_submodule(inside)
     coupling = coupling_of(network, example_input)
     expected = outputs(network, example_input)
     with borrowed(network):
@@ -135,7 +144,18 @@ def removal_of(model: nn.Module, example_input: Any) -> Removal:
     left |= dict.fromkeys(sorted(stuck), "the network cannot be called with another number of its units")
     _check(expected, outputs(network, example_input))
     counts = _counts(coupling, found, stuck)
-    return Removal(network, DeadCount(counts, left), cut.sizes)
+    sizes = {f"{inside}.{name}".strip("."): each for name, each in cut.sizes.items()}
+    return Removal(whole, DeadCount(counts, left), sizes)
+
+
+def _refuse_own_forward(model: nn.Module) -> None:
+    """Raise if a copy would call the layers of the first module, as the copy of a compiled module does."""
+    for name, part in model.named_modules():
+        if "forward" in vars(part):
+            raise ValueError(
+                f"the forward of {name or type(part).__name__} was replaced, as torch.compile does. Copies would call "
+                "the layers of the first module. Pass the module as it was before."
+            )
 
 
 def _removed(cut: Cut, group: Group, dead: Tensor, expected: list[Tensor], example_input: Any) -> bool:

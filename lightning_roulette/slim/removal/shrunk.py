@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_roulette.slim.files.container import write_whole
 from lightning_roulette.slim.removal.attention import NarrowAttention
-from lightning_roulette.slim.removal.removal import removal_of
+from lightning_roulette.slim.removal.removal import Removal, removal_of
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _KEY, _VERSION = "lightning_roulette_shrunk", 1
@@ -21,7 +22,7 @@ def save_shrunk(model: nn.Module, path: str | os.PathLike[str], example_input: A
     """Write a network without its dead units into a file that `load_shrunk` reads.
 
     The file holds the weights, the sizes of the layers, and the arguments that a LightningModule saved by
-    `save_hyperparameters`. `torch.load(path, weights_only=True)` reads it if these are plain values.
+    `save_hyperparameters`, if these are plain values. `torch.load(path, weights_only=True)` reads it.
 
     Args:
         model: The network. It is not changed.
@@ -35,23 +36,42 @@ def save_shrunk(model: nn.Module, path: str | os.PathLike[str], example_input: A
         ImportError: As `remove_dead`; likewise `TypeError` and `ValueError`.
     """
     found = removal_of(model, example_input)
+    write_whole(path, lambda file: torch.save(contents_of(found), file))
+    return found.model
+
+
+def contents_of(found: Removal) -> dict[str, Any]:
+    """Return what a file holds of a module without dead units: tensors and plain values."""
     # the class of a narrow attention is known by its heads
     sizes = {name: {key: one for key, one in each.items() if key != "__class__"} for name, each in found.sizes.items()}
-    contents = {
+    arguments = dict(getattr(found.model, "hparams", {}))
+    plain = {name: one for name, one in arguments.items() if _is_plain(one)}
+    return {
         _KEY: _VERSION,
-        "state_dict": found.network.state_dict(),
+        "state_dict": dict(found.model.state_dict()),
         "sizes": sizes,
-        "hyper_parameters": dict(getattr(model, "hparams", {})),
+        "hyper_parameters": plain,
+        "not_plain": sorted(arguments.keys() - plain.keys()),
     }
-    write_whole(path, lambda file: torch.save(contents, file))
-    return found.network
 
 
-def load_shrunk(path: str | os.PathLike[str], kind: Callable[..., _Module], **arguments: Any) -> _Module:
+def _is_plain(value: Any) -> bool:
+    """Whether `torch.load` reads a value with `weights_only=True`."""
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:  # it cannot be pickled, or is of a class that weights_only refuses
+        return False
+    return True
+
+
+def load_shrunk(path: str | os.PathLike[str], kind: Callable[..., _Module], /, **arguments: Any) -> _Module:
     """Build a network without dead units from its file. Nothing is traced, and no extra is needed.
 
     Args:
-        path: A file that `save_shrunk` wrote.
+        path: A file that `save_shrunk` or a search with `shrink=True` wrote.
         kind: The class of the network, or a function that returns a module of its first size.
         **arguments: Arguments of `kind`. They replace those that the file holds.
 
@@ -59,11 +79,17 @@ def load_shrunk(path: str | os.PathLike[str], kind: Callable[..., _Module], **ar
         The module, on the CPU.
 
     Raises:
-        ValueError: If the file is another one, or if it does not fit the module.
+        ValueError: If the file is another one, if it does not fit the module, or if an argument is missing that is no
+            plain value.
     """
     contents = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(contents, Mapping) or contents.get(_KEY) != _VERSION:
         raise ValueError(f"{os.fspath(path)!r} is no file of save_shrunk. Load a checkpoint by load_from_checkpoint.")
+    if missing := [name for name in contents.get("not_plain", ()) if name not in arguments]:
+        raise ValueError(
+            f"{os.fspath(path)!r} does not hold the arguments {', '.join(missing)} of the module, as they are no plain "
+            f"values. Pass them: load_shrunk(path, kind, {missing[0]}=...)."
+        )
     module = kind(**{**contents["hyper_parameters"], **arguments})
     try:
         for name, sizes in contents["sizes"].items():

@@ -45,7 +45,7 @@ def write(model: nn.Module, path: Path, *, example_input: Any, removal: bool = T
     count, slim = None, whole
     if removal:
         found = removal_of(whole, example)
-        count, slim = found.count, found.network
+        count, slim = found.count, found.model
     files = [to_onnx(one, example) for one in ([whole] if slim is whole else [whole, slim])]
     file = files[-1]
     session = Session(file)
