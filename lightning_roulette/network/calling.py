@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -34,6 +35,12 @@ def caller_of(model: nn.Module, example_input: Any) -> Callable[[int | None], Ca
         return lambda: model(*arguments)
 
     return call
+
+
+def has_own_forward(part: nn.Module) -> bool:
+    """Whether a module calls its own forward, and no function that was put in its place, as torch.compile does."""
+    forward = vars(part).get("forward")
+    return forward is None or (isinstance(forward, MethodType) and forward.__self__ is part)
 
 
 def _batch(one: Any, size: int | None) -> Any:

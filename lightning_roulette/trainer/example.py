@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_roulette.network.calling import has_own_forward
 from lightning_roulette.network.hooks import run_with_hooks
 from lightning_roulette.network.samples import rows_of
 from lightning_roulette.trainer.data.folded_data import FoldedData
@@ -62,7 +63,8 @@ def _passed(module: nn.Module, run: Callable[[], object], weights: Collection[st
     calls: dict[str, tuple[tuple[Any, ...], Mapping[str, Any]]] = {}
 
     def note(part: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        calls.setdefault(paths[id(part)], (arguments, named))
+        if has_own_forward(part):  # with DDP the module is called in place of its step, with what the step takes
+            calls.setdefault(paths[id(part)], (arguments, named))
 
     run_with_hooks(run, module.modules(), before=note)
     counts = {path: sum(name.startswith(prefix_of(path)) for name in weights) for path in calls}

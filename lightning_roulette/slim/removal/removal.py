@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_roulette.network.calling import has_own_forward
 from lightning_roulette.network.coupling.borrowing import borrowed
 from lightning_roulette.network.coupling.coupling import coupling_of
 from lightning_roulette.network.coupling.groups import Coupling, Group
@@ -151,7 +152,7 @@ def removal_of(model: nn.Module, example_input: Any, inside: str = "") -> Remova
 def _refuse_own_forward(model: nn.Module) -> None:
     """Raise if a copy would call the layers of the first module, as the copy of a compiled module does."""
     for name, part in model.named_modules():
-        if "forward" in vars(part):
+        if not has_own_forward(part):
             raise ValueError(
                 f"the forward of {name or type(part).__name__} was replaced, as torch.compile does. Copies would call "
                 "the layers of the first module. Pass the module as it was before."
