@@ -48,7 +48,7 @@ class Exported:
 
     Attributes:
         format: Name of the format.
-        values: Type of the stored values, "int8" or "float32".
+        values: Type of the stored values, "int8" or "float32"; of ONNX, that of the network's weights.
         files: The files.
         flash: Bytes of constants: weights, positions, biases, scales. Code is not included. Of ONNX, of the file.
         dense_flash: The same if no layer was compressed. Of ONNX, if no dead unit was removed.

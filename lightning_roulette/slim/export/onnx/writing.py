@@ -39,7 +39,7 @@ def write(model: nn.Module, path: Path, *, example_input: Any, removal: bool = T
 
             - The exporter has no counterpart for a part of the network.
             - The outputs of the file differ from those of the network by more than 1e-4, relative to the larger of one
-              and the largest output, on the example or on random inputs like it.
+              and the largest output, on the example or on random inputs like it. Whole numbers are not compared.
     """
     whole, example = copy.deepcopy(model).cpu().eval(), _on_cpu(example_input)
     count, slim = None, whole
@@ -56,7 +56,7 @@ def write(model: nn.Module, path: Path, *, example_input: Any, removal: bool = T
     before, after = _times([Session(one) for one in files], _tensors(example))
     return Exported(
         format="onnx",
-        values="float32",
+        values=_type_of(slim),
         files=(path,),
         flash=len(file),
         dense_flash=len(files[0]),
@@ -90,8 +90,20 @@ def _tensors(given: Any) -> tuple[Tensor, ...]:
     return tuple(one for one in (given.values() if isinstance(given, Mapping) else given) if isinstance(one, Tensor))
 
 
+def _type_of(network: nn.Module) -> str:
+    """Return the type of the weights, such as "float32"."""
+    types = dict.fromkeys(str(one.dtype).removeprefix("torch.") for one in network.parameters())
+    return " and ".join(types) or "float32"
+
+
 def _check(expected: list[Tensor], found: list[Tensor]) -> None:
-    for one, other in zip(expected, found, strict=False):
+    numbers = [one for one in found if one.is_floating_point()]  # others, such as classes, follow from these
+    if len(numbers) != len(expected):
+        raise ValueError(
+            f"The file has {len(numbers)} outputs of floating-point numbers, but the network returns {len(expected)}. "
+            "The file was not written. Return a tensor, or a tuple or mapping of tensors."
+        )
+    for one, other in zip(expected, numbers, strict=True):
         difference = float((one - other).abs().max()) if one.shape == other.shape else float("nan")
         if not difference <= _CLOSE * max(1.0, float(one.abs().max())):
             raise ValueError(

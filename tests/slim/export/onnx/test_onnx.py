@@ -144,3 +144,26 @@ def test_the_other_formats_take_networks_without_units_as_they_are(tmp_path, for
     close = 1e-5 if format == "c" else 0.05 * float(model(inputs).abs().max())
     assert (narrow.run(inputs) - model(inputs)).abs().max() < close
     assert narrow.flash <= wide.flash
+
+
+class Answers(nn.Module):
+    """Returns classes between two tensors of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        hidden = torch.relu(self.a(x))
+        scores = self.b(hidden)
+        return {"scores": scores, "class": scores.argmax(1), "size": hidden.sum(1)}
+
+
+def test_whole_numbers_among_the_outputs_are_not_compared_with_others(tmp_path):
+    model = known(Answers()).double()
+    exported = export(model, tmp_path / "net.onnx", "onnx", example_input=numbers(3, 6).double())
+    assert exported.values == "float64"
+    given = numbers(4, 6, seed=2).double()
+    expected = model(given)
+    for one, other in zip(exported.run.outputs((given,)), expected.values(), strict=True):
+        assert torch.allclose(one, other)
