@@ -7,14 +7,17 @@ import logging
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
 
 from lightning_roulette import Tree, load_shrunk, prune
 from lightning_roulette.trainer import shrinking
+from lightning_roulette.trainer.preflight import refuse_shrink
 from tests.support.fits import pruner
 from tests.support.modules import QUIET, Blobs, train_loader, val_loader
 from tests.trainer.test_units import NEURON, Pictures
@@ -168,3 +171,28 @@ def test_what_cannot_work_is_refused_before_training(fit, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ImportError, match="units"):
         fit(pruner(shrink=True), module=Untrained())
+
+
+def test_sharded_weights_are_refused():
+    sharded = SimpleNamespace(strategy=ModelParallelStrategy())
+    with pytest.raises(RuntimeError, match="shrink is True and the strategy is ModelParallelStrategy, which shards"):
+        refuse_shrink(sharded, True)
+    refuse_shrink(sharded, False)
+
+
+class Redirected(SingleDeviceStrategy):
+    """Takes validation steps as DDP does: the forward of the module is replaced, and the module is called."""
+
+    def validation_step(self, *args, **named):
+        return self._forward_redirection(
+            self.lightning_module, self.lightning_module, "validation_step", *args, **named
+        )
+
+
+def test_the_network_is_found_where_the_module_is_called_in_place_of_its_step(fit, tmp_path):
+    module, pruning = Pictures(), pruner(shrink=True, dirpath=tmp_path, **HALF)
+    fit(pruning, module=module, max_epochs=1, strategy=Redirected("cpu"))
+    assert "forward" in vars(module)
+    loaded = load_shrunk(tmp_path / "shrunk.ckpt", Pictures)
+    assert sum(one.numel() for one in loaded.parameters()) < sum(one.numel() for one in module.parameters())
+    torch.testing.assert_close(outputs(loaded), outputs(module), rtol=0, atol=1e-5)
