@@ -47,8 +47,9 @@ def units_for(fit: FitState, weights: Mapping[str, nn.Parameter], data: FoldedDa
     except (TypeError, ValueError) as error:
         raise RuntimeError(
             f"unit is {unit!r}, but its units were not found: {error} The example of the input is the module's "
-            "example_input_array, or what validation_step passes to the network on the first validation batch. Set "
-            "example_input_array if that fails, or pass Wheel(unit='weight')."
+            "example_input_array, or what validation_step passes to the network on the first validation batch. If the "
+            "step calls layers one by one, give the module a forward that calls them, and set example_input_array. Or "
+            "pass Wheel(unit='weight')."
         ) from error
 
 
@@ -57,8 +58,12 @@ def _traced(fit: FitState, data: FoldedData | None, weights: Mapping[str, nn.Par
     path, example, work = example_of(fit, data, weights)
     network, prefix = fit.module.get_submodule(path), prefix_of(path)
     inner = {name.removeprefix(prefix): one for name, one in weights.items() if name.startswith(prefix)}
-    with judging_of(fit).isolated():
-        found = units_of(network, example, unit=unit, weights=inner, target=fit.choices.tree.target)
+    try:
+        with judging_of(fit).isolated():
+            found = units_of(network, example, unit=unit, weights=inner, target=fit.choices.tree.target)
+    except ValueError as error:
+        what = f"{path!r}, which has most of the weights of what validation_step calls" if path else "the module itself"
+        raise ValueError(f"{error} The network that was traced is {what}.") from error
     beside = {name: one.numel() for name, one in fit.module.named_parameters() if not name.startswith(prefix)}
     found = _renamed(found, prefix, [name for name in beside if name in weights])
     if found.cost.counted == "parameters":

@@ -220,6 +220,20 @@ def test_a_network_without_units_is_refused_before_training(fit):
         fit(pruner(wheel=Wheel(unit="head")), module=Untrained(), num_sanity_val_steps=1, val=val_loader())
 
 
+def test_a_step_that_calls_layers_one_by_one_is_told_to_use_a_forward(fit):
+    class Loose(Pictures):
+        def __init__(self):
+            super().__init__(nn.Linear(16, 8))
+            self.last = nn.Linear(8, 10)
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", cross_entropy(self.last(self.net(batch[0]).relu()), batch[1]))
+
+    message = "the layer: its units are outputs of the network.*traced is 'net'.*one by one, give the module a forward"
+    with pytest.raises(RuntimeError, match=message):
+        fit(pruner(monitor="val_loss", **NEURON), module=Loose())
+
+
 def test_choosing_weights_anew_is_refused_when_the_callback_is_made():
     with pytest.raises(ValueError, match="choose is True and unit Neuron"):
         pruner(refit=LeastSquares(choose=True), **NEURON)

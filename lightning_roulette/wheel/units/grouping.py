@@ -79,7 +79,7 @@ def _coupled(
     kept_whole |= {one.name: "the network does not use it on the example" for one in groups if one not in used}
     word = type(kind).__name__.lower()
     if not used:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(kept_whole.items())[:3])
+        why = "; ".join(f"{name or 'the layer'}: {reason}" for name, reason in list(kept_whole.items())[:3])
         raise ValueError(f"no {word} of this network may leave ({why}). Pass unit='weight'.")
     found = Groups(network, tuple(used), weights)
     if len(used) < len(groups):
