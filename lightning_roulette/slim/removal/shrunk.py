@@ -114,10 +114,14 @@ def _resize(part: nn.Module, sizes: Mapping[str, Any]) -> None:
 
 
 def _widen(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put an empty tensor of the shape of a value into its place."""
+    """Put an empty tensor of the shape and the type of a value into its place."""
     owner, _, own = name.rpartition(".")
     part = module.get_submodule(owner)
-    if (parameter := part._parameters.get(own)) is not None and parameter.shape != value.shape:
-        part._parameters[own] = nn.Parameter(torch.empty_like(value), parameter.requires_grad)
-    elif (buffer := part._buffers.get(own)) is not None and buffer.shape != value.shape:
+    if (parameter := part._parameters.get(own)) is not None and _differs(parameter, value):
+        parameter.data = torch.empty_like(value)  # what is tied to it stays tied
+    elif (buffer := part._buffers.get(own)) is not None and _differs(buffer, value):
         part._buffers[own] = torch.empty_like(value)
+
+
+def _differs(tensor: Tensor, value: Tensor) -> bool:
+    return tensor.shape != value.shape or tensor.dtype != value.dtype

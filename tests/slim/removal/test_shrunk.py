@@ -13,6 +13,7 @@ from lightning_roulette.slim.removal.removal import remove_dead
 from lightning_roulette.slim.removal.shrunk import load_shrunk, save_shrunk
 from tests.network.coupling.networks import IMAGES, NETWORKS, Joined
 from tests.slim.removal.test_removal import made, others, unread
+from tests.support.networks import known
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -59,3 +60,28 @@ def test_other_files_and_other_networks_are_refused(tmp_path):
         load_shrunk(tmp_path / "other.ckpt", Joined)
     with pytest.raises(ValueError, match="does not fit the Sequential"):
         load_shrunk(tmp_path / "shrunk.ckpt", nn.Sequential)
+
+
+class Tied(nn.Module):
+    """Has the weight of its embedding in its last layer, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.a, self.b, self.c = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 9)
+        self.c.weight = self.e.weight
+
+    def forward(self, x):
+        return self.c(self.b(torch.relu(self.a(self.e(x)))))
+
+
+@torch.no_grad()
+def test_the_types_of_numbers_and_tied_weights_are_those_of_the_network(tmp_path):
+    model = known(Tied()).bfloat16().eval()
+    model.b.weight[:, ::2] = 0
+    inputs = torch.arange(9).view(3, 3)
+    save_shrunk(model, tmp_path / "shrunk.ckpt", inputs)
+    loaded = load_shrunk(tmp_path / "shrunk.ckpt", Tied).eval()
+    assert loaded.c.weight is loaded.e.weight
+    assert loaded.a.out_features == 4
+    assert {one.dtype for one in loaded.parameters()} == {torch.bfloat16}
+    assert torch.equal(loaded(inputs), model(inputs))
