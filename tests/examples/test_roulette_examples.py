@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from roulette_examples.__main__ import CONFIGS, main, run
 
 SHORT = [
+    "--seed_everything=false",
     "--data.train=200",
     "--data.val=100",
     "--trainer.max_epochs=1",

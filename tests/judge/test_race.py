@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lightning_roulette import Candidate, Mask, PrunedWeights, Scores, Tree, Validation, Wheel, Winner, search
 from lightning_roulette.judge.evaluator import Judge
-from lightning_roulette.judge.race import Race, Reference, furthest, mean_of, no_race, rungs
+from lightning_roulette.judge.race import Masks, Race, Reference, furthest, mean_of, no_race, rungs
 from lightning_roulette.judge.selection import best_of
 from tests.support.evaluators import Blind, Logged, Steps, Telling, key_of, network, noise
 
@@ -53,7 +53,7 @@ class Raced:
         candidates = [Candidate(index, 0.5, nan, nan, folds=0) for index in range(branches)]
         self.branch = Race(
             candidates,
-            lambda index: numbered(index % kinds),
+            Masks(lambda index: numbered(index % kinds)),
             lambda mask: PrunedWeights(mask, {}),
             Judge(self.evaluate, confirm=0),
             reference,

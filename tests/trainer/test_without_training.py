@@ -355,7 +355,8 @@ def test_curves_of_the_search_are_in_the_event_files_and_no_others(make_trainer,
     found = scalars(logger.log_dir)
     levels = [0.0, *(level.sparsity for level in pruning.report.accepted)]
     assert [value for _, value in found["roulette/sparsity"]] == pytest.approx(levels)
-    assert {tag.split("/")[0] for tag in found} == {"roulette", "roulette-branch", "roulette-density"}
+    groups = {"roulette", "roulette-branch", "roulette-density", "roulette-result"}
+    assert {tag.split("/")[0] for tag in found} == groups
 
 
 # ---- training data
