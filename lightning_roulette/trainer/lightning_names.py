@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lightning.__version__ import version
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning_utilities.core import rank_zero
 
 _T = TypeVar("_T")
 _FOLDERS = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
@@ -29,7 +30,13 @@ def _standalone() -> Any:
         found = importlib.metadata.version("pytorch-lightning")
     except importlib.metadata.PackageNotFoundError:
         return None
-    return importlib.import_module("pytorch_lightning") if _minor(found) == _minor(version) else None
+    if _minor(found) != _minor(version):
+        return None
+    # both packages log and warn through this module, and the import replaces its logger and its kind of warning
+    logger, category = rank_zero.log, rank_zero.rank_zero_deprecation_category
+    package = importlib.import_module("pytorch_lightning")
+    rank_zero.log, rank_zero.rank_zero_deprecation_category = logger, category
+    return package
 
 
 _STANDALONE = _standalone()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import pickle
+import subprocess
+import sys
 from functools import cache
 from types import ModuleType
 
@@ -218,6 +220,20 @@ class Added:
 
     def told(self):
         return self.value
+
+
+def test_lightning_keeps_its_logger_and_its_kind_of_warning():
+    code = """
+import lightning.pytorch
+from lightning_utilities.core import rank_zero
+before = rank_zero.log, rank_zero.rank_zero_deprecation_category
+import lightning_roulette
+lightning_roulette.RouletteWheelPruning
+import sys
+assert "pytorch_lightning" in sys.modules
+assert (rank_zero.log, rank_zero.rank_zero_deprecation_category) == before, rank_zero.log
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 @both
