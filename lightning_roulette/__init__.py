@@ -12,12 +12,13 @@ from lightning_roulette.network.kinds import register_layer
 from lightning_roulette.network.parameters import prunable_parameters, skipped_parameters
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.refitted import Refitted
+from lightning_roulette.refit_settings import LeastSquares, Refit
 from lightning_roulette.report.records import Candidate, Level, Method, Scores, StopReason
 from lightning_roulette.report.report import SearchReport
 from lightning_roulette.search.observer import LevelTime, Observer
 from lightning_roulette.search.search import search
 from lightning_roulette.search.winner import Winner
-from lightning_roulette.settings import LeastSquares, Refit, Tree, Validation, Wheel
+from lightning_roulette.settings import Tree, Validation, Wheel
 from lightning_roulette.slim.export.export import export
 from lightning_roulette.slim.export.exported import Exported
 from lightning_roulette.slim.files.compressed import load_compressed, load_mask, save_compressed

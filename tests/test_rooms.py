@@ -14,7 +14,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__in
 FLOORS = (
     {"checks", "large", "report"},
     {"values", "unit"},
-    {"settings", "mask"},
+    {"settings", "refit_settings", "mask"},
     {"network"},
     {"wheel", "slim"},
     {"refit", "judge"},

@@ -21,7 +21,7 @@ from lightning_roulette import (
     Weight,
     Wheel,
 )
-from lightning_roulette.settings import Refit, refit_of
+from lightning_roulette.refit_settings import Refit, refit_of
 
 DEFAULTS = {
     Wheel: {"sharpness": 16.0, "importance": None, "scope": "global", "allocation": None, "unit": Weight()},

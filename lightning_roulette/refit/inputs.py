@@ -29,7 +29,7 @@ from lightning_roulette.refit.runs import Runs
 from lightning_roulette.refit.scales import input_scales
 from lightning_roulette.refit.sensitivity import Sensitivity
 from lightning_roulette.refit.turns import Turns
-from lightning_roulette.settings import LeastSquares, Refit, refit_of
+from lightning_roulette.refit_settings import LeastSquares, Refit, refit_of
 from lightning_roulette.wheel.units.units import Units
 
 _log = logging.getLogger(__name__)

@@ -13,15 +13,8 @@ from lightning_roulette.judge.evaluator import Evaluator, as_evaluator
 from lightning_roulette.large.shards import Shards
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.refit.inputs import Calibration
-from lightning_roulette.settings import (
-    CALIBRATED,
-    LeastSquares,
-    Refit,
-    Tree,
-    Validation,
-    Wheel,
-    refit_of,
-)
+from lightning_roulette.refit_settings import LeastSquares, Refit, refit_of
+from lightning_roulette.settings import CALIBRATED, Tree, Validation, Wheel
 from lightning_roulette.unit import NofM, Weight
 from lightning_roulette.wheel.units.units import Units
 

@@ -20,6 +20,7 @@ from lightning_roulette.mask.history import History
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.refit.inputs import Calibration
+from lightning_roulette.refit_settings import Refit
 from lightning_roulette.report.records import StopReason
 from lightning_roulette.report.report import SearchReport
 from lightning_roulette.search.arguments import check_units
@@ -30,7 +31,7 @@ from lightning_roulette.search.policies import Levels, OneLevel, Policy, Step, c
 from lightning_roulette.search.refitter import Refitter, neighbours_in
 from lightning_roulette.search.run import Run, begin
 from lightning_roulette.search.state import State
-from lightning_roulette.settings import Refit, Tree, Validation, Wheel
+from lightning_roulette.settings import Tree, Validation, Wheel
 from lightning_roulette.unit import Reduction
 from lightning_roulette.wheel.units.units import Units
 

@@ -11,8 +11,8 @@ from lightning_roulette.mask.mask import Mask
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.refitted import Refitted, Survivors
+from lightning_roulette.refit_settings import LeastSquares, Refit
 from lightning_roulette.report.records import Skipped
-from lightning_roulette.settings import LeastSquares, Refit
 from lightning_roulette.unit import NofM
 from lightning_roulette.values import in_words
 from lightning_roulette.wheel.units.units import Units

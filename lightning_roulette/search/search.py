@@ -27,6 +27,7 @@ from torch import Tensor
 from lightning_roulette.judge.evaluator import Evaluator, Judge
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.refit.inputs import Calibration
+from lightning_roulette.refit_settings import LeastSquares, refit_of
 from lightning_roulette.report.records import StopReason
 from lightning_roulette.search.arguments import check_network, check_search, check_units
 from lightning_roulette.search.confirmation import confirm
@@ -38,7 +39,7 @@ from lightning_roulette.search.refitter import Refitter, neighbours_in
 from lightning_roulette.search.run import Run, begin
 from lightning_roulette.search.state import State
 from lightning_roulette.search.winner import Winner
-from lightning_roulette.settings import LeastSquares, Tree, Validation, Wheel, groups_of, refit_of
+from lightning_roulette.settings import Tree, Validation, Wheel, groups_of
 from lightning_roulette.wheel.units.units import Units
 
 

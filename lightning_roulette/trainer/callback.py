@@ -9,8 +9,9 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_roulette.refit_settings import LeastSquares
 from lightning_roulette.report.records import StopReason
-from lightning_roulette.settings import LeastSquares, Tree, Validation, Wheel
+from lightning_roulette.settings import Tree, Validation, Wheel
 from lightning_roulette.trainer.choices import Choices
 from lightning_roulette.trainer.cutting import end_cuts, judge_and_cut
 from lightning_roulette.trainer.files import let_epoch_begin

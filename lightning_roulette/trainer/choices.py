@@ -10,9 +10,10 @@ from numbers import Real
 from typing import Any
 
 from lightning_roulette.checks import check_choice, check_epochs, check_words
+from lightning_roulette.refit_settings import LeastSquares, Refit, refit_of
 from lightning_roulette.search.arguments import check_chosen, check_search
 from lightning_roulette.search.gradual import Cuts
-from lightning_roulette.settings import CALIBRATED, LeastSquares, Refit, Tree, Validation, Wheel, groups_of, refit_of
+from lightning_roulette.settings import CALIBRATED, Tree, Validation, Wheel, groups_of
 from lightning_roulette.trainer.between_epochs import BetweenEpochs
 from lightning_roulette.trainer.files import refuse_dirpath
 from lightning_roulette.values import in_words

@@ -12,8 +12,8 @@ from lightning_roulette.network.coverage import coverage_of
 from lightning_roulette.network.parameters import skipped_parameters
 from lightning_roulette.network.steps import with_inner
 from lightning_roulette.refit.inputs import Calibration
+from lightning_roulette.refit_settings import Refit, refit_of
 from lightning_roulette.report.names import shortened
-from lightning_roulette.settings import Refit, refit_of
 from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.data.training_inputs import (
     TrainerCalibration,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_roulette.refit.inputs import Calibration
-from lightning_roulette.settings import LeastSquares
+from lightning_roulette.refit_settings import LeastSquares
 from tests.support.networks import known, mask_of
 from tests.support.shares import assert_close, in_processes
 

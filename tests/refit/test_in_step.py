@@ -20,7 +20,7 @@ from lightning_roulette.refit import layerwise
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.matrices import RowSampler
 from lightning_roulette.refit.refitted import Survivors
-from lightning_roulette.settings import LeastSquares, Refit
+from lightning_roulette.refit_settings import LeastSquares, Refit
 from tests.support.networks import KINDS, Choosy, Either, case
 from tests.support.shares import assert_close
 from tests.support.together import two_processes

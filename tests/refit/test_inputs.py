@@ -24,7 +24,7 @@ from lightning_roulette.network.parameters import prunable_parameters
 from lightning_roulette.refit.gram import LayerSums
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.refitted import Survivors
-from lightning_roulette.settings import LeastSquares, Refit
+from lightning_roulette.refit_settings import LeastSquares, Refit
 from tests.support.exact import exact_diagonals, exact_fit
 from tests.support.networks import (
     KINDS,

@@ -13,7 +13,7 @@ from lightning_roulette.refit.sensitivity import NoGradients
 from lightning_roulette.refit.solvers import shared
 from lightning_roulette.refit.solvers.cost import solve_cost, worth_sharing
 from lightning_roulette.refit.solvers.fastest import FastestPrepared
-from lightning_roulette.settings import LeastSquares
+from lightning_roulette.refit_settings import LeastSquares
 from tests.support.networks import KINDS, case, known, mask_of, related, state_of
 from tests.support.shares import assert_close, in_processes
 from tests.support.together import together

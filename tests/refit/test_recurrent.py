@@ -15,7 +15,7 @@ from lightning_roulette.refit.dense import DenseOutputs
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.matrices import RowSampler
 from lightning_roulette.refit.traversal import Call, Step
-from lightning_roulette.settings import LeastSquares
+from lightning_roulette.refit_settings import LeastSquares
 from tests.support.exact import exact_fit
 from tests.support.networks import Recurring, Stepwise, changed, known, mask_of, numbers, related
 

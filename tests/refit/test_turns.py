@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_roulette.refit import turns
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.solvers.fastest import Fastest
-from lightning_roulette.settings import LeastSquares, Refit
+from lightning_roulette.refit_settings import LeastSquares, Refit
 from tests.support.limits import set_limits
 from tests.support.networks import KINDS, Layers, case, known, mask_of, related, state_of
 

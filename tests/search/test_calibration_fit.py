@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_roulette import Calibration, LeastSquares, Scores, Singles, Tree, search
-from lightning_roulette.settings import Refit
+from lightning_roulette.refit_settings import Refit
 
 NAMES = ("0.weight", "3.weight")
 STATISTICS = ("1.running_mean", "1.running_var")

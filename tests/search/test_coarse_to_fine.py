@@ -11,7 +11,7 @@ import torch
 from lightning_roulette import Candidate, LeastSquares, Observer, StopReason, Tree, Validation, Wheel
 from lightning_roulette.judge.journal import Journal, lines_in
 from lightning_roulette.judge.noted import Noted
-from lightning_roulette.settings import Refit
+from lightning_roulette.refit_settings import Refit
 from tests.support.refits import Asked, equal, faithful, masks_of, network, ranked, refit_of
 
 TREE = Tree(0.1, coarse_rate=0.2, patience=2, smallest_rate=0.03)

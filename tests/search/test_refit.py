@@ -25,7 +25,7 @@ from lightning_roulette import (
     Wheel,
     search,
 )
-from lightning_roulette.settings import Refit
+from lightning_roulette.refit_settings import Refit
 from tests.support.evaluators import key_of, noise
 from tests.support.networks import state_of
 from tests.support.refits import (

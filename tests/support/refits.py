@@ -24,7 +24,7 @@ from lightning_roulette import (
     Winner,
     search,
 )
-from lightning_roulette.settings import Refit
+from lightning_roulette.refit_settings import Refit
 
 WEIGHTS = ("0.weight", "3.weight", "5.weight")
 LEVELS = Tree(0.2, max_levels=3)

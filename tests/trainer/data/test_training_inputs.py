@@ -44,7 +44,7 @@ from lightning_roulette import (
 from lightning_roulette.refit import fitting, layerwise
 from lightning_roulette.refit.solvers import choice
 from lightning_roulette.refit.turns import Turns, turns_of
-from lightning_roulette.settings import Refit
+from lightning_roulette.refit_settings import Refit
 from tests.support import fits
 from tests.support.callbacks import within
 from tests.support.isolated import ON_ALL
