@@ -154,8 +154,7 @@ def begin(
     """
     began, weights = time.monotonic(), refitter.weights
     history, refits = history or History.of_dense(weights), refitter.dense()
-    parent = history.mask
-    network = refitter.network(parent, Refitted())
+    network = refitter.network(parent := history.mask, Refitted())
     dense = _validated(judge, network, refuse_nan)
     outcomes = dense.held_out_outcomes if judge.held_out_folds else dense.outcomes
     allowed = default_tolerance(judge, network, outcomes) if tolerance is None else Tolerance(tolerance)
