@@ -40,6 +40,7 @@ from lightning_roulette.trainer.files import RunFiles
 from lightning_roulette.trainer.hold_zeros import Zeros
 from lightning_roulette.trainer.persistence import Progress, Result
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
+from lightning_roulette.wheel.units.units import Units
 
 
 class Phase(Enum):
@@ -72,6 +73,7 @@ class FitState:
         measured_weights: Digests of the parameters when the network was last measured; empty before.
         facts: What the report says beyond the search.
         writes_winner: Whether the checkpoint of the winner is being written now.
+        units: The units of the network that were found, by the names of the prunable weights.
     """
 
     trainer: Trainer
@@ -89,6 +91,7 @@ class FitState:
     measured_weights: dict[str, int] = field(default_factory=dict)
     facts: Facts = field(default_factory=Facts)
     writes_winner: bool = False
+    units: dict[tuple[str, ...], Units] = field(default_factory=dict)
 
     @property
     def trained(self) -> bool:

@@ -27,7 +27,8 @@ def units_for(fit: FitState, weights: Mapping[str, nn.Parameter], data: FoldedDa
 
     The example of the input is the module's `example_input_array` if it is set. Otherwise one validation step is taken
     on the first batch of the validation data: it is what the step passes to the network inside the module that has most
-    of the prunable weights, or to the module itself. With several processes, all use what the first found.
+    of the prunable weights, or to the module itself. With several processes, all use what the first found. Units depend
+    on the layers and not on their weights, so a run finds them once for each set of prunable weights.
 
     Args:
         fit: The run.
@@ -40,6 +41,12 @@ def units_for(fit: FitState, weights: Mapping[str, nn.Parameter], data: FoldedDa
     """
     if (unit := unit_of(fit.choices.wheel.unit)) == Weight():
         return None
+    if (found := fit.units.get(tuple(weights))) is None:
+        found = fit.units[tuple(weights)] = _found(fit, data, weights, unit)
+    return found
+
+
+def _found(fit: FitState, data: FoldedData | None, weights: Mapping[str, nn.Parameter], unit: Unit) -> Units:
     try:
         if isinstance(unit, NofM | Block):
             return _without_tracing(fit, data, weights, unit)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lightning_roulette import LeastSquares, Mask, Reduction, Tree, Wheel, prune
+from lightning_roulette.trainer import units
 from lightning_roulette.wheel.units.grouping import units_of
 from tests.support.fits import pruner
 from tests.support.modules import QUIET, Blobs, train_loader, val_loader
@@ -138,6 +139,15 @@ def test_cuts_between_epochs_hold_whole_units_through_training(fit):
     whole(pruning.mask, module.state_dict(), "net.inner.weight", ["net.outer.weight"])
     assert zeros_of(module, pruning.mask) == pruning.mask
     assert report.winner.units < report.levels[0].units < report.units == 14
+
+
+def test_a_run_finds_its_units_once(fit, monkeypatch):
+    found = []
+    monkeypatch.setattr(units, "units_of", lambda *args, **named: found.append(units_of(*args, **named)) or found[-1])
+    pruning = pruner(at_epoch=[1, 2], tree=Tree(0.3), **NEURON)
+    fit(pruning, module=Pictures(Attentive()), max_epochs=4)
+    assert len(pruning.report.levels) == 2
+    assert len(found) == 1
 
 
 class Divided(Pictures):
