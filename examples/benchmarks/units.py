@@ -6,7 +6,9 @@
   as few weights as half a point allows; or two of each four neighbouring weights (`units_ours.py`).
 - `faster` is the ratio of the medians of the processor's seconds for a batch of 64, by turns, on one thread.
 
-Finished runs are lines of JSON in the file of results and are not repeated. The table is written next to it.
+Finished runs are lines of JSON in the file of results and are not repeated. The table is written next to it. Where a
+peer fails, its line says why. Pruned networks are stored beside the trained ones. `--time-again` only times these
+again, when the machine does nothing else, and adds the times to the file of results.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from finished_runs import Row, Runs
 from torch import nn
 from units_cases import CASES, Case, Options, learn, recalibrate
 from units_ours import largest_of_four, with_pattern, without_units
-from units_peers import PEERS, Peer, adds_of, to_adds, to_floor
+from units_peers import PEERS, CannotError, Peer, adds_of, to_adds, to_floor
 
 RUNS = 15  # of each network, to time it
 RECIPE = {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
@@ -61,6 +63,27 @@ PLAN = {
     "ResNet-8": ("2 of 4",),
 }
 Way = Callable[[Case, Goal, int], nn.Module]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is done: a way to a goal.
+
+    Attributes:
+        network: One of `PLAN`.
+        goal: One of `GOALS`.
+        way: One of `ways_of(goal)`.
+        seed: Draws the calibration inputs.
+    """
+
+    network: str
+    goal: str
+    way: str
+    seed: int
+
+    def path(self, folder: Path) -> Path:
+        """Return the file of the network that comes of it."""
+        return folder / f"units-{self.network}-{self.way}-{self.goal}-{self.seed}.pt"
 
 
 def of_peer(peer: Peer) -> Way:
@@ -102,21 +125,19 @@ def ways_of(goal: str) -> dict[str, Way]:
     return PATTERN_WAYS if goal == "2 of 4" else UNIT_WAYS
 
 
-def measured(case: Case, way: str, goal: str, seed: int, stored: Path) -> Row:
+def measured(case: Case, run: Run, stored: Path) -> Row:
     """Prune in one way. Return the score on test data, what is left, and how much faster the network is.
 
     Args:
         case: The network and its data.
-        way: One of `ways_of(goal)`.
-        goal: One of `GOALS`.
-        seed: Draws the calibration inputs.
-        stored: File for the state of the training, from which an interrupted one goes on.
+        run: What is done.
+        stored: Folder where the pruned network is stored.
     """
-    began = time.process_time()
-    network = ways_of(goal)[way](case, GOALS[goal], seed)
-    seconds = time.process_time() - began
-    if epochs := GOALS[goal].epochs:
-        learn(network, case, torch.optim.SGD(network.parameters(), **RECIPE), epochs, stored)
+    network, seconds = pruned(case, run, stored)
+    if epochs := GOALS[run.goal].epochs:
+        optimizer = torch.optim.SGD(network.parameters(), **RECIPE)
+        learn(network, case, optimizer, epochs, run.path(stored).with_suffix(".state"))
+        torch.save((network, seconds), run.path(stored))
     return {
         "test": case.score(network, case.judging),
         "adds": adds_of(network, case.example) / adds_of(case.network, case.example),
@@ -124,6 +145,17 @@ def measured(case: Case, way: str, goal: str, seed: int, stored: Path) -> Row:
         "faster": faster(case, network),
         "seconds": seconds,
     }
+
+
+def pruned(case: Case, run: Run, stored: Path) -> tuple[nn.Module, float]:
+    """Return the network before further training, and the seconds that pruning took. What is stored is read."""
+    untrained = replace(GOALS[run.goal], epochs=0)
+    run = replace(run, goal=next(name for name, goal in GOALS.items() if goal == untrained))
+    if not run.path(stored).exists():
+        began = time.process_time()
+        network = ways_of(run.goal)[run.way](case, untrained, run.seed)
+        torch.save((network, time.process_time() - began), run.path(stored))
+    return torch.load(run.path(stored), weights_only=False)
 
 
 def size(network: nn.Module) -> int:
@@ -146,6 +178,7 @@ def faster(case: Case, network: nn.Module) -> float:
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:
     """Yield the lines of the tables: the change on test data in points, and what is left."""
+    rows = with_times(rows)
     for name, goals in PLAN.items():
         for goal in goals:
             if some := [row for row in rows if (row["network"], row["goal"]) == (name, goal)]:
@@ -157,9 +190,23 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
                 yield ""
 
 
+def with_times(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of finished runs, each with the time that was taken last."""
+    times = {run_of(row): row["timed_again"] for row in rows if "timed_again" in row}
+    runs = [row for row in rows if "timed_again" not in row]
+    return [row | {"faster": times[run_of(row)]} if run_of(row) in times else row for row in runs]
+
+
+def run_of(row: Row) -> Run:
+    """Return what a row is about."""
+    return Run(row["network"], row["goal"], row["way"], row["seed"])
+
+
 def line(way: str, rows: Sequence[Row]) -> str:
     """Return the line of a way: means over the seeds."""
     ours = [row for row in rows if row["way"] == way]
+    if reason := next((row["cannot"] for row in ours if "cannot" in row), None):
+        return f"| {way} | cannot: {reason} | | | | {len(ours)} |"
     change = statistics.mean(row["test"] - row["dense"] for row in ours)
     adds, parameters, ratio = (statistics.mean(row[one] for row in ours) for one in ("adds", "parameters", "faster"))
     return f"| {way} | {change:+.2f} | {adds:.1%} | {parameters:.1%} | {ratio:.2f}x | {len(ours)} |"
@@ -170,50 +217,71 @@ def has_statistics(case: Case) -> bool:
     return any(isinstance(one, nn.BatchNorm2d) for one in case.network.modules())
 
 
-def runs_of(name: str, options: argparse.Namespace) -> Iterator[tuple[int, str, str]]:
-    """Yield the seeds, goals and ways of a network."""
+def runs_of(name: str, options: argparse.Namespace) -> Iterator[Run]:
+    """Yield the runs of a network that are asked for."""
     for seed in range(options.seeds):
         for goal in (one for one in PLAN[name] if options.goals is None or one in options.goals):
-            yield from ((seed, goal, way) for way in ways_of(goal) if options.ways is None or way in options.ways)
+            for way in (one for one in ways_of(goal) if options.ways is None or one in options.ways):
+                yield Run(name, goal, way, seed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets of examples/paper")
-    parser.add_argument("--stored", type=Path, required=True, help="folder of trained networks")
+    parser.add_argument("--stored", type=Path, required=True, help="folder of trained and of pruned networks")
     parser.add_argument("--checkpoint", type=Path, help="state dict of ResNet-20")
     parser.add_argument("--text", type=Path, help="what GPT-2 learns; default: sources of Python's standard library")
     parser.add_argument("--networks", nargs="+", choices=PLAN, default=list(PLAN))
     parser.add_argument("--goals", nargs="+", choices=GOALS)
     parser.add_argument("--ways", nargs="+", choices=WAYS)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--time-again", action="store_true", help="prune nothing, time the stored networks again")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("units.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = Runs(options.results)
+    work = time_again if options.time_again else add_all
     for name in options.networks:
-        pending = [
-            (seed, goal, way)
-            for seed, goal, way in runs_of(name, options)
-            if not results.has(network=name, goal=goal, way=way, seed=seed)
-        ]
-        if pending:
+        runs = [run for run in runs_of(name, options) if results.has(**vars(run)) == options.time_again]
+        if options.time_again:
+            runs = [run for run in runs if run.path(options.stored).exists()]
+        if runs:
             case = CASES[name](Options(options.data, options.stored, options.checkpoint, options.text))
-            add_all(results, name, case, pending, options.stored)
+            work(results, case, runs, options.stored)
     table = "\n".join(lines(results.rows))
     options.results.with_suffix(".md").write_text(table)
     print(table)
 
 
-def add_all(results: Runs, name: str, case: Case, pending: list[tuple[int, str, str]], stored: Path) -> None:
-    """Make the runs that are not finished."""
-    known = [row["dense"] for row in results.of(network=name)]
-    dense = known[0] if known else case.score(case.network, case.judging)
-    for seed, goal, way in pending:
-        if way.startswith("Torch-Pruning") and "recal" in way and (GOALS[goal].epochs or not has_statistics(case)):
-            continue  # training estimates the statistics anew
-        found = measured(case, way, goal, seed, stored / f"units-{name}-{way}-{goal}-{seed}.state")
-        results.add(network=name, goal=goal, way=way, seed=seed, dense=dense, **found)
+def add_all(results: Runs, case: Case, pending: Sequence[Run], stored: Path) -> None:
+    """Make the runs that are not finished.
+
+    Raises:
+        SystemExit: If the trained network is not that of the finished runs.
+    """
+    dense = case.score(case.network, case.judging)
+    for row in results.of(network=pending[0].network):
+        if abs(row.get("dense", dense) - dense) > 5e-3:
+            raise SystemExit(
+                f"{row['network']} scores {dense:.2f} on test data, but the finished runs in {results.path} pruned one "
+                f"that scores {row['dense']:.2f}. Give --stored the folder of that network, or --results a new file."
+            )
+    for run in pending:
+        of_training = GOALS[run.goal].epochs or not has_statistics(case)  # which estimates the statistics anew
+        if of_training and run.way.startswith("Torch-Pruning") and "recal" in run.way:
+            continue
+        try:
+            found = measured(case, run, stored)
+        except CannotError as reason:
+            found = {"cannot": str(reason)}
+        results.add(**vars(run), dense=dense, **found)
+
+
+def time_again(results: Runs, case: Case, finished: Sequence[Run], stored: Path) -> None:
+    """Add new times of stored networks."""
+    for run in finished:
+        network, _ = torch.load(run.path(stored), weights_only=False)
+        results.add(**vars(run), timed_again=faster(case, network))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,14 @@ from units_cases import Case, loss
 from lightning_roulette.network.modes import evaluating
 from lightning_roulette.network.multiply_adds import multiply_adds
 
+__all__ = ["PEERS", "CannotError", "Peer", "adds_of", "to_adds", "to_floor"]
+
 Gradients = dict[str, Tensor]
 HALVINGS, PROJECTIONS = 10, ("query", "key", "value")
+
+
+class CannotError(Exception):
+    """A peer cannot prune a network. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -83,29 +89,64 @@ def removed(case: Case, peer: Peer, share: float, gradients: Gradients) -> nn.Mo
 
 
 def to_adds(case: Case, peer: Peer, reduction: float, seed: int) -> nn.Module:
-    """Return the network without as few units as save a share of the multiply-adds."""
-    most = (1 - reduction) * adds_of(case.network, case.example)
-    return bisected(case, peer, seed, lambda network: adds_of(network, case.example) > most)[1]
+    """Return the network without as few units as save a share of the multiply-adds.
+
+    Raises:
+        CannotError: If the peer finds no such network.
+    """
+    dense = adds_of(case.network, case.example)
+    found = bisected(case, peer, seed, lambda network: adds_of(network, case.example) > (1 - reduction) * dense)
+    if found.above is None:
+        raise CannotError(found.failure or f"more than {1 - reduction:.0%} of the multiply-adds stay")
+    return found.above
 
 
 def to_floor(case: Case, peer: Peer, tolerance: float, seed: int) -> nn.Module:
-    """Return the network without as many units as the score on the choosing part allows, in points."""
+    """Return the network without as many units as the score on the choosing part allows, in points.
+
+    Raises:
+        CannotError: If the peer fails, and finds no such network.
+    """
     floor = case.score(case.network, case.choosing) - tolerance
-    return bisected(case, peer, seed, lambda network: case.score(network, case.choosing) >= floor)[0]
+    found = bisected(case, peer, seed, lambda network: case.score(network, case.choosing) >= floor)
+    if found.below is None and found.failure:
+        raise CannotError(found.failure)
+    return found.below or case.network
 
 
-def bisected(case: Case, peer: Peer, seed: int, more: Callable[[nn.Module], bool]) -> tuple[nn.Module, nn.Module]:
-    """Return the last network of which more may be removed, and the first of which no more may be."""
-    low, high, before, after = 0.0, 1.0, case.network, case.network
+@dataclass
+class Bisected:
+    """What a bisection over the share of units has found.
+
+    Attributes:
+        below: The last network of which more may be removed.
+        above: The last network of which no more may be removed.
+        failure: The last error of the peer, or of a network that it had cut.
+    """
+
+    below: nn.Module | None = None
+    above: nn.Module | None = None
+    failure: str | None = None
+
+
+def bisected(case: Case, peer: Peer, seed: int, more: Callable[[nn.Module], bool]) -> Bisected:
+    """Return what is found. After an error a smaller share is tried."""
+    low, high, found = 0.0, 1.0, Bisected()
     gradients = gradients_of(case, seed) if peer.gradients else {}
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        network = removed(case, peer, middle, gradients)
-        if is_whole(network) and more(network):
-            low, before = middle, network
+        network, goes_on = None, False
+        try:
+            cut = removed(case, peer, middle, gradients)
+            if is_whole(cut):
+                goes_on, network = more(cut), cut
+        except Exception as error:
+            found.failure = f"{type(error).__name__}, {str(error).splitlines()[0]}"
+        if goes_on:
+            low, found.below = middle, network
         else:
-            high, after = middle, network
-    return before, after
+            high, found.above = middle, network or found.above
+    return found
 
 
 def is_whole(network: nn.Module) -> bool:

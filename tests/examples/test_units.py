@@ -119,3 +119,70 @@ def test_the_table_has_a_line_for_each_way_and_no_run_is_repeated(case, tmp_path
     assert table in capsys.readouterr().out
     line = next(line for line in table.splitlines() if line.startswith("| Torch-Pruning, Taylor, recalibrated |"))
     assert f"| {100 * rows[2]['adds']:.1f}% |" in line
+
+
+def test_a_line_says_why_a_peer_cannot(case, tmp_path, monkeypatch, capsys):
+    def fails(*_: object) -> nn.Module:
+        net = deepcopy(case.network)
+        net[3] = nn.Conv2d(7, 16, 3, padding=1)
+        return net
+
+    monkeypatch.setattr(units, "RUNS", 2)
+    monkeypatch.setattr(units, "CASES", {"LeNet-5": lambda _: case})
+    monkeypatch.setattr(units, "PLAN", {"LeNet-5": ("40 %", "half a point")})
+    monkeypatch.setattr(units_peers, "removed", fails)
+    files = ["--data", str(tmp_path), "--stored", str(tmp_path), "--results", str(tmp_path / "units.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["", *files, "--seeds", "1", "--ways", "Torch-Pruning, magnitude"])
+    units.main()
+    rows = Runs(tmp_path / "units.jsonl").rows
+    assert [row["cannot"][:44] for row in rows] == ["RuntimeError, Given groups=1, weight of size"] * 2
+    assert capsys.readouterr().out.count("| Torch-Pruning, magnitude | cannot: RuntimeError, Given groups=1") == 2
+
+
+def test_a_peer_that_leaves_too_much_cannot(case, monkeypatch):
+    monkeypatch.setattr(units_peers, "removed", lambda *_: case.network)
+    peer = units_peers.PEERS["Torch-Pruning, magnitude"]
+    with pytest.raises(units_peers.CannotError, match="more than 60% of the multiply-adds stay"):
+        units_peers.to_adds(case, peer, 0.4, seed=0)
+
+
+def test_a_peer_that_fails_at_large_shares_is_asked_for_smaller_ones(case, monkeypatch):
+    removed = units_peers.removed
+
+    def fails(case: units_cases.Case, peer: units_peers.Peer, share: float, gradients: dict) -> nn.Module:
+        if share > 0.45:
+            raise ValueError("too much")
+        return removed(case, peer, share, gradients)
+
+    monkeypatch.setattr(units_peers, "removed", fails)
+    peer = units_peers.PEERS["Torch-Pruning, magnitude"]
+    found = units_peers.to_adds(case, peer, 0.4, seed=0)
+    assert 0.35 < units_peers.adds_of(found, case.example) / units_peers.adds_of(case.network, case.example) <= 0.6
+
+
+def test_stored_networks_are_timed_again_and_trained_on(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(units, "RUNS", 2)
+    monkeypatch.setattr(units, "CASES", {"ResNet-20": lambda _: case})
+    monkeypatch.setattr(units, "PLAN", {"ResNet-20": ("50 %", "50 %, then an epoch")})
+    files = ["--data", str(tmp_path), "--stored", str(tmp_path), "--results", str(tmp_path / "units.jsonl")]
+    argv = ["", *files, "--seeds", "1", "--ways", "Torch-Pruning, magnitude"]
+    monkeypatch.setattr(sys, "argv", argv)
+    units.main()
+    first, trained = Runs(tmp_path / "units.jsonl").rows
+    assert first["seconds"] == trained["seconds"]  # the network is pruned once
+    assert first["adds"] == trained["adds"]
+    monkeypatch.setattr(units, "faster", lambda *_: 7.0)
+    monkeypatch.setattr(sys, "argv", [*argv, "--time-again"])
+    units.main()
+    assert Runs(tmp_path / "units.jsonl").rows[:2] == [first, trained]
+    assert capsys.readouterr().out.count("| 7.00x |") == 2
+
+
+def test_rows_of_another_network_are_refused(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "CASES", {"ResNet-20": lambda _: case})
+    results = Runs(tmp_path / "units.jsonl")
+    results.add(network="ResNet-20", goal="50 %", way="Torch-Pruning, Taylor", seed=0, dense=12.0, cannot="")
+    files = ["--data", str(tmp_path), "--stored", str(tmp_path), "--results", str(tmp_path / "units.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["", *files, "--seeds", "1", "--networks", "ResNet-20"])
+    with pytest.raises(SystemExit, match="finished runs .* pruned one that scores 12.00"):
+        units.main()
