@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_roulette.slim.export.c import kernels
+from lightning_roulette.slim.export.c import kernels, unweighted
 from lightning_roulette.slim.export.c.memory import Memory, plan
 from lightning_roulette.slim.export.c.tables import (
     Source,
@@ -125,12 +125,12 @@ def _functions(source: Source, tables: Sequence[Table]) -> list[str]:
         (Conv2d in kinds, kernels.SPREAD),
         *((True, kernels.linear(one, values)) for one in forms if _has(source, tables, Linear, one)),
         *((True, kernels.conv(one, values)) for one in forms if _has(source, tables, Conv2d, one)),
-        ("max" in pools, kernels.MAX_POOL),
-        ("mean" in pools, kernels.MEAN_POOL),
-        (Add in kinds, kernels.ADD[values]),
-        (Pad in kinds, kernels.PAD),
-        (Activate in kinds, kernels.ACTIVATE),
-        (not kinds - {Reshape}, kernels.COPY),
+        ("max" in pools, unweighted.MAX_POOL),
+        ("mean" in pools, unweighted.MEAN_POOL),
+        (Add in kinds, unweighted.ADD[values]),
+        (Pad in kinds, unweighted.PAD),
+        (Activate in kinds, unweighted.ACTIVATE),
+        (not kinds - {Reshape}, unweighted.COPY),
     ]
     return [kernels.typed(text, values) for wanted, text in needed if wanted]
 
