@@ -15,7 +15,10 @@ from lightning_roulette import LeastSquares, RouletteWheelPruning, Tree, Validat
 from lightning_roulette.refit.solvers.cholesky import Cholesky
 from tests.support.pages import NOT_RUN, PAGES, PROJECT, QuickTrainer, blocks, fitted, reader, run, text_of
 
-ELSEWHERE = {"docs/huggingface.md"}  # its code runs in test_huggingface.py, with transformers
+ELSEWHERE = {
+    "docs/huggingface.md",  # in test_huggingface.py, with transformers
+    "docs/several_devices.md",  # in test_several_devices.py, in two processes
+}
 NEEDS = {  # pages whose code needs an extra
     "docs/microcontroller.md": "tflite_micro",
     "docs/removal.md": "onnxscript",
