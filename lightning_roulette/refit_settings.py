@@ -19,7 +19,7 @@ class Refit:
     Use it for networks with batch normalisation when weights must keep their values. It needs calibration batches, but
     no labels and no gradients.
 
-    Attributes:
+    Args:
         batches: Number of training batches for calibration. Fewer run if these have rows enough; see `Calibration`.
         each_level: When levels are refitted:
 
@@ -57,7 +57,7 @@ class LeastSquares(Refit):
     and no gradients. It refits Linear, Conv1d to Conv3d and their transposed forms, MultiheadAttention, LSTM, GRU and
     RNN.
 
-    Attributes:
+    Args:
         batches: Number of training batches for calibration. Fewer run if these have rows enough; see `Calibration`.
         each_level: When levels are refitted:
 

@@ -24,7 +24,7 @@ SCOPES = ("global", "layer")
 class Wheel:
     """How a candidate is drawn.
 
-    Attributes:
+    Args:
         sharpness: Exponent of the pruning odds, which are `importance ** -sharpness`. The larger it is, the fewer
             important weights are pruned:
 
@@ -103,7 +103,7 @@ class Tree:
     A level fails if its winner misses the floor. It is tried again at half the pruning rate. Later levels keep this
     rate.
 
-    Attributes:
+    Args:
         pruning_rate: Share of the current survivors that a level removes, in (0, 1). A smaller rate takes more levels
             to the same sparsity.
         coarse_rate: Pruning rate of coarse levels, in (0, 1). They have one candidate each, and come first. When one
@@ -174,7 +174,7 @@ class Validation:
     - The held-out half confirms. After the search, its accepted levels are judged on it once, from the densest on,
       until one misses the floor.
 
-    Attributes:
+    Args:
         rank_by: Name of the logged metric that ranks the candidates of a level. The floor always applies to the
             monitored metric.
 

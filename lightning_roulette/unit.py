@@ -49,7 +49,7 @@ class NofM(Unit):
 
     Use 2 of 4 for GPUs with sparse tensor cores. It needs layers whose number of inputs is a multiple of `of`.
 
-    Attributes:
+    Args:
         kept: Weights that stay in a group, at least 1.
         of: Weights in a group, more than `kept`.
 
@@ -74,7 +74,7 @@ class Block(Unit):
 
     Use it for kernels that skip blocks of zeros. It needs nothing.
 
-    Attributes:
+    Args:
         rows: Rows of a block, at least 1. Blocks at the end of a matrix may have fewer.
         columns: Columns of a block, likewise.
 
@@ -131,7 +131,7 @@ class Reduction:
 
     Units leave by their importance for what they cost, so the choice of the field also changes which units leave.
 
-    Attributes:
+    Args:
         multiply_adds: Share of the multiply-adds of one sample, in (0, 1). For devices that compute.
         parameters: Share of the entries of all parameters, biases and normalisations among them, in (0, 1). For devices
             with little memory.

@@ -24,7 +24,7 @@ class Codebook:
 
     Use it for the smallest files. Zero is not in the list, as pruned weights are stored by their positions.
 
-    Attributes:
+    Args:
         bits: The list of a layer has at most `2 ** bits` values, of 8 significant bits; or the values that the layer
             has, if they are so few. A whole number from 3 to 8.
 

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from links import dead_links  # mkdocs imports what is beside a hook
+
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
@@ -36,12 +38,21 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Return the files that pages may link to. Those that are no pages are copied as they are."""
+    """Return the files of the theme and the style sheet, and all that pages may link to, which is copied as it is."""
     from mkdocs.structure.files import File, Files
 
+    of_site = [one for one in files if one.src_dir != config.docs_dir or one.src_uri.endswith(".css")]
     found = [*PROJECT.iterdir(), *(path for folder in FOLDERS for path in (PROJECT / folder).rglob("*"))]
     named = [path for path in sorted(found) if path.suffix in FORMATS and path.is_file()]
-    return Files([File.generated(config, _name(path), abs_src_path=str(path)) for path in named])
+    return Files([*of_site, *(File.generated(config, _name(path), abs_src_path=str(path)) for path in named)])
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Fail if a page of the site names a file or a heading that does not exist: a style sheet, a picture, a link."""
+    from mkdocs.exceptions import PluginError
+
+    if dead := dead_links(Path(config.site_dir)):
+        raise PluginError("the site names what it lacks:\n" + "\n".join(dead))
 
 
 def _name(path: Path) -> str:

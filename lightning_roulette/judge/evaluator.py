@@ -32,7 +32,7 @@ class Evaluator:
             it is unknown. A default tolerance is at most a tenth of it.
         sees_weights: Whether scores depend on the candidate's weights; False if they depend on its mask alone.
 
-    Example:
+    Examples:
         >>> class CountsWeights(Evaluator):
         ...     folds = 1
         ...
@@ -135,7 +135,7 @@ def divided(folds: int, confirm: float) -> tuple[range, range]:
 
     With `confirm > 0` there is at least one of each. A single fold is a search fold.
 
-    Example:
+    Examples:
         >>> divided(16, 0.25)
         (range(0, 12), range(12, 16))
     """

@@ -46,7 +46,7 @@ def rungs(branches: int, folds: int, at_once: int, at_least: int = 1, finalists:
         at_least: Number of folds that all candidates see.
         finalists: Smallest number of candidates that see all folds.
 
-    Example:
+    Examples:
         >>> [(rung.entrants, rung.parts) for rung in rungs(20, 8, at_once=8)]
         [(20, (range(0, 1),)), (10, (range(1, 2),)), (5, (range(2, 4),)), (3, (range(4, 8),))]
     """

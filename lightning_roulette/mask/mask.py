@@ -193,7 +193,10 @@ def _check_types(kept: Mapping[str, Tensor | Bits]) -> None:
 def sparsity(tensors: Mapping[str, Tensor]) -> float:
     """Share of all entries that are zero, in [0, 1]. For a `Mask` this is the share that is pruned.
 
-    Example:
+    Args:
+        tensors: Weights or a mask, by name. Without entries the share is 0.
+
+    Examples:
         >>> sparsity({"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([0.0, -2.0])})
         0.5
     """

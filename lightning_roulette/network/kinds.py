@@ -76,7 +76,7 @@ def register_layer(
         TypeError: If `kind` is not a class of modules, or another argument has the wrong type.
         ValueError: If `kind` is a class of torch.
 
-    Example:
+    Examples:
         >>> @register_layer(transposed=True)
         ... class Projection(nn.Module):
         ...     def __init__(self, inputs, outputs):

@@ -63,7 +63,7 @@ def prunable_parameters(
         TypeError: If `include` or `exclude` is not a list of patterns.
         ValueError: If a pattern matches no parameter, or a layer is not as its class was registered.
 
-    Example:
+    Examples:
         >>> list(prunable_parameters(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 1)), exclude=["2.*"]))
         ['0.weight']
     """

@@ -13,7 +13,7 @@ _MOST_REASONS = 5  # and this many reasons
 def shortened(names: Sequence[str]) -> str:
     """Return names of parameters in a few words.
 
-    Example:
+    Examples:
         >>> shortened(["head.weight", "head.bias"])
         'head.weight, head.bias'
         >>> shortened([f"blocks.{i}.{one}.weight" for i in range(4) for one in ("up", "down")])
@@ -32,7 +32,7 @@ def layer_names(names: Sequence[str]) -> dict[str, str]:
 
     The last shared module stays. Names that would become equal keep their endings.
 
-    Example:
+    Examples:
         >>> layer_names(["net.body.0.weight", "net.body.2.weight"])
         {'net.body.0.weight': 'body.0', 'net.body.2.weight': 'body.2'}
         >>> layer_names(["lstm.weight_ih_l0", "lstm.weight_hh_l0"])
@@ -59,7 +59,7 @@ def _shared_start(parts: Sequence[Sequence[str]]) -> list[str]:
 def listed(skipped: Sequence[Skipped]) -> str:
     """Return which weights are not prunable, and why, in a few words.
 
-    Example:
+    Examples:
         >>> listed([Skipped(("embed.weight",), 7000, "weight of Embedding"), Skipped(("head.weight",), 300, "frozen")])
         '7,000 in embed.weight (weight of Embedding); 300 in head.weight (frozen)'
     """

@@ -152,7 +152,7 @@ def cubic(target_sparsity: float, share: float) -> float:
         target_sparsity: Sparsity at the end of the schedule.
         share: Share of the schedule that is done, in [0, 1].
 
-    Example:
+    Examples:
         >>> cubic(0.75, 0.5)
         0.65625
     """

@@ -118,7 +118,7 @@ def search(
             - A refit has no `calibration`, or `evaluate` is a function of a mask.
             - The wheel's unit is no single weight and `units` is None, or units and another choice do not fit.
 
-    Example:
+    Examples:
         >>> weights = {"layer": Tensor([0.1, -2.0, 0.01, 3.0])}
         >>> winner = search(weights, lambda mask: float(mask["layer"][[1, 3]].all()), wheel=Wheel(float("inf")))
         >>> winner.mask["layer"]

@@ -165,10 +165,12 @@ class RouletteWheelPruning(WithResult):
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range.
 
-    Example:
-        pruning = RouletteWheelPruning(branches=20)
-        Trainer(callbacks=[pruning]).fit(model, datamodule=data)
-        print(pruning.report)
+    Examples:
+        Prune when training ends:
+
+            pruning = RouletteWheelPruning(tolerance=0.01)
+            Trainer(callbacks=[pruning]).fit(model, datamodule=data)
+            print(pruning.report)
     """
 
     def __init__(

@@ -180,7 +180,7 @@ class HoldZeros(ZeroHolder):
         ValueError: When training starts, if the module lacks a parameter of the mask, or has it in another shape, or if
             a pattern of `exclude` matches no parameter.
 
-    Example:
+    Examples:
         Fine-tune a pruned network:
 
             model = MyModule.load_from_checkpoint("pruned.ckpt")

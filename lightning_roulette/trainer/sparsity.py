@@ -25,7 +25,7 @@ class Sparsity(Metric):
         exclude: Glob patterns over names of parameters that are not counted.
         options: Arguments of every torchmetrics object.
 
-    Example:
+    Examples:
         Log it once an epoch:
 
             def __init__(self):

@@ -76,7 +76,7 @@ def prune(
             is none, or if the checkpoint does not exist, cannot be read or does not fit the module.
         RuntimeError: If the candidates cannot be judged; see `RouletteWheelPruning`.
 
-    Example:
+    Examples:
         Prune a checkpoint:
 
             model = Classifier()

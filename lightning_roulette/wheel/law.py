@@ -133,7 +133,7 @@ def layer_shares(draws: int, survivors: Sequence[int]) -> list[int]:
     Each layer keeps at least one survivor. The shares therefore sum to `draws`, or to the number of weights that can
     be pruned if this is smaller. If remainders are equal, the earlier layer comes first.
 
-    Example:
+    Examples:
         >>> layer_shares(5, [10, 10, 1])
         [3, 2, 0]
     """

@@ -42,7 +42,7 @@ def spin(importance: Tensor, survivors: Tensor, draws: int, *, sharpness: float,
         seed: Signed 64-bit number. Equal seeds draw equal weights on every device (up to ties of rounded logarithms).
 
     Returns:
-        Shape `(n,)`, bool: True where a weight is drawn for pruning.
+        A bool tensor of shape `(n,)`, True where a weight is drawn for pruning.
 
     Raises:
         TypeError: If `sharpness` is not a number, or `seed` is not a whole number.
@@ -53,7 +53,7 @@ def spin(importance: Tensor, survivors: Tensor, draws: int, *, sharpness: float,
             - `sharpness` is negative, or `seed` needs more than 64 bits.
             - An importance is negative or not finite.
 
-    Example:
+    Examples:
         >>> spin(torch.tensor([3.0, 1.0, 2.0]), torch.ones(3, dtype=torch.bool), 2, sharpness=math.inf, seed=0)
         tensor([False,  True,  True])
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from enum import Enum
 
 import pytest
 import yaml
@@ -12,7 +13,9 @@ import lightning_roulette
 from tests.support.pages import PAGES, PROJECT, text_of
 
 SITE = yaml.safe_load((PROJECT / "mkdocs.yml").read_text())
-REFERENCE = re.findall(r"^::: lightning_roulette\.(\w+)$", text_of("docs/reference.md"), re.MULTILINE)
+REFERENCE = re.findall(r"^::: lightning_roulette\.(?:[\w.]+\.)?(\w+)$", text_of("docs/reference.md"), re.MULTILINE)
+
+SETTINGS = ("Wheel", "Tree", "Validation", "Refit", "LeastSquares", "Codebook", "NofM", "Block", "Reduction")
 
 
 def places(nav) -> list[str]:
@@ -40,6 +43,40 @@ def test_every_public_name_and_its_public_methods_are_documented(name):
     assert not public.__doc__.startswith(f"{name}(")
 
 
+def taken_by(public) -> set[str]:
+    """The names of the arguments of a function or a class."""
+    if inspect.isclass(public) and issubclass(public, Enum):
+        return set()
+    parameters = inspect.signature(public).parameters.values()
+    return {one.name for one in parameters if one.kind is not one.VAR_POSITIONAL}
+
+
+def documented_in(public) -> set[str]:
+    """The names that a docstring explains, as arguments or as attributes."""
+    sections = re.findall(r"(?ms)^(?:Args|Attributes):$(.*?)(?=^\S|\Z)", inspect.getdoc(public))
+    return {name.lstrip("*") for text in sections for name in re.findall(r"(?m)^    ([*\w]+): ", text)}
+
+
+@pytest.mark.parametrize("name", lightning_roulette.__all__)
+def test_every_argument_of_a_public_name_is_in_its_table(name):
+    public = getattr(lightning_roulette, name)
+    assert taken_by(public) - documented_in(public) == set()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_a_user_builds_shows_the_defaults_of_its_arguments(name):
+    # the site shows defaults of arguments, and none of attributes
+    assert "\nArgs:\n" in inspect.getdoc(getattr(lightning_roulette, name))
+
+
+def test_the_reference_names_no_package_in_place_of_a_function():
+    # `search` is a function of the package and one of its folders, and the site reads files without running them
+    written = re.findall(r"(?m)^::: (lightning_roulette\.\w+)$", text_of("docs/reference.md"))
+    folders = {one.parent.name for one in (PROJECT / "lightning_roulette").glob("*/__init__.py")}
+    files = {one.stem for one in (PROJECT / "lightning_roulette").glob("*.py")}
+    assert {one.rpartition(".")[2] for one in written} & (folders | files) == set()
+
+
 def test_the_menu_has_every_page(monkeypatch):
     monkeypatch.syspath_prepend(PROJECT / "docs/site")
     import hook
@@ -50,4 +87,19 @@ def test_the_menu_has_every_page(monkeypatch):
 def test_a_reader_of_the_site_fetches_nothing_from_elsewhere():
     assert SITE["theme"]["font"] is False
     assert "extra_javascript" not in SITE
-    assert "extra_css" not in SITE
+    assert all((PROJECT / "docs/site" / sheet).exists() for sheet in SITE["extra_css"])
+
+
+def test_a_name_of_a_missing_file_or_heading_is_found(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(PROJECT / "docs/site")
+    from links import dead_links
+
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/other.html").write_text('<h1 id="one">One</h1>')
+    there = '<a href="folder/other.html#one"></a><a href="#two"></a><b id="two"></b><a href="https://elsewhere"></a>'
+    (tmp_path / "index.html").write_text(there)
+    assert dead_links(tmp_path) == []
+    lost = '<link href="style.css"><img src="a%20b.png"><a href="folder/other.html#two"></a><a href="#three"></a>'
+    (tmp_path / "index.html").write_text(there + lost)
+    names = ("#three", "a%20b.png", "folder/other.html#two", "style.css")
+    assert dead_links(tmp_path) == [f"index.html: {name}" for name in names]

@@ -125,7 +125,7 @@ class Header:
 def nested(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The same mapping with the parts of the names in mappings of their own, so that none is repeated.
 
-    Example:
+    Examples:
         >>> nested({"conv.weight": [3, 3], "conv.bias": [3]})
         {'conv': {'weight': [3, 3], 'bias': [3]}}
     """
@@ -145,7 +145,7 @@ def nested(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def flat(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The mapping that `nested` changed, in the order in which the names are there.
 
-    Example:
+    Examples:
         >>> flat({"conv": {"weight": [3, 3], "bias": [3]}})
         {'conv.weight': [3, 3], 'conv.bias': [3]}
     """

@@ -66,7 +66,7 @@ def to_sparse(model: nn.Module, example_input: Any, min_speedup: float = 1.1) ->
         TypeError: If `model` is no module, or `example_input` is none of these.
         ValueError: If `min_speedup` is smaller than 1, or `example_input` has no sample.
 
-    Example:
+    Examples:
         >>> from torch.nn.utils import prune
         >>> model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
         >>> prune.remove(prune.random_unstructured(model[0], "weight", 0.99), "weight").weight.shape
@@ -87,6 +87,9 @@ def to_dense(model: nn.Module) -> nn.Module:
     """Give every layer that `to_sparse` converted its dense weight again. Return the model, changed in place.
 
     A layer is a new object. The parameters of its bias are the same as before.
+
+    Args:
+        model: The network.
     """
     _replace(model, {part: part.dense() for part in model.modules() if isinstance(part, Sparse)})
     return model
