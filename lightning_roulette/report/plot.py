@@ -1,9 +1,9 @@
-"""The picture of a search: scores over sparsity."""
+"""The picture of a search: scores over sparsity, over multiply-adds, or over levels."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,13 @@ from lightning_roulette.report.records import Level
 if TYPE_CHECKING:
     from lightning_roulette.report.report import SearchReport
 
-AXES = ("sparsity", "level")
+AXES = ("sparsity", "multiply_adds", "level")
 EXTRA = "plot"
 SIZE = (7.5, 4.2)  # of a new figure, in inches
 
 _SEARCH, _HELD_OUT, _FAILED, _CANDIDATE = "tab:blue", "tab:orange", "tab:red", "0.6"
 _SPARSITIES = (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999)  # with a mark at the axis
+_PERCENTS_LEFT = (100, 80, 50, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1, 0.01)  # of multiply-adds, with a mark at the axis
 _MORE = 1.0  # how far the picture reaches beyond the winners on the worse side, in ranges of their scores
 
 
@@ -34,6 +35,11 @@ def plot(report: SearchReport, over: str, axes: Any) -> Any:
     """Draw a report; see `SearchReport.plot`."""
     if over not in AXES:
         raise ValueError(f"over is {over!r}, but must be one of {', '.join(map(repr, AXES))}.")
+    if over == "multiply_adds" and not has_multiply_adds(report):
+        raise ValueError(
+            "over is 'multiply_adds', but this report does not count them. They are counted if whole neurons or heads "
+            "leave, as with Wheel(unit='neuron'). Pass over='sparsity' or over='level'."
+        )
     if axes is None:
         _, axes = imported("matplotlib.pyplot", "report.plot()", EXTRA).subplots(figsize=SIZE, layout="constrained")
     names = _names(report)
@@ -51,6 +57,11 @@ def plot(report: SearchReport, over: str, axes: Any) -> Any:
     return axes
 
 
+def has_multiply_adds(report: SearchReport) -> bool:
+    """Return whether a report counts the multiply-adds of the dense network and of each level."""
+    return bool(report.multiply_adds) and all(level.multiply_adds is not None for level in report.levels)
+
+
 def _names(report: SearchReport) -> _Names:
     if report.gradual:
         return _Names("at the cut", "after training")
@@ -58,10 +69,19 @@ def _names(report: SearchReport) -> _Names:
 
 
 def _place(report: SearchReport, over: str, level: Level | None) -> float:
-    """Return the x of a level; None is the dense network. Over sparsity it is the share of weights left."""
+    """Return the x of a level, which is the share of weights or multiply-adds left. None is the dense network."""
     if over == "level":
         return 0 if level is None else level.level
+    if over == "multiply_adds":
+        return max(_share_of_work(report, level), 0.5 / max(1, report.multiply_adds or 0))
     return 1.0 if level is None else max(1 - level.sparsity, 0.5 / max(1, report.size))
+
+
+def _share_of_work(report: SearchReport, level: Level | None) -> float:
+    """Return the share of the multiply-adds of the dense network that is left, where both numbers are known."""
+    if level is None or level.multiply_adds is None or not report.multiply_adds:
+        return 1.0
+    return level.multiply_adds / report.multiply_adds
 
 
 def _points(report: SearchReport, over: str, dense: float, field: str) -> list[tuple[float, float]]:
@@ -120,25 +140,30 @@ def _draw_floor(axes: Any, floor: float, name: str, color: str) -> None:
 
 def _mark_result(report: SearchReport, over: str, axes: Any) -> None:
     if report.winner is not None:
-        x = _place(report, over, report.winner)
-        axes.axvline(x, color="black", lw=0.8, ls=":", label=f"result: sparsity {report.sparsity:.2%}")
+        x, what = _place(report, over, report.winner), f"sparsity {report.sparsity:.2%}"
+        if over == "multiply_adds":
+            what = f"{_share_of_work(report, report.winner):.2%} of the multiply-adds"
+        axes.axvline(x, color="black", lw=0.8, ls=":", label=f"result: {what}")
 
 
 def _label(report: SearchReport, over: str, axes: Any) -> None:
     axes.set_ylabel(report.monitor)
     if over == "level":
         axes.set_xlabel("level")
+    elif over == "multiply_adds":
+        _label_shares(report, over, axes, {one / 100: one for one in _PERCENTS_LEFT})
+        axes.set_xlabel("multiply-adds of a sample that are left (%)")
     else:
-        _label_sparsity(report, axes)
+        _label_shares(report, over, axes, {1 - one: 100 * one for one in _SPARSITIES})
+        axes.set_xlabel("sparsity (%)")
     axes.legend(fontsize="x-small", loc="best")
 
 
-def _label_sparsity(report: SearchReport, axes: Any) -> None:
-    """Scale the x-axis by the logarithm of the share of weights left, and label it with sparsities."""
+def _label_shares(report: SearchReport, over: str, axes: Any, marks: Mapping[float, float]) -> None:
+    """Scale the x-axis by the logarithm of the share that is left, and label shares with percents."""
     axes.set_xscale("log")
-    least = min([_place(report, "sparsity", level) for level in report.levels], default=0.5)
+    least = min([_place(report, over, level) for level in report.levels], default=0.5)
     axes.set_xlim(1.1, least / 1.15)
-    shown = [one for one in _SPARSITIES if 1 - one >= least / 1.15]
-    axes.set_xticks([1 - one for one in shown], [f"{100 * one:g}" for one in shown])
+    shown = {share: percent for share, percent in marks.items() if share >= least / 1.15}
+    axes.set_xticks(list(shown), [f"{percent:g}" for percent in shown.values()])
     axes.minorticks_off()
-    axes.set_xlabel("sparsity (%)")

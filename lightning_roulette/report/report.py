@@ -225,6 +225,8 @@ class SearchReport(FormerNames):
             over: The x-axis:
 
                 - `"sparsity"`: to see what each step costs. It has a logarithmic scale in the share of weights left.
+                - `"multiply_adds"`: to see what less work costs, in percent of the dense network's multiply-adds. A
+                  report counts them if whole neurons or heads leave. The scale is logarithmic, too.
                 - `"level"`: to see the order of the steps, and levels that were tried again.
             axes: Axes of matplotlib to draw on. None: those of a new figure of pyplot.
 
@@ -232,7 +234,7 @@ class SearchReport(FormerNames):
             The axes.
 
         Raises:
-            ValueError: If `over` is not one of the choices.
+            ValueError: If `over` is not one of the choices, or if the report does not count multiply-adds.
             ImportError: If matplotlib is not installed, which is the extra `plot`.
         """
         return plot.plot(self, over, axes)

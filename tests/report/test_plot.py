@@ -57,6 +57,48 @@ def test_a_network_without_weights_has_a_place_on_the_axis():
     assert lines["winners: validation data"][-1][0] == 0.5 / empty.size
 
 
+def counted(report, dense, *left):
+    """The report with multiply-adds of the dense network and of each level."""
+    levels = (replace(one, multiply_adds=number) for one, number in zip(report.levels, left, strict=True))
+    return replace(report, multiply_adds=dense, levels=tuple(levels))
+
+
+def test_over_multiply_adds_the_axis_is_the_share_of_them_left_and_its_marks_are_percents_of_it():
+    report = counted(CONFIRMED, 2000, 1800, 1500, 1600, 900)
+    axes, lines, dots = drawn(report, "multiply_adds")
+    assert [x for x, _ in lines["winners: search half"]] == pytest.approx([1, 0.9, 0.8])
+    assert [x for x, _ in lines["winners: held-out half"]] == pytest.approx([1, 0.9, 0.8])
+    assert [x for x, _ in lines["levels below the floor"]] == pytest.approx([0.75, 0.45])
+    assert {x for x, y in dots if not math.isnan(y)} == {0.9, 0.8, 0.45}
+    assert {x for x, _ in lines["result: 90.00% of the multiply-adds"]} == {0.9}
+    assert axes.get_xscale() == "log"
+    right, left = axes.get_xlim()
+    assert right > 1 > 0.45 > left
+    marks = dict(zip(axes.get_xticks(), (text.get_text() for text in axes.get_xticklabels()), strict=True))
+    assert marks == {1: "100", 0.8: "80", 0.5: "50"}
+    assert axes.get_xlabel() == "multiply-adds of a sample that are left (%)"
+
+
+def test_a_network_without_multiply_adds_has_a_place_on_their_axis():
+    report = counted(replace(REPORT, levels=REPORT.levels[:1]), 2000, 0)
+    _, lines, _ = drawn(report, "multiply_adds")
+    assert lines["winners: validation data"][-1][0] == 0.5 / 2000
+
+
+def test_a_search_without_a_level_is_drawn_over_multiply_adds():
+    axes, lines, _ = drawn(counted(replace(REPORT, levels=()), 2000), "multiply_adds")
+    axes.figure.canvas.draw()
+    assert lines["dense: validation data"] == [(1, 0.965)]
+
+
+@pytest.mark.parametrize(
+    "report", [REPORT, counted(REPORT, 2000, 1800, 1500, None, 900), replace(DENSE, multiply_adds=0)]
+)
+def test_multiply_adds_that_a_report_does_not_count_are_refused(report):
+    with pytest.raises(ValueError, match=r"does not count them.*Wheel\(unit='neuron'\).*over='sparsity'"):
+        report.plot("multiply_adds", axes=Figure().add_subplot())
+
+
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_the_legend_says_how_many_candidates_are_outside(mode):
     report = REPORT if mode == "max" else REPORT.in_metric("val_loss", "min")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_roulette.large.shards import any_sharded
 from lightning_roulette.mask.mask import Mask
+from lightning_roulette.report.plot import has_multiply_adds
 from lightning_roulette.report.report import SearchReport
 from lightning_roulette.trainer.show import pictures
 from lightning_roulette.trainer.show.board import boards_of
@@ -22,6 +23,7 @@ _SCORES = (
     "Every candidate is a dot. Lines join the winners, and their scores on the held-out half. Floors are dashed, the "
     "dense network is a diamond, and a dotted line marks the result."
 )
+_SCORES_OVER_WORK = f"{_SCORES} The x-axis is the percentage of the dense network's multiply-adds that is left."
 _DENSITIES = "Share of the weights of each layer that is kept: the twenty largest layers."
 _MASK = "Kept weights are black, pruned ones white. Kernels of a convolution are apart from each other."
 _WEIGHTS = "Weights of the layer: all of them at step 0, and the survivors at the step of the result."
@@ -33,6 +35,7 @@ class Album(Display):
     | tag | what it is |
     |---|---|
     | `roulette-image/scores`, `/densities` | pictures of the result; they need matplotlib |
+    | `roulette-image/scores_over_multiply_adds` | the same scores, where whole units leave; it needs matplotlib, too |
     | `roulette-mask/<layer>` | pictures of the masks of the first small layers |
     | `roulette-weights/<layer>` | histograms of the weights of the twenty largest layers, before and after |
     | `roulette/report` | the lines of the report, and a table of all levels |
@@ -63,7 +66,10 @@ class Album(Display):
             return
         level = 0 if report.winner is None else report.winner.level
         try:
-            self._image("roulette-image/scores", pictures.scores_over_sparsity(report), level, _SCORES)
+            self._image("roulette-image/scores", pictures.scores(report, "sparsity"), level, _SCORES)
+            if has_multiply_adds(report):
+                over_work = pictures.scores(report, "multiply_adds")
+                self._image("roulette-image/scores_over_multiply_adds", over_work, level, _SCORES_OVER_WORK)
             if self._mask is not None:
                 self._image("roulette-image/densities", pictures.densities(self._mask), level, _DENSITIES)
         except Exception as error:  # the search has ended well, whatever the drawing library does

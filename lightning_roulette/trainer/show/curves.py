@@ -25,6 +25,7 @@ class Curves(Display):
     | tag | value |
     |---|---|
     | `roulette/sparsity` | share of prunable weights removed |
+    | `roulette/multiply_adds` | share of the multiply-adds left, where whole units leave and the report counts them |
     | `roulette/score` | score of the level's winner on the search half |
     | `roulette/floor` | the worst score that is accepted |
     | `roulette/held_out`, `/held_out_floor` | the same on the held-out half, where a level was judged there |

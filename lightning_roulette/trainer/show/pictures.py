@@ -23,13 +23,13 @@ _KEPT, _PRUNED, _BETWEEN = 0, 255, 160  # black, white and grey
 _SIDE = 256  # small masks are enlarged to about this many pixels
 
 
-def scores_over_sparsity(report: SearchReport) -> Tensor:
-    """Return the picture of `SearchReport.plot`.
+def scores(report: SearchReport, over: str) -> Tensor:
+    """Return the picture of `SearchReport.plot` over one of its axes.
 
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    return _drawn(SIZE, lambda axes: report.plot(axes=axes))
+    return _drawn(SIZE, lambda axes: report.plot(over, axes=axes))
 
 
 def densities(mask: Mask) -> Tensor:

@@ -12,7 +12,7 @@ from lightning_roulette.report.report import SearchReport
 
 MOST_LAYERS = 20  # the largest ones are shown one by one
 
-SPARSITY = "roulette/sparsity"
+SPARSITY, MULTIPLY_ADDS = "roulette/sparsity", "roulette/multiply_adds"
 SCORE, FLOOR = "roulette/score", "roulette/floor"
 HELD_OUT, HELD_OUT_FLOOR = "roulette/held_out", "roulette/held_out_floor"
 BRANCH = ("roulette-branch/min", "roulette-branch/median", "roulette-branch/max")
@@ -22,6 +22,7 @@ DENSITY = "roulette-density/"
 _AXIS = "x-axis (step): level of the search. Level 0 is the dense network."
 _MEANINGS = {
     SPARSITY: "Share of the prunable weights that is removed.",
+    MULTIPLY_ADDS: "Share of the multiply-adds of the dense network that is left, for one sample.",
     SCORE: "{monitor} of the best candidate, on the data that ranks the candidates.",
     FLOOR: "The worst score that is accepted: {monitor} of the dense network on the same data, less the tolerance.",
     HELD_OUT: "{monitor} of the same network on the held-out half of the validation data, which ranks no candidate.",
@@ -56,6 +57,8 @@ def of_dense(report: SearchReport, mask: Mask) -> dict[str, float]:
     }
     if report.held_out_dense is not None:
         points[HELD_OUT] = report.held_out_dense
+    if report.multiply_adds:
+        points[MULTIPLY_ADDS] = 1.0
     return {**points, **_held_out_floor(report), **dict.fromkeys(_densities(mask), 1.0)}
 
 
@@ -63,6 +66,8 @@ def of_level(report: SearchReport, mask: Mask) -> dict[str, float]:
     """Return the points of the last level on the data that ranks the candidates. `mask` is the mask of its winner."""
     level = report.levels[-1]
     points = {SPARSITY: level.sparsity, SCORE: level.score, FLOOR: report.floor, SCORE_ERROR: level.error}
+    if report.multiply_adds and level.multiply_adds is not None:
+        points[MULTIPLY_ADDS] = level.multiply_adds / report.multiply_adds
     return _known({**points, **dict(zip(BRANCH, level.spread, strict=True)), **_densities(mask)})
 
 

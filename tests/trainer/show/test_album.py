@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.util.tensor_util import make_ndarray
 
-from lightning_roulette import Candidate, Level, Mask, RouletteWheelPruning, SearchReport, Tree
+from lightning_roulette import Candidate, Level, Mask, RouletteWheelPruning, SearchReport, Tree, Wheel
 from lightning_roulette.trainer.choices import Choices
 from lightning_roulette.trainer.show import album, pictures
 from lightning_roulette.trainer.show.show import Show
@@ -103,6 +103,24 @@ def test_the_result_is_drawn_where_matplotlib_is_installed(fit, tmp_path):
     for name in ("scores", "densities"):
         drawn = pixels(found[f"roulette-image/{name}"][pruning.report.winner.level])
         assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 10
+
+
+def test_the_scores_are_also_drawn_over_multiply_adds_where_whole_units_leave(fit, tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("torch_pruning", reason="needs the extra `units`")
+    pruning, logger = pruner(wheel=Wheel(unit="neuron")), TensorBoardLogger(tmp_path)
+    fit(pruning, logger=logger)
+    step = pruning.report.winner.level
+    found = pixels(entries(logger.log_dir, "images")["roulette-image/scores_over_multiply_adds"][step])
+    wanted = pictures.scores(pruning.report, "multiply_adds").permute(1, 2, 0).numpy()
+    assert (found[..., :3] == wanted).all()
+
+
+def test_a_search_of_single_weights_has_no_picture_over_multiply_adds(fit, tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    fit(pruner(), logger=logger)
+    images = {tag for tag in entries(logger.log_dir, "images") if tag.startswith("roulette-image")}
+    assert "roulette-image/scores_over_multiply_adds" not in images
 
 
 def test_without_matplotlib_a_line_names_the_extra_and_the_rest_is_there(fit, tmp_path, monkeypatch, caplog):

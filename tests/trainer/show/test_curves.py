@@ -51,6 +51,9 @@ def expected(pruning) -> dict[str, list[tuple[int, float]]]:
         "roulette/floor": [(level, report.floor) for level in levels],
         "roulette-branch/score_error": [(one.level, one.error) for one in accepted if not math.isnan(one.error)],
     }
+    if report.multiply_adds:
+        shares = [(one.level, one.multiply_adds / report.multiply_adds) for one in accepted]
+        curves["roulette/multiply_adds"] = [(0, 1.0), *shares]
     if report.held_out_dense is not None:
         held_out = [(one.level, one.held_out_score) for one in accepted if one.held_out_score is not None]
         errors = [(one.level, one.held_out_error) for one in accepted if one.held_out_score is not None]
@@ -96,6 +99,7 @@ ACCEPTED = [
     ({"at_epoch": 1}, [True] * 3),
     ({"monitor": "val_loss", "tolerance": math.inf}, [True] * 3),
     ({"tolerance": 0.05, "tree": Tree(pruning_rate=0.8, max_levels=1, patience=4)}, [False, True]),
+    ({"tolerance": math.inf, "wheel": Wheel(unit="neuron")}, [True] * 3),
     ({"tolerance": 0.0, "wheel": Wheel(0.0), "tree": Tree(pruning_rate=0.95, patience=1)}, [False]),
 ]
 
