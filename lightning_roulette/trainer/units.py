@@ -15,8 +15,8 @@ from lightning_roulette.trainer.fit_state import FitState
 from lightning_roulette.trainer.preparing import judging_of, prunable, rehearse
 from lightning_roulette.trainer.show.log import log
 from lightning_roulette.trainer.shrinking import rehearse_shrinking
-from lightning_roulette.unit import Block, NofM, Unit, Weight, unit_of
-from lightning_roulette.wheel.units.grouping import units_of
+from lightning_roulette.unit import Unit, Weight, unit_of
+from lightning_roulette.wheel.units.grouping import FINDERS, units_of
 from lightning_roulette.wheel.units.units import Cost, Part, Units
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ def units_for(fit: FitState, weights: Mapping[str, nn.Parameter], data: FoldedDa
 
 def _found(fit: FitState, data: FoldedData | None, weights: Mapping[str, nn.Parameter], unit: Unit) -> Units:
     try:
-        if isinstance(unit, NofM | Block):
+        if type(unit) in FINDERS:
             return _without_tracing(fit, data, weights, unit)
         return _in_all_processes(fit, _traced(fit, data, weights, unit))
     except (TypeError, ValueError) as error:

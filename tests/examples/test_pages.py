@@ -70,6 +70,21 @@ def of_contributing(names: dict) -> None:
     torch.testing.assert_close(ours, exact)
     found = search({"w": torch.randn(40)}, lambda mask: 1.0, policy=names["FixedNumber"](5, 3, 2))
     assert [level.survivors for level in found.report.levels] == [35, 30, 25]
+    whole_rows(names)
+
+
+def whole_rows(names: dict) -> None:
+    """A network is pruned by the unit of the page."""
+    wheel = Wheel(unit=names["Row"]())
+    data = names["model"], names["train"], names["val"]
+    try:
+        pruning = lightning_roulette.prune(names["Trainer"](), *data, wheel=wheel, tolerance=0.5)
+    finally:
+        del names["FINDERS"][names["Row"]]
+    assert pruning.report.winner.units < pruning.report.units == 34
+    for kept in pruning.mask.values():
+        assert torch.equal(kept.any(1), kept.all(1))
+        assert kept.any()
 
 
 def of_microcontroller(names: dict) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,14 @@ from lightning_roulette.unit import Block, Head, Neuron, NofM, Reduction, Unit, 
 from lightning_roulette.wheel.units.blocks import blocks_of
 from lightning_roulette.wheel.units.costs import Groups, costs_of
 from lightning_roulette.wheel.units.nofm import neighbours_of
-from lightning_roulette.wheel.units.units import Part, Units
+from lightning_roulette.wheel.units.units import Cost, Part, Units
+
+# what finds units without tracing: a function of the network, the names of its prunable weights, the unit, and what
+# weights cost (None: each costs 1)
+FINDERS: dict[type[Unit], Callable[[nn.Module, Collection[str], Any, Cost | None], Units]] = {
+    Block: blocks_of,
+    NofM: neighbours_of,
+}
 
 
 def units_of(
@@ -52,17 +58,20 @@ def units_of(
     kind, weights = unit_of(unit), prunable_parameters(network) if weights is None else weights
     if isinstance(kind, Weight):
         raise ValueError("unit is Weight(), but single weights need no units. Leave units out of the search.")
+    if not isinstance(kind, Neuron | Head) and type(kind) not in FINDERS:
+        known = ", ".join(f"{one.__name__}(...)" for one in FINDERS)
+        raise TypeError(f"unit is {kind!r}, but nothing finds such units. Pass 'neuron', 'head' or one of {known}.")
     if example_input is None and (target is not None or isinstance(kind, Neuron | Head)):
         raise ValueError(
             f"example_input is None, but {kind!r} with the target {target!r} needs one. Pass a batch of inputs."
         )
     if isinstance(kind, Neuron | Head):
         return _coupled(network, example_input, kind, weights, target)
-    find = partial(blocks_of, block=kind) if isinstance(kind, Block) else partial(neighbours_of, rule=cast(NofM, kind))
+    find = FINDERS[type(kind)]
     if example_input is None:
-        return find(network, list(weights))
+        return find(network, list(weights), kind, None)
     cost, multiply_adds = costs_of(Groups(network, (), weights), target, example_input)
-    return replace(find(network, list(weights), cost=cost), multiply_adds=multiply_adds)
+    return replace(find(network, list(weights), kind, cost), multiply_adds=multiply_adds)
 
 
 def _coupled(

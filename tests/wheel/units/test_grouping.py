@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_roulette import Mask, NofM, Reduction, prunable_parameters, units_of
 from lightning_roulette.network.multiply_adds import multiply_adds, positions_of
+from lightning_roulette.unit import Unit
 
 pytest.importorskip("torch_pruning")
 
@@ -135,3 +136,13 @@ def test_weights_that_share_a_memory_are_told_apart():
         place += one.numel()
     found = positions_of(network, lambda: network(torch.ones(5, 2, 3)))
     assert found == {"weight_ih_l0": 10, "weight_hh_l0": 10}
+
+
+class Unknown(Unit):
+    """A unit that nothing finds."""
+
+
+@pytest.mark.parametrize("example", [None, X])
+def test_a_unit_that_nothing_finds_is_refused_with_those_that_are_found(example):
+    with pytest.raises(TypeError, match=r"nothing finds such units. Pass 'neuron', 'head' or one of Block.*NofM"):
+        units_of(small(), example, unit=Unknown())
