@@ -72,7 +72,9 @@ class LeastSquares(Refit):
         choose: Which weights of a layer stay:
 
             - `True`: as many of each output as the wheel drew, chosen on the layer's inputs so that the output comes
-              closest. Levels may then bring back weights that an earlier level pruned. Between epochs they do not.
+              closest. Units stay whole: of each group of coupled neurons or heads, and of each row of blocks, as many
+              as the wheel drew are chosen. Levels may then bring back what an earlier level pruned. Between epochs
+              they do not.
             - `False`: those that the wheel drew.
         values: How the weights will be stored. They are rounded to these values before a level is compared with the
             floor, so that what is confirmed is the network in the file:

@@ -12,7 +12,7 @@ from lightning_roulette.large.gathered import gathered_all
 from lightning_roulette.large.processes import ONE_PROCESS, Processes
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.layers import Layer
-from lightning_roulette.network.neighbours import neighbours
+from lightning_roulette.refit.competing import pieces_of
 from lightning_roulette.refit.gram import LayerSums
 from lightning_roulette.refit.matrices import kept_in_matrix, matrix_of
 from lightning_roulette.refit.narrowing import Narrowing
@@ -21,6 +21,7 @@ from lightning_roulette.refit.solvers.cholesky import DampedGram
 from lightning_roulette.refit.solvers.cost import worth_sharing
 from lightning_roulette.refit.solvers.fastest import Fastest
 from lightning_roulette.refit.solvers.shared import Shared, in_shares
+from lightning_roulette.wheel.units.units import Units
 
 _ROUNDING = 1e-9  # share of the mean square of a layer's outputs by which rounding may increase its error
 
@@ -35,9 +36,7 @@ class Fitting:
         damping: See `Cholesky`.
         choose: Whether a layer may keep other weights than those of the mask, as many as these.
         allowed: The weights that may be kept. None: all.
-        neighbours: With `choose`, the number of weights of a group of neighbouring inputs that keeps as many as in the
-            mask; see `neighbours`. Layers without such groups keep the weights of the mask. None: an output of a layer
-            is such a group.
+        units: With `choose`, what stays or leaves as a whole: neighbours or blocks. None: single weights.
         processes: Those that fit the layers together.
         narrowing: How the weights of each layer are rounded.
         flags: The masks of weights of which others were chosen, by name.
@@ -48,7 +47,7 @@ class Fitting:
     damping: float
     choose: bool = False
     allowed: Mask | None = None
-    neighbours: int | None = None
+    units: Units | None = None
     processes: Processes = field(default=ONE_PROCESS, repr=False)
     narrowing: Narrowing = field(default_factory=Narrowing)
     flags: dict[str, Tensor] = field(default_factory=dict)
@@ -85,16 +84,15 @@ class Fitting:
     def _problem(self, layer: Layer, kept: Tensor, dense: Tensor, sums: LayerSums) -> Problem:
         """Return what is chosen among in a layer."""
         ridges, free = DampedGram(sums.fit.gram, self.damping).ridges, self._free(layer, kept)
-        if self.neighbours is None:
-            return Problem(sums.fit, ridges, dense, free, kept.shape[1])
-        segments = neighbours(layer, self.dense, self.neighbours)
-        if segments is None:  # nothing is chosen
+        pieces = pieces_of(layer, self.dense, self.units)
+        if pieces is None:  # nothing is chosen
             return Problem(sums.fit, ridges, dense, torch.zeros_like(free), kept.shape[1])
-        return Problem(sums.fit, ridges, dense, free, kept.shape[1], segments.to(kept.device))
+        return Problem(sums.fit, ridges, dense, free, kept.shape[1], pieces)
 
     def _chosen(self, problem: Problem, kept: Tensor) -> Tensor:
         """Return the entries that are chosen: by each process for its outputs, or else by the first one."""
-        if worth_sharing(choice_cost(problem), kept.numel(), self.processes.ranks):
+        by_output, ranks = problem.pieces.by_output, self.processes.ranks
+        if by_output and worth_sharing(choice_cost(problem), kept.numel(), ranks):
             return in_shares(self.processes, kept, lambda own: chosen(problem.of_outputs(own), kept[:, own]))
         return self.processes.first(chosen(problem, kept) if self.processes.rank == 0 else kept)
 

@@ -29,6 +29,7 @@ from lightning_roulette.refit.runs import Runs
 from lightning_roulette.refit.scales import input_scales
 from lightning_roulette.refit.sensitivity import Sensitivity
 from lightning_roulette.refit.turns import Turns
+from lightning_roulette.refit.unit_choice import UnitChoices
 from lightning_roulette.refit_settings import LeastSquares, Refit, refit_of
 from lightning_roulette.wheel.units.units import Units
 
@@ -56,6 +57,7 @@ class Calibration:
     - the Gram sums of one layer and of the first layer (`inputs ** 2` float64 numbers for each group), and an eighth of
       their rows, which judges the refit,
     - linear systems of at most 2**26 bytes,
+    - if neurons or heads are chosen, the Gram sums of all layers that read them,
     - `cache_bytes` for what is kept between layers: a quarter for outputs of the dense network on the chosen rows, of
       which more go to a temporary file if one can be written; the rest for batches that wait. A batch that
       does not fit at a layer runs anew for the next one. This is logged with the number of bytes that would suffice.
@@ -129,6 +131,7 @@ class Calibration:
         self._layerwise: dict[tuple[Any, ...], Layerwise] = {}
         self._sensitivities: dict[tuple[str, ...], Sensitivity] = {}
         self._tried: set[Layerwise] = set()
+        self._choices = UnitChoices(self._processes)
 
     def refit(
         self,
@@ -137,7 +140,7 @@ class Calibration:
         allowed: Mask | None = None,
         *,
         statistics: bool = True,
-        neighbours: int | None = None,
+        units: Units | None = None,
     ) -> Refitted:
         """Return the network's values after pruning by a mask and a refit.
 
@@ -151,6 +154,8 @@ class Calibration:
         With `LeastSquares(choose=True)` each output of a layer keeps as many weights as in the mask, but not always the
         same ones: those that leave a smaller squared error on its inputs (see `chosen`). The choice of a layer is kept
         only if the error is smaller than that of the mask's weights, and not larger on rows that it was not solved on.
+        If units are given, they stay or leave as a whole: as many of each few neighbours, of each row of blocks, or of
+        each group of neurons or heads (see `UnitChoice`) stay as in the mask.
 
         With other `values` than `"float32"`, the weights of each layer are then rounded (see `Narrowing.refitted`),
         before the next layer is solved. Weights that the refit does not change are rounded to the nearest values.
@@ -167,9 +172,7 @@ class Calibration:
                 - `"batch_norm"`, or a `Refit`: only running statistics change.
             allowed: With `choose`, the weights that may be kept, the mask's among them. None: all.
             statistics: Whether running statistics are computed. False: they stay as in the dense network.
-            neighbours: With `choose`, the number of neighbouring inputs (see `neighbours`) of which each group keeps as
-                many as in the mask. Layers without such groups keep the weights of the mask. None: an output keeps as
-                many as in the mask.
+            units: With `choose`, what stays or leaves as a whole, see above. None: single weights.
 
         Raises:
             TypeError: If `how` is neither a word nor a `Refit`.
@@ -177,20 +180,23 @@ class Calibration:
         """
         choices = refit_of(how)
         with self._processes.failing_together():
-            found = self._refitted(mask, choices, allowed, statistics, neighbours)
+            found = self._refitted(mask, choices, allowed, statistics, units)
         return self._agreed_refit(mask, found)
 
     def _refitted(
-        self, mask: Mask, how: Refit | None, allowed: Mask | None, statistics: bool, neighbours: int | None
+        self, mask: Mask, how: Refit | None, allowed: Mask | None, statistics: bool, units: Units | None
     ) -> Refitted:
         layerwise = self._prepared(mask, isinstance(how, LeastSquares))
         self._try_turns(layerwise)
         with lent(self._written(layerwise)) as dense:
-            fitting = self._fitting(mask, dense, how, allowed, neighbours) if isinstance(how, LeastSquares) else None
-            fill_pruned(layerwise.tensors, mask)
+            kept = self._choices.chosen(layerwise, mask, how, allowed, units, dense)
+            fitting = self._fitting(kept, dense, how, allowed, units) if isinstance(how, LeastSquares) else None
+            fill_pruned(layerwise.tensors, kept)
             reasons = layerwise.refit(fitting, statistics)
             values = {name: one.detach().clone() for name, one in self._changed(layerwise, mask, how).items()}
-            return Refitted(values, reasons, None if fitting is None else fitting.chosen)
+            if fitting is not None and fitting.chosen is not None:
+                kept = fitting.chosen
+            return Refitted(values, reasons, None if kept is mask else kept)
 
     def others(self, mask: Mask, how: Refit) -> dict[str, Tensor]:
         """Return copies of the biases and running statistics that `refit` may change, by name."""
@@ -326,10 +332,11 @@ class Calibration:
         dense: Mapping[str, Tensor],
         how: LeastSquares,
         allowed: Mask | None,
-        neighbours: int | None,
+        units: Units | None,
     ) -> Fitting:
         narrowing = Narrowing(how.values, mask.survivors, how.damping, self._processes)
-        return Fitting(mask, dense, how.damping, how.choose, allowed, neighbours, self._processes, narrowing)
+        choose = how.choose and (units is None or not units.coupled)
+        return Fitting(mask, dense, how.damping, choose, allowed, units, self._processes, narrowing)
 
     def _say(self, sentence: str) -> None:
         _log.info(sentence)

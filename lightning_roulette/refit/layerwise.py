@@ -7,7 +7,7 @@ keeps is given, or is chosen on the same inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -172,18 +172,23 @@ class Layerwise:
         traversal = self._traversal
         return [call for batch in range(traversal.batches) for call in traversal.calls_of(step, batch)]
 
-    def sums(self) -> dict[Layer, LayerSums]:
-        """Return Gram sums of each layer's inputs and outputs in the network as it is. All rows are fitted."""
+    def sums(self, names: Container[str] | None = None) -> dict[Layer, LayerSums]:
+        """Return Gram sums of layers' inputs and outputs in the network as it is. All rows are fitted.
+
+        Args:
+            names: Names of weights, for the layers with one of them. None: all layers.
+        """
         found: dict[Layer, LayerSums] = {}
 
         def add(call: Call, given: Given) -> None:
-            for layer in () if call.step.followed else call.step.layers:
+            for layer in () if call.step.followed else layers.keys() & {*call.step.layers}:
                 rows = self._sampler.rows(layer, call, given).values
                 found.setdefault(layer, LayerSums()).add(rows, outputs_of(rows, matrix_of(layer, self.tensors)))
 
+        every = dict.fromkeys(layer for step in self._traversal.order for layer in step.layers)
+        layers = dict.fromkeys(one for one in every if names is None or any(own in names for own in one.names))
         for batch in range(self._traversal.batches):
             self._traversal.listen(batch, add)
-        layers = dict.fromkeys(layer for step in self._traversal.order for layer in step.layers)
         sums = {layer: self._over_all(layer, found.get(layer, LayerSums())) for layer in layers}
         return {layer: its for layer, its in sums.items() if its.fit.rows}
 

@@ -13,9 +13,9 @@ from lightning_roulette.judge.evaluator import Evaluator, as_evaluator
 from lightning_roulette.large.shards import Shards
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.refit.inputs import Calibration
-from lightning_roulette.refit_settings import LeastSquares, Refit, refit_of
+from lightning_roulette.refit_settings import LeastSquares, refit_of
 from lightning_roulette.settings import CALIBRATED, Tree, Validation, Wheel
-from lightning_roulette.unit import NofM, Weight
+from lightning_roulette.unit import Weight
 from lightning_roulette.wheel.units.units import Units
 
 
@@ -66,7 +66,6 @@ def check_network(
     if not weights or not any(weight.numel() for weight in weights.values()):
         raise ValueError("weights is empty, but must name at least one tensor with entries.")
     how = refit_of(refit)
-    check_chosen(how, wheel)
     if (shards := Shards.of(weights)) is not None and (why := beyond_shards(wheel)):
         raise ValueError(f"the weights are sharded over {shards.ranks} processes, but {why}")
     if calibration is None and (how is not None or wheel.importance in CALIBRATED):
@@ -111,19 +110,6 @@ def _check_targets(target_sparsity: float | None, wheel: Wheel, tree: Tree) -> N
         raise ValueError(
             f"target_sparsity is {target_sparsity} and target {tree.target!r}, but a search has one target. Leave out "
             "one of them."
-        )
-
-
-def check_chosen(refit: Refit | None, wheel: Wheel) -> None:
-    """Check that a refit keeps units whole.
-
-    Raises:
-        ValueError: If it chooses which weights stay, one by one.
-    """
-    if isinstance(refit, LeastSquares) and refit.choose and not isinstance(wheel.unit, Weight | NofM):
-        raise ValueError(
-            f"choose is True and unit {wheel.unit!r}, but choosing anew which weights stay would break up units. Pass "
-            "choose=False."
         )
 
 

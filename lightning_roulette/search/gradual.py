@@ -28,7 +28,7 @@ from lightning_roulette.search.drawing import Drawing
 from lightning_roulette.search.level import try_level
 from lightning_roulette.search.observer import Observer
 from lightning_roulette.search.policies import Levels, OneLevel, Policy, Step, cubic
-from lightning_roulette.search.refitter import Refitter, neighbours_in
+from lightning_roulette.search.refitter import Refitter
 from lightning_roulette.search.run import Run, begin
 from lightning_roulette.search.state import State
 from lightning_roulette.settings import Tree, Validation, Wheel
@@ -226,7 +226,7 @@ class Gradual:
         """Validate the network as the parent of a level. The first one, the dense network, sets the tolerance."""
         cuts = self._cuts
         judge = Judge(evaluate, cuts.validation.confirm if cuts.branches > 1 else 0.0)
-        refitter = Refitter(weights, cuts.refit, calibration, True, neighbours=neighbours_in(cuts.wheel.unit))
+        refitter = Refitter(weights, cuts.refit, calibration, True, units=units)
         importance = None if calibration is None else "sensitivity"
         return begin(
             judge,

@@ -13,7 +13,6 @@ from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.refitted import Refitted, Survivors
 from lightning_roulette.refit_settings import LeastSquares, Refit
 from lightning_roulette.report.records import Skipped
-from lightning_roulette.unit import NofM
 from lightning_roulette.values import in_words
 from lightning_roulette.wheel.units.units import Units
 
@@ -30,7 +29,7 @@ class Refitter:
         calibration: The dense network with inputs. None: no inputs.
         nests: Whether a refit may only keep weights that the parent keeps.
         keeps_statistics: Whether running statistics stay as trained.
-        neighbours: Of how many neighbouring inputs a choice keeps as many as were drawn. None: of all of an output.
+        units: What stays or leaves as a whole. None: single weights.
     """
 
     weights: Mapping[str, Tensor]
@@ -38,7 +37,7 @@ class Refitter:
     calibration: Calibration | None
     nests: bool = False
     keeps_statistics: bool = False
-    neighbours: int | None = None
+    units: Units | None = None
 
     @property
     def each_level(self) -> bool:
@@ -117,9 +116,7 @@ class Refitter:
         assert self.calibration is not None
         assert self.how is not None
         allowed = parent if self.nests else None
-        found = self.calibration.refit(
-            mask, self.how, allowed, statistics=not self.keeps_statistics, neighbours=self.neighbours
-        )
+        found = self.calibration.refit(mask, self.how, allowed, statistics=not self.keeps_statistics, units=self.units)
         if (kept := found.mask_from(mask).survivors) != mask.survivors:
             raise RuntimeError(
                 f"a refit kept {kept} weights, but the level keeps {mask.survivors}. Calibration.refit must return a "
@@ -151,11 +148,6 @@ class Refitter:
         """See `Calibration.gates`."""
         assert self.calibration is not None
         return self.calibration.gates(units, mask, refitted.values)
-
-
-def neighbours_in(unit: object) -> int | None:
-    """How many neighbouring inputs are a group, if a unit says that each group keeps some of its weights."""
-    return unit.of if isinstance(unit, NofM) else None
 
 
 def _solved(how: LeastSquares) -> str:

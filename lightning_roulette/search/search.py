@@ -35,7 +35,7 @@ from lightning_roulette.search.drawing import Drawing
 from lightning_roulette.search.level import try_level
 from lightning_roulette.search.observer import Observer
 from lightning_roulette.search.policies import CoarseToFine, Levels, Policy, Step
-from lightning_roulette.search.refitter import Refitter, neighbours_in
+from lightning_roulette.search.refitter import Refitter
 from lightning_roulette.search.run import Run, begin
 from lightning_roulette.search.state import State
 from lightning_roulette.search.winner import Winner
@@ -130,7 +130,7 @@ def search(
     check_units(units, wheel, tree, weights)
     branches, seed = int(branches), int(seed)
     judge = Judge(evaluate, validation.confirm)
-    refitter = Refitter(weights, refit_of(refit), calibration, neighbours=neighbours_in(wheel.unit))
+    refitter = Refitter(weights, refit_of(refit), calibration, units=units)
     run, state = begin(
         judge,
         refitter,

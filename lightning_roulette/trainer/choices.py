@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_roulette.checks import check_choice, check_epochs, check_words
 from lightning_roulette.refit_settings import LeastSquares, Refit, refit_of
-from lightning_roulette.search.arguments import check_chosen, check_search
+from lightning_roulette.search.arguments import check_search
 from lightning_roulette.search.gradual import Cuts
 from lightning_roulette.settings import CALIBRATED, Tree, Validation, Wheel, groups_of
 from lightning_roulette.trainer.between_epochs import BetweenEpochs
@@ -155,7 +155,6 @@ def _check(
         if patterns is not None:
             check_words(name, patterns, "patterns over parameter names")
     _check_refit(refit_of(refit), at_epoch)
-    check_chosen(refit_of(refit), of_search["wheel"])
     refuse_dirpath(dirpath)
     if not isinstance(shrink, bool):
         raise TypeError(f"shrink is {shrink!r}, but must be True or False.")

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lightning_roulette import Calibration, LeastSquares, StopReason, Tree, Wheel, search
+from lightning_roulette import Calibration, LeastSquares, Mask, StopReason, Tree, Wheel, search
 from lightning_roulette.unit import Block, NofM
 from lightning_roulette.wheel.units.blocks import blocks_of
 from lightning_roulette.wheel.units.nofm import neighbours_of
@@ -69,3 +69,24 @@ def test_blocks_leave_whole_in_a_search():
     for part in units.parts:
         kept = winner.mask[part.name]
         assert all(len(kept[part.labels == number].unique()) == 1 for number in part.labels.unique())
+
+
+def test_a_refit_that_chooses_keeps_blocks_whole():
+    def blocked(choose: bool):
+        return search(
+            WEIGHTS,
+            Likeness(NET, INPUTS),
+            wheel=Wheel(unit=Block(2, 4)),
+            units=units,
+            tolerance=math.inf,
+            target_sparsity=0.5,
+            branches=1,
+            refit=LeastSquares(choose=choose),
+            calibration=Calibration(NET, list(INPUTS.split(100))),
+        )
+
+    units = blocks_of(NET, list(WEIGHTS), Block(2, 4))
+    winner, drawn = blocked(True), blocked(False)
+    assert all(units.without(Mask.full(WEIGHTS), ~units.alive(one)) == one for one in (winner.mask, drawn.mask))
+    assert 0.5 <= winner.mask.sparsity < 0.5 + 8 / winner.mask.size
+    assert winner.mask != drawn.mask

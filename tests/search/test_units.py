@@ -130,6 +130,41 @@ def test_a_reduction_of_multiply_adds_ends_the_search_within_one_unit(coarse):
     assert (after - dense).square().mean() < (drawn - dense).square().mean()
 
 
+def chosen(choose: bool, **changes):
+    tree = Tree(0.2, coarse_rate=None, target=Reduction(multiply_adds=0.5))
+    given = {"tree": tree, "units": DEAR, "refit": LeastSquares(choose=choose)}
+    return searched(calibration=Calibration(NET, list(INPUTS.split(50))), **(given | changes))
+
+
+def test_a_refit_that_chooses_removes_whole_units_to_the_same_target_and_loses_less():
+    winners = [chosen(choose, seed=seed) for choose in (True, False) for seed in range(3)]
+    for winner in winners:
+        report = winner.report
+        assert (report.stop_reason, report.target_met) == (StopReason.TARGET_REACHED, True)
+        assert all(dead(winner.mask_at(level.level)) for level in report.levels)
+        assert [level.cost for level in report.levels] == [
+            DEAR.left(winner.mask_at(level.level)) for level in report.levels
+        ]
+    assert sum(one.report.winner.score for one in winners[:3]) > sum(one.report.winner.score for one in winners[3:])
+    assert "survivors chosen and solved by least squares" in winners[0].report.refit
+    again = chosen(True, seed=0)
+    assert again.mask == winners[0].mask
+    assert all(torch.equal(value, again.weights[name]) for name, value in winners[0].weights.items())
+
+
+def test_a_cut_that_chooses_revives_no_unit():
+    gradual = Gradual(Cuts(1, math.inf, None, 3, refit=LeastSquares(choose=True), wheel=NEURON, tree=Tree(0.3)))
+    net, masks = perceptron((6, 12, 10, 3), seed=1), []
+    for place in (1, 2, 3):
+        weights = {name: net.get_parameter(name).detach() for name in WEIGHTS}
+        gradual.judge(weights, Likeness(net), Calibration(net, [INPUTS]), units=UNITS)
+        network = gradual.cut(place)
+        net.load_state_dict({**net.state_dict(), **network.weights})
+        masks.append(network.mask)
+    assert masks[2] <= masks[1] <= masks[0]
+    assert all(dead(mask) for mask in masks)
+
+
 def test_a_sparsity_is_reached_within_one_unit():
     winner = searched(target_sparsity=0.6, tree=Tree(0.25, coarse_rate=None))
     assert winner.report.target_met
@@ -189,7 +224,6 @@ def test_cuts_between_epochs_nest_and_follow_a_cubic_schedule():
         ({"wheel": Wheel(), "units": None, "tree": Tree(target=Reduction(0.5))}, "but single weights leave"),
         ({"target_sparsity": 0.5, "tree": Tree(target=Reduction(0.5)), "units": DEAR}, "but a search has one target"),
         ({"tree": Tree(target=Reduction(0.5))}, "the target counts multiply_adds, but units cost weights"),
-        ({"refit": LeastSquares(choose=True)}, "choose is True and unit Neuron.*would break up units"),
         ({"units": hidden_units(perceptron((6, 12, 10, 9, 3)))}, "units are parts of '6.weight', but weights"),
     ],
 )

@@ -130,8 +130,22 @@ def test_heads_alone_leave(fit):
     assert all(bool(mask[name].all()) for name in mask if "attention" not in name)
 
 
-def test_cuts_between_epochs_hold_whole_units_through_training(fit):
-    pruning = pruner(at_epoch=[1, 2], tree=Tree(0.3), **NEURON)
+CHOOSE = LeastSquares(batches=4, choose=True)
+
+
+def test_a_refit_that_chooses_removes_whole_channels(fit):
+    pruning, module = pruner(refit=CHOOSE, tree=Tree(0.4, coarse_rate=None, max_levels=2), **NEURON), Pictures()
+    fit(pruning, module=module, enable_checkpointing=True)
+    state = load(pruning.best_model_path)["state_dict"]
+    inner = whole(pruning.mask, state, "net.inner.weight", ["net.outer.weight"])
+    stream = whole(pruning.mask, state, "net.first.weight", ["net.inner.weight"])
+    assert pruning.report.winner.units == int(inner.sum()) + int(stream.sum()) < 14
+    assert "survivors chosen" in pruning.report.refit
+
+
+@pytest.mark.parametrize("refit", [None, CHOOSE])
+def test_cuts_between_epochs_hold_whole_units_through_training(fit, refit):
+    pruning = pruner(at_epoch=[1, 2], tree=Tree(0.3), refit=refit, **NEURON)
     module = Pictures()
     fit(pruning, module=module, max_epochs=4)
     report = pruning.report
@@ -242,8 +256,3 @@ def test_a_step_that_calls_layers_one_by_one_is_told_to_use_a_forward(fit):
     message = "the layer: its units are outputs of the network.*traced is 'net'.*one by one, give the module a forward"
     with pytest.raises(RuntimeError, match=message):
         fit(pruner(monitor="val_loss", **NEURON), module=Loose())
-
-
-def test_choosing_weights_anew_is_refused_when_the_callback_is_made():
-    with pytest.raises(ValueError, match="choose is True and unit Neuron"):
-        pruner(refit=LeastSquares(choose=True), **NEURON)

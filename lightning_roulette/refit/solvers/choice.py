@@ -1,6 +1,6 @@
-"""Which weights of each output of a layer stay, for given numbers, by its squared error on the layer's Gram sums.
+"""Which weights of a layer stay, for given numbers, by the squared error of its outputs on its Gram sums.
 
-The number is that of the output, or one for each segment of its inputs, such as two of each four neighbours.
+The number is that of an output. It can also be that of each few neighbouring inputs, or of blocks; see `pieces`.
 
 The method is the alternating direction method of multipliers for a sparse least-squares problem, as in Meng et al.,
 "ALPS: Improved optimization for highly sparse one-shot pruning for large language models" (NeurIPS 2024,
@@ -11,7 +11,7 @@ matrix that is closest to it. A penalty on their distance grows in a few stages.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_roulette.refit.gram import GramSums
 from lightning_roulette.refit.solvers.conjugate_gradient import quotient
 from lightning_roulette.refit.solvers.cost import inverses_pay, step_cost
+from lightning_roulette.refit.solvers.pieces import Pieces, Singly
 
 # The penalties are in units of the diagonal of the scaled Gram matrix, which is one.
 _PENALTIES = (0.1, 0.3, 1.0)
@@ -40,8 +41,8 @@ class Problem:
         dense: The matrix of the dense layer, float64, shape `(groups, outputs, inputs)`. The ridge pulls to it.
         free: Which entries are chosen among, bool, the same shape. The others stay as they are given.
         outputs: Number of outputs of each group of the layer, of which these may be some.
-        segments: int64, shape `(segments, size)`: the inputs of each segment, which keeps its own number of entries.
-            Each input that is free in any output is in one segment. None: all inputs are one segment.
+        pieces: What stays or leaves as a whole, and the sets that each keep their own number. Each free entry is in a
+            piece.
     """
 
     sums: GramSums
@@ -49,29 +50,13 @@ class Problem:
     dense: Tensor
     free: Tensor
     outputs: int
-    segments: Tensor | None = None
-
-    def split(self, values: Tensor) -> Tensor:
-        """Return entries by segment: shape `(groups, outputs, segments, size)`."""
-        return values.unsqueeze(2) if self.segments is None else values[..., self.segments]
-
-    def joined(self, parts: Tensor) -> Tensor:
-        """Return entries in the order of the inputs; False for inputs in no segment.
-
-        Args:
-            parts: Bool, in the shape that `split` returns.
-        """
-        if self.segments is None:
-            return parts.squeeze(2)
-        found = torch.zeros_like(self.free)
-        found[..., self.segments.flatten()] = parts.flatten(2)
-        return found
+    pieces: Pieces = field(default_factory=Singly)
 
     def of_outputs(self, some: Tensor) -> Problem:
         """Return the problem of some outputs. Its solution is that of the whole problem for these outputs.
 
         Args:
-            some: Indices of outputs of each group.
+            some: Indices of outputs of each group. The pieces must be `by_output`.
         """
         return replace(self, sums=self.sums.of_outputs(some), dense=self.dense[:, some], free=self.free[:, some])
 
@@ -82,7 +67,7 @@ class Problem:
 
 
 def chosen(problem: Problem, kept: Tensor) -> Tensor:
-    """Return other kept entries that leave a small error after the kept weights are solved, as many of each segment.
+    """Return other kept entries that leave a small error after the kept weights are solved, as many of each set.
 
     Which outputs keep more is not chosen: the squared error of a layer does not tell which of its outputs matter. The
     choice is a heuristic, which may be worse than what is given. It works on float32 copies. Of the given entries it
@@ -95,16 +80,17 @@ def chosen(problem: Problem, kept: Tensor) -> Tensor:
     Returns:
         Bool, the same shape. Outside of `problem.free` it is `kept`. Equal to `kept` if there is nothing to choose.
     """
-    counts = problem.split(kept & problem.free).sum(3, keepdim=True)
-    if not bool(((counts > 0) & (counts < problem.split(problem.free).sum(3, keepdim=True))).any()):
+    pieces, free = problem.pieces, problem.pieces.whole(problem.free)
+    counts = pieces.whole(kept & problem.free).sum(-1, keepdim=True)
+    if not bool(((counts > 0) & (counts < free.sum(-1, keepdim=True))).any()):
         return kept
     split = _Splitting.begun(problem, kept, counts)
     for penalty in _PENALTIES:
         fit = _fit_of(split.gram, penalty, problem.outputs)
         for _ in range(_ROUNDS):
             split.go(fit, penalty)
-    found = largest(problem.split(split.wanted.abs()), problem.split(problem.free), counts)
-    return problem.joined(found) | (kept & ~problem.free)
+    found = largest(pieces.sizes(split.wanted.abs()), free, counts)
+    return pieces.entries(found, kept) | (kept & ~problem.free)
 
 
 def choice_cost(problem: Problem) -> float:
@@ -135,7 +121,7 @@ class _Splitting:
         right: Right-hand sides, shape `(groups, outputs, inputs)`.
         problem: The layer, whose free entries are chosen among.
         pruned: The entries that are zero in any case, the same shape.
-        counts: Number of kept entries among the free ones, shape `(groups, outputs, segments, 1)`.
+        counts: Number of kept pieces of each set among the free ones. Its last dimension is 1.
         dense: The matrix that fits, the same shape.
         sparse: The sparse matrix, the same shape.
         dual: The multipliers, the same shape.
@@ -172,9 +158,10 @@ class _Splitting:
         """Go on by one round."""
         self.dense = fit(self.right - self.dual + penalty * self.sparse, self.dense)
         self.wanted = self.dense + self.dual / penalty
-        size = self.problem.split(self.wanted.abs().masked_fill_(~self.problem.free, -1.0))
+        pieces, free = self.problem.pieces, self.problem.free
+        size = pieces.sizes(self.wanted.abs()).masked_fill_(~pieces.whole(free), -1.0)
         few = (size < _threshold(size, self.counts)) | (self.counts == 0)
-        small = self.problem.joined(few) & self.problem.free
+        small = pieces.entries(few, free) & free
         self.sparse = self.wanted.masked_fill(small | self.pruned, 0.0)
         self.dual = self.dual + penalty * (self.dense - self.sparse)
 

@@ -1,0 +1,219 @@
+"""Which neurons and blocks stay in a refit: whole units, their numbers, the error, and layers that are not known."""
+
+from __future__ import annotations
+
+from statistics import mean
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_roulette import Block, Calibration, LeastSquares, Mask, units_of
+from lightning_roulette.network.parameters import prunable_parameters
+from lightning_roulette.refit.solvers.pieces import Blocks
+from lightning_roulette.wheel.units.blocks import blocks_of
+from lightning_roulette.wheel.units.units import Units
+from tests.support.networks import known, numbers, related
+from tests.support.shares import assert_close, in_processes
+from tests.support.units import hidden_units, perceptron
+
+CHOOSE = LeastSquares(choose=True)
+
+
+def net_of() -> nn.Sequential:
+    return known(perceptron((5, 12, 10, 4))).eval()
+
+
+def batches(count: int = 3) -> list[torch.Tensor]:
+    return [related(60, 5, seed=seed) for seed in range(count)]
+
+
+def full(net: nn.Module) -> Mask:
+    return Mask.full(prunable_parameters(net))
+
+
+def without(net: nn.Module, units: Units, share: float, seed: int = 0, parent: Mask | None = None) -> Mask:
+    """A mask without some units of each group, by chance."""
+    gone, parent = torch.zeros(units.count, dtype=torch.bool), parent or full(net)
+    alive = units.alive(parent)
+    for _, start, stop in units.ranges():
+        some = alive[start:stop].nonzero().flatten() + start
+        order = torch.randperm(len(some), generator=torch.Generator().manual_seed(seed))
+        gone[some[order[: round(share * len(some))]]] = True
+    return units.without(parent, gone)
+
+
+def numbers_of(units: Units, mask: Mask) -> list[int]:
+    alive = units.alive(mask)
+    return [int(alive[start:stop].sum()) for _, start, stop in units.ranges()]
+
+
+def error(net: nn.Module, values, inputs: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float((torch.func.functional_call(net, dict(values), (inputs,)) - net(inputs)).square().mean())
+
+
+def is_whole(net: nn.Module, units: Units, mask: Mask) -> bool:
+    return units.without(full(net), ~units.alive(mask)) == mask
+
+
+def test_as_many_whole_neurons_of_each_layer_stay_and_the_network_comes_closer():
+    net, inputs = net_of(), batches(4)
+    units = hidden_units(net)
+    ratios = []
+    for seed in range(4):
+        mask = without(net, units, 0.5, seed)
+        found, given = (Calibration(net, inputs[:3]).refit(mask, how, units=units) for how in (CHOOSE, LeastSquares()))
+        assert found.mask is not None
+        assert is_whole(net, units, found.mask)
+        assert numbers_of(units, found.mask) == numbers_of(units, mask)
+        assert found.mask.counts == mask.counts
+        assert all(not found.values[name][~kept].any() for name, kept in found.mask.items())
+        ratios.append(error(net, found.values, inputs[3]) / error(net, given.values, inputs[3]))
+    assert mean(ratios) < 0.5
+
+
+class Residual(nn.Module):
+    """Channels that several convolutions read, some of them by groups, and a linear layer after a flattening."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.wide, self.back = nn.Conv2d(8, 12, 3, padding=1), nn.Conv2d(12, 8, 3, padding=1, groups=2)
+        self.alone, self.last = nn.Conv2d(8, 8, 3, groups=8), nn.Linear(128, 5)
+
+    def forward(self, x):
+        x = self.norm(self.first(x)).relu()
+        x = x + self.back(self.wide(x).relu())
+        return self.last(self.alone(x).relu().flatten(1))
+
+
+def test_channels_with_several_readers_stay_whole():
+    pytest.importorskip("torch_pruning")
+    net = known(Residual()).eval()
+    inputs = [related(40, 3, 6, 6, seed=seed) for seed in range(3)]
+    units = units_of(net, inputs[0][:2])
+    ratios = []
+    for seed in range(3):
+        mask = without(net, units, 0.5, seed)
+        found, given = (Calibration(net, inputs[:2]).refit(mask, how, units=units) for how in (CHOOSE, LeastSquares()))
+        assert found.mask is not None
+        assert is_whole(net, units, found.mask)
+        assert found.mask.counts == mask.counts
+        assert units.left(found.mask) == units.left(mask)
+        ratios.append(error(net, found.values, inputs[2]) / error(net, given.values, inputs[2]))
+    assert mean(ratios) < 0.9
+
+
+def test_only_allowed_units_stay_and_without_a_parent_units_may_come_back():
+    net, calibration = net_of(), Calibration(net_of(), batches())
+    units = hidden_units(net)
+    parent = without(net, units, 0.4)
+    mask = without(net, units, 0.3, seed=1, parent=parent)
+    anywhere, within = (calibration.refit(mask, CHOOSE, one, units=units) for one in (None, parent))
+    assert within.mask_from(mask) <= parent
+    assert not anywhere.mask_from(mask) <= parent
+    assert calibration.refit(mask, CHOOSE, mask, units=units).mask is None
+
+
+class Twice(nn.Linear):
+    """A linear layer that no refit knows."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_group_keeps_its_units_if_what_reads_it_is_not_refitted():
+    net = net_of()
+    units = hidden_units(net)
+    other = Twice(10, 4)
+    other.load_state_dict(net[4].state_dict())
+    net[4] = known(other)
+    mask = without(net, units, 0.5)
+    found = Calibration(net, batches()).refit(mask, CHOOSE, units=units)
+    assert found.mask is not None
+    before, after = units.alive(mask), units.alive(found.mask)
+    assert torch.equal(before[12:], after[12:])
+    assert not torch.equal(before[:12], after[:12])
+
+
+def test_a_mask_that_breaks_units_up_stays():
+    net = net_of()
+    units = hidden_units(net)
+    kept = {name: one.clone() for name, one in without(net, units, 0.5).items()}
+    kept["0.weight"][int(kept["0.weight"].any(1).nonzero()[0]), 2] = False
+    assert Calibration(net, batches()).refit(Mask(kept), CHOOSE, units=units).mask is None
+
+
+def test_inputs_that_are_not_finite_change_no_units():
+    net, inputs = net_of(), batches()
+    inputs[0][0, 0] = torch.inf
+    mask = without(net, units := hidden_units(net), 0.5)
+    assert Calibration(net, inputs).refit(mask, CHOOSE, units=units).mask is None
+
+
+def test_the_sums_of_the_dense_network_are_computed_once(monkeypatch):
+    net = net_of()
+    units, calibration = hidden_units(net), Calibration(net, batches())
+    masks = [without(net, units, share) for share in (0.3, 0.6)]
+    expected = [Calibration(net, batches()).refit(mask, CHOOSE, units=units).mask for mask in masks]
+    runs = []
+    net.register_forward_hook(lambda *_: runs.append(1))
+    calibration.refit(masks[0], CHOOSE, units=units)
+    first = len(runs)
+    assert calibration.refit(masks[1], CHOOSE, units=units).mask == expected[1]
+    assert len(runs) - first < first
+    assert calibration.refit(masks[0], CHOOSE, units=units).mask == expected[0]
+
+
+@pytest.mark.parametrize("kind", ["neuron", "block"])
+def test_processes_choose_what_one_chooses(kind):
+    net = net_of()
+    units = hidden_units(net) if kind == "neuron" else blocks_of(net, list(prunable_parameters(net)), Block(2, 2))
+    mask, inputs = without(net, units, 0.5), batches()
+    expected = Calibration(net, inputs).refit(mask, CHOOSE, units=units)
+    for found in in_processes(2, net, inputs, lambda one: one.refit(mask, CHOOSE, units=units)):
+        assert found.mask is not None
+        assert found.mask == expected.mask
+        assert_close(found.values, expected.values)
+
+
+def test_a_convolution_keeps_whole_blocks_and_each_row_of_blocks_as_many():
+    net = known(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5))).eval()
+    inputs = [related(60, 4, 6, 6, seed=seed) for seed in range(3)]
+    units = blocks_of(net, list(prunable_parameters(net)), Block(2, 2))
+    mask = without(net, units, 0.6)
+    found, given = (Calibration(net, inputs[:2]).refit(mask, how, units=units) for how in (CHOOSE, LeastSquares()))
+    assert found.mask is not None
+    assert found.mask != mask
+    assert is_whole(net, units, found.mask)
+    assert all(torch.equal(kept.flatten(1).sum(1), mask[name].flatten(1).sum(1)) for name, kept in found.mask.items())
+    assert error(net, found.values, inputs[2]) < error(net, given.values, inputs[2])
+
+
+def test_only_blocks_of_one_size_compete():
+    pieces = Blocks.of(torch.tensor([[[3, 3, 5, -1], [3, 3, 5, -1], [7, 7, 8, 8], [9, 9, 8, 8]]]))
+    assert pieces.sets.tolist() == [[1], [0], [2], [3], [4]]
+    pieces = Blocks.of(torch.tensor([[[0, 0, 1, 2, 2, -1], [3, 3, 3, 4, 5, 6]]]))
+    assert pieces.sets.tolist() == [[1, -1, -1], [0, 2, -1], [4, 5, 6], [3, -1, -1]]
+    values = torch.tensor([[[3.0, 4.0, 1.0, 0.0, 2.0, 9.0], [1.0, 2.0, 2.0, 7.0, 8.0, 9.0]]])
+    sizes, real = pieces.sizes(values), pieces.sets >= 0
+    assert sizes[real].tolist() == [1.0, 5.0, 2.0, 7.0, 8.0, 9.0, 3.0]
+    assert not pieces.whole(torch.ones_like(values, dtype=torch.bool))[~real].any()
+    some = values > 2
+    assert pieces.whole(some)[real].tolist() == [False, True, False, True, True, True, False]
+    assert torch.equal(
+        pieces.entries(pieces.whole(some), values),
+        torch.tensor([[[True, True, False, False, False, False], [False, False, False, True, True, True]]]),
+    )
+
+
+def test_blocks_at_the_end_of_a_matrix_keep_their_places():
+    net = known(nn.Sequential(nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 3))).eval()
+    units = blocks_of(net, ["0.weight"], Block(4, 2))
+    mask = without(net, units, 0.5, seed=3)
+    mask = Mask({"0.weight": mask["0.weight"]})
+    found = Calibration(net, [numbers(90, 7, seed=1)]).refit(mask, CHOOSE, units=units)
+    assert found.mask is not None
+    assert torch.equal(found.mask["0.weight"][:, 6], mask["0.weight"][:, 6])
+    assert found.mask.counts == mask.counts
