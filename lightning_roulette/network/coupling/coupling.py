@@ -14,6 +14,7 @@ from lightning_roulette.network.coupling.graph import reached, unit_layers
 from lightning_roulette.network.coupling.groups import Coupling, Group
 from lightning_roulette.network.coupling.heads import heads_of
 from lightning_roulette.network.coupling.members import Immovable, group_of
+from lightning_roulette.network.coupling.remembering import remembering
 from lightning_roulette.network.lending import named_tensors
 from lightning_roulette.network.parameters import aliases
 from lightning_roulette.network.samples import rows_of, taken
@@ -48,8 +49,9 @@ def coupling_of(network: nn.Module, example_input: Any) -> Coupling:
         if not _is_function(run):
             reason = "two calls of the network with equal inputs differ, or their outputs are not finite"
             return Coupling((), dict.fromkeys(unit_layers(network), reason))
-        neurons, left = _neurons(network, run)
-        heads, others = _heads(network, run)
+        again = remembering(run)
+        neurons, left = _neurons(network, run, again)
+        heads, others = _heads(network, again)
     return Coupling((*neurons, *heads), left | others)
 
 
@@ -74,7 +76,9 @@ def _is_function(run: Callable[[], Any]) -> bool:
     return are_same(first, outputs_of(run))
 
 
-def _neurons(network: nn.Module, run: Callable[[], Any]) -> tuple[list[Group], dict[str, str]]:
+def _neurons(
+    network: nn.Module, run: Callable[[], Any], again: Callable[[], Any]
+) -> tuple[list[Group], dict[str, str]]:
     layers, shared = unit_layers(network), _shared(network)
     groups: list[Group] = []
     left = dict.fromkeys(layers, "it cannot be traced")
@@ -88,7 +92,7 @@ def _neurons(network: nn.Module, run: Callable[[], Any]) -> tuple[list[Group], d
         computing = {name, *(one.name for one in targets if one.name in layers and not one.reads)}
         try:
             group = group_of(name, targets, shared)
-            reason = _reason(network, group, run)
+            reason = _reason(network, group, again)
         except Immovable as why:
             reason = str(why)
         if reason is None:

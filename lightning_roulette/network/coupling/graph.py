@@ -224,10 +224,11 @@ def _mapped(link: Any, indices: set[Index], bound: int) -> set[Index]:
     Raises:
         _Lost: If they are none of that end, as after a rotation of halves, which Torch-Pruning takes for a longer one.
     """
-    listed = sorted(indices)
-    for mapping in link.index_mapping:
-        listed = listed if mapping is None else mapping(listed)
-    found = {Index(one.idx, one.root_idx) for one in listed if one.root_idx is not None}
+    mappings = [one for one in link.index_mapping if one is not None]
+    listed = sorted(indices) if mappings else []
+    for mapping in mappings:
+        listed = mapping(listed)
+    found = {Index(one.idx, one.root_idx) for one in listed if one.root_idx is not None} if mappings else indices
     offsets = getattr(link.target.module, "offsets", None) or [bound]
     if found and max(found).idx >= min(bound, offsets[-1]):
         raise _Lost
