@@ -33,7 +33,8 @@ def train_with_search(
 ) -> tuple[RouletteWheelPruning, dict[str, Any]]:
     """Prune a module with these weights, and return the callback and what it found and warned of."""
     module.load_state_dict(weights)
-    pruning = RouletteWheelPruning(3, tolerance=0.1, tree=Tree(0.2, max_levels=3), dirpath=folder, **choices)
+    given = {"tolerance": 0.1, "tree": Tree(0.2, max_levels=3), **choices}
+    pruning = RouletteWheelPruning(3, dirpath=folder, **given)
     trainer = Trainer(accelerator="cpu", max_epochs=2, default_root_dir=folder, callbacks=[pruning], **options, **QUIET)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
