@@ -13,11 +13,13 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/quickstart.py
 
 # transformers is beside the environment, because torchmetrics imports it wherever it is found, which takes seconds;
-# executorch is beside it without most of what it depends on, which only other backends need
+# executorch is beside it without most of what it depends on, which only other backends need;
+# coremltools is beside it, because it takes long to import
 test: check
 	$(VENV)/bin/python -m pytest --numprocesses=2 -rs
 	PYTHONPATH=$(VENV)/beside $(VENV)/bin/python -m pytest tests/examples/test_huggingface.py
 	PYTHONPATH=$(VENV)/phones $(VENV)/bin/python -m pytest tests/slim/export/executorch
+	PYTHONPATH=$(VENV)/apple $(VENV)/bin/python -m pytest tests/slim/export/coreml
 
 # what only trainer/ uses: the oldest versions come before those of the environment
 test-oldest: $(VENV)/.oldest
@@ -73,6 +75,7 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable ".[dev,examples,onnx,tflm]" tokenizers safetensors regex typer
 	$(PIP) --no-deps --target $(VENV)/beside --upgrade transformers
 	$(PIP) --no-deps --target $(VENV)/phones --upgrade executorch torchao ruamel.yaml tabulate
+	$(PIP) --no-deps --target $(VENV)/apple --upgrade coremltools cattrs pyaml
 	touch $@ $(VENV)/.demo
 
 $(VENV)/.oldest: $(VENV)/.dev Makefile

@@ -5,6 +5,7 @@
 - The zeros are at random places, the same share of every layer.
 - Each number is the ratio of two medians of interleaved runs: the dense network's time divided by the pruned one's. A
   number above 1 is a gain.
+- With --bytes, the bytes of packages for Core ML instead, which need the extra `coreml`.
 """
 
 import argparse
@@ -18,6 +19,8 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
+
+from lightning_roulette import export
 
 SPARSE_FROM = 0.5  # OpenVINO packs the weights of a layer of at least this sparsity
 Run = Callable[[], object]
@@ -100,13 +103,30 @@ def gain(runs: tuple[Run, Run], rounds: int) -> float:
     return dense / slim
 
 
+def print_bytes(sparsities: list[float]) -> None:
+    """Print the bytes of packages for Core ML, of the dense networks and of those with zeros."""
+    print(f"| network | values | dense | {' | '.join(f'{100 * one:g} %' for one in sparsities)} |")
+    print(f"|---|---|---:|{'---:|' * len(sparsities)}")
+    for name, (maker, shape) in NETWORKS.items():
+        for values in ("float32", "float16"):
+            with tempfile.TemporaryDirectory() as folder:
+                given = {"example_input": torch.rand(1, *shape), "values": values, "removal": False}
+                path = Path(folder) / "net.mlpackage"
+                sizes = [export(pruned(maker, one), path, "coreml", **given).flash for one in (0, *sparsities)]
+            print(f"| {name} | {values} | {' | '.join(f'{one:,}' for one in sizes)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.7, 0.9, 0.98])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 64])
     parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--bytes", action="store_true", help="print the bytes of packages for Core ML instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.bytes:
+        print_bytes(options.sparsities)
+        return
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     print(f"| network, batch | runtime | {' | '.join(f'{100 * one:g} %' for one in options.sparsities)} |")
     print(f"|---|---|{'---|' * len(options.sparsities)}")

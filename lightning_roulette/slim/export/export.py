@@ -29,7 +29,11 @@ FORMATS = {
     "executorch": "lightning_roulette.slim.export.executorch.writing",
 }
 # each has a function `write(model, path, *, example_input, ...)`, as it takes networks of any kind
-NETWORK_FORMATS = {"onnx": "lightning_roulette.slim.export.onnx.writing"}
+NETWORK_FORMATS = {
+    "onnx": "lightning_roulette.slim.export.onnx.writing",
+    "coreml": "lightning_roulette.slim.export.coreml.writing",
+}
+_UNSCORED = ("coreml",)  # their files are not run here
 _ROWS = 4096  # calibration inputs that are used at most
 _GIVEN = ("program", "model", "path", "calibration", "example_input")
 
@@ -85,6 +89,11 @@ def export(
     check_choice("format", format, (*FORMATS, *NETWORK_FORMATS))
     write = import_module((FORMATS | NETWORK_FORMATS)[format]).write
     _check_options(format, write, options)
+    if format in _UNSCORED and validation is not None:
+        raise ValueError(
+            f"validation was given, but files of format={format!r} are not run here, so they cannot be scored. Leave "
+            "validation out, and score the file on the device."
+        )
     exported: Exported
     if format in NETWORK_FORMATS:
         exported = write(model, Path(path), example_input=example_input, **options)

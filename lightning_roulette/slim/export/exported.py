@@ -50,12 +50,14 @@ class Exported:
         format: Name of the format.
         values: Type of the stored values, "int8" or "float32"; of ONNX, that of the network's weights.
         files: The files.
-        flash: Bytes of constants: weights, positions, biases, scales. Code is not included. Of ONNX, of the file.
-        dense_flash: The same if no layer was compressed. Of ONNX, if no dead unit was removed.
+        flash: Bytes of constants: weights, positions, biases, scales. Code is not included. Of ONNX, of the file, and
+            of Core ML, of all files of the package.
+        dense_flash: The same if no layer was compressed. Of ONNX and Core ML, if no dead unit was removed either.
         ram: Bytes of memory for all values that are computed, the input and the output included; None if the runtime
             does not tell.
         layers: How the weights are stored.
-        run: Computes what the device computes: from inputs in float32, shape `(n, ...)`, outputs in float32.
+        run: Computes what the device computes: from inputs in float32, shape `(n, ...)`, outputs in float32. For Core
+            ML it raises a RuntimeError.
         final: The function that the network applies last, and that the device does not: see `Program`.
         scores: Scores on the validation data; None if there are none.
         notes: Sentences about this export.
@@ -88,7 +90,8 @@ class Exported:
 
     def _totals(self) -> list[str]:
         """Return sentences about flash, memory and scores."""
-        lines = [f"File: {self.flash:,} bytes; {self.dense_flash:,} with dead units."]
+        zeros = " and all zeros" if any(one.form != "dense" for one in self.layers) else ""
+        lines = [f"File: {self.flash:,} bytes; {self.dense_flash:,} with dead units{zeros}."]
         if self.ram is not None:
             lines = [
                 f"Flash: {self.flash:,} bytes of constants; {self.dense_flash:,} with all zeros.",
