@@ -1,9 +1,11 @@
 """The peers of `units.py`: Torch-Pruning, and the magnitude within groups of four.
 
 Torch-Pruning removes units by a rule that is given a share of the units, not of the multiply-adds. The share is found
-by bisection.
+by bisection. It knows no `Conv1D` of transformers, so it is given a GPT-2 whose layers of this class are linear ones.
+It cannot follow the division of one projection into queries, keys and values, so the heads of a GPT-2 stay.
 """
 
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,7 +21,8 @@ from lightning_roulette.network.multiply_adds import multiply_adds
 __all__ = ["PEERS", "CannotError", "Peer", "adds_of", "to_adds", "to_floor"]
 
 Gradients = dict[str, Tensor]
-HALVINGS, PROJECTIONS = 10, ("query", "key", "value")
+HALVINGS = 10
+PROJECTIONS, PACKED = ("q_proj", "k_proj", "v_proj"), "c_attn"  # of the attentions of transformers
 
 
 class CannotError(Exception):
@@ -67,23 +70,25 @@ def removed(case: Case, peer: Peer, share: float, gradients: Gradients) -> nn.Mo
     network = deepcopy(case.network)
     for name, parameter in network.named_parameters():
         parameter.grad = gradients.get(name)
+    make_linear(network)
     heads = {getattr(one, name): one.num_attention_heads for one in attentions(network) for name in PROJECTIONS}
-    pruner = tp.pruner.BasePruner(
-        network,
-        case.example[:1],
-        peer.importance(),
-        global_pruning=peer.everywhere,
-        pruning_ratio=share,
-        max_pruning_ratio=0.95,
-        ignored_layers=[network.get_submodule(case.head)],
-        num_heads=heads,
-        prune_num_heads=bool(heads),
-        prune_head_dims=not heads,
-        head_pruning_ratio=share if heads else 0.0,
-    )
+    packed = [getattr(one, PACKED) for one in network.modules() if hasattr(one, PACKED)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about parameters outside of layers
+        pruner = tp.pruner.BasePruner(
+            network,
+            case.example[:1],
+            peer.importance(),
+            global_pruning=peer.everywhere,
+            pruning_ratio=share,
+            max_pruning_ratio=0.95,
+            ignored_layers=[network.get_submodule(case.head), *packed],
+            num_heads=heads,
+            prune_num_heads=bool(heads),
+            prune_head_dims=not heads,
+            head_pruning_ratio=share if heads else 0.0,
+        )
     pruner.step()
-    for one in attentions(network):
-        one.num_attention_heads, one.all_head_size = pruner.num_heads[one.query], one.query.out_features
     network.zero_grad(set_to_none=True)
     return network.eval()
 
@@ -155,10 +160,19 @@ def is_whole(network: nn.Module) -> bool:
 
 
 def attentions(network: nn.Module) -> list[nn.Module]:
-    """Return the attentions of transformers' vision models."""
-    return [
-        one for one in network.modules() if all(hasattr(one, name) for name in ("num_attention_heads", *PROJECTIONS))
-    ]
+    """Return the attentions of transformers' vision models. They compute the number of heads from the projections."""
+    return [one for one in network.modules() if all(hasattr(one, name) for name in PROJECTIONS)]
+
+
+def make_linear(network: nn.Module) -> None:
+    """Put a linear layer in the place of each `Conv1D` of transformers, with its gradients."""
+    for name, part in list(network.named_modules()):
+        if type(part).__name__ == "Conv1D":
+            layer = nn.Linear(part.nx, part.nf)
+            layer.weight.data, layer.bias.data = part.weight.detach().T.contiguous(), part.bias.detach()
+            if part.weight.grad is not None:
+                layer.weight.grad, layer.bias.grad = part.weight.grad.T.contiguous(), part.bias.grad
+            network.set_submodule(name, layer)
 
 
 def gradients_of(case: Case, seed: int) -> Gradients:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,21 @@ def test_the_neurons_and_heads_of_transformers_are_found(name, heads, units):
     groups = coupling_of(model, inputs).groups
     assert {one.name: one.size for one in groups if one.kind == "neuron"} == units
     assert [one.size for one in groups if one.kind == "head"] == [heads, heads]
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt2"])
+def test_the_peers_of_the_benchmark_of_units_cut_transformers_that_still_run(name):
+    sys.path.append(str(EXAMPLES / "benchmarks"))
+    import units_cases
+    import units_peers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(units_cases, name)().eval()
+        inputs = torch.randn(64, 3, 32, 32) if name == "vit" else torch.randint(0, 256, (64, 16))
+    targets, head = (inputs if name == "gpt2" else torch.arange(64) % 10), {"vit": "classifier", "gpt2": "lm_head"}
+    parts = [(inputs, targets)] * 3
+    case = units_cases.Case(model, f"model.{head[name]}", *parts, lambda x, _: x, words=name == "gpt2")
+    found = units_peers.to_adds(case, units_peers.PEERS["Torch-Pruning, Taylor, all layers"], 0.4, seed=0)
+    assert 0.5 < units_peers.adds_of(found, inputs) / units_peers.adds_of(model, inputs) <= 0.6
+    assert found(inputs).shape == model(inputs).shape

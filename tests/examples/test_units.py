@@ -186,3 +186,27 @@ def test_rows_of_another_network_are_refused(case, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["", *files, "--seeds", "1", "--networks", "ResNet-20"])
     with pytest.raises(SystemExit, match="finished runs .* pruned one that scores 12.00"):
         units.main()
+
+
+class Conv1D(nn.Module):
+    """The layer of transformers of this name: the weight has a row for each input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nx, self.nf = 3, 5
+        self.weight, self.bias = (nn.Parameter(numbers(*shape, seed=1).float()) for shape in ((3, 5), (5,)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def test_layers_that_the_peer_does_not_know_become_linear_with_their_gradients():
+    net, x = nn.Sequential(Conv1D(), nn.ReLU()), numbers(4, 3, seed=2).float()
+    expected = net(x)
+    expected.square().sum().backward()
+    gradients = [one.grad for one in net.parameters()]
+    units_peers.make_linear(net)
+    assert type(net[0]) is nn.Linear
+    assert torch.allclose(net(x), expected)
+    assert torch.equal(net[0].weight.grad, gradients[0].T)
+    assert torch.equal(net[0].bias.grad, gradients[1])
