@@ -43,13 +43,15 @@ def example_of(
     with judging_of(fit).isolated() as validation:
         if (batch := first_batch(validation, data)) is None:
             raise ValueError("validation_step takes no batches, but an iterator.")
+        step = partial(validation.validation_step, batch)
+        found: list[tuple[str, Any]] = []
         with validation.seeing():
-            step = partial(validation.validation_step, batch)
-            path, example = _passed(fit.module, step, weights)
-        if not (samples := rows_of(batch)):
-            return path, example, None
-        with validation.seeing():
-            return path, example, cost_in_multiply_adds(fit.module, weights, step, samples)
+            if not (samples := rows_of(batch)):
+                return *_passed(fit.module, step, weights), None
+            work = cost_in_multiply_adds(
+                fit.module, weights, lambda: found.append(_passed(fit.module, step, weights)), samples
+            )
+        return *found[0], work
 
 
 def prefix_of(path: str) -> str:

@@ -116,8 +116,9 @@ def rehearse_search(fit: FitState, batches: float) -> None:
     """
     rehearse(fit, batches)
     if fit.result.history is None:
-        units_for(fit, prunable(fit))
-        rehearse_shrinking(fit)
+        units = units_for(fit, prunable(fit))
+        if units is None or units.multiply_adds is None:  # else there was an example, in which they were counted
+            rehearse_shrinking(fit)
 
 
 def say_units(fit: FitState, units: Units | None) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
 
-from lightning_roulette import Tree, load_shrunk, prune
+from lightning_roulette import NofM, Tree, Wheel, load_shrunk, prune
 from lightning_roulette.trainer import shrinking
 from lightning_roulette.trainer.preflight import refuse_shrink
 from tests.support.fits import pruner
@@ -77,6 +77,29 @@ def test_the_file_of_a_fit_has_fewer_channels_and_a_new_process_computes_the_sam
     assert torch.equal(loaded, outputs(pruning.shrunk()))
     torch.testing.assert_close(loaded, outputs(module), rtol=0, atol=1e-5)
     assert shapes(pruning.shrunk().state_dict()) == shapes(state)
+
+
+def steps_before_training(fit, **options) -> int:
+    """How many validation steps a fit takes before it trains."""
+    calls = []
+
+    class Noted(Pictures):
+        def validation_step(self, batch, batch_idx):
+            calls.append("validation")
+            super().validation_step(batch, batch_idx)
+
+        def training_step(self, batch, batch_idx):
+            calls.append("training")
+            return super().training_step(batch, batch_idx)
+
+    fit(pruner(tolerance=math.inf, **options), module=Noted(), max_epochs=1)
+    return calls.index("training")
+
+
+@pytest.mark.parametrize("unit", ["neuron", NofM(2, 4), "weight"], ids=str)
+def test_one_step_shows_the_network_to_the_search_for_units_and_to_the_removal(fit, tmp_path, unit):
+    plain = steps_before_training(fit)
+    assert steps_before_training(fit, wheel=Wheel(unit=unit), shrink=True, dirpath=tmp_path) == plain + 1
 
 
 def test_prune_writes_it_too_and_asks_for_arguments_that_are_no_plain_values(tmp_path):

@@ -75,12 +75,13 @@ def cost_in_multiply_adds(
     Args:
         network: The network.
         weights: The prunable weights by name. What others multiply is fixed.
-        run: Runs the network once, on so many samples.
+        run: Runs the network on so many samples. It is called once.
         samples: Number of samples.
     """
-    found = positions_of(network, run)
+    counted: list[int] = []
+    found = positions_of(network, lambda: counted.append(multiply_adds(network, run).dense))
     each = {name: times / samples for name, times in found.items() if name in weights}
-    whole = multiply_adds(network, run).dense / samples
+    whole = counted[0] / samples
     return Cost("multiply_adds", each, None, whole - sum(each[name] * weights[name].numel() for name in each))
 
 
