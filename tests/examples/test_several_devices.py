@@ -20,7 +20,7 @@ from tests.support.together import two_processes
 pytestmark = pytest.mark.slow
 
 PAGE = "docs/several_devices.md"
-WAYS = ("ddp", "sharded")
+WAYS = ("ddp", "sharded", "between epochs")
 
 
 class Ready(Blobs):
@@ -42,6 +42,7 @@ def main(folder: Path) -> None:
     """What each of the processes does, which Lightning starts by running this file again."""
     torch.set_num_threads(1)
     lightning.pytorch.Trainer = Brief
+    RouletteWheelPruning.__init__.__defaults__ = (3,)  # branches
     RouletteWheelPruning.__init__.__kwdefaults__["tree"] = Tree(0.2, max_levels=2)
     names = {"MyModel": Ready, "train": train_loader(), "val": val_loader(25)}
     ddp, sharded, loaded = blocks(PAGE, "python")
@@ -50,6 +51,10 @@ def main(folder: Path) -> None:
     run(PAGE, sharded, names)
     run(PAGE, loaded, names)
     found["sharded"] = state_of(names) | {"loaded": dict(names["slim"].state_dict())}
+    names["pruning"] = RouletteWheelPruning(at_epoch=[1], tolerance=0.5)
+    names["trainer"] = Brief(devices=2, strategy="ddp", callbacks=[names["pruning"]])
+    names["trainer"].fit(Ready(), names["train"], names["val"])
+    found["between epochs"] = state_of(names)
     torch.save(found, folder / f"rank{torch.distributed.get_rank()}.pt")
 
 
@@ -88,14 +93,14 @@ def test_both_processes_have_the_same_zeros_and_name_one_file_that_has_them(rank
 
 
 def test_the_second_block_shards_and_its_file_loads_into_the_plain_module(ranks):
-    assert [ranks[0][way]["sharded"] for way in WAYS] == [False, True]
+    assert [ranks[0][way]["sharded"] for way in WAYS] == [False, True, False]
     plain = Blobs()
     plain.load_state_dict(ranks[0]["sharded"]["loaded"])
     assert nonzeros(plain) == Mask(ranks[0]["sharded"]["mask"])
 
 
 def test_importance_and_bytes_are_as_the_page_says(ranks):
-    ddp, sharded = (ranks[0][way]["report"] for way in WAYS)
+    ddp, sharded = (ranks[0][way]["report"] for way in ("ddp", "sharded"))
     assert ddp["importance"] == "sensitivity"
     assert sharded["importance"] == "magnitude, as weights are sharded over processes"
     assert (ddp["footprint"] is None, sharded["footprint"] is None) == (False, True)
