@@ -105,6 +105,37 @@ def test_channels_with_several_readers_stay_whole():
     assert mean(ratios) < 0.9
 
 
+class Attentive(nn.Module):
+    """An attention of four heads between linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.attention = nn.Linear(5, 8), nn.MultiheadAttention(8, 4, batch_first=True)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_whole_heads_stay():
+    pytest.importorskip("torch_pruning")
+    net = known(Attentive()).eval()
+    inputs = [related(60, 4, 5, seed=seed) for seed in range(3)]
+    units = units_of(net, inputs[0][:2], unit="head")
+    ratios, others = [], 0
+    for seed in range(4):
+        mask = without(net, units, 0.5, seed)
+        found, given = (Calibration(net, inputs[:2]).refit(mask, how, units=units) for how in (CHOOSE, LeastSquares()))
+        kept = found.mask_from(mask)
+        assert is_whole(net, units, kept)
+        assert int(units.alive(kept).sum()) == 2
+        others += kept != mask
+        ratios.append(error(net, found.values, inputs[2]) / error(net, given.values, inputs[2]))
+    assert others > 0
+    assert mean(ratios) < 0.9
+
+
 def test_only_allowed_units_stay_and_without_a_parent_units_may_come_back():
     net, calibration = net_of(), Calibration(net_of(), batches())
     units = hidden_units(net)
