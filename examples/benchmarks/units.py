@@ -112,6 +112,9 @@ OURS = "lightning_roulette"
 UNIT_WAYS: dict[str, Way] = {name: of_peer(peer) for name, peer in PEERS.items()}
 UNIT_WAYS |= {f"{name}, recalibrated": recalibrated(of_peer(peer)) for name, peer in PEERS.items()}
 UNIT_WAYS[OURS] = lambda case, goal, seed: without_units(case, goal.reduction, goal.tolerance, seed)
+UNIT_WAYS[f"{OURS}, chosen"] = lambda case, goal, seed: without_units(
+    case, goal.reduction, goal.tolerance, seed, choose=True
+)
 PATTERN_WAYS: dict[str, Way] = {
     "the two largest, recalibrated": lambda case, _, seed: largest_of_four(case, seed, refitted=False),
     "the two largest, refitted": lambda case, _, seed: largest_of_four(case, seed, refitted=True),

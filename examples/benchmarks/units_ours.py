@@ -1,7 +1,7 @@
 """What `units.py` compares with the peers: searches of this package that let units leave.
 
 - Neurons, channels and heads leave by `Wheel(unit=...)`, with default choices and a least-squares refit of each level.
-  They are then removed from the network.
+  They are then removed from the network. A second way lets the refit choose which of them leave.
 - Two of each four neighbours stay in every layer that has such groups: `NofM(2, 4)`, chosen on the inputs of the layer.
 """
 
@@ -57,7 +57,7 @@ class Chooser(Evaluator):
         return Scores(rank=rank, score=hits)
 
 
-def without_units(case: Case, reduction: float | None, tolerance: float, seed: int) -> nn.Module:
+def without_units(case: Case, reduction: float | None, tolerance: float, seed: int, choose: bool = False) -> nn.Module:
     """Return the network without units.
 
     Args:
@@ -65,6 +65,7 @@ def without_units(case: Case, reduction: float | None, tolerance: float, seed: i
         reduction: Share of the multiply-adds to be saved. None: as much as the tolerance allows.
         tolerance: What may be lost on the part that chooses, in points.
         seed: Seed of the search, and of the calibration inputs.
+        choose: Whether the refit chooses which units leave.
     """
     from lightning_roulette import remove_dead
     from lightning_roulette.wheel.units.grouping import units_of
@@ -79,7 +80,7 @@ def without_units(case: Case, reduction: float | None, tolerance: float, seed: i
         tree=Tree(target=target),
         tolerance=tolerance / 100,
         validation=Validation(confirm=0.5 if reduction is None else 0),
-        refit=LeastSquares(),
+        refit=LeastSquares(choose=choose),
     )
     return remove_dead(with_values(case, winner), case.example)
 
