@@ -12,7 +12,7 @@ from lightning_roulette import Block, Calibration, LeastSquares, Mask, units_of
 from lightning_roulette.network.parameters import prunable_parameters
 from lightning_roulette.refit.solvers.pieces import Blocks
 from lightning_roulette.wheel.units.blocks import blocks_of
-from lightning_roulette.wheel.units.units import Units
+from lightning_roulette.wheel.units.units import Cost, Units
 from tests.support.networks import known, numbers, related
 from tests.support.shares import assert_close, in_processes
 from tests.support.units import hidden_units, perceptron
@@ -103,6 +103,16 @@ def test_channels_with_several_readers_stay_whole():
         assert units.left(found.mask) == units.left(mask)
         ratios.append(error(net, found.values, inputs[2]) / error(net, given.values, inputs[2]))
     assert mean(ratios) < 0.9
+
+
+def test_units_that_cost_more_are_not_exchanged_for_those_that_cost_less():
+    net, own = net_of(), 1.0 + torch.arange(22.0, dtype=torch.float64) % 2
+    units = hidden_units(net, Cost("parameters", dict.fromkeys(prunable_parameters(net), 1.0), own))
+    for seed in range(3):
+        mask = without(net, units, 0.6, seed)
+        found = Calibration(net, batches()).refit(mask, CHOOSE, units=units)
+        assert found.mask is not None
+        assert units.left(found.mask) == units.left(mask)
 
 
 class Attentive(nn.Module):
