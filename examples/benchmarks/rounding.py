@@ -52,12 +52,18 @@ class Case:
         mask: The survivors.
         inputs: Training inputs.
         test: Test inputs and their classes.
+        finished: Whether the network is pruned already, and its survivors stay as they are unless they are rounded.
     """
 
     net: nn.Module
     mask: Mask
     inputs: Tensor
     test: Data
+    finished: bool = False
+
+    def exact(self) -> State:
+        """Return the state dict of the pruned network without rounding."""
+        return self.net.state_dict() if self.finished else self.refitted("float32")
 
     def refitted(self, values: str | Codebook) -> State:
         """Return the state dict of the pruned network, with survivors refitted and rounded."""
@@ -104,7 +110,7 @@ def of_file(name: str, path: Path, options: argparse.Namespace) -> Case:
         {key.removeprefix("net."): one for key, one in read_weights(path).items() if key.startswith("net.")}
     )
     mask = Mask({key: one.detach() != 0 for key, one in prunable_parameters(net).items()})
-    return Case(net, mask, data["train"][0][:CALIBRATION], data["test"])
+    return Case(net, mask, data["train"][0][:CALIBRATION], data["test"], finished=True)
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Case]]]:
@@ -163,7 +169,7 @@ def title_of(values: str | Codebook) -> str:
 def measure(title: str, build: Callable[[], Case], results: Runs, peer: bool) -> None:
     """Add the missing rows of a network."""
     case = build()
-    state = case.refitted("float32")
+    state = case.exact()
     exact = case.outputs(state)
     for name, form in forms(case, peer):
         if not results.has(network=title, form=name):
