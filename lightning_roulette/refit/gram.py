@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +31,7 @@ class GramSums:
     themselves. Products of float64 rows are computed in float64.
 
     Memory does not grow with the number of rows: it is `inputs ** 2 + inputs * outputs` float64 numbers for each group,
-    and `limits().gram_rows` rows.
+    and `limits().gram_rows` rows. As long as there are few rows, these are kept and nothing is summed (see `few`).
 
     Attributes:
         rows: Number of rows.
@@ -67,8 +66,26 @@ class GramSums:
         return self._power
 
     @property
+    def few(self) -> tuple[Tensor, Tensor] | None:
+        """The rows themselves, if they are fewer than half of the inputs; for shapes see `add`.
+
+        They then take less memory and less work than the sums, which are computed when they are read. None if there are
+        more rows, if sums were read, or if float32 does not hold the rows and their products.
+        """
+        if not self._are_few:
+            return None
+        x, y = _joined(self._waiting)
+        self._waiting = [(x, y)]
+        if x.dtype != torch.float32 or not (_fits(x) and _fits(y)):
+            return None
+        self.rounding = _ROUNDING
+        return x, y
+
+    @property
     def finite(self) -> bool:
         """Whether all sums are finite."""
+        if (few := self.few) is not None:
+            return all(bool(rows.isfinite().all()) for rows in few)
         return all(bool(sums.isfinite().all()) for sums in (self.gram, self.cross, self.power))
 
     @property
@@ -86,8 +103,13 @@ class GramSums:
         self._waiting.append((x, y))
         self._waiting_rows += x.shape[1]
         self.rows += x.shape[1]
-        if self._waiting_rows >= limits().gram_rows:
+        if self._waiting_rows >= limits().gram_rows and not self._are_few:
             self._sum_waiting()
+
+    @property
+    def _are_few(self) -> bool:
+        """Whether all rows wait, and are fewer than half of the inputs."""
+        return 0 < self.rows == self._waiting_rows and 2 * self.rows < self._waiting[0][0].shape[2]
 
     def of_outputs(self, some: Tensor) -> GramSums:
         """Return the sums for some of the outputs. They share the Gram matrix.
@@ -242,52 +264,3 @@ class LayerSums:
     def finite(self) -> bool:
         """Whether all sums and rows are finite."""
         return self.fit.finite and self.held_out.finite
-
-
-class MeanAndVariance:
-    """Mean and variance of several numbers over rows, computed from sums."""
-
-    def __init__(self) -> None:
-        self._shift = self._total = self._squares = torch.zeros(())
-        self._rows = 0
-
-    def add(self, x: Tensor) -> None:
-        """Add values of several numbers, float32 or float64, shape `(samples, numbers, positions)`.
-
-        Float32 squares are summed over positions in float32, so their sum is exact up to some 1e-7 of itself.
-        """
-        if self._rows == 0:
-            self._shift = x.mean((0, 2))  # without it, squares of numbers far from zero lose the digits of the variance
-        x = x - self._shift.unsqueeze(1)
-        self._total = self._total + x.sum(2).to(torch.float64).sum(0)
-        self._squares = self._squares + x.square().sum(2).to(torch.float64).sum(0)
-        self._rows += x.shape[0] * x.shape[2]
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Mean and unbiased variance of each number; NaN if there are fewer than two rows."""
-        if self._rows < 2:
-            return (torch.full((), math.nan),) * 2
-        mean = self._total / self._rows
-        variance = (self._squares - self._rows * mean.square()).clamp(min=0) / (self._rows - 1)
-        return mean + self._shift, variance
-
-    def over(self, processes: Processes, like: Tensor) -> MeanAndVariance:
-        """Return the sums over the rows of all processes.
-
-        Args:
-            processes: They all call this.
-            like: A tensor of as many numbers.
-        """
-        if processes.ranks == 1:
-            return self
-        found, empty = MeanAndVariance(), like.new_zeros(like.shape, dtype=torch.float64)
-        rows = torch.tensor(self._rows)
-        found._rows = int(processes.add(rows.clone())[0])
-        total = self._total + rows * self._shift.to(torch.float64) if self._rows else empty
-        (whole,) = processes.add(total.clone())
-        found._shift, found._total = whole / max(1, found._rows), empty
-        # squares of the distances to the common mean
-        moved = self._shift - found._shift
-        squares = self._squares + 2 * moved * self._total + rows * moved.square() if self._rows else empty
-        (found._squares,) = processes.add(squares.clone())
-        return found

@@ -23,10 +23,11 @@ from lightning_roulette.refit.compared import Compared
 from lightning_roulette.refit.dense import DenseOutputs
 from lightning_roulette.refit.enough import RowCount
 from lightning_roulette.refit.fitting import Fitting, fault
-from lightning_roulette.refit.gram import LayerSums, MeanAndVariance
+from lightning_roulette.refit.gram import LayerSums
 from lightning_roulette.refit.in_step import RunsInStep, follow_in_step
 from lightning_roulette.refit.interleaved import Interleaved
 from lightning_roulette.refit.matrices import RowSampler, matrix_of, outputs_of, write_matrix
+from lightning_roulette.refit.moments import MeanAndVariance
 from lightning_roulette.refit.narrowing import Narrowing
 from lightning_roulette.refit.runs import Runs
 from lightning_roulette.refit.solved import changeable, statistics_of, steps_of, weights_of

@@ -220,6 +220,35 @@ def test_with_few_rows_a_layer_is_solved_as_well_as_other_rows_can_tell(kind, ro
         assert excess(others, found, Cholesky(1e-3).init(sums).solve(kept, start)) <= 0.1
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "far from zero"])
+def test_few_rows_are_solved_without_sums_as_with_them(kind, monkeypatch):
+    made = (KINDS | {"far from zero": lambda x: 100 + x})[kind](numbers(2, 2_060, 150, seed=4))
+    start = numbers(2, 8, 150, seed=5)
+    wanted = made @ start.mT + 0.3 * (made @ start.mT).std() * numbers(2, 2_060, 8, seed=6)
+    rows, others = (made[:, :60].float(), wanted[:, :60].float()), sums_of(made[:, 60:], wanted[:, 60:])
+    monkeypatch.setattr(fastest, "most_steps", lambda kept, rows: torch.full(kept.shape[:2], 1e5))
+    monkeypatch.setattr(fastest, "most_steps_on_inverse", lambda kept, rows: torch.zeros(kept.shape[:2]))
+    for density in (0.4, 0.9):
+        kept, few, summed = kept_of(3, start.shape, density), sums_of(*rows), sums_of(*rows)
+        assert summed.gram.shape == (2, 150, 150)
+        found, by_sums = (Fastest(1e-3).init(sums).solve(kept, start) for sums in (few, summed))
+        assert few.few is not None  # nothing was summed
+        assert summed.few is None
+        assert not found[~kept].any()
+        # rounding decides after which step an output ends
+        assert abs(others.error(found) - others.error(by_sums)) <= 0.05 * others.error(by_sums)
+
+
+def test_few_rows_are_summed_where_a_thousandth_is_allowed():
+    x, start = numbers(1, 40, 100).float(), numbers(1, 8, 100, seed=1)
+    sums, kept = sums_of(x, x @ start.float().mT), kept_of(2, start.shape, 0.05)
+    assert accuracy.allowed_share(kept.sum(2), 40).min() < 0.1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fastest, "most_steps", lambda kept, rows: torch.full(kept.shape[:2], 1e5))
+        Fastest(1e-3).init(sums).solve(kept, start)
+    assert sums.few is None
+
+
 def test_the_allowed_share_grows_as_rows_get_few():
     share = accuracy.allowed_share(torch.tensor([0, 1, 10, 100, 500, 1000, 2000]), 1000)
     assert share.tolist() == pytest.approx([1e-3, 1e-3, 0.1 * 0.01 / 0.99**2, 0.01 / 0.81, 0.2, 1, 1])

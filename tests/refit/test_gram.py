@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lightning_roulette.refit import gram
-from lightning_roulette.refit.gram import GramSums, LayerSums, MeanAndVariance
+from lightning_roulette.refit.gram import GramSums, LayerSums
+from lightning_roulette.refit.moments import MeanAndVariance
 from tests.support.limits import set_limits
 from tests.support.networks import numbers
 
@@ -191,3 +192,37 @@ def test_mean_and_variance_of_fewer_than_two_rows_are_nan(rows):
     if rows is not None:
         inputs.add(torch.ones(rows, 3, 1, dtype=torch.float64))
     assert all(one.isnan().all() for one in inputs.result())
+
+
+@pytest.mark.parametrize(("count", "few"), [(19, True), (20, False)])
+def test_rows_are_few_as_long_as_they_are_fewer_than_half_of_the_inputs(count, few, monkeypatch):
+    set_limits(monkeypatch, gram_rows=4)
+    x, y, sums = numbers(2, count, 40).float(), numbers(2, count, 3, seed=1).float(), GramSums()
+    for some in (slice(0, 7), slice(7, count)):
+        sums.add(x[:, some], y[:, some])
+    assert (sums.few is not None) is few
+    if few:
+        assert all(torch.equal(found, rows) for found, rows in zip(sums.few, (x, y), strict=True))
+    assert sums.finite
+    assert torch.allclose(sums.gram, (x.mT @ x).double(), atol=1e-4)
+    assert torch.allclose(sums.cross, (x.mT @ y).double(), atol=1e-4)
+    assert torch.allclose(sums.power, y.double().square().sum(1))
+    assert sums.few is None  # they are summed now
+    sums.add(x, y)
+    assert sums.few is None
+    assert torch.allclose(sums.gram, 2 * (x.mT @ x).double(), atol=1e-4)
+
+
+def test_rows_that_float32_does_not_hold_are_summed():
+    for scale, dtype in [(1.0, torch.float64), (1e20, torch.float32), (1e-20, torch.float32)]:
+        sums = GramSums()
+        sums.add((scale * numbers(1, 4, 40)).to(dtype), numbers(1, 4, 3, seed=1).to(dtype))
+        assert sums.few is None
+        assert bool(sums.gram.isfinite().all())
+
+
+def test_few_rows_that_are_not_finite_are_not_finite():
+    x, sums = numbers(1, 4, 40).float(), GramSums()
+    x[0, 2, 3] = torch.nan
+    sums.add(x, numbers(1, 4, 3, seed=1).float())
+    assert not sums.finite

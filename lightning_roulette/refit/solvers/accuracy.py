@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 _THOUSANDTH = 1e-3
+_LOOSE = 0.1  # allowed share from which float32 is exact enough
 _OF_SAMPLING = 0.1  # share of the error that comes from the choice of the rows
 
 
@@ -25,3 +26,13 @@ def allowed_share(kept: Tensor, rows: int) -> Tensor:
     """
     fitted = (kept.double() / max(1, rows)).clamp(max=1)
     return (_OF_SAMPLING * fitted / (1 - fitted).square()).nan_to_num(_THOUSANDTH).clamp(_THOUSANDTH, 1)
+
+
+def is_loose(kept: Tensor, rows: int) -> bool:
+    """Return whether all outputs may be so far from the exact solution that float32 is exact enough.
+
+    Args:
+        kept: Number of inputs that each output keeps.
+        rows: Number of rows that they are solved on.
+    """
+    return bool((allowed_share(kept, rows) >= _LOOSE).all())

@@ -43,6 +43,17 @@ class Cholesky(Solver):
         return CholeskyPrepared(sums, DampedGram(sums.gram, self.damping))
 
 
+def ridges_of(squares: Tensor, damping: float) -> Tensor:
+    """Return what is added to the diagonal of each group, shape `(groups,)`. It is tiny where all inputs are zero.
+
+    Args:
+        squares: Sum of squares of each input, shape `(groups, inputs)`.
+        damping: See `Cholesky`.
+    """
+    ridge = damping * squares.mean(1)
+    return torch.where(ridge > 0, ridge, _ZERO_INPUTS_RIDGE if damping > 0 else 0.0)
+
+
 @dataclass(frozen=True, eq=False)
 class DampedGram:
     """Gram matrices with a ridge on their diagonals.
@@ -57,9 +68,8 @@ class DampedGram:
 
     @property
     def ridges(self) -> Tensor:
-        """What is added to the diagonal of each group, shape `(groups,)`. It is tiny where all inputs are zero."""
-        ridge = self.damping * self.gram.diagonal(dim1=1, dim2=2).mean(1)
-        return torch.where(ridge > 0, ridge, _ZERO_INPUTS_RIDGE if self.damping > 0 else 0.0)
+        """What is added to the diagonal of each group, shape `(groups,)`."""
+        return ridges_of(self.gram.diagonal(dim1=1, dim2=2), self.damping)
 
     @cached_property
     def damped(self) -> Tensor:

@@ -11,15 +11,14 @@ from torch import Tensor
 from lightning_roulette.large.limits import limits
 from lightning_roulette.large.precision import full_precision
 from lightning_roulette.large.products import products_with
-from lightning_roulette.refit.solvers.accuracy import allowed_share
+from lightning_roulette.refit.solvers.accuracy import allowed_share, is_loose
 from lightning_roulette.refit.solvers.active import dot, rows_of
 
-_PAUSE = 8  # steps between checks of the errors; after many steps a third of them
+_PAUSE = 8  # steps between checks of the errors, half of them in float32; after many steps a third of them
 # How much further steps would lower an error is extrapolated, so only half of what is allowed may be left. The
 # extrapolation fails if the error pauses, so there is a certain bound, too. It is far too large, so more is allowed:
 # fifty times as much where a thousandth is allowed, and more where exactness matters less.
 _EXPECTED, _CERTAIN = 0.5, 5e4  # in units of what is allowed; the latter for each unit of the allowed share
-_LOOSE = 0.1  # allowed share from which float32 is exact enough, and errors are checked twice as often
 _LEAST_FALL = 0.25  # share of the last fall of an error that is expected to follow at least
 _SCALED_ROWS = 256  # rows of a matrix that are scaled together
 _NUMBERS_PER_ENTRY = 8  # float64 numbers that the iteration holds for each output and input
@@ -38,6 +37,7 @@ class Equations:
         power: Sum of squares of each wanted output, shape `(outputs,)`.
         rounding: Share of the power to which errors need not be known.
         rows: Number of rows of the Gram matrix.
+        by_rows: Whether `gram` holds the rows instead, float32, shape `(rows, inputs)`. Their products are the matrix.
     """
 
     gram: Tensor
@@ -48,6 +48,7 @@ class Equations:
     power: Tensor
     rounding: float
     rows: int
+    by_rows: bool = False
 
     def of_inputs(self, used: Tensor) -> Equations:
         """Return the equations without the inputs that no output keeps.
@@ -55,9 +56,9 @@ class Equations:
         Args:
             used: Indices of the others.
         """
-        if len(used) == len(self.gram):
+        if len(used) == self.kept.shape[1]:
             return self
-        gram = self.gram[used.unsqueeze(1), used]
+        gram = self.gram[:, used] if self.by_rows else self.gram[used.unsqueeze(1), used]
         return replace(self, gram=gram, right=self.right[:, used], kept=self.kept[:, used])
 
     def blocks(self) -> Iterator[tuple[slice, Equations]]:
@@ -136,9 +137,10 @@ class _Matrix:
     @classmethod
     def of(cls, equations: Equations) -> _Matrix:
         """Return the matrix of equations: float32 if their solutions may be far from exact."""
+        if equations.by_rows:
+            return cls._of_rows(equations)
         scale = (equations.gram.diagonal() + equations.ridge).rsqrt()
-        shares = allowed_share(equations.kept.sum(1), equations.rows)
-        loose = bool((shares >= _LOOSE).all())
+        loose = is_loose(equations.kept.sum(1), equations.rows)
         kind = torch.float32 if loose else torch.float64
         entries = torch.empty_like(equations.gram, dtype=kind)
         for begin in range(0, len(scale), _SCALED_ROWS):
@@ -146,6 +148,15 @@ class _Matrix:
             entries[some] = (equations.gram[some] * scale * scale[some].unsqueeze(1)).to(kind)
         entries.diagonal().fill_(1.0)
         return cls(products_with(entries), scale, kind, _PAUSE // 2 if loose else _PAUSE)
+
+    @classmethod
+    def _of_rows(cls, equations: Equations) -> _Matrix:
+        """Return the matrix as two products with its rows."""
+        scale = (equations.gram.square().sum(0, dtype=torch.float64) + equations.ridge).rsqrt()
+        rows = equations.gram * scale.to(equations.gram.dtype)
+        there, back = products_with(rows), products_with(rows.mT.contiguous())
+        ridges = (equations.ridge * scale.square()).to(rows.dtype)
+        return cls(lambda some: back(there(some)).addcmul_(some, ridges), scale, rows.dtype, _PAUSE // 2)
 
     def scaled(self, equations: Equations) -> tuple[Equations, Tensor]:
         """Return the equations for this matrix, with right-hand sides of length one, and the lengths that they had."""

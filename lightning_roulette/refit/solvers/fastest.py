@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from lightning_roulette.large.precision import full_precision
+from lightning_roulette.large.products import products_with
 from lightning_roulette.refit.gram import GramSums
-from lightning_roulette.refit.solvers.cholesky import Cholesky, CholeskyPrepared
+from lightning_roulette.refit.solvers.accuracy import is_loose
+from lightning_roulette.refit.solvers.cholesky import Cholesky, CholeskyPrepared, ridges_of
 from lightning_roulette.refit.solvers.conjugate_gradient import Equations, conjugate_gradient
 from lightning_roulette.refit.solvers.cost import most_steps, most_steps_on_inverse
 from lightning_roulette.refit.solvers.multipliers import solved_by_multipliers
@@ -29,6 +33,8 @@ class Fastest(Solver):
 
     An output that is not solved when its steps took as much work as a factor is solved by a factor.
 
+    If there are fewer rows than half of the inputs, steps multiply with the rows, and no matrix is summed for them.
+
     Attributes:
         damping: See `Cholesky`. Below 1e-6 all outputs are solved by factors.
     """
@@ -37,8 +43,9 @@ class Fastest(Solver):
 
     def init(self, sums: GramSums) -> Prepared:
         """See `Solver.init`."""
-        exact = Cholesky(self.damping).init(sums)
-        return exact if self.damping < _LEAST_DAMPING else FastestPrepared(sums, exact)
+        if self.damping < _LEAST_DAMPING:
+            return Cholesky(self.damping).init(sums)
+        return FastestPrepared(sums, self.damping)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +54,16 @@ class FastestPrepared(Prepared):
 
     Attributes:
         sums: The Gram sums.
-        exact: The sums, prepared for factors.
+        damping: See `Cholesky`.
     """
 
     sums: GramSums
-    exact: CholeskyPrepared
+    damping: float
+
+    @cached_property
+    def exact(self) -> CholeskyPrepared:
+        """The sums, prepared for factors."""
+        return Cholesky(self.damping).init(self.sums)
 
     def solve(self, kept: Tensor, start: Tensor) -> Tensor:
         """See `Prepared.solve`."""
@@ -62,10 +74,34 @@ class FastestPrepared(Prepared):
             for group in steps.any(1).nonzero().flatten().tolist():
                 outputs = steps[group].nonzero().flatten()
                 its, begin = kept[group, outputs], torch.where(kept[group, outputs], start[group, outputs], 0.0)
-                change, done = way(group, self._equations(group, outputs, its, begin), steps[group, outputs])
+                change, done = way(group, outputs, its, begin, steps[group, outputs])
                 found[group, outputs], left[group, outputs] = begin + change, ~done
         left = left.unsqueeze(2)
         return torch.where(left, self.exact.solve(kept & left, start), found) if bool(left.any()) else found
+
+    def _by_multipliers(
+        self, group: int, outputs: Tensor, kept: Tensor, begin: Tensor, steps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the changes, and which outputs are solved: none if the inverse is not exact enough."""
+        if self.exact.matrix.inverse is None:
+            return torch.zeros_like(begin), torch.zeros_like(steps, dtype=torch.bool)
+        equations = self._equations(group, outputs, kept, begin)
+        return solved_by_multipliers(equations, self.exact.matrix.inverse[group], steps)
+
+    def _by_steps(
+        self, group: int, outputs: Tensor, kept: Tensor, begin: Tensor, steps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the changes, and which outputs are solved. Inputs that no output keeps are left out."""
+        few = self.sums.few if is_loose(kept.sum(1), self.sums.rows) else None
+        if few is None:
+            equations = self._equations(group, outputs, kept, begin)
+        else:
+            equations = self._equations_by_rows(few[0][group], few[1][group, :, outputs], kept, begin)
+        used = kept.any(0).nonzero().flatten()
+        found, solved = conjugate_gradient(equations.of_inputs(used), steps)
+        change = torch.zeros_like(begin)
+        change[:, used] = found
+        return change, solved
 
     def _equations(self, group: int, outputs: Tensor, kept: Tensor, begin: Tensor) -> Equations:
         """Return the equations of the changes of some outputs of a group."""
@@ -76,16 +112,11 @@ class FastestPrepared(Prepared):
         ridge = float(self.exact.matrix.ridges[group])
         return Equations(gram, ridge, right, kept, error, power, self.sums.rounding, self.sums.rows)
 
-    def _by_multipliers(self, group: int, equations: Equations, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the changes, and which outputs are solved: none if the inverse is not exact enough."""
-        if self.exact.matrix.inverse is None:
-            return torch.zeros_like(equations.right), torch.zeros_like(steps, dtype=torch.bool)
-        return solved_by_multipliers(equations, self.exact.matrix.inverse[group], steps)
-
-    def _by_steps(self, group: int, equations: Equations, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the changes, and which outputs are solved. Inputs that no output keeps are left out."""
-        used = equations.kept.any(0).nonzero().flatten()
-        found, solved = conjugate_gradient(equations.of_inputs(used), steps)
-        change = torch.zeros_like(equations.right)
-        change[:, used] = found
-        return change, solved
+    def _equations_by_rows(self, x: Tensor, y: Tensor, kept: Tensor, begin: Tensor) -> Equations:
+        """Return the same, if there are few rows `x` of inputs and `y` of wanted outputs."""
+        with full_precision(x.device):
+            rest = y - products_with(begin.to(x.dtype))(x)
+            right = products_with(x.mT.contiguous())(rest.mT.contiguous()).to(begin.dtype)
+        error, power = (rows.square().sum(0, dtype=begin.dtype) for rows in (rest, y))
+        ridge = float(ridges_of(x.square().sum(0, keepdim=True, dtype=begin.dtype), self.damping)[0])
+        return Equations(x, ridge, right, kept, error, power, self.sums.rounding, self.sums.rows, by_rows=True)
