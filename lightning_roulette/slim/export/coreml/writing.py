@@ -32,7 +32,7 @@ def write(
     """Write a network as a package of Core ML for inputs of the example's shapes.
 
     Args:
-        model: The network. It is not changed.
+        model: The network. It is not changed. Its copy is converted in float32, whatever type it has.
         path: Where. A package is a folder whose name ends in .mlpackage. One that is there is replaced.
         example_input: What its forward is called with: a tensor, a tuple of tensors, or a mapping of named tensors.
         removal: Whether to remove dead units first, as `remove_dead` does, which needs the extra `units`.
@@ -50,7 +50,7 @@ def write(
     check_choice("values", values, tuple(BITS))
     _check_path(path)
     imported("coremltools")
-    whole, example = copy.deepcopy(model).cpu().eval(), _on_cpu(example_input)
+    whole, example = copy.deepcopy(model).cpu().float().eval(), _in_float32(example_input)
     found = removal_of(whole, example) if removal else None
     slim = whole if found is None else found.model
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,13 +85,18 @@ def _check_path(path: Path) -> None:
         raise ValueError(f"path is {str(path)!r}, which exists and is no package of Core ML. Choose another path.")
 
 
-def _on_cpu(example_input: Any) -> Any:
+def _in_float32(example_input: Any) -> Any:
+    """Return an example on the CPU, whose floating-point numbers have the type that the network is converted in."""
     given = rebuilt(example_input, copies=True)
-    if isinstance(given, dict):
-        return {name: one.cpu() if isinstance(one, Tensor) else one for name, one in given.items()}
-    if isinstance(given, Tensor):
-        return given.cpu()
-    return tuple(one.cpu() if isinstance(one, Tensor) else one for one in given)
+    if isinstance(given, Mapping):
+        return {name: _plain(one) for name, one in given.items()}
+    return _plain(given) if isinstance(given, Tensor) else tuple(_plain(one) for one in given)
+
+
+def _plain(one: Any) -> Any:
+    if not isinstance(one, Tensor):
+        return one
+    return one.detach().to("cpu", torch.float32 if one.is_floating_point() else one.dtype)
 
 
 def _check(found: Mapping[str, Stored], dense: Mapping[str, Stored]) -> None:

@@ -137,6 +137,18 @@ def test_halves_are_those_of_the_network_rounded(tmp_path):
         assert one.dense == 2 * weight.numel()
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_networks_of_other_types_are_written_in_float32(tmp_path, kind):
+    build, inputs = NETWORKS["linear"]
+    model, path = pruned(known(build())).to(kind), tmp_path / "net.mlpackage"
+    exported = export(model, path, "coreml", example_input=inputs.to(kind), removal=False)
+    assert exported.values == "float32"
+    for one in exported.layers:
+        weight = model.get_parameter(one.name).detach().float()
+        assert any(np.array_equal(weight.numpy(), stored.values) for stored in weights_of(path).values())
+        assert one.dense == 4 * weight.numel()
+
+
 class Two(Layers):
     def forward(self, x, y):
         return self.b(torch.relu(self.a(x)) + y)
