@@ -62,6 +62,10 @@ class Evaluator:
 
         Outcomes are `Singles`, `Batches` or `Resamples`. Override this method in an evaluator that knows them. If it is
         not overridden, a search validates the folds one by one, and takes the score of each fold as an outcome.
+
+        Args:
+            candidate: Mask and weights of the network.
+            folds: Some of the numbers from 0 to `self.folds - 1`.
         """
         return self(candidate, folds), None
 
@@ -70,6 +74,9 @@ class Evaluator:
 
         Override this method if several processes search the same network. `Tree.max_time` ends the search in all of
         them.
+
+        Args:
+            here: Whether it is true in this process.
         """
         return here
 

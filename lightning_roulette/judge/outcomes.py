@@ -59,7 +59,11 @@ class Resamples:
     _scores: list[float] = field(default_factory=list, init=False, repr=False)
 
     def resampled(self, count: int) -> list[float]:
-        """Return the scores on `count` resamples. They are the same for all networks, and each is scored once."""
+        """Return the scores on `count` resamples. They are the same for all networks, and each is scored once.
+
+        Args:
+            count: Number of resamples.
+        """
         counter = torch.arange(self.size)
         for i in range(len(self._scores), count):
             self._scores.append(float(self.score(random_bits(stream(0, 0, i, "resample"), counter) % self.size)))

@@ -41,22 +41,38 @@ class Mask(Mapping[str, Tensor]):
 
     @classmethod
     def full(cls, weights: Mapping[str, Tensor]) -> Mask:
-        """The mask that keeps every weight."""
+        """The mask that keeps every weight.
+
+        Args:
+            weights: Weights by parameter name.
+        """
         return cls({name: _uniform(True, weight) for name, weight in weights.items()})
 
     @classmethod
     def nothing(cls, weights: Mapping[str, Tensor]) -> Mask:
-        """The mask that keeps no weight."""
+        """The mask that keeps no weight.
+
+        Args:
+            weights: Weights by parameter name.
+        """
         return cls({name: _uniform(False, weight) for name, weight in weights.items()})
 
     @classmethod
     def thinned(cls, weights: Mapping[str, Tensor]) -> Mask:
-        """The mask that keeps all but every eighth weight."""
+        """The mask that keeps all but every eighth weight.
+
+        Args:
+            weights: Weights by parameter name.
+        """
         return cls({name: _thinned(weight) for name, weight in weights.items()})
 
     @classmethod
     def of_nonzeros(cls, weights: Mapping[str, Tensor]) -> Mask:
-        """The mask that keeps the weights which are not zero."""
+        """The mask that keeps the weights which are not zero.
+
+        Args:
+            weights: Weights by parameter name.
+        """
         return cls(nonzeros(weights))
 
     @classmethod

@@ -199,13 +199,23 @@ class Calibration:
             return Refitted(values, reasons, None if kept is mask else kept)
 
     def others(self, mask: Mask, how: Refit) -> dict[str, Tensor]:
-        """Return copies of the biases and running statistics that `refit` may change, by name."""
+        """Return copies of the biases and running statistics that `refit` may change, by name.
+
+        Args:
+            mask: Which weights are kept.
+            how: The settings of the refit.
+        """
         with self._processes.failing_together():
             tensors = self._changed(self._prepared(mask, isinstance(how, LeastSquares)), mask, how)
         return {name: one.detach().clone() for name, one in tensors.items() if name not in mask}
 
     def left_alone(self, mask: Mask, how: Refit) -> dict[str, str]:
-        """Return the weights of the mask that `refit` does not change, by name, with the reason."""
+        """Return the weights of the mask that `refit` does not change, by name, with the reason.
+
+        Args:
+            mask: Which weights are kept.
+            how: The settings of the refit.
+        """
         if not isinstance(how, LeastSquares):
             return {}
         with self._processes.failing_together():

@@ -30,7 +30,11 @@ class Refitted:
     mask: Mask | None = None
 
     def mask_from(self, given: Mask) -> Mask:
-        """The mask of these values, for the mask that was given to the refit."""
+        """The mask of these values, for the mask that was given to the refit.
+
+        Args:
+            given: The mask that was given to the refit.
+        """
         return given if self.mask is None else self.mask
 
 

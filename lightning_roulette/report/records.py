@@ -115,11 +115,20 @@ class Candidate:
     refitted: bool = False
 
     def twin(self, index: int) -> Candidate:
-        """Return an identical candidate with another index."""
+        """Return an identical candidate with another index.
+
+        Args:
+            index: Its number among all candidates of its level.
+        """
         return replace(self, index=index, same_as=self.index)
 
     def scored(self, scores: Scores, folds: int) -> Candidate:
-        """Return the candidate with its scores on this number of folds."""
+        """Return the candidate with its scores on this number of folds.
+
+        Args:
+            scores: The scores.
+            folds: Number of search folds that they were measured on.
+        """
         return replace(self, score=scores.score, rank=scores.rank, tiebreak=scores.tiebreak, folds=folds)
 
 

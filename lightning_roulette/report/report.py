@@ -175,7 +175,12 @@ class SearchReport(FormerNames):
         return most if math.isnan(missed) else max(most, min(self.tolerance, (most + missed) / 2))
 
     def in_metric(self, monitor: str, mode: str) -> SearchReport:
-        """Return a report of larger-is-better scores in the units of the metric."""
+        """Return a report of larger-is-better scores in the units of the metric.
+
+        Args:
+            monitor: Name of the metric.
+            mode: `"max"` if larger values of the metric are better, else `"min"`.
+        """
         if mode == "max":
             return replace(self, monitor=monitor)
         return replace(
@@ -195,7 +200,11 @@ class SearchReport(FormerNames):
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> SearchReport:
-        """Return the report that `to_dict` of this or an earlier version wrote."""
+        """Return the report that `to_dict` of this or an earlier version wrote.
+
+        Args:
+            fields: What `to_dict` returned, also after JSON.
+        """
         return cls(**plain.read(fields))
 
     def __str__(self) -> str:

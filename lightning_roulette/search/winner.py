@@ -45,6 +45,9 @@ class Winner:
     def mask_at(self, level: int) -> Mask:
         """Mask of an accepted level. Level 0 is the dense network.
 
+        Args:
+            level: Number of an accepted level.
+
         Raises:
             ValueError: If there was no such level.
         """
@@ -54,6 +57,9 @@ class Winner:
         """New tensors: the weights of an accepted level, on the devices of the dense weights. Level 0 is dense.
 
         Biases and running statistics are among them if a refit changed them.
+
+        Args:
+            level: Number of an accepted level.
 
         Raises:
             ValueError: If there was no such level.

@@ -48,6 +48,9 @@ class WithResult(ZeroHolder):
     def mask_at(self, level: int) -> Mask:
         """Return the mask of an accepted level; level 0 is the dense network.
 
+        Args:
+            level: Number of an accepted level.
+
         Raises:
             ValueError: If there is no such level.
             RuntimeError: If no search has ended.
@@ -59,6 +62,9 @@ class WithResult(ZeroHolder):
 
         The tensors are on the CPU. Sharded weights are DTensors on their own devices.
         `module.load_state_dict(pruning.weights_at(level), strict=False)` turns the network into that level.
+
+        Args:
+            level: Number of an accepted level.
 
         Raises:
             ValueError: If there is no such level.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from enum import Enum
 
 import pytest
 import yaml
+from lightning.pytorch import Callback
 
 import lightning_roulette
 from tests.support.pages import PAGES, PROJECT, text_of
@@ -61,6 +63,17 @@ def documented_in(public) -> set[str]:
 def test_every_argument_of_a_public_name_is_in_its_table(name):
     public = getattr(lightning_roulette, name)
     assert taken_by(public) - documented_in(public) == set()
+    for part, one in own_methods(public):
+        assert set(inspect.signature(one).parameters) - documented_in(one) - {"self", "cls"} == set(), part
+
+
+def own_methods(public) -> list[tuple[str, Callable]]:
+    """The public methods of a class of this package, without the hooks that Lightning calls and torch's."""
+    if not inspect.isclass(public):
+        return []
+    found = inspect.getmembers(public, lambda one: inspect.isfunction(one) or inspect.ismethod(one))
+    ours = [(part, one) for part, one in found if one.__module__.startswith(lightning_roulette.__name__)]
+    return [(part, one) for part, one in ours if not part.startswith("_") and not hasattr(Callback, part)]
 
 
 @pytest.mark.parametrize("name", SETTINGS)

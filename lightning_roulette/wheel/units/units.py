@@ -124,16 +124,28 @@ class Units:
         return sums[:-1]
 
     def alive(self, mask: Mask) -> Tensor:
-        """Return whether a mask keeps any entry of each unit: bool, shape `(units,)`."""
+        """Return whether a mask keeps any entry of each unit: bool, shape `(units,)`.
+
+        Args:
+            mask: The mask.
+        """
         return self.totals(mask) > 0
 
     def removable(self, mask: Mask) -> int:
-        """Return how many units may still leave: of each group all but one."""
+        """Return how many units may still leave: of each group all but one.
+
+        Args:
+            mask: The mask.
+        """
         alive = self.alive(mask)
         return sum(max(0, int(alive[start:stop].sum()) - 1) for _, start, stop in self.ranges())
 
     def costs(self, mask: Mask) -> Tensor:
-        """Return what leaves with each unit if it is the only one that leaves: float64, shape `(units,)`."""
+        """Return what leaves with each unit if it is the only one that leaves: float64, shape `(units,)`.
+
+        Args:
+            mask: The mask.
+        """
         each = {name: self.cost.each.get(name, 0.0) * mask[name].to(torch.float64) for name in self._by_name()}
         return self.totals(each) + (0.0 if self.cost.own is None else self.cost.own * self.alive(mask))
 
@@ -149,7 +161,12 @@ class Units:
         return cost.fixed + own + sum(cost.each.get(name, 0.0) * count for name, count in mask.counts.items())
 
     def whole(self, mask: Mask, cost: Cost | None = None) -> float:
-        """Return what the network costs without any pruning, as `left` does. The mask may be any of the network."""
+        """Return what the network costs without any pruning, as `left` does. The mask may be any of the network.
+
+        Args:
+            mask: Any mask of the network.
+            cost: What is counted. None: `cost` of the units.
+        """
         cost = cost or self.cost
         own = 0.0 if cost.own is None else float(cost.own.sum())
         sizes = {name: flags.numel() for name, flags in mask.flags.items()}
