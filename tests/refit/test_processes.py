@@ -21,15 +21,6 @@ from tests.support.together import together
 CHOOSE = LeastSquares(choose=True)
 
 
-@pytest.fixture(autouse=True)
-def switches():
-    """What threads that overlap would turn on for one another, or leave turned off."""
-    torch.backends.mha.set_fastpath_enabled(False)
-    yield
-    torch.backends.mha.set_fastpath_enabled(True)
-    torch.compiler.set_stance("default")
-
-
 @pytest.fixture
 def everything_shared(monkeypatch):
     """Layers as small as these are solved in shares, too."""

@@ -164,6 +164,10 @@ def test_a_network_that_runs_in_low_precision_is_refitted_in_full(precision):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
             net(batches[batch])
 
+    try:
+        run(0)
+    except RuntimeError as error:
+        pytest.skip(f"this processor runs no LSTM in {precision}: {error}")
     plain, lowered = Calibration(net, batches).refit(mask), Calibration(net, 2, run=run).refit(mask)
     assert lowered.undone == plain.undone == {}
     read = [name for name in mask if name.startswith("read")]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,24 @@ def together(ranks: int, work: Callable[[int, Callable[[Tensor], Tensor]], Any])
             meeting.leave()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with _switches():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     return found
+
+
+@contextmanager
+def _switches() -> Iterator[None]:
+    """Set what threads that overlap would turn on for one another, or leave turned off."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        torch.compiler.set_stance("default")
 
 
 def on_shards(

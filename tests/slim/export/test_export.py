@@ -195,5 +195,5 @@ def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
 
 
 def test_an_unknown_format_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="format is 'coreml', but must be one of"):
-        export(nn.Linear(2, 2), tmp_path / "net", "coreml", example_input=torch.ones(1, 2))
+    with pytest.raises(ValueError, match="format is 'keras', but must be one of"):
+        export(nn.Linear(2, 2), tmp_path / "net", "keras", example_input=torch.ones(1, 2))
