@@ -7,7 +7,7 @@ OLDEST = lightning==2.6.1 pytorch-lightning==2.6.1 torchmetrics==1.3.1 tensorboa
 
 MNIST = $(if $(DATA),--data $(DATA))
 
-.PHONY: demo test test-oldest test-all notebook coverage check dist docs bench clean
+.PHONY: demo test test-slow test-oldest test-all notebook coverage check dist docs bench clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/quickstart.py
@@ -16,17 +16,21 @@ demo: $(VENV)/.demo
 # executorch is beside it without most of what it depends on, which only other backends need;
 # coremltools is beside it, because it takes long to import
 test: check $(VENV)/.notebook
-	$(VENV)/bin/python -m pytest --numprocesses=2 -rs
+	$(VENV)/bin/python -m pytest --numprocesses=2 -rs -m "not slow"
 	PYTHONPATH=$(VENV)/beside $(VENV)/bin/python -m pytest tests/examples/test_huggingface.py
 	PYTHONPATH=$(VENV)/phones $(VENV)/bin/python -m pytest tests/slim/export/executorch
 	PYTHONPATH=$(VENV)/apple $(VENV)/bin/python -m pytest tests/slim/export/coreml
 	PYTHONPATH=$(VENV)/notebook $(VENV)/bin/python -m pytest -m "not slow" tests/examples/test_notebook.py
 
+# tests that take more than a few seconds each, most of them with several processes
+test-slow: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest --numprocesses=2 -rs -m slow
+
 # what only trainer/ uses: the oldest versions come before those of the environment
 test-oldest: $(VENV)/.oldest
 	PYTHONPATH=$(VENV)/oldest $(VENV)/bin/python -m pytest --numprocesses=2 -m "not slow" tests/trainer
 
-test-all: test test-oldest notebook docs dist
+test-all: test test-slow test-oldest notebook docs dist
 
 # the notebook in full, and what it claims
 notebook: $(VENV)/.notebook
