@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from lightning_roulette.large.gathered import holders_of
 from lightning_roulette.large.processes import ONE_PROCESS, Processes
 from lightning_roulette.large.shards import any_sharded, reshard
 from lightning_roulette.mask.mask import Mask, fill_pruned
-from lightning_roulette.network.lending import copy_into, lent, named_tensors
+from lightning_roulette.network.lending import copy_into, lent
 from lightning_roulette.network.samples import pieces_of
 from lightning_roulette.refit.fitting import Fitting
 from lightning_roulette.refit.forwards import forwards, number_of
@@ -27,7 +27,7 @@ from lightning_roulette.refit.narrowing import Narrowing
 from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.refit.runs import Runs
 from lightning_roulette.refit.scales import input_scales
-from lightning_roulette.refit.sensitivity import Sensitivity
+from lightning_roulette.refit.sensitivities import Sensitivities
 from lightning_roulette.refit.turns import Turns
 from lightning_roulette.refit.unit_choice import UnitChoices
 from lightning_roulette.refit_settings import LeastSquares, Refit, refit_of
@@ -123,13 +123,11 @@ class Calibration:
         if sharded:
             self._runs = in_step(self._runs, module, total, processes)
         whole = [partial(few.alone, number) for number in range(few.batches)]
-        self._module, self._pieces = module, whole if pieces is None else pieces
-        self._sampler, self._seed = RowSampler(rows, total, seed, self._processes), seed
+        self._sensitivities = Sensitivities(module, whole if pieces is None else pieces, seed, self._processes)
+        self._module, self._sampler = module, RowSampler(rows, total, seed, self._processes)
         check_count("cache_bytes", cache_bytes, at_least=0)
         self._cache_bytes = cache_bytes
-        # all are prepared once for each set of names
-        self._layerwise: dict[tuple[Any, ...], Layerwise] = {}
-        self._sensitivities: dict[tuple[str, ...], Sensitivity] = {}
+        self._layerwise: dict[tuple[Any, ...], Layerwise] = {}  # prepared once for each set of names
         self._tried: set[Layerwise] = set()
         self._choices = UnitChoices(self._processes)
 
@@ -246,7 +244,7 @@ class Calibration:
         """
         with self._processes.failing_together():
             if kind == "sensitivity":
-                found: Mapping[str, Tensor] = self._sensitivity(mask, values)
+                found: Mapping[str, Tensor] = self._sensitivities.scales(mask, values)
             else:
                 found = self._input_scales(kind, mask, values, damping)
         return self._agreed_scales(found)
@@ -280,25 +278,8 @@ class Calibration:
         Raises:
             NoGradients: If the network has no derivatives.
         """
-        with self._processes.failing_together(), self._differentiated(mask, values) as sensitivity:
-            return sensitivity.gates(units, self._module)
-
-    def _sensitivity(self, mask: Mask, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with self._differentiated(mask, values) as sensitivity:
-            found = sensitivity.scales()
-        return {name: found[name].to(kept.device) for name, kept in mask.items()}
-
-    @contextmanager
-    def _differentiated(self, mask: Mask, values: Mapping[str, Tensor]) -> Iterator[Sensitivity]:
-        """Make the network the pruned one inside the block, and give what differentiates it."""
-        names = {*mask, *values, *dict(self._module.named_buffers())}
-        tensors = {name: one for name, one in named_tensors(self._module).items() if name in names}
-        with lent(tensors):
-            if (key := tuple(mask)) not in self._sensitivities:
-                self._sensitivities[key] = Sensitivity(self._module, key, self._pieces, self._seed, self._processes)
-            copy_into(tensors, values)
-            fill_pruned(tensors, mask)
-            yield self._sensitivities[key]
+        with self._processes.failing_together():
+            return self._sensitivities.gates(units, mask, values)
 
     def _changed(self, layerwise: Layerwise, mask: Mask, how: Refit | None) -> dict[str, Tensor]:
         """Return the tensors that this kind of refit changes, and the weights of the mask."""
