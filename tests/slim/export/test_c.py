@@ -16,23 +16,25 @@ from tests.support.compiled import Program, needs_gcc
 from tests.support.devices import inputs, network
 
 
-def equal_in_floats(module, x, folder):
+def in_floats(module, x, folder):
+    """What is exported, what it computes, and what the network computes."""
     program = trace(module, x)
     exported = write(program, folder / "network.c", calibration=None, values="float32")
-    found = Program(exported.files[0], "float32")(x)
-    expected = run(program, x).flatten(1)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max())))
-    return exported
+    return exported, Program(exported.files[0], "float32")(x), run(program, x).flatten(1)
 
 
-def equal_in_integers(module, x, folder):
+def in_integers(module, x, folder):
+    """What is exported, what it computes, and what the kernels of the runtime compute."""
     program = trace(module, x)
     integers = quantise(program, x[:8])
     exported = write(program, folder / "network.c", calibration=x[:8], values="int8")
     given = to_integers(x, integers.scales["input"])
-    found = Program(exported.files[0], "int8")(given)
-    assert torch.equal(found, run_integers(integers, given).flatten(1))
-    return exported
+    return exported, Program(exported.files[0], "int8")(given), run_integers(integers, given).flatten(1)
+
+
+def allowed(expected):
+    """By how much outputs in floats may differ."""
+    return {"rtol": 1e-5, "atol": 1e-5 * max(1.0, float(expected.abs().max()))}
 
 
 SMALL = ["perceptron", "residual", "depthwise", "sequence"]
@@ -42,13 +44,15 @@ MIXED = (1.0, 0.4, 0.05)  # shares of survivors by layer, for which dense, a bit
 @needs_gcc
 @pytest.mark.parametrize("name", SMALL)
 def test_floats_are_those_of_the_network(name, tmp_path):
-    equal_in_floats(network(name, MIXED), inputs(name, 8), tmp_path)
+    _, found, expected = in_floats(network(name, MIXED), inputs(name, 8), tmp_path)
+    torch.testing.assert_close(found, expected, **allowed(expected))
 
 
 @needs_gcc
 @pytest.mark.parametrize("name", SMALL)
 def test_integers_are_those_of_the_kernels_bit_for_bit(name, tmp_path):
-    exported = equal_in_integers(network(name, MIXED), 2 * inputs(name, 24), tmp_path)
+    exported, found, expected = in_integers(network(name, MIXED), 2 * inputs(name, 24), tmp_path)
+    assert torch.equal(found, expected)
     if name != "depthwise":
         assert {one.form for one in exported.layers} == {"dense", "bitmap", "gaps"}
 
@@ -61,21 +65,26 @@ def kept_image(layer, x):
 
 
 @needs_gcc
-@pytest.mark.parametrize("equal", [equal_in_floats, equal_in_integers])
-def test_values_that_are_used_twice_keep_their_place(equal, tmp_path):
+def test_values_that_are_used_twice_keep_their_place(tmp_path):
     x = torch.randn(12, 2, 6, 5, generator=torch.Generator().manual_seed(0))
-    equal(Forward(nn.Conv2d(2, 3, 3, padding=1, groups=1), kept_image), x, tmp_path)
+    module = Forward(nn.Conv2d(2, 3, 3, padding=1, groups=1), kept_image)
+    _, found, expected = in_floats(module, x, tmp_path)
+    torch.testing.assert_close(found, expected, **allowed(expected))
+    _, found, expected = in_integers(module, x, tmp_path)
+    assert torch.equal(found, expected)
 
 
 @needs_gcc
 @pytest.mark.parametrize("function", [lambda layer, x: x.flatten(1), lambda layer, x: x.relu()])
 def test_a_network_without_layers_is_written_too(function, tmp_path):
-    equal_in_integers(Forward(nn.Identity(), function), torch.randn(9, 2, 3, 2), tmp_path)
+    _, found, expected = in_integers(Forward(nn.Identity(), function), torch.randn(9, 2, 3, 2), tmp_path)
+    assert torch.equal(found, expected)
 
 
 @needs_gcc
 def test_layers_without_survivors_give_their_biases(tmp_path):
-    equal_in_integers(network("residual", 0.0), inputs("residual", 9), tmp_path)
+    _, found, expected = in_integers(network("residual", 0.0), inputs("residual", 9), tmp_path)
+    assert torch.equal(found, expected)
 
 
 @needs_gcc
@@ -83,11 +92,14 @@ def test_sums_of_many_inputs_keep_within_32_bits(tmp_path):
     layer = nn.Linear(70_000, 2, bias=False)
     nn.init.constant_(layer.weight[0].detach(), 1.0)
     x = torch.stack((torch.zeros(70_000), torch.ones(70_000)))
-    equal_in_integers(layer, x, tmp_path)
+    _, found, expected = in_integers(layer, x, tmp_path)
+    assert torch.equal(found, expected)
 
 
 @needs_gcc
 def test_an_output_without_weights_beside_small_ones_has_a_multiplier(tmp_path):
     layer = nn.Linear(6, 2, bias=False)
     layer.weight.data = torch.tensor([[1e-12] * 6, [0.0] * 6])
-    equal_in_integers(layer, 1e3 * torch.rand(9, 6, generator=torch.Generator().manual_seed(0)), tmp_path)
+    x = 1e3 * torch.rand(9, 6, generator=torch.Generator().manual_seed(0))
+    _, found, expected = in_integers(layer, x, tmp_path)
+    assert torch.equal(found, expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tracemalloc
 from hashlib import blake2b
 from pathlib import Path
@@ -40,10 +41,12 @@ def whole(tmp_path_factory) -> bytes:
     return path.read_bytes()
 
 
-def refused(path: Path, damaged: bytes, reason: str = "path is .*, but ") -> None:
+def refusal(path: Path, damaged: bytes) -> str:
+    """What the error says that refuses a file."""
     path.write_bytes(damaged)
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(ValueError) as error:
         load_compressed(path)
+    return str(error.value)
 
 
 def outcome(path: Path) -> object:
@@ -76,11 +79,11 @@ def test_a_file_of_this_version_is_read():
 
 def test_every_shorter_file_is_refused(tmp_path, whole):
     for size in range(0, len(whole), 5):
-        refused(tmp_path / "short", whole[:size])
+        assert re.search("path is .*, but ", refusal(tmp_path / "short", whole[:size]))
 
 
 def test_a_longer_file_is_refused(tmp_path, whole):
-    refused(tmp_path / "long", whole + b"\0", "its checksum is wrong")
+    assert "its checksum is wrong" in refusal(tmp_path / "long", whole + b"\0")
 
 
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -90,7 +93,7 @@ def test_altered_files_are_refused(tmp_path, whole, changes):
     for place, change in changes:
         damaged[place % len(damaged)] ^= change
     if bytes(damaged) != whole:
-        refused(tmp_path / "altered", bytes(damaged))
+        assert re.search("path is .*, but ", refusal(tmp_path / "altered", bytes(damaged)))
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -123,7 +126,7 @@ def test_files_altered_with_a_right_checksum_are_refused_or_read_whole(tmp_path,
 )
 def test_headers_that_do_not_fit_are_refused_before_memory_is_taken(tmp_path, whole, changes, reason):
     tracemalloc.start()
-    refused(tmp_path / "forged", with_header(whole, **changes), reason)
+    assert re.search(reason, refusal(tmp_path / "forged", with_header(whole, **changes)))
     assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
     tracemalloc.stop()
 
@@ -131,11 +134,13 @@ def test_headers_that_do_not_fit_are_refused_before_memory_is_taken(tmp_path, wh
 def test_foreign_files_are_refused(tmp_path):
     path = tmp_path / "foreign"
     torch.save({"weight": torch.ones(3)}, path)
-    refused(path, path.read_bytes(), "it does not begin as a file of save_compressed does. Pass a file that")
-    refused(path, b"", "it does not begin")
-    refused(path, MARK, "it is too short")
-    refused(path, with_checksum(MARK + (2**31).to_bytes(4, "little") + b"{}" + bytes(8)), "its header is longer")
-    refused(path, with_checksum(MARK + (2).to_bytes(4, "little") + b"}{" + bytes(8)), "its header is not JSON")
+    assert "it does not begin as a file of save_compressed does. Pass a file that" in refusal(path, path.read_bytes())
+    assert "it does not begin" in refusal(path, b"")
+    assert "it is too short" in refusal(path, MARK)
+    assert "its header is longer" in refusal(
+        path, with_checksum(MARK + (2**31).to_bytes(4, "little") + b"{}" + bytes(8))
+    )
+    assert "its header is not JSON" in refusal(path, with_checksum(MARK + (2).to_bytes(4, "little") + b"}{" + bytes(8)))
     with pytest.raises(FileNotFoundError):
         load_compressed(tmp_path / "missing")
 
