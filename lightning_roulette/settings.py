@@ -54,13 +54,15 @@ class Wheel:
             - `"layer"`: one wheel for each layer, all with the same pruning rate. Use it if importances of different
               layers cannot be compared.
         allocation: How much candidates differ in how they distribute pruning over the layers. Each candidate multiplies
-            the importance of each parameter by a log-normal factor of this width, in addition to its parent's factors:
+            the importance of each parameter by `exp(allocation * z)`, where `z` is drawn from a standard normal
+            distribution, in addition to its parent's factors:
 
             - `None`: 0.3 with a least-squares refit and more than one candidate, otherwise 0.
             - `0`: no difference.
             - A positive number. It has no effect with `scope="layer"`.
-        unit: Which weights leave together. A neuron or a head is as important as the weights that read it, for what it
-            costs; with `"sensitivity"`, as the derivative of the outputs with respect to a factor of these weights.
+        unit: Which weights are removed together. The importance of a neuron or a head is `sqrt(s / cost)`, where `s` is
+            the sum of squared importances of the weights that read it. With `"sensitivity"`, `s` is the sum of squared
+            derivatives of the outputs with respect to a common factor of these weights.
             With units the factors of `allocation` belong to groups of units, and `scope` must be `"global"`:
 
             - `"weight"` or `Weight()`: single weights. For the smallest files.
@@ -107,9 +109,10 @@ class Tree:
         pruning_rate: Share of the current survivors that a level removes, in (0, 1). A smaller rate takes more levels
             to the same sparsity.
         coarse_rate: Pruning rate of coarse levels, in (0, 1). They have one candidate each, and come first. When one
-            fails, the levels of `pruning_rate` begin. It does not count for `patience`. Faster, and as slim. There are
-            coarse levels only if every level gets a least-squares refit and if this rate is larger than `pruning_rate`.
-            None: no coarse levels.
+            fails, the levels of `pruning_rate` begin. It does not count for `patience`. A search then takes about 0.4
+            of the time, and keeps 1 to 18 % more weights (measured on three networks). There are coarse levels only if
+            every level gets a least-squares refit and if this rate is larger than `pruning_rate`. None: no coarse
+            levels.
         max_levels: Stop after this many accepted levels. None: no such limit.
         patience: Stop after this many failed levels in a row.
         smallest_rate: Stop when a failure would halve the rate below this value, whatever the patience. Without this

@@ -76,7 +76,7 @@ class Block(Unit):
 
     Args:
         rows: Rows of a block, at least 1. Blocks at the end of a matrix may have fewer.
-        columns: Columns of a block, likewise.
+        columns: Columns of a block, at least 1. Blocks at the end of a matrix may have fewer.
 
     Raises:
         TypeError: If a value has the wrong type.

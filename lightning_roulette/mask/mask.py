@@ -87,6 +87,9 @@ class Mask(Mapping[str, Tensor]):
                 - the file that an interrupted search leaves,
                 - the file of measured weights that is written beside a checkpoint which does not hold them.
 
+        Returns:
+            The mask on the CPU, True = kept.
+
         Raises:
             ValueError: If the file has no mask.
         """

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_roulette.refit_settings import LeastSquares
+from lightning_roulette.refit_settings import LeastSquares, Refit
 from lightning_roulette.report.records import StopReason
 from lightning_roulette.settings import Tree, Validation, Wheel
 from lightning_roulette.trainer.choices import Choices
@@ -62,8 +62,8 @@ class RouletteWheelPruning(WithResult):
        half). Loggers, callbacks and random state are left untouched.
     4. The best candidate that keeps the floor becomes the parent of the next level. This repeats until the score falls
        below the floor.
-    5. The accepted levels are judged once on the held-out half. The slimmest that keeps the floor there is loaded in
-       place.
+    5. The accepted levels are judged once on the held-out half, the densest first, until one misses the floor. The
+       last that kept it is loaded in place.
 
     Before the search, a log line says which share of the weights is prunable, and what is skipped and why. Weights are
     skipped if neither the monitored nor the ranking metric depends on them, such as a head that only training uses.
@@ -137,10 +137,10 @@ class RouletteWheelPruning(WithResult):
         refit: How the surviving weights of a level are adapted, without gradients or labels, before it is judged.
 
             - `"auto"`: `"least_squares"` in a search, None between epochs.
-            - `"least_squares"`, or a `LeastSquares` or a dict with finer choices: the survivors and the bias of each
+            - `"least_squares"`, or a `LeastSquares` or a dict of its fields: the survivors and the bias of each
               layer are solved so that its outputs on training inputs are as close as possible to those of the dense
               network. The running statistics of batch normalisation layers are computed again.
-            - `"batch_norm"`: only these running statistics are computed again.
+            - `"batch_norm"`, or a `Refit`: only these running statistics are computed again.
             - None: survivors stay as they are.
 
             A refit needs training data from a DataLoader. It runs the module's `calibration_step(batch)` if there is
@@ -163,7 +163,10 @@ class RouletteWheelPruning(WithResult):
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range; in `fit`, also if it does not suit the module or the data.
+        RuntimeError: In `fit`, before it trains or searches: if the Trainer, its strategy, the module or the data does
+            not allow a search, if the metric is not logged, if two validations of one network give different results,
+            or if the tolerance is so large that every network keeps the floor.
 
     Examples:
         Prune when training ends:
@@ -183,7 +186,7 @@ class RouletteWheelPruning(WithResult):
         target_sparsity: float | None = None,
         confidence: float | None = None,
         at_epoch: int | Sequence[int] | None = None,
-        refit: str | LeastSquares | Mapping[str, Any] | None = "auto",
+        refit: str | LeastSquares | Refit | Mapping[str, Any] | None = "auto",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         wheel: Wheel | Mapping[str, Any] = Wheel(),

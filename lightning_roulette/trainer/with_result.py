@@ -51,6 +51,9 @@ class WithResult(ZeroHolder):
         Args:
             level: Number of an accepted level.
 
+        Returns:
+            The mask of all prunable parameters, True = kept, on the CPU.
+
         Raises:
             ValueError: If there is no such level.
             RuntimeError: If no search has ended.

@@ -51,18 +51,20 @@ def export(
 ) -> Exported:
     """Write a trained network as files for a device, and return what they take there.
 
-    The network is traced in evaluation mode (`torch.export`): chains and residual networks of linear layers,
-    convolutions, batch normalisations, ReLU, pooling and sums. Whatever cannot be expressed is named before anything
-    is written. Weights of zero are not stored where that takes less. Outputs of layers that pruning left constant or
-    unused are removed.
+    The network is written in evaluation mode. Dead units are removed first. What a format cannot express is named
+    before anything is written.
+
+    `"c"`, `"tflm"` and `"executorch"` trace the network by `torch.export`. They know chains and residual networks of
+    linear layers, convolutions, batch normalisations, ReLU, pooling and sums, with one tensor as input and one as
+    output. `"onnx"` and `"coreml"` convert networks of any kind.
 
     Args:
-        model: The network. Its forward takes one tensor and returns one. It is not changed.
+        model: The network. It is not changed.
         path: Where to write.
         format: One of these:
 
-            - `"c"`: C99 without dependencies, a source and a header. Options: `values="int8"` (default; 8-bit
-              integers as TensorFlow Lite defines them) or `values="float32"`.
+            - `"c"`: C99 without dependencies, a source and a header. For devices without a runtime. Option:
+              `values="int8"` (default; 8-bit integers as TensorFlow Lite defines them) or `values="float32"`.
             - `"tflm"`: a file for TensorFlow Lite Micro, in 8-bit integers; the device decodes pruned weights into
               memory. Use it where that runtime is on the device. Option: `max_ram`, the largest arena in bytes. Needs
               the extra `tflm`.
@@ -72,17 +74,27 @@ def export(
             - `"onnx"`: a file for onnxruntime and others, by PyTorch's exporter, in floating point. Use it for networks
               of any kind. Dead units are removed first (option `removal=True`), and the file is checked with
               onnxruntime, which also times it. Needs the extra `onnx`.
+            - `"coreml"`: a package for macOS 13, iOS 16 and later, of networks of any kind. Pruned weights are stored
+              as a bit mask and values. It is not run here. Options: `values="float32"` (default) or
+              `values="float16"`; `removal=True`. Needs the extra `coreml`.
 
-        example_input: Inputs of any number, shape `(n, ...)`. For `"onnx"` also a tuple or a mapping of tensors.
-        calibration: Some hundred inputs as in use, for the ranges of 8-bit integers: a tensor, or batches of which the
-            first entry is the input, such as a loader of training data. Not validation data, so that it can judge.
+        example_input: Inputs of any number, shape `(n, ...)`. For `"onnx"` and `"coreml"` also a tuple or a mapping of
+            tensors.
+        calibration: Some hundred inputs as in use, from which the ranges of 8-bit integers are found: a tensor, or
+            batches of which the first entry is the input, such as a loader of training data. `values="int8"` and
+            `"tflm"` need it. Do not pass validation data, so that it can judge.
         validation: Inputs and targets, or batches of both, which are read once. The network and what the device
-            computes are scored on it.
+            computes are scored on it. `"coreml"` refuses it.
         score: Scores outputs of the network against targets. Accuracy by default, which needs targets that are
             classes. A softmax or sigmoid at the end, which the device leaves out, is applied to its outputs first.
         **options: Options of the format.
 
+    Returns:
+        The sizes of the files in bytes, how each layer is stored, and times and scores where they are known. `print`
+        shows them as a table.
+
     Raises:
+        ImportError: If the extra of the format is not installed.
         TypeError: If an argument has the wrong type, or if the format does not have an option.
         ValueError: If an argument is not allowed, or if the network cannot be expressed.
     """

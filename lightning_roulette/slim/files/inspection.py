@@ -80,6 +80,10 @@ def inspect(path: str | os.PathLike[str]) -> FileContents:
         path: A file of `save_compressed` or `save_weights`, a checkpoint of Lightning, a state dict of `torch.save`, or
             a file of safetensors. No code of the file is run.
 
+    Returns:
+        Shape, survivors, bits per survivor and bytes of each tensor, and the bytes of the file. `print` shows them as a
+        table.
+
     Raises:
         ImportError: If the package that reads the file is not installed.
         ValueError: If the file is damaged, or of another kind.

@@ -20,7 +20,7 @@ _SAFETENSORS = ".safetensors"
 
 
 def save_weights(model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str]) -> int:
-    """Write the state dict of a network alone, without optimizers, masks and history, and return the bytes of the file.
+    """Write the state dict of a network alone, without optimizers, masks and history.
 
     The suffix of the path says the format:
 
@@ -34,6 +34,9 @@ def save_weights(model: nn.Module | Mapping[str, Tensor], path: str | os.PathLik
     Args:
         model: A module or its state dict.
         path: The file. It is replaced if it exists.
+
+    Returns:
+        The size of the file, in bytes.
 
     Raises:
         ImportError: If safetensors is needed and not installed.

@@ -100,6 +100,9 @@ def remove_dead(model: nn.Module, example_input: Any) -> nn.Module:
         example_input: What its forward is called with: a tensor, a tuple or list of arguments, or a mapping of named
             arguments.
 
+    Returns:
+        A module of the same class on the same device, whose layers are narrower.
+
     Raises:
         ImportError: If the extra `units` is not installed.
         TypeError: If `example_input` is none of these.
@@ -115,6 +118,10 @@ def dead_units(model: nn.Module, example_input: Any) -> DeadCount:
     Args:
         model: The network. It is not changed.
         example_input: As for `remove_dead`.
+
+    Returns:
+        The number of units and of dead ones for each group of layers, and the layers that must stay whole, with the
+        reason. `print` shows them as a table.
 
     Raises:
         ImportError: As `remove_dead`; likewise `TypeError` and `ValueError`.

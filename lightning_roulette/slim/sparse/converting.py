@@ -54,13 +54,17 @@ def to_sparse(model: nn.Module, example_input: Any, min_speedup: float = 1.1) ->
     If the converted network is not faster than the dense one, all layers stay dense.
 
     The model is changed in place, and is for inference afterwards: sparse weights are not trained. Its state dict has
-    the same names and dense values as before. `to_dense` converts it back. Pass `print(to_sparse(...))` to see a table.
+    the same names and dense values as before. `to_dense` converts it back.
 
     Args:
         model: A pruned network, on the CPU.
         example_input: What the network is called with: a tensor, a tuple or list of arguments, or a mapping of named
             arguments. Use the batch size of later use.
         min_speedup: Smallest `dense time / sparse time` of a layer that is converted. At least 1.
+
+    Returns:
+        The seconds of each layer with dense and with sparse weights, which of them were converted, and the seconds of
+        the network before and after. `print` shows them as a table.
 
     Raises:
         TypeError: If `model` is no module, or `example_input` is none of these.

@@ -50,6 +50,9 @@ def units_of(
         weights: The prunable weights by name. None: `prunable_parameters(network)`.
         target: What decides how much leaves, as in `Tree(target=...)`. None: units cost their weights.
 
+    Returns:
+        For each unit the weights that are zero without it, and its cost; and what was left out, with the reason.
+
     Raises:
         ImportError: If the extra `units` is not installed.
         TypeError: If `unit` is no unit, or `example_input` is none of these.
