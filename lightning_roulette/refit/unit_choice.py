@@ -14,7 +14,7 @@ from lightning_roulette.network.layers import Layer
 from lightning_roulette.refit.competing import labels_in
 from lightning_roulette.refit.gram import LayerSums
 from lightning_roulette.refit.layerwise import Layerwise
-from lightning_roulette.refit.matrices import matrix_of
+from lightning_roulette.refit.matrices import kept_in_matrix, matrix_of
 from lightning_roulette.refit.solvers.cholesky import DampedGram
 from lightning_roulette.refit.solvers.elimination import Reader, staying
 from lightning_roulette.refit_settings import LeastSquares, Refit
@@ -86,8 +86,9 @@ class UnitChoice:
         """Return a mask with as many units of each group as a mask keeps.
 
         Groups are looked at from the last one on. What is minimised is the sum over the layers that read the group: of
-        the squared error of the outputs that are left, as a share of their power. A group keeps the units of the mask
-        if another choice is not better, or if the inputs of a layer that reads it are not known.
+        the squared error of the outputs that are left, as a share of their power, with the inputs from other groups
+        that are left. A group keeps the units of the mask if another choice is not better, or if the inputs of a layer
+        that reads it are not known.
 
         Args:
             mask: The mask that is given.
@@ -127,7 +128,12 @@ class UnitChoice:
         right = sums.cross.mT + matrix.ridges.view(-1, 1, 1) * matrix_of(layer, self.dense)
         left = layer.matrices({name: mask[name] for name in layer.names}).any(2)
         power = (sums.power * left).sum().clamp(min=torch.finfo(torch.float64).tiny)
-        return Reader(matrix.damped, right * (left / power).sqrt().unsqueeze(2), _columns(labels[0, 0], stop - start))
+        right = right * (left / power).sqrt().unsqueeze(2)
+        kept = kept_in_matrix(layer, {name: mask[name] for name in layer.parameters if name in mask})
+        gone = ~kept.any(1) & (labels[:, 0] < 0)  # inputs from other groups that the layer has lost
+        damped = matrix.damped.masked_fill(gone.unsqueeze(2) | gone.unsqueeze(1), 0.0)
+        damped.diagonal(dim1=1, dim2=2).masked_fill_(gone, 1.0)
+        return Reader(damped, right.masked_fill(gone.unsqueeze(1), 0.0), _columns(labels[0, 0], stop - start))
 
 
 def _has(part: Part, start: int, stop: int) -> bool:

@@ -105,6 +105,44 @@ def test_channels_with_several_readers_stay_whole():
     assert mean(ratios) < 0.9
 
 
+class Joined(nn.Module):
+    """A layer that reads two groups of neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.cat([self.first(x).relu(), self.second(x).relu()], 1))
+
+
+def least_error(net: Joined, mask: Mask, inputs: torch.Tensor) -> float:
+    """The smallest squared error of the last layer on the inputs that a mask leaves, as a share of the power."""
+    with torch.no_grad():
+        rows = torch.cat([net.first(inputs).relu(), net.second(inputs).relu(), torch.ones(len(inputs), 1)], 1).double()
+        wanted = net(inputs).double()
+    rows = rows[:, torch.cat([mask["last.weight"].any(0), torch.ones(1, dtype=torch.bool)])]
+    solved = torch.linalg.lstsq(rows, wanted).solution
+    return float((rows @ solved - wanted).square().sum() / wanted.square().sum())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_layer_that_reads_two_groups_loses_no_more_than_with_the_units_that_were_drawn(seed):
+    net = known(Joined()).eval()
+    with torch.no_grad():  # each neuron has a twin in the other group, so that it is missed only if both are gone
+        net.second.weight.copy_(net.first.weight + 0.05 * numbers(6, 8, seed=seed))
+        net.second.bias.copy_(net.first.bias)
+    inputs = numbers(256, 8, seed=seed)
+    units = units_of(net, inputs[:4])
+    for draw in range(4):
+        order = [torch.randperm(6, generator=torch.Generator().manual_seed(8 * seed + 2 * draw + n)) for n in (0, 1)]
+        mask = units.without(full(net), torch.cat([one < 3 for one in order]))
+        found = Calibration(net, [inputs]).refit(mask, LeastSquares(choose=True, damping=1e-6), units=units)
+        chosen = mask if found.mask is None else found.mask
+        assert numbers_of(units, chosen) == numbers_of(units, mask)
+        assert least_error(net, chosen, inputs) <= least_error(net, mask, inputs) * (1 + 1e-6)
+
+
 def test_units_that_cost_more_are_not_exchanged_for_those_that_cost_less():
     net, own = net_of(), 1.0 + torch.arange(22.0, dtype=torch.float64) % 2
     units = hidden_units(net, Cost("parameters", dict.fromkeys(prunable_parameters(net), 1.0), own))
