@@ -10,6 +10,7 @@ from typing import Any
 from lightning_roulette.report import frame, html, plain, plot, table, words
 from lightning_roulette.report.former import FormerNames
 from lightning_roulette.report.records import Footprint, Level, Method, Skipped, StopReason, negated
+from lightning_roulette.report.target import over_target
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class SearchReport(FormerNames):
         """Whether the winner removes at least as much as the target asks for; None without a target."""
         if self.target_reduction is not None and self.cost is not None:
             left = self.winner.cost if self.winner else self.cost
-            return left is not None and left <= (1 - self.target_reduction) * self.cost * (1 + 1e-9)
+            return left is not None and over_target(left, self.cost, self.target_reduction) <= 0
         if self.target_sparsity is None:
             return None
         return self.size - self.survivors >= math.floor(self.target_sparsity * self.size + 0.5)

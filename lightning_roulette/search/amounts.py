@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_roulette.mask.mask import Mask
+from lightning_roulette.report.target import over_target
 from lightning_roulette.unit import Reduction
 from lightning_roulette.wheel.units.units import Units
 
@@ -92,7 +93,7 @@ class UnitCosts(Amounts):
             return missing(parent, self.target_sparsity)
         if self.target is None:
             return math.inf
-        return self.left(parent) - (1 - self.target.share) * self.units.whole(parent)
+        return over_target(self.left(parent), self.units.whole(parent), self.target.share)
 
     def share(self, parent: Mask, rate: float, most: float) -> float:
         """Return the share of what the network costs. The last unit that leaves may exceed it."""

@@ -130,6 +130,24 @@ def test_a_reduction_of_multiply_adds_ends_the_search_within_one_unit(coarse):
     assert (after - dense).square().mean() < (drawn - dense).square().mean()
 
 
+@pytest.mark.parametrize("tenths", range(1, 10))
+def test_a_target_that_is_met_exactly_ends_the_search_there(tenths):
+    net = perceptron((6, 20, 3), seed=1)
+    weights = {name: one.detach() for name, one in net.named_parameters() if name.endswith("weight")}
+    adds = Cost("multiply_adds", dict.fromkeys(weights, 1.0))
+    winner = search(
+        weights,
+        Likeness(net),
+        wheel=NEURON,
+        units=hidden_units(net, adds, adds),
+        tree=Tree(0.2, target=Reduction(multiply_adds=tenths / 10)),
+        tolerance=math.inf,
+        branches=1,
+    )
+    assert (winner.report.stop_reason, winner.report.target_met) == (StopReason.TARGET_REACHED, True)
+    assert winner.report.winner.units == 20 - 2 * tenths
+
+
 def chosen(choose: bool, **changes):
     tree = Tree(0.2, coarse_rate=None, target=Reduction(multiply_adds=0.5))
     given = {"tree": tree, "units": DEAR, "refit": LeastSquares(choose=choose)}
