@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -45,12 +47,17 @@ def contents_of(found: Removal) -> dict[str, Any]:
     # the class of a narrow attention is known by its heads
     sizes = {name: {key: one for key, one in each.items() if key != "__class__"} for name, each in found.sizes.items()}
     arguments = dict(getattr(found.model, "hparams", {}))
-    plain = {name: one for name, one in arguments.items() if _is_plain(one)}
+    by_cli = (
+        arguments.pop("_instantiator", None) is not None
+    )  # LightningCLI adds it, and leaves objects as descriptions
+    described = {name for name, one in arguments.items() if by_cli and isinstance(one, Mapping) and "class_path" in one}
+    plain = {name: one for name, one in arguments.items() if name not in described and _is_plain(one)}
     return {
         _KEY: _VERSION,
         "state_dict": dict(found.model.state_dict()),
         "sizes": sizes,
         "hyper_parameters": plain,
+        "hyper_parameters_name": getattr(found.model, "_hparams_name", None),
         "not_plain": sorted(arguments.keys() - plain.keys()),
     }
 
@@ -72,25 +79,40 @@ def load_shrunk(path: str | os.PathLike[str], kind: Callable[..., _Module], /, *
 
     Args:
         path: A file that `save_shrunk` or a search with `shrink=True` wrote.
-        kind: The class of the network, or a function that returns a module of its first size.
-        **arguments: Arguments of `kind`. They replace those that the file holds.
+        kind: The class of the network, or a function that returns a module of its first size. It is called with those
+            of the arguments in the file that it takes.
+        **arguments: Further arguments of `kind`. They replace those that the file holds.
 
     Returns:
         The module, on the CPU.
 
     Raises:
+        TypeError: If `kind` cannot be called with the arguments.
         ValueError: If the file is another one, if it does not fit the module, or if an argument is missing that is no
             plain value.
     """
     contents = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(contents, Mapping) or contents.get(_KEY) != _VERSION:
         raise ValueError(f"{os.fspath(path)!r} is no file of save_shrunk. Load a checkpoint by load_from_checkpoint.")
-    if missing := [name for name in contents.get("not_plain", ()) if name not in arguments]:
+    taken = _taken(kind)
+    missing = [name for name in contents.get("not_plain", ()) if name not in arguments and name in taken]
+    if missing:
         raise ValueError(
             f"{os.fspath(path)!r} does not hold the arguments {', '.join(missing)} of the module, as they are no plain "
             f"values. Pass them: load_shrunk(path, kind, {missing[0]}=...)."
         )
-    module = kind(**{**contents["hyper_parameters"], **arguments})
+    held = contents["hyper_parameters"]
+    if (whole := contents.get("hyper_parameters_name")) in taken.names:  # one argument that holds all of them
+        held = {whole: held}
+    given = {name: one for name, one in held.items() if name in taken} | arguments
+    try:
+        module = kind(**given)
+    except TypeError as error:
+        raise TypeError(
+            f"{getattr(kind, '__name__', kind)!r} cannot be called with {', '.join(given) or 'no arguments'}, which "
+            f"{os.fspath(path)!r} and the call gave: {error}. Pass the class of the network, and its other arguments: "
+            "load_shrunk(path, kind, name=value)."
+        ) from error
     try:
         for name, sizes in contents["sizes"].items():
             _resize(module.get_submodule(name), sizes)
@@ -104,6 +126,29 @@ def load_shrunk(path: str | os.PathLike[str], kind: Callable[..., _Module], /, *
             "with which the network was made that was shrunk."
         ) from error
     return module
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """The names of the arguments that a function takes.
+
+    Attributes:
+        names: Those that are named.
+        all: Whether it takes any others, too.
+    """
+
+    names: frozenset[str]
+    all: bool
+
+    def __contains__(self, name: object) -> bool:
+        return self.all or name in self.names
+
+
+def _taken(kind: Callable[..., nn.Module]) -> _Taken:
+    parameters = inspect.signature(kind).parameters.values()
+    various = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    names = frozenset(one.name for one in parameters if one.kind not in various)
+    return _Taken(names, any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters))
 
 
 def _resize(part: nn.Module, sizes: Mapping[str, Any]) -> None:

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
 from lightning_roulette.slim.removal.removal import remove_dead
@@ -85,3 +87,80 @@ def test_the_types_of_numbers_and_tied_weights_are_those_of_the_network(tmp_path
     assert loaded.a.out_features == 4
     assert {one.dtype for one in loaded.parameters()} == {torch.bfloat16}
     assert torch.equal(loaded(inputs), model(inputs))
+
+
+class Perceptron(LightningModule):
+    """Two layers."""
+
+    def build(self, width: int, between: nn.Module) -> None:
+        self.a, self.between, self.b = nn.Linear(6, width), between, nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.b(self.between(self.a(x)))
+
+
+class Configured(Perceptron):
+    """Is built by LightningCLI from a number and the description of an object."""
+
+    def __init__(self, width: int, between: nn.Module) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.build(width, between)
+
+
+class InOneArgument(Perceptron):
+    """Has all its arguments in one."""
+
+    def __init__(self, settings: dict) -> None:
+        super().__init__()
+        self.save_hyperparameters(settings)
+        self.build(settings["width"], nn.ReLU())
+
+
+class WithMore(Perceptron):
+    """Saves a value that it does not take."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.save_hyperparameters({"width": width, "epochs": 3})
+        self.build(width, nn.ReLU())
+
+
+def by_cli() -> Configured:
+    arguments = ["--model.width=8", "--model.between=torch.nn.LeakyReLU", "--model.between.negative_slope=0.1"]
+    return LightningCLI(Configured, run=False, args=arguments, seed_everything_default=0).model
+
+
+@pytest.mark.filterwarnings("ignore")  # of jsonargparse, and of Lightning about a module among the arguments
+@pytest.mark.parametrize(
+    ("made_by", "arguments"),
+    [
+        (by_cli, {"between": nn.LeakyReLU(0.1)}),
+        (lambda: InOneArgument({"width": 8}), {}),
+        (lambda: WithMore(8), {}),
+    ],
+    ids=["LightningCLI", "one argument", "more than it takes"],
+)
+@torch.no_grad()
+def test_modules_are_built_from_the_arguments_that_they_saved(made_by, arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["cli.py"])
+    model, x = made_by().eval(), torch.randn(5, 6)
+    model.b.weight[:, ::2] = 0
+    slim = save_shrunk(model, tmp_path / "shrunk.ckpt", x)
+    if arguments:
+        with pytest.raises(ValueError, match="does not hold the arguments between of the module"):
+            load_shrunk(tmp_path / "shrunk.ckpt", type(model))
+    loaded = load_shrunk(tmp_path / "shrunk.ckpt", type(model), **arguments).eval()
+    assert loaded.a.out_features == 4
+    assert torch.equal(loaded(x), slim(x))
+    again = load_shrunk(tmp_path / "shrunk.ckpt", lambda: made_by())
+    assert torch.equal(again.eval()(x), slim(x))
+
+
+@torch.no_grad()
+def test_a_class_that_needs_other_arguments_is_named(tmp_path):
+    model, x = WithMore(8).eval(), torch.randn(5, 6)
+    model.b.weight[:, ::2] = 0
+    save_shrunk(model, tmp_path / "shrunk.ckpt", x)
+    with pytest.raises(TypeError, match=r"'Configured' cannot be called with width, which .*between.*Pass the class"):
+        load_shrunk(tmp_path / "shrunk.ckpt", Configured)
