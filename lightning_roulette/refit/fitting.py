@@ -77,7 +77,7 @@ class Fitting:
             return given, kept
         found = prepared.solve(other, torch.where(other, dense, 0.0))
         lower = problem.error(found) < problem.error(given)
-        holds = not sums.held_out.rows or sums.held_out.error(found) <= sums.held_out.error(given)
+        holds = sums.held_out.error(found) <= sums.held_out.error(given)
         better = self.processes.first(torch.tensor(lower and holds))
         return (found, other) if better else (given, kept)
 
@@ -118,9 +118,11 @@ class Fitting:
 
 def fault(sums: LayerSums, start: Tensor, refitted: Tensor) -> str:
     """Return why a refitted matrix is not kept; empty if it is finite and no worse, in the type of the weights."""
+    if not sums.held_out.rows:
+        return "a single row of its input is known, so nothing could judge the fit"
     if not (sums.finite and bool(refitted.isfinite().all())):
         return "its inputs or its solved weights are not finite"
     held_out = sums.held_out
-    if held_out.rows and held_out.error(refitted) > held_out.error(start) + _ROUNDING * held_out.mean_square:
+    if held_out.error(refitted) > held_out.error(start) + _ROUNDING * held_out.mean_square:
         return "it increased the error on inputs that it was not solved on"
     return ""

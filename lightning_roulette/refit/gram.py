@@ -12,7 +12,8 @@ from lightning_roulette.large.precision import full_precision
 from lightning_roulette.large.processes import Processes
 from lightning_roulette.large.products import products_with
 from lightning_roulette.refit.centre import Centre
-from lightning_roulette.refit.held_out import HeldOutRows
+from lightning_roulette.refit.held_out import ONE_IN, HeldOutRows
+from lightning_roulette.refit.matrices import Rows
 
 _COLUMNS = 256  # of a block of the Gram matrix, of which the half below the diagonal is computed
 _NARROW = (
@@ -237,7 +238,7 @@ def _mirror(gram: Tensor) -> None:
         gram[:, :begin, begin:end] = gram[:, begin:end, :begin].mT
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LayerSums:
     """What is known about one layer.
 
@@ -248,6 +249,19 @@ class LayerSums:
 
     fit: GramSums = field(default_factory=GramSums)
     held_out: HeldOutRows = field(default_factory=HeldOutRows)
+    _of_small_calls: int = field(default=0, repr=False)
+
+    def add_call(self, rows: Rows, y: Tensor) -> None:
+        """Add the rows of a call, with the wanted outputs `y`. Some of them judge the fit.
+
+        Of the rows of all calls with fewer than eight, the second and every eighth after it judge.
+        """
+        held_out = rows.held_out
+        if rows.count < ONE_IN:
+            before = self._of_small_calls + ONE_IN - 2
+            self._of_small_calls += rows.count
+            held_out = (before + rows.count) // ONE_IN - before // ONE_IN
+        self.add(rows.values, y, held_out)
 
     def add(self, x: Tensor, y: Tensor, held_out: int = 0) -> None:
         """Add rows. The last `held_out` rows judge the fit. For shapes see `GramSums.add`."""

@@ -11,6 +11,8 @@ from lightning_roulette.large.precision import full_precision
 from lightning_roulette.large.processes import ONE_PROCESS, Processes
 from lightning_roulette.large.products import products_with
 
+ONE_IN = 8  # one row in this many judges a fit
+
 
 @dataclass(eq=False)
 class HeldOutRows:

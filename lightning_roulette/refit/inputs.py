@@ -55,7 +55,7 @@ class Calibration:
     - two copies of the weights,
     - the rows of one layer in one batch,
     - the Gram sums of one layer and of the first layer (`inputs ** 2` float64 numbers for each group), and an eighth of
-      their rows, which judges the refit,
+      their rows (at least one), which judges the refit,
     - linear systems of at most 2**26 bytes,
     - if neurons or heads are chosen, the Gram sums of all layers that read them,
     - `cache_bytes` for what is kept between layers: a quarter for outputs of the dense network on the chosen rows, of

@@ -268,7 +268,7 @@ class Layerwise:
                 raise NotKept(
                     f"the pruned network gives it {rows.count} rows of input, the dense network {dense.count}"
                 )
-            layer_sums.add(rows.values, dense.outputs, rows.held_out)
+            layer_sums.add_call(rows, dense.outputs)
 
     @contextmanager
     def _dense_layers(self, step: Step, dense: Mapping[str, Tensor]) -> Iterator[None]:

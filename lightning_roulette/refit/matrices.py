@@ -12,10 +12,10 @@ from lightning_roulette.large.precision import full_precision
 from lightning_roulette.large.processes import ONE_PROCESS, Processes
 from lightning_roulette.large.products import products_with
 from lightning_roulette.network.layers import Layer
+from lightning_roulette.refit.held_out import ONE_IN
 from lightning_roulette.refit.traversal import Call, Given
 from lightning_roulette.wheel.chance import random_bits, stream
 
-_HELD_OUT = 8  # one row in this many judges a fit
 _ROWS_FOR_EACH_INPUT, _LEAST_ROWS, _MOST_ROWS = 32, 2**12, 2**16
 
 
@@ -26,7 +26,7 @@ class Rows:
     Attributes:
         values: Float32 or float64, shape `(groups, rows, inputs)`.
         count: Number of rows from which these were chosen.
-        held_out: Number of rows, at the end, that judge a fit.
+        held_out: Number of rows, at the end, that judge a fit; 0 in a call with fewer than eight.
     """
 
     values: Tensor
@@ -67,7 +67,7 @@ class RowSampler:
                 key = stream(self.seed, batch, call.number, name)
                 begin, end = index * rows // most, (index + 1) * rows // most
                 index = begin + random_bits(key, index).remainder(end - begin)
-            count, held_out = rows, int((index >= rows - rows // _HELD_OUT).sum())
+            count, held_out = rows, int((index >= rows - rows // ONE_IN).sum())
             return index
 
         values = layer.rows(*given, chosen)
@@ -85,7 +85,7 @@ class RowSampler:
 
     def _most(self, layer: Layer, given: Given) -> int:
         """Return the largest number of rows that are chosen from a call."""
-        return max(_HELD_OUT, self.wanted(layer, given) // self.batches)
+        return max(ONE_IN, self.wanted(layer, given) // self.batches)
 
 
 def rows_in(layer: Layer, given: Given) -> int:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_roulette.refit import gram
 from lightning_roulette.refit.gram import GramSums, LayerSums
+from lightning_roulette.refit.matrices import Rows
 from lightning_roulette.refit.moments import MeanAndVariance
 from tests.support.limits import set_limits
 from tests.support.networks import numbers
@@ -226,3 +229,14 @@ def test_few_rows_that_are_not_finite_are_not_finite():
     x[0, 2, 3] = torch.nan
     sums.add(x, numbers(1, 4, 3, seed=1).float())
     assert not sums.finite
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=12))
+def test_an_eighth_of_the_rows_judges_whatever_the_sizes_of_the_calls(sizes):
+    sums = LayerSums()
+    for size in sizes:
+        x, y = numbers(1, size, 2), numbers(1, size, 1)
+        sums.add_call(Rows(x, size, size // 8), y)
+    of_small, of_large = sum(one for one in sizes if one < 8), sum(one // 8 for one in sizes)
+    assert sums.held_out.rows == of_large + (of_small + 6) // 8
+    assert sums.fit.rows == sum(sizes) - sums.held_out.rows

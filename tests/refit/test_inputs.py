@@ -533,12 +533,20 @@ def noise(rows: int, shift: float = 0.0) -> tuple[nn.Module, Mask, list[torch.Te
     return net, Mask({"0.weight": some, "2.weight": odd}), [numbers(rows, 40) + shift]
 
 
-def test_a_fit_that_is_worse_on_rows_held_out_is_undone_but_not_those_after_it():
-    net, mask, batches = noise(32)
-    found = refit(net, batches, mask, LeastSquares(damping=1e-9))
+@pytest.mark.parametrize("rows", [32, 7, 3, 1])
+def test_a_fit_that_is_worse_on_rows_held_out_is_undone_but_not_those_after_it(rows):
+    net, mask, (inputs,) = noise(32)
+    found = refit(net, list(inputs.split(rows)), mask, LeastSquares(damping=1e-9))
     assert found.undone == {"0.weight": "it increased the error on inputs that it was not solved on"}
     assert_merely_pruned(net, mask, found, ["0.weight", "0.bias"])
     assert not torch.equal(found.values["2.weight"], changed(net, mask)[2].weight)
+
+
+def test_a_fit_that_no_row_judges_is_undone():
+    net, mask, (inputs,) = noise(1)
+    found = refit(net, [inputs], mask)
+    assert found.undone == dict.fromkeys(mask, "a single row of its input is known, so nothing could judge the fit")
+    assert_merely_pruned(net, mask, found, mask)
 
 
 def test_a_fit_on_enough_rows_is_kept():
