@@ -28,7 +28,8 @@ def pieces_of(layer: Layer, tensors: Mapping[str, Tensor], units: Units | None) 
         inputs = neighbours(layer, tensors, units.rule.of)
         return None if inputs is None else Segments(inputs.to(tensors[layer.names[0]].device))
     labels = labels_in(layer, tensors, units.parts)
-    return Blocks.of(labels) if bool((labels >= 0).any()) else None
+    ends = [stop for _, _, stop in units.ranges()]
+    return Blocks.of(labels, ends) if bool((labels >= 0).any()) else None
 
 
 def labels_in(layer: Layer, tensors: Mapping[str, Tensor], parts: Iterable[Part]) -> Tensor:

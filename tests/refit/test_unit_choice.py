@@ -304,3 +304,24 @@ def test_blocks_at_the_end_of_a_matrix_keep_their_places():
     assert found.mask is not None
     assert torch.equal(found.mask["0.weight"][:, 6], mask["0.weight"][:, 6])
     assert found.mask.counts == mask.counts
+
+
+def test_each_weight_of_a_recurrent_layer_keeps_as_many_blocks():
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(6, 4, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lstm(x)[0]
+
+    net = known(Last()).eval()
+    units = blocks_of(net, ["lstm.weight_ih_l0", "lstm.weight_hh_l0"], Block(2, 2))
+    inputs, chosen = [related(60, 3, 6, seed=seed) for seed in range(2)], 0
+    for seed in range(3):
+        mask = without(net, units, 0.5, seed)
+        found = Calibration(net, inputs).refit(mask, CHOOSE, units=units).mask or mask
+        assert found.counts == mask.counts
+        assert all(torch.equal(kept.sum(1), mask[name].sum(1)) for name, kept in found.items())
+        chosen += found != mask
+    assert chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +91,7 @@ class Segments(Pieces):
 
 @dataclass(frozen=True, eq=False)
 class Blocks(Pieces):
-    """A piece is a block of entries. A set has the blocks of one size that begin at one output of a group.
+    """A piece is a block of entries. A set has the blocks of one weight and size that begin at one output of a group.
 
     Attributes:
         labels: int64, shape `(groups, outputs, inputs)`: the number of the block of each entry, from 0 to the number of
@@ -102,20 +103,22 @@ class Blocks(Pieces):
     sets: Tensor
 
     @classmethod
-    def of(cls, labels: Tensor) -> Blocks:
+    def of(cls, labels: Tensor, ends: Sequence[int] = ()) -> Blocks:
         """Return the blocks of a layer.
 
         Args:
             labels: See `labels`, but for any numbers of at least 0.
+            ends: The number after the last block of each weight, in rising order. A recurrent layer has two weights.
         """
         numbers, labels = labels.unique(return_inverse=True)
         labels = labels - int(numbers[0] < 0)
+        weight = torch.bucketize(numbers[numbers >= 0], torch.tensor(ends, device=labels.device), right=True)
         count = int(labels.max()) + 1
         flat = torch.where(labels < 0, count, labels).flatten()
         rows = torch.arange(labels.shape[0] * labels.shape[1], device=labels.device)
         rows = rows.repeat_interleave(labels.shape[2])
         first = torch.full((count + 1,), len(rows), device=labels.device).scatter_reduce(0, flat, rows, "amin")
-        kinds = torch.stack([first, flat.bincount(minlength=count + 1)], 1)[:count]
+        kinds = torch.stack([first[:count], flat.bincount(minlength=count + 1)[:count], weight], 1)
         kind = kinds.unique(dim=0, return_inverse=True)[1]
         members = [(kind == one).nonzero().flatten() for one in range(int(kind.max()) + 1)]
         return cls(labels, torch.nn.utils.rnn.pad_sequence(members, batch_first=True, padding_value=-1))
