@@ -31,7 +31,8 @@ def state_dict_in(contents: Any) -> dict[str, Tensor]:
     save = "Save the weights alone: torch.save(module.state_dict(), path)."
     if not isinstance(contents, Mapping):
         raise WrongStateDict(f"it holds an object of the class {type(contents).__name__}, and no state dict. {save}")
-    for found in (contents, *(contents[key] for key in _KEYS if key in contents)):
+    # inner ones first, as some numbers beside them may be tensors
+    for found in (*(contents[key] for key in _KEYS if key in contents), contents):
         if _is_state_dict(found):
             return dict(found)
     keys = ", ".join(sorted(map(repr, contents))[:8]) or "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from lightning_roulette.report.optional import imported
@@ -19,24 +20,9 @@ def frame(report: SearchReport) -> Any:
 
 def _numbers(level: Level) -> dict[str, Any]:
     low, middle, high = level.spread
-    return {
-        "level": level.level,
-        "epoch": level.epoch,
-        "pruning_rate": level.pruning_rate,
-        "sparsity": level.sparsity,
-        "survivors": level.survivors,
-        "candidates": len(level.candidates),
-        "score": level.score,
-        "error": level.error,
-        "branch_min": low,
-        "branch_median": middle,
-        "branch_max": high,
-        "accepted": level.accepted,
-        "held_out_score": level.held_out_score,
-        "held_out_error": level.held_out_error,
-        "p_value": level.p_value,
-        "held": level.held,
-    }
+    found = {one.name: getattr(level, one.name) for one in fields(level)}
+    found |= {"score": level.score, "candidates": len(level.candidates), "undone": len(level.undone)}
+    return found | {"branch_min": low, "branch_median": middle, "branch_max": high}
 
 
 _NONE = Level(0, 0.0, 0.0, 0, (), None, False)  # names the columns of a report without levels

@@ -74,7 +74,12 @@ def _place(report: SearchReport, over: str, level: Level | None) -> float:
         return 0 if level is None else level.level
     if over == "multiply_adds":
         return max(_share_of_work(report, level), 0.5 / max(1, report.multiply_adds or 0))
-    return 1.0 if level is None else max(1 - level.sparsity, 0.5 / max(1, report.size))
+    return 1.0 if level is None else _share_left(report, level.sparsity)
+
+
+def _share_left(report: SearchReport, sparsity: float) -> float:
+    """Return the share of the weights that is left, above 0 for a logarithmic axis."""
+    return max(1 - sparsity, 0.5 / max(1, report.size))
 
 
 def _share_of_work(report: SearchReport, level: Level | None) -> float:
@@ -113,7 +118,12 @@ def _limit(report: SearchReport, axes: Any) -> int:
 
 
 def _draw_candidates(report: SearchReport, over: str, axes: Any, hidden: int) -> None:
-    points = [(_place(report, over, level), one.score) for level in report.levels for one in level.candidates]
+    points = [
+        # candidates of units may differ in their sparsity; what each multiplies is not known
+        (_share_left(report, one.sparsity) if over == "sparsity" else _place(report, over, level), one.score)
+        for level in report.levels
+        for one in level.candidates
+    ]
     if not points:
         return
     beyond = f" ({hidden} are outside)" if hidden else ""

@@ -252,8 +252,8 @@ class SearchReport(FormerNames):
     def to_dataframe(self) -> Any:
         """Return a pandas DataFrame with one row for each level, failed ones included.
 
-        The columns are the fields of `Level`, the number of candidates, and the smallest, median and largest score of
-        the branch. What is unknown is NaN or None.
+        The columns are the fields of `Level`, with numbers in place of `candidates` and `undone`; and the smallest,
+        median and largest score of the branch. What is unknown is NaN or None.
 
         Raises:
             ImportError: If pandas is not installed, which is the extra `pandas`.

@@ -84,4 +84,5 @@ class Sparsity(Metric):
     def compute(self) -> Tensor:
         """Return the share of zeros, in [0, 1]; NaN before the first update."""
         survivors, weights = int(self.survivors), int(self.weights)
-        return torch.tensor(1 - survivors / weights if weights else torch.nan, device=self.device)
+        share = 1 - survivors / weights if weights else torch.nan
+        return torch.tensor(share, dtype=torch.float32, device=self.device)  # also where half precision is the default

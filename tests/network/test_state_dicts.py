@@ -50,6 +50,7 @@ def load(module, state, strict=True) -> str:
         {"model_state_dict": TENSORS, "optimizer": {"state": {}}},
         {"model": TENSORS, "ema": None},
         {"net": TENSORS | {"extra": {"version": 1}}},
+        {"state_dict": TENSORS, "step": torch.tensor(3), "decay": torch.tensor(0.9)},
     ],
 )
 def test_a_state_dict_is_found_in_the_usual_places(contents):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
@@ -21,6 +21,8 @@ def test_there_is_a_row_of_numbers_for_each_level():
     assert (first["branch_min"], first["branch_median"], first["branch_max"]) == (0.93, 0.95, 0.97)
     assert first["held_out_score"] == 0.9511
     assert list(frame["survivors"]) == [level.survivors for level in LEVELS]
+    assert {one.name for one in fields(LEVELS[0])} <= {*frame.columns}
+    assert list(frame["undone"]) == [len(level.undone) for level in LEVELS]
 
 
 def test_a_report_without_levels_has_the_same_columns():

@@ -35,6 +35,13 @@ def test_every_candidate_is_a_dot_and_lines_join_the_winners_and_their_held_out_
     assert [x for x, _ in lines["levels below the floor"]] == [2, 3]
 
 
+def test_candidates_of_units_are_drawn_at_their_own_sparsity():
+    level = REPORT.levels[0]
+    candidates = tuple(replace(one, sparsity=0.1 * one.index + 0.2) for one in level.candidates)
+    _, _, dots = drawn(replace(REPORT, levels=(replace(level, candidates=candidates),)))
+    assert [x for x, _ in dots] == pytest.approx([1 - one.sparsity for one in candidates])
+
+
 def test_floors_and_the_result_are_marked():
     _, lines, _ = drawn(CONFIRMED, "level")
     assert {y for _, y in lines["floor: search half"]} == {CONFIRMED.floor}

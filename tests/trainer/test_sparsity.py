@@ -31,6 +31,18 @@ def test_it_is_the_share_of_zeros_that_the_function_counts(share):
     assert metric.compute() == pytest.approx(share, abs=1e-7)
 
 
+def test_it_is_not_rounded_where_half_precision_is_the_default():
+    net, metric = thinned(0.303), Sparsity()
+    metric.update(net)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does in the steps of precision="bf16-true"
+    try:
+        found = metric.compute()
+    finally:
+        torch.set_default_dtype(before)
+    assert float(found) == pytest.approx(sparsity(prunable_parameters(net)), abs=1e-7)
+
+
 def test_a_call_and_an_update_both_give_the_network_as_it_is_now():
     metric = Sparsity()
     metric.update(thinned(0.5))

@@ -86,7 +86,7 @@ def inspect(path: str | os.PathLike[str]) -> FileContents:
 
     Raises:
         ImportError: If the package that reads the file is not installed.
-        ValueError: If the file is damaged, or of another kind.
+        ValueError: If the file is damaged or of another kind, or if a tensor is sparse or quantised.
         OSError: If there is no such file.
     """
     name = os.fspath(path)
@@ -101,12 +101,23 @@ def inspect(path: str | os.PathLike[str]) -> FileContents:
     places: set[tuple[int, int]] = set()
     tensors = []
     for key, one in state.items():
+        count = _survivors(key, one)
         place = (one.data_ptr(), one.numel())
         size = 0 if place in places and one.numel() else one.numel() * one.itemsize
         places.add(place)
-        tensors.append(_stored(key, one, int(torch.count_nonzero(one)), size))
+        tensors.append(_stored(key, one, count, size))
     kind = "file of safetensors" if Path(path).suffix == ".safetensors" else "file of torch"
     return FileContents(name, kind, tuple(tensors), Path(path).stat().st_size)
+
+
+def _survivors(name: str, tensor: Tensor) -> int:
+    """Return the number of entries that are not zero."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        kind = "is quantised" if tensor.is_quantized else f"has the layout {tensor.layout}"
+        raise ValueError(f"{name} {kind}, but must be a dense tensor. Convert it before it is saved.")
+    # torch does not count in floating-point numbers of one byte
+    one_byte = tensor.is_floating_point() and tensor.itemsize == 1
+    return int(torch.count_nonzero(tensor.float() if one_byte else tensor))
 
 
 def _stored(name: str, tensor: Tensor, survivors: int, size: float) -> StoredTensor:

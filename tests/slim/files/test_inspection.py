@@ -32,6 +32,19 @@ def test_a_compressed_file_is_described_to_the_byte(tmp_path):
     assert "compressed file, values Codebook(bits=3)" in str(found)
 
 
+def test_numbers_of_one_byte_are_counted(tmp_path):
+    state = {"w": torch.tensor([0.0, 1.0, -0.0, torch.nan]).to(torch.float8_e4m3fn)}
+    save_weights(state, tmp_path / "weights.pt")
+    (found,) = inspect(tmp_path / "weights.pt").tensors
+    assert (found.dtype, found.weights, found.survivors, found.bytes) == ("float8_e4m3fn", 4, 2, 4)
+
+
+def test_tensors_that_are_not_dense_are_refused_by_name(tmp_path):
+    torch.save({"w": torch.eye(3).to_sparse()}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="w has the layout torch.sparse_coo, but must be a dense tensor"):
+        inspect(tmp_path / "weights.pt")
+
+
 @pytest.mark.parametrize("name", ["weights.pt", "weights.ckpt", "weights.safetensors"])
 def test_weights_alone_are_read_and_described(tmp_path, name):
     net, path = network(), tmp_path / name

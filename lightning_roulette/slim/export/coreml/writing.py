@@ -44,11 +44,13 @@ def write(
         ValueError: In one of these cases:
 
             - `path` does not end in .mlpackage, or is not a package; or `values` is unknown.
+            - The network has numbers that are too large for `values`.
             - PyTorch's exporter or coremltools has no counterpart for a part of the network.
             - The sparse weights that are read back from the package are not the dense ones.
     """
     check_choice("values", values, tuple(BITS))
     _check_path(path)
+    _check_range(model, values)
     imported("coremltools")
     whole, example = copy.deepcopy(model).cpu().float().eval(), _in_float32(example_input)
     found = removal_of(whole, example) if removal else None
@@ -76,6 +78,14 @@ def write(
         run=_not_here,
         notes=_notes(None if found is None else found.count, sizes, len(weights) - len(names)),
     )
+
+
+def _check_range(model: nn.Module, values: Values) -> None:
+    """Check that the type of the package holds all numbers of a network."""
+    most = torch.finfo(getattr(torch, values)).max
+    for name, one in model.state_dict().items():
+        if isinstance(one, Tensor) and one.is_floating_point() and bool((one.isfinite() & (one.abs() > most)).any()):
+            raise ValueError(f"{name} has numbers above {most:g}, the limit of {values}. Pass values='float32'.")
 
 
 def _check_path(path: Path) -> None:

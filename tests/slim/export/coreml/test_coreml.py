@@ -184,6 +184,16 @@ def test_what_cannot_be_expressed_is_refused_and_what_is_there_stays(tmp_path):
     assert [one.name for one in tmp_path.rglob("*")] == ["net.mlpackage", "mine.txt"]
 
 
+@pytest.mark.parametrize(("kind", "values", "most"), [("float32", "float16", 1e5), ("float64", "float32", 1e39)])
+def test_numbers_that_the_type_of_the_package_does_not_hold_are_refused(tmp_path, kind, values, most):
+    model = nn.Linear(3, 2).to(getattr(torch, kind))
+    with torch.no_grad():
+        model.weight[0, 1] = most
+    with pytest.raises(ValueError, match=rf"weight has numbers above .*, the limit of {values}"):
+        export(model, tmp_path / "net.mlpackage", "coreml", example_input=torch.zeros(1, 3), values=values)
+    assert not list(tmp_path.iterdir())
+
+
 def test_sparse_weights_that_are_not_the_dense_ones_are_refused_and_a_former_package_stays(tmp_path, monkeypatch):
     build, inputs = NETWORKS["linear"]
     model, path = pruned(known(build())), tmp_path / "net.mlpackage"
