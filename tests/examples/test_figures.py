@@ -49,3 +49,5 @@ def test_the_script_draws_what_the_pages_show(draw, tmp_path):
 def test_the_certificate_of_the_figure_is_that_of_the_page(draw):
     assert draw.smallest_tolerance(598, 0.0) == pytest.approx(0.005, rel=0.01)
     assert "598 held-out images" in text_of("docs/scores.md")
+    assert draw.smallest_tolerance(2000, 0.01) > 0.005 > draw.smallest_tolerance(3000, 0.01)
+    assert "1 % gained, 2,000 to 3,000 are needed" in text_of("docs/scores.md")
