@@ -68,6 +68,20 @@ def test_python_310_is_checked_by_ruff_and_mypy():
     assert SETTINGS["tool"]["mypy"]["python_version"] == "3.10"
 
 
+def test_the_page_about_installing_lists_every_extra_and_what_it_installs():
+    rows = re.findall(r"(?m)^\| `([\w-]+)` \| .+ \| ([^|]+) \|$", (PROJECT / "docs/install.md").read_text())
+    listed = {extra: packages.split(", ") for extra, packages in rows}
+    extras = SETTINGS["project"]["optional-dependencies"]
+    assert listed == {extra: [re.match(r"[\w-]+", one)[0] for one in extras[extra]] for extra in extras}
+
+
+def test_the_page_about_installing_names_the_bounds_of_what_is_always_installed():
+    page = (PROJECT / "docs/install.md").read_text()
+    bounded = re.findall(r"\*\*(\w+)\*\* ([\d.]+) or later", page)
+    assert set(bounded) == {(name, low) for name, (low, _) in bounds().items()}
+    assert f"below {bounds()['lightning'][1]}" in page
+
+
 @pytest.mark.parametrize("extra", SETTINGS["project"]["optional-dependencies"])
 def test_every_extra_is_bounded_and_pinned(extra):
     pins = {name.lower() for name in pinned((PROJECT / "constraints.txt").read_text())}

