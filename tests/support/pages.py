@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from lightning_roulette import RouletteWheelPruning, Tree
+from lightning_roulette import Mask, RouletteWheelPruning, Tree, apply_mask
 from tests.support.modules import QUIET, Blobs, tiny_net, train_loader, val_loader
 
 PROJECT = Path(__file__).parents[2]
@@ -103,6 +104,15 @@ def reader(pruning: RouletteWheelPruning) -> dict:
     net.load_state_dict({name.removeprefix("net."): one for name, one in trained.items()})
     torch.save({"state_dict": model.state_dict(), "pytorch-lightning_version": "2.6.0"}, "my.ckpt")
     inputs, classes = val_loader().dataset.tensors
+
+    def accuracy(net: nn.Module) -> float:
+        return float((net(inputs).argmax(1) == classes).float().mean())
+
+    def score(mask: Mask) -> float:  # as in docs/plain_pytorch.md
+        pruned = copy.deepcopy(net)
+        apply_mask(pruned, mask)
+        return accuracy(pruned)
+
     return {
         "torch": torch,
         "nn": nn,
@@ -114,7 +124,8 @@ def reader(pruning: RouletteWheelPruning) -> dict:
         "val": val_loader(100),
         "pruning": pruning,
         "net": net,
-        "accuracy": lambda net: float((net(inputs).argmax(1) == classes).float().mean()),
+        "accuracy": accuracy,
+        "score": score,
         "train_inputs": train_loader().dataset.tensors[0],
         "val_inputs": inputs,
         "val_classes": classes,
