@@ -83,7 +83,7 @@ def main() -> None:
     slim = trainer.test(model, test, verbose=False)[0]["test_acc"]
     model.load_state_dict(pruning.weights_at(0), strict=False)  # the network before pruning
     dense = trainer.test(model, test, verbose=False)[0]["test_acc"]
-    print(f"The steps of the search:\n\n{pruning.report.table(10)}\n")
+    print(f"The levels of the search:\n\n{pruning.report.table(10)}\n")
     show(pruning, dense, slim)
 
 
