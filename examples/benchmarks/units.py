@@ -2,8 +2,9 @@
 
 - Networks and data: `units_cases.py`. Test data judges only. Choices are made on a part of the training data.
 - Peers: `units_peers.py`. All ways see the same calibration inputs, and the peers with `Taylor` also their targets.
-- Goals: a share of the multiply-adds saved, without training or before one epoch of training with one recipe for all;
-  as few weights as half a point allows; or two of each four neighbouring weights (`units_ours.py`).
+- Goals: a share of the multiply-adds saved, without training or before one epoch of training with one recipe for all,
+  each at the learning rate of three that is best for it; as few weights as half a point allows; or two of each four
+  neighbouring weights (`units_ours.py`).
 - `faster` is the ratio of the medians of the processor's seconds for a batch of 64, by turns, on one thread.
 
 Finished runs are lines of JSON in the file of results and are not repeated. The table is written next to it. Where a
@@ -28,7 +29,8 @@ from units_ours import largest_of_four, with_pattern, without_units
 from units_peers import PEERS, CannotError, Peer, adds_of, to_adds, to_floor
 
 RUNS = 15  # of each network, to time it
-RECIPE = {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+RECIPE = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+RATES = (0.005, 0.01, 0.02)  # at which the cosine of the learning rate begins
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,9 @@ def measured(case: Case, run: Run, stored: Path) -> Row:
         stored: Folder where the pruned network is stored.
     """
     network, seconds = pruned(case, run, stored)
+    further: Row = {}
     if epochs := GOALS[run.goal].epochs:
-        optimizer = torch.optim.SGD(network.parameters(), **RECIPE)
-        learn(network, case, optimizer, epochs, run.path(stored).with_suffix(".state"))
+        network, further = taught(case, network, epochs, run.path(stored))
         torch.save((network, seconds), run.path(stored))
     return {
         "test": case.score(network, case.judging),
@@ -147,7 +149,31 @@ def measured(case: Case, run: Run, stored: Path) -> Row:
         "parameters": size(network) / size(case.network),
         "faster": faster(case, network),
         "seconds": seconds,
+        **further,
     }
+
+
+def taught(case: Case, network: nn.Module, epochs: int, path: Path) -> tuple[nn.Module, Row]:
+    """Return a network after training at the best learning rate, and the scores of all rates on the part that chooses.
+
+    Args:
+        case: The network and its data.
+        network: What is trained. It is not changed.
+        epochs: Number of epochs.
+        path: File of the result. What each rate gives is stored beside it.
+    """
+    found, scores = {}, {}
+    for rate in RATES:
+        stored = path.with_name(f"{path.stem}-rate-{rate}.pt")
+        if not stored.exists():
+            one = deepcopy(network)
+            optimizer = torch.optim.SGD(one.parameters(), lr=rate, **RECIPE)
+            learn(one, case, optimizer, epochs, stored.with_suffix(".state"))
+            torch.save(one, stored)
+        found[rate] = torch.load(stored, weights_only=False)
+        scores[rate] = case.score(found[rate], case.choosing)
+    best = max(RATES, key=lambda rate: scores[rate])
+    return found[best], {"rate": best, "choosing_by_rate": {str(rate): one for rate, one in scores.items()}}
 
 
 def pruned(case: Case, run: Run, stored: Path) -> tuple[nn.Module, float]:

@@ -171,6 +171,9 @@ def test_stored_networks_are_timed_again_and_trained_on(case, tmp_path, monkeypa
     first, trained = Runs(tmp_path / "units.jsonl").rows
     assert first["seconds"] == trained["seconds"]  # the network is pruned once
     assert first["adds"] == trained["adds"]
+    scores = trained["choosing_by_rate"]
+    assert {float(rate) for rate in scores} == {*units.RATES}
+    assert scores[str(trained["rate"])] == max(scores.values())
     monkeypatch.setattr(units, "faster", lambda *_: 7.0)
     monkeypatch.setattr(sys, "argv", [*argv, "--time-again"])
     units.main()
