@@ -23,7 +23,9 @@ def images(shape: tuple[int, ...]) -> dict[str, tuple[torch.Tensor, torch.Tensor
     }
 
 
-@pytest.mark.parametrize(("name", "shape"), [("lenet-300-100", (1, 28, 28)), ("resnet", (3, 32, 32))])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("lenet-300-100", (1, 28, 28)), pytest.param("resnet", (3, 32, 32), marks=pytest.mark.slow)]
+)
 def test_a_network_is_pruned_and_printed_in_the_table(tmp_path, monkeypatch, capsys, name, shape):
     monkeypatch.chdir(tmp_path)
     recipe = example.Recipe(4, range(1, 4), 1e-3, 5e-4, 1e-4, None, pruning_rate=0.3)

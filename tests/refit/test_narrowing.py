@@ -124,7 +124,11 @@ def test_a_network_that_is_pruned_already_is_rounded_by_its_own_zeros():
 
 @pytest.mark.parametrize(
     ("kind", "values", "shared"),
-    [("mlp", Codebook(3), False), ("conv", "int8", True), ("attention", Codebook(3), True)],
+    [
+        ("mlp", Codebook(3), False),
+        pytest.param("conv", "int8", True, marks=pytest.mark.slow),
+        pytest.param("attention", Codebook(3), True, marks=pytest.mark.slow),
+    ],
 )
 def test_processes_round_alike_and_as_one_process(kind, values, shared, monkeypatch):
     torch.backends.mha.set_fastpath_enabled(False)

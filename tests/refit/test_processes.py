@@ -28,9 +28,15 @@ def everything_shared(monkeypatch):
         monkeypatch.setattr(module, "worth_sharing", lambda work, entries, ranks: ranks > 1)
 
 
+QUICK = ("mlp", "conv", "lstm")  # the tests of other kinds are slow
+
+
 @pytest.mark.parametrize(
     ("kind", "how", "ranks"),
-    [*((kind, LeastSquares(), 2) for kind in KINDS), *((kind, CHOOSE, 3) for kind in ("mlp", "conv", "choosy"))],
+    [
+        *(pytest.param(kind, LeastSquares(), 2, marks=[pytest.mark.slow] * (kind not in QUICK)) for kind in KINDS),
+        *((kind, CHOOSE, 3) for kind in ("mlp", "conv", "choosy")),
+    ],
 )
 def test_a_refit_in_shares_is_that_of_one_process(kind, how, ranks, everything_shared):
     net, batches, mask = case(kind, sizes=(48, 40, 48, 40, 56)[: 5 if ranks == 2 else 2])
