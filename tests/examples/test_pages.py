@@ -154,7 +154,6 @@ def quick(monkeypatch, tmp_path):
         monkeypatch.setitem(searching.__kwdefaults__, "tree", Tree(0.2, max_levels=2))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of lightning, for a folder of checkpoints that is not empty
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_every_block_of_python_runs_and_prunes(quick, pruning, page):
