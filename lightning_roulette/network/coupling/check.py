@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_roulette.network.coupling.graph import float_tensors
+from lightning_roulette.network.coupling.graph import tensors_in
 from lightning_roulette.network.coupling.groups import Group, Member
 from lightning_roulette.network.lending import lent, named_tensors
 
@@ -20,17 +20,19 @@ _CHANGES = 2  # of the producers
 def outputs_of(run: Callable[[], Any]) -> list[Tensor]:
     """Copies of what a network returns, without gradients."""
     with torch.no_grad():
-        return [one.clone() for one in float_tensors(run())]
+        return [one.clone() for one in tensors_in(run())]
 
 
 def are_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    """Whether two outputs are finite and equal to six digits of their largest entries."""
+    """Whether two outputs are finite and equal to six digits of their largest entries; whole numbers are equal."""
     return len(first) == len(second) and all(map(_is_same, first, second))
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or not one.numel():
         return one.shape == other.shape
+    if not (one.is_floating_point() or one.is_complex()):
+        return torch.equal(one, other)
     return bool((one - other).abs().max() <= _CLOSE * one.abs().max())
 
 

@@ -68,7 +68,7 @@ def _is_function(run: Callable[[], Any]) -> bool:
             f"The network cannot be called with example_input ({type(error).__name__}: {error}). "
             "Pass what its forward takes: a tensor, a tuple of arguments, or a mapping of named arguments."
         ) from error
-    if not first:
+    if not any(one.is_floating_point() for one in first):
         raise ValueError(
             "The network returns no tensor of floating-point numbers, so it cannot be traced. "
             "Its forward must return its predictions: a tensor, or a container of tensors."

@@ -99,11 +99,11 @@ def unit_layers(network: nn.Module) -> dict[str, nn.Module]:
     return {name: part for name, part in parts.items() if _channels(part) is not None}
 
 
-def float_tensors(output: Any) -> list[Tensor]:
-    """The tensors of floating-point numbers in an output of a network. Objects such as caches are not looked into."""
+def tensors_in(output: Any) -> list[Tensor]:
+    """The tensors in an output of a network. Objects such as caches are not looked into."""
     if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    return [tensor for part in (parts_of(output) or {}).values() for tensor in float_tensors(part)]
+        return [output]
+    return [tensor for part in (parts_of(output) or {}).values() for tensor in tensors_in(part)]
 
 
 def graph_package() -> Any:
@@ -125,7 +125,7 @@ def _graph(network: nn.Module, run: Callable[[], Any]) -> Any:
         return _tracer(graph_package())().build_dependency(
             network,
             example_inputs=(),
-            forward_fn=lambda *_: [one for one in float_tensors(run()) if one.grad_fn is not None],
+            forward_fn=lambda *_: [one for one in tensors_in(run()) if one.grad_fn is not None],
             customized_pruners={kind: _Widths(one) for kind, one in kinds.items()},
             verbose=False,
         )

@@ -43,16 +43,19 @@ class NarrowAttention(nn.MultiheadAttention):
         rows = rows if swapped else [one.transpose(0, 1) for one in rows]
         queries, keys, values = self._with_biases(*map(self._in_heads, self._projected(rows)))
         mask = self._mask(attn_mask, key_padding_mask, keys.shape[2], queries)
-        weights = queries @ keys.mT / math.sqrt(self.head_dim)
-        weights = torch.softmax(weights if mask is None else weights + mask, -1)
-        weights = F.dropout(weights, self.dropout, self.training)
-        joined = (weights @ values).transpose(1, 2).flatten(2)
+        shown, dropped = None, self.dropout if self.training else 0.0
+        if need_weights:
+            weights = queries @ keys.mT / math.sqrt(self.head_dim)
+            weights = F.dropout(torch.softmax(weights if mask is None else weights + mask, -1), dropped)
+            heads, shown = weights @ values, weights.mean(1) if average_attn_weights else weights
+        else:  # as torch does: a query that may look at no key gets zeros, and not NaN
+            heads = F.scaled_dot_product_attention(queries, keys, values, mask, dropped)
+        joined = heads.transpose(1, 2).flatten(2)
         found = F.linear(joined, self.out_proj.weight, self.out_proj.bias)  # as torch does, which calls no module
         found = found if swapped else found.transpose(0, 1)
-        shown = weights.mean(1) if average_attn_weights else weights
         if not batched:
-            found, shown = found.squeeze(0), shown.squeeze(0)
-        return found, shown if need_weights else None
+            found, shown = found.squeeze(0), None if shown is None else shown.squeeze(0)
+        return found, shown
 
     def _projected(self, rows: list[Tensor]) -> list[Tensor]:
         separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)

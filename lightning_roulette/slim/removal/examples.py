@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,48 +16,76 @@ from lightning_roulette.network.coupling.check import outputs_of
 _CLOSE = 1e-5  # allowed difference, relative to the larger of one and the largest output
 
 
-def runs_of(model: nn.Module, example_input: Any) -> list[Callable[[], Any]]:
-    """What calls a network with the example, and with random inputs like it."""
-    return [caller_of(model, one)(None) for one in (example_input, like(example_input))]
+def inputs_like(model: nn.Module, example_input: Any) -> list[Any]:
+    """Return the example, and random inputs like it that the network can compute.
 
-
-def like(example_input: Any) -> Any:
-    """Random inputs of the same mean and spread; whole numbers and truth values in another order."""
-    return _varied(example_input, torch.Generator().manual_seed(0))
-
-
-def outputs(model: nn.Module, example_input: Any) -> list[Tensor]:
-    """What a network returns for the example and for random inputs like it, in evaluation mode."""
+    Floating-point numbers have the same mean and spread. Those that are not finite, as in an attention mask, stay.
+    Whole numbers and truth values are in another order. If the network fails on them, or gives numbers that are not
+    finite, their rows are in another order instead. If it fails on these, too, the example is alone.
+    """
     with borrowed(model):
-        return [one for run in runs_of(model, example_input) for one in outputs_of(run)]
+        finite = _are_finite(model, example_input)
+        for by_rows in (False, True):
+            given = _varied(example_input, torch.Generator().manual_seed(0), by_rows)
+            try:
+                if _are_finite(model, given) or not finite:
+                    return [example_input, given]
+            except Exception:  # of a network that takes only some whole numbers, such as lengths in order
+                continue
+    return [example_input]
 
 
-def float_outputs(model: nn.Module, given: Any) -> list[Tensor]:
-    """The floating-point numbers that a network returns for an input."""
-    return outputs_of(caller_of(model, given)(None))
+def runs_of(model: nn.Module, inputs: Sequence[Any]) -> list[Callable[[], Any]]:
+    """Return what calls a network with each of some inputs."""
+    return [caller_of(model, one)(None) for one in inputs]
+
+
+def outputs(model: nn.Module, inputs: Sequence[Any]) -> list[Tensor]:
+    """Return the tensors that a network returns for some inputs, in evaluation mode."""
+    with borrowed(model):
+        return [one for run in runs_of(model, inputs) for one in outputs_of(run)]
 
 
 def are_close(expected: list[Tensor], found: list[Tensor]) -> bool:
-    """Whether all outputs differ by at most 1e-5, relative to the larger of one and the largest output."""
+    """Whether all outputs differ by at most 1e-5, relative to the larger of one and the largest output.
+
+    Whole numbers must be equal, and the same numbers must be finite.
+    """
     return len(expected) == len(found) and all(map(_is_close, expected, found))
 
 
 def _is_close(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or not one.numel():
         return one.shape == other.shape
+    if not (one.is_floating_point() or one.is_complex()):
+        return torch.equal(one, other)
+    finite = one.isfinite()
+    if not torch.equal(finite, other.isfinite()):
+        return False
+    one, other = one.where(finite, 0.0), other.where(finite, 0.0)
     return bool((one - other).abs().max() <= _CLOSE * max(1.0, float(one.abs().max())))
 
 
-def _varied(given: Any, chance: torch.Generator) -> Any:
+def _are_finite(model: nn.Module, given: Any) -> bool:
+    return all(bool(one.isfinite().all()) for one in outputs_of(caller_of(model, given)(None)))
+
+
+def _varied(given: Any, chance: torch.Generator, by_rows: bool) -> Any:
     if isinstance(given, Tensor):
-        return _random_like(given, chance)
+        return _random_like(given, chance, by_rows)
     parts = parts_of(given)
-    return given if parts is None else with_parts(given, {key: _varied(one, chance) for key, one in parts.items()})
+    if parts is None:
+        return given
+    return with_parts(given, {key: _varied(one, chance, by_rows) for key, one in parts.items()})
 
 
-def _random_like(example: Tensor, chance: torch.Generator) -> Tensor:
-    if not example.is_floating_point():
-        order = torch.randperm(example.numel(), generator=chance).to(example.device)
-        return example.flatten()[order].reshape(example.shape)
-    noise = torch.randn(example.shape, generator=chance).to(example)
-    return example.mean() + max(float(example.std(correction=0)), 1e-3) * noise
+def _random_like(example: Tensor, chance: torch.Generator, by_rows: bool) -> Tensor:
+    if example.is_floating_point():
+        noise, finite = torch.randn(example.shape, generator=chance).to(example), example.isfinite()
+        known = example[finite] if bool(finite.any()) else example.new_zeros(1)
+        found = known.mean() + max(float(known.std(correction=0)), 1e-3) * noise
+        return torch.where(finite, found, example)
+    if by_rows:
+        return example[torch.randperm(len(example), generator=chance).to(example.device)] if example.dim() else example
+    order = torch.randperm(example.numel(), generator=chance).to(example.device)
+    return example.flatten()[order].reshape(example.shape)

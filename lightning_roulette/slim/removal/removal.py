@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_roulette.network.calling import has_own_forward
@@ -16,7 +17,7 @@ from lightning_roulette.network.coupling.groups import Coupling, Group
 from lightning_roulette.report.columns import in_columns
 from lightning_roulette.slim.removal.cutting import Cut
 from lightning_roulette.slim.removal.dead import DeadUnits
-from lightning_roulette.slim.removal.examples import are_close, outputs, runs_of
+from lightning_roulette.slim.removal.examples import are_close, inputs_like, outputs, runs_of
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ def remove_dead(model: nn.Module, example_input: Any) -> nn.Module:
     Raises:
         ImportError: If the extra `units` is not installed.
         TypeError: If `example_input` is none of these.
-        ValueError: If the network cannot be called with it, if it is compiled, or if rounding changes its outputs by
-            more than 1e-5.
+        ValueError: If the network cannot be called with it, if it is compiled or cannot be copied, or if rounding
+            changes its outputs by more than 1e-5.
     """
     return removal_of(model, example_input).model
 
@@ -138,19 +139,19 @@ def removal_of(model: nn.Module, example_input: Any, inside: str = "") -> Remova
         inside: The path of the network inside the module. Empty: the module is the network.
     """
     _refuse_own_forward(model)
-    whole = copy.deepcopy(model)
+    whole = _copied(model)
     network = whole.get_submodule(inside)
     coupling = coupling_of(network, example_input)
-    expected = outputs(network, example_input)
+    inputs = inputs_like(network, example_input)
+    expected = outputs(network, inputs)
     with borrowed(network):
-        found = DeadUnits(network, coupling.groups, runs_of(network, example_input))
-    _check(expected, outputs(network, example_input))
-    cut, left = Cut(network), dict(coupling.left)
-    stuck = {
-        one.name for one in coupling.groups if not _removed(cut, one, found.dead[one.name], expected, example_input)
-    }
-    left |= dict.fromkeys(sorted(stuck), "the network cannot be called with another number of its units")
-    _check(expected, outputs(network, example_input))
+        found = DeadUnits(network, coupling.groups, runs_of(network, inputs))
+    _check(expected, outputs(network, inputs))
+    cut = Cut(network)
+    reasons = {one.name: _removed(cut, one, found.dead[one.name], expected, inputs) for one in coupling.groups}
+    stuck = {name for name, reason in reasons.items() if reason}
+    left = dict(coupling.left) | {name: reasons[name] for name in sorted(stuck)}
+    _check(expected, outputs(network, inputs))
     counts = _counts(coupling, found, stuck)
     sizes = {f"{inside}.{name}".strip("."): each for name, each in cut.sizes.items()}
     return Removal(whole, DeadCount(counts, left), sizes)
@@ -166,17 +167,37 @@ def _refuse_own_forward(model: nn.Module) -> None:
             )
 
 
-def _removed(cut: Cut, group: Group, dead: Tensor, expected: list[Tensor], example_input: Any) -> bool:
-    """Remove units if the network computes the same without them. Return whether it does."""
-    if not bool(dead.any()):
-        return True
-    cut.remove(group, dead)
+def _copied(model: nn.Module) -> nn.Module:
+    """Return a copy.
+
+    Raises:
+        ValueError: If it cannot be copied, or has no values.
+    """
+    if any(one.is_meta for one in (*model.parameters(), *model.buffers())):
+        raise ValueError("the network is on the device meta, so its weights have no values. Load them first.")
     try:
-        same = are_close(expected, outputs(cut.network, example_input))
+        with torch.inference_mode(False):
+            return copy.deepcopy(model)
+    except RuntimeError as error:  # of weights that are computed from others and stored on the module
+        raise ValueError(
+            f"the network cannot be copied: {error} Weights that torch.nn.utils.prune or weight_norm computes are such "
+            "tensors. Call torch.nn.utils.prune.remove, or remove_weight_norm, first."
+        ) from error
+
+
+def _removed(cut: Cut, group: Group, dead: Tensor, expected: list[Tensor], inputs: list[Any]) -> str:
+    """Remove units if the network computes the same without them. Return why it does not; empty if it does."""
+    if not bool(dead.any()):
+        return ""
+    cut.remove(group, dead)
+    reason = "the outputs of the network differ with another number of its units"
+    try:
+        if are_close(expected, outputs(cut.network, inputs)):
+            reason = ""
     except Exception:  # of a network that computes with numbers of units
-        same = False
-    cut.keep() if same else cut.take_back()
-    return same
+        reason = "the network cannot be called with another number of its units"
+    cut.take_back() if reason else cut.keep()
+    return reason
 
 
 def _counts(coupling: Coupling, found: DeadUnits, stuck: set[str]) -> tuple[UnitCount, ...]:

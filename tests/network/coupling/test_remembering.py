@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lightning_roulette.network.coupling.graph import float_tensors
+from lightning_roulette.network.coupling.graph import tensors_in
 from lightning_roulette.network.coupling.remembering import remembering
 from tests.network.coupling.networks import NETWORKS
 from tests.support.networks import known, numbers
@@ -93,6 +93,6 @@ def test_networks_return_what_a_first_call_returns(name):
     model = known(build()).eval()
     again = remembering(lambda: model(inputs))
     for weight in model.parameters():
-        found, first = float_tensors(again()), float_tensors(remembering(lambda: model(inputs))())
+        found, first = tensors_in(again()), tensors_in(remembering(lambda: model(inputs))())
         assert all(map(torch.equal, found, first))
         weight[0] += 0.5

@@ -121,3 +121,35 @@ def test_what_is_known_about_attention_holds_for_a_narrow_one():
     assert group.size == 2
     assert narrow.heads_left == [0, 3]
     assert math.isclose(narrow.head_dim, SIZE)
+
+
+class Masked(Layers):
+    """Attention to rows of which some are padding."""
+
+    need_weights = False
+
+    def forward(self, x, padding):
+        keys = x * 1.0  # for the same tensor, torch has other code without gradients, which gives NaN
+        return self.last(self.look(x, keys, keys, key_padding_mask=padding, need_weights=self.need_weights)[0])
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_sample_that_is_all_padding_gets_what_it_got_before(need_weights, gradients):
+    model = known(Masked(look=nn.MultiheadAttention(WIDTH, HEADS, batch_first=True), last=nn.Linear(WIDTH, 2))).eval()
+    model.need_weights = need_weights
+    with torch.no_grad():
+        model.look.out_proj.weight.unflatten(1, (HEADS, SIZE))[:, DEAD] = 0
+    x, padding = numbers(3, 5, WIDTH), torch.zeros(3, 5, dtype=torch.bool)
+    slim = remove_dead(model, (x, padding))
+    assert isinstance(slim.look, NarrowAttention)
+    padding[1] = True
+    with torch.set_grad_enabled(gradients):
+        expected, found = model(x, padding), slim(x, padding)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12, equal_nan=True)
+    assert bool(expected.isfinite().all()) != need_weights
+    if gradients:
+        for one in (model, slim):
+            one(x, padding)[0].sum().backward()
+        finite = [all(bool(w.grad.isfinite().all()) for w in one.parameters()) for one in (model, slim)]
+        assert finite == [not need_weights] * 2

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_roulette.network.coupling.coupling import coupling_of
 from lightning_roulette.slim.removal.removal import dead_units, remove_dead
@@ -156,6 +157,91 @@ def test_a_network_that_computes_with_the_number_of_its_units_keeps_them_and_say
     assert slim.a.out_channels == 6
     assert (slim(others(IMAGES)) - model(others(IMAGES))).abs().max() < 1e-12
     assert dead_units(model, IMAGES).left["a"] == "the network cannot be called with another number of its units"
+
+
+class Shown(Layers):
+    """Returns its hidden units as truth values, or the number of the largest one, beside its outputs."""
+
+    what = "mask"
+
+    def forward(self, x):
+        hidden = self.a(x)
+        shown = {"mask": hidden > 0, "largest": hidden.argmax(1)}[self.what]
+        return {"outputs": self.b(hidden), "shown": shown}
+
+
+@pytest.mark.parametrize("what", ["mask", "largest"])
+@torch.no_grad()
+def test_units_that_are_seen_in_whole_numbers_stay(what):
+    model = known(Shown(a=nn.Linear(5, 8), b=nn.Linear(8, 3))).eval()
+    model.what = what
+    model.b.weight[:, ::2] = 0
+    slim = remove_dead(model, ROWS)
+    assert torch.equal(slim(others(ROWS))["shown"], model(others(ROWS))["shown"])
+    assert slim.a.weight.shape == (8, 5)
+    assert "depends on its units" in dead_units(model, ROWS).left["a"]
+
+
+class Encoded(Layers):
+    """Attention under a mask of numbers, and a layer behind it."""
+
+    def forward(self, x, mask):
+        return self.b(torch.relu(self.a(self.look(x, x, x, attn_mask=mask, need_weights=False)[0])))
+
+
+class Lengths(Layers):
+    """Reads sequences of falling lengths."""
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        return self.b(torch.relu(self.a(self.gru(packed)[1][0])))
+
+
+def with_a_mask():
+    mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+    return Encoded(look=nn.MultiheadAttention(6, 2, batch_first=True), a=nn.Linear(6, 8), b=nn.Linear(8, 3)), mask
+
+
+def with_lengths():
+    return Lengths(gru=nn.GRU(6, 6, batch_first=True), a=nn.Linear(6, 8), b=nn.Linear(8, 3)), torch.tensor([5, 4, 2])
+
+
+@pytest.mark.parametrize("made", [with_a_mask, with_lengths])
+@torch.no_grad()
+def test_examples_whose_numbers_cannot_be_drawn_at_random_are_enough(made):
+    model, second = made()
+    model = known(model).eval()
+    model.b.weight[:, ::2] = 0
+    slim, x = remove_dead(model, (numbers(3, 5, 6), second)), numbers(3, 5, 6, seed=7)
+    assert slim.a.weight.shape == (4, 6)
+    assert (slim(x, second) - model(x, second)).abs().max() < 1e-12
+
+
+def on_meta():
+    return nn.Linear(5, 8, device="meta"), "is on the device meta"
+
+
+def with_prune():
+    model = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3))
+    prune.random_unstructured(model[1], "weight", 0.5)
+    return model, "cannot be copied: .* Call torch.nn.utils.prune.remove"
+
+
+@pytest.mark.parametrize("made", [on_meta, with_prune])
+def test_networks_that_cannot_be_copied_are_refused(made):
+    model, reason = made()
+    with pytest.raises(ValueError, match=reason):
+        remove_dead(model, ROWS.float())
+
+
+def test_units_are_removed_in_inference_mode_and_the_network_trains_afterwards():
+    model = chain()
+    with torch.no_grad():
+        model[2].weight[:, 0] = 0
+    with torch.inference_mode():
+        slim = remove_dead(model, ROWS)
+    slim(ROWS).sum().backward()
+    assert slim[0].weight.grad is not None
 
 
 @torch.no_grad()

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_roulette.network.calling import caller_of
 from lightning_roulette.network.containers import rebuilt
+from lightning_roulette.network.coupling.check import outputs_of
 from lightning_roulette.slim.export.exported import Exported, StoredLayer
 from lightning_roulette.slim.export.onnx.model import Session, to_onnx
 from lightning_roulette.slim.files.container import write_whole
 from lightning_roulette.slim.measuring.timing import Latency, latencies
-from lightning_roulette.slim.removal.examples import float_outputs, like
+from lightning_roulette.slim.removal.examples import inputs_like
 from lightning_roulette.slim.removal.removal import DeadCount, removal_of
 
 _CLOSE = 1e-4  # allowed difference from the network, relative to the larger of one and the largest output
@@ -39,7 +41,7 @@ def write(model: nn.Module, path: Path, *, example_input: Any, removal: bool = T
 
             - The exporter has no counterpart for a part of the network.
             - The outputs of the file differ from those of the network by more than 1e-4, relative to the larger of one
-              and the largest output, on the example or on random inputs like it. Whole numbers are not compared.
+              and the largest output, on the example or on random inputs like it. Whole numbers must be equal.
     """
     whole, example = copy.deepcopy(model).cpu().eval(), _on_cpu(example_input)
     count, slim = None, whole
@@ -49,8 +51,8 @@ def write(model: nn.Module, path: Path, *, example_input: Any, removal: bool = T
     files = [to_onnx(one, example) for one in ([whole] if slim is whole else [whole, slim])]
     file = files[-1]
     session = Session(file)
-    for given in (example, like(example)):
-        _check(float_outputs(whole, given), session.outputs(_tensors(given)))
+    for given in inputs_like(whole, example):
+        _check(outputs_of(caller_of(whole, given)(None)), session.outputs(_tensors(given)))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda opened: opened.write(file))
     before, after = _times([Session(one) for one in files], _tensors(example))
@@ -97,15 +99,17 @@ def _type_of(network: nn.Module) -> str:
 
 
 def _check(expected: list[Tensor], found: list[Tensor]) -> None:
-    numbers = [one for one in found if one.is_floating_point()]  # others, such as classes, follow from these
-    if len(numbers) != len(expected):
+    if len(found) != len(expected):
         raise ValueError(
-            f"The file has {len(numbers)} outputs of floating-point numbers, but the network returns {len(expected)}. "
-            "The file was not written. Return a tensor, or a tuple or mapping of tensors."
+            f"The file has {len(found)} outputs, but the network returns {len(expected)} tensors. The file was not "
+            "written. Return a tensor, or a tuple or mapping of tensors."
         )
-    for one, other in zip(expected, numbers, strict=True):
-        difference = float((one - other).abs().max()) if one.shape == other.shape else float("nan")
-        if not difference <= _CLOSE * max(1.0, float(one.abs().max())):
+    for one, other in zip(expected, found, strict=True):
+        if one.shape == other.shape and not one.numel():
+            continue
+        allowed = _CLOSE * max(1.0, float(one.abs().max())) if one.is_floating_point() else 0.0
+        difference = float((one.double() - other).abs().max()) if one.shape == other.shape else float("nan")
+        if not difference <= allowed:
             raise ValueError(
                 f"onnxruntime computes outputs that differ from those of the network by {difference:g}. The file was "
                 "not written. Export the network with torch.onnx.export, and look for the part that differs."
