@@ -145,7 +145,10 @@ class _Taken:
 
 
 def _taken(kind: Callable[..., nn.Module]) -> _Taken:
-    parameters = inspect.signature(kind).parameters.values()
+    try:
+        parameters = inspect.signature(kind).parameters.values()
+    except ValueError:  # of a function whose arguments are not known
+        return _Taken(frozenset(), all=True)
     various = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
     names = frozenset(one.name for one in parameters if one.kind not in various)
     return _Taken(names, any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters))
