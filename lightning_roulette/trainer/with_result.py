@@ -52,7 +52,7 @@ class WithResult(ZeroHolder):
             level: Number of an accepted level.
 
         Returns:
-            The mask of all prunable parameters, True = kept, on the CPU.
+            The mask of all prunable parameters, True = kept.
 
         Raises:
             ValueError: If there is no such level.

@@ -18,8 +18,8 @@ def allowed_share(kept: Tensor, rows: int) -> Tensor:
     tenth of this is allowed, and at most the error itself.
 
     Steps of conjugate gradients end by an estimate of the error that is left, so the share may be larger. With about as
-    many kept inputs as rows, and with inputs that almost depend on one another, it was 10 to 200 on the rows that were
-    solved. On other rows the error was then at most 1.02 times that of the exact solution, and mostly much smaller.
+    many kept inputs as rows, and with inputs that almost depend on one another, the error on the rows that were solved
+    was 10 to 400 times that of the exact solution. On other rows it was at most 1.02 times that, and mostly much less.
 
     Args:
         kept: Number of inputs that each output keeps.

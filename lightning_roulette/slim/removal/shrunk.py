@@ -47,9 +47,8 @@ def contents_of(found: Removal) -> dict[str, Any]:
     # the class of a narrow attention is known by its heads
     sizes = {name: {key: one for key, one in each.items() if key != "__class__"} for name, each in found.sizes.items()}
     arguments = dict(getattr(found.model, "hparams", {}))
-    by_cli = (
-        arguments.pop("_instantiator", None) is not None
-    )  # LightningCLI adds it, and leaves objects as descriptions
+    # LightningCLI adds the name of what makes the module, and leaves objects as descriptions
+    by_cli = arguments.pop("_instantiator", None) is not None
     described = {name for name, one in arguments.items() if by_cli and isinstance(one, Mapping) and "class_path" in one}
     plain = {name: one for name, one in arguments.items() if name not in described and _is_plain(one)}
     return {
