@@ -128,7 +128,7 @@ class WithMore(Perceptron):
 
 def by_cli() -> Configured:
     arguments = ["--model.width=8", "--model.between=torch.nn.LeakyReLU", "--model.between.negative_slope=0.1"]
-    return LightningCLI(Configured, run=False, args=arguments, seed_everything_default=0).model
+    return LightningCLI(Configured, run=False, args=arguments, seed_everything_default=False).model
 
 
 @pytest.mark.filterwarnings("ignore")  # of jsonargparse, and of Lightning about a module among the arguments

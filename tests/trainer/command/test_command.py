@@ -122,6 +122,7 @@ def refused(capsys, *args: str) -> tuple[object, str]:
 # ---- what it prunes
 
 
+@pytest.mark.slow
 def test_the_command_prunes_a_file_and_prints_the_report_and_the_path(folder):
     run = [sys.executable, "-m", "lightning_roulette", "prune", *BLOBS, *SHORT, "--ckpt_path", "state.pt"]
     done = subprocess.run(run, capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)}, check=True)
