@@ -45,6 +45,10 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 plain = pytest.mark.parametrize("kind", PLAIN)
 kinds = pytest.mark.parametrize("kind", KINDS)
+QUICK = ("mlp", "conv", "lstm")  # kinds whose tests are not slow where a test has many
+most_kinds = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in QUICK)) for kind in KINDS]
+)
 memories = pytest.mark.parametrize("memory", [0, 20_000, 2**31])
 words = pytest.mark.parametrize("word", ["activation", "obs"])
 
@@ -302,7 +306,7 @@ def test_biases_are_pruned_like_weights(kind):
     assert all(torch.equal(scales[name], torch.ones_like(scales[name])) for name in some)
 
 
-@kinds
+@most_kinds
 @pytest.mark.parametrize("how", [LeastSquares(), Refit()])
 def test_equal_masks_are_refitted_equally_in_any_order(kind, how):
     net, batches, _ = case(kind)
@@ -324,7 +328,7 @@ def test_a_refit_repeated_is_equal_to_the_bit(kind, how):
     assert same(calibration.refit(mask, how), calibration.refit(mask, how))
 
 
-@kinds
+@most_kinds
 @pytest.mark.parametrize("memory", [0, 10_000, 40_000])
 def test_results_do_not_depend_on_the_memory(kind, memory):
     net, batches, mask = case(kind)
