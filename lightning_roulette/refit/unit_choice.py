@@ -129,8 +129,7 @@ class UnitChoice:
         left = layer.matrices({name: mask[name] for name in layer.names}).any(2)
         power = (sums.power * left).sum().clamp(min=torch.finfo(torch.float64).tiny)
         right = right * (left / power).sqrt().unsqueeze(2)
-        kept = kept_in_matrix(layer, {name: mask[name] for name in layer.parameters if name in mask})
-        gone = ~kept.any(1) & (labels[:, 0] < 0)  # inputs from other groups that the layer has lost
+        gone = ~kept_in_matrix(layer, mask).any(1) & (labels[:, 0] < 0)  # lost inputs of other groups
         damped = matrix.damped.masked_fill(gone.unsqueeze(2) | gone.unsqueeze(1), 0.0)
         damped.diagonal(dim1=1, dim2=2).masked_fill_(gone, 1.0)
         return Reader(damped, right.masked_fill(gone.unsqueeze(1), 0.0), _columns(labels[0, 0], stop - start))

@@ -37,6 +37,7 @@ from tests.support.networks import (
     mlp,
     numbers,
     related,
+    slow_but_for_a_few,
     state_of,
 )
 
@@ -45,10 +46,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 plain = pytest.mark.parametrize("kind", PLAIN)
 kinds = pytest.mark.parametrize("kind", KINDS)
-QUICK = ("mlp", "conv", "lstm")  # kinds whose tests are not slow where a test has many
-most_kinds = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in QUICK)) for kind in KINDS]
-)
+most_kinds = pytest.mark.parametrize("kind", [slow_but_for_a_few(kind) for kind in KINDS])
 memories = pytest.mark.parametrize("memory", [0, 20_000, 2**31])
 words = pytest.mark.parametrize("word", ["activation", "obs"])
 

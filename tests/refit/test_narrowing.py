@@ -131,7 +131,6 @@ def test_a_network_that_is_pruned_already_is_rounded_by_its_own_zeros():
     ],
 )
 def test_processes_round_alike_and_as_one_process(kind, values, shared, monkeypatch):
-    torch.backends.mha.set_fastpath_enabled(False)
     monkeypatch.setattr(rounds, "worth_sharing", lambda work, entries, ranks: shared and ranks > 1)
     net, batches, mask = case(kind, sizes=(48, 40, 48))
     how = LeastSquares(values=values)
@@ -143,7 +142,6 @@ def test_processes_round_alike_and_as_one_process(kind, values, shared, monkeypa
 
     expected = Calibration(net, batches).refit(mask, how).values
     first, second = together(2, one)
-    torch.backends.mha.set_fastpath_enabled(True)
     for name, value in first.items():
         assert torch.equal(value, second[name])
         assert name not in mask or is_on_grid(value, values)

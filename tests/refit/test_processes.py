@@ -14,7 +14,7 @@ from lightning_roulette.refit.solvers import shared
 from lightning_roulette.refit.solvers.cost import solve_cost, worth_sharing
 from lightning_roulette.refit.solvers.fastest import FastestPrepared
 from lightning_roulette.refit_settings import LeastSquares
-from tests.support.networks import KINDS, case, known, mask_of, related, state_of
+from tests.support.networks import KINDS, case, known, mask_of, related, slow_but_for_a_few, state_of
 from tests.support.shares import assert_close, in_processes
 from tests.support.together import together
 
@@ -28,13 +28,10 @@ def everything_shared(monkeypatch):
         monkeypatch.setattr(module, "worth_sharing", lambda work, entries, ranks: ranks > 1)
 
 
-QUICK = ("mlp", "conv", "lstm")  # the tests of other kinds are slow
-
-
 @pytest.mark.parametrize(
     ("kind", "how", "ranks"),
     [
-        *(pytest.param(kind, LeastSquares(), 2, marks=[pytest.mark.slow] * (kind not in QUICK)) for kind in KINDS),
+        *(slow_but_for_a_few(kind, LeastSquares(), 2) for kind in KINDS),
         *((kind, CHOOSE, 3) for kind in ("mlp", "conv", "choosy")),
     ],
 )

@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -269,6 +271,13 @@ KINDS = PLAIN | {
     "packed": Kind(lambda: Packs(read=nn.LSTM(4, 5), head=nn.Linear(5, 3)), ((6, 4),)),
     "norm first": Kind(lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)), ((6,),)),
 }
+
+QUICK = ("mlp", "conv", "lstm")
+
+
+def slow_but_for_a_few(kind: str, *others: Any) -> Any:
+    """A parameter of a test that has many cases for each kind: slow for most kinds."""
+    return pytest.param(kind, *others, marks=[] if kind in QUICK else [pytest.mark.slow])
 
 
 def case(kind: str, density: float = 0.5, sizes: tuple[int, ...] | None = None):

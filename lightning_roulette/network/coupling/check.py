@@ -25,15 +25,23 @@ def outputs_of(run: Callable[[], Any]) -> list[Tensor]:
 
 def are_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     """Whether two outputs are finite and equal to six digits of their largest entries; whole numbers are equal."""
-    return len(first) == len(second) and all(map(_is_same, first, second))
+    return len(first) == len(second) and all(is_within(*pair, _CLOSE) for pair in zip(first, second, strict=True))
 
 
-def _is_same(one: Tensor, other: Tensor) -> bool:
+def is_within(one: Tensor, other: Tensor, share: float, least: float = 0.0) -> bool:
+    """Whether two outputs are finite, and differ by at most a share of the largest entry; whole numbers are equal.
+
+    Args:
+        one: An output.
+        other: Another one, of the same type.
+        share: The share.
+        least: What counts as the largest entry if that is smaller.
+    """
     if one.shape != other.shape or not one.numel():
         return one.shape == other.shape
     if not (one.is_floating_point() or one.is_complex()):
         return torch.equal(one, other)
-    return bool((one - other).abs().max() <= _CLOSE * one.abs().max())
+    return bool((one - other).abs().max() <= share * max(least, float(one.abs().max())))
 
 
 def is_separate(network: nn.Module, group: Group, run: Callable[[], Any]) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_roulette.network.calling import caller_of
 from lightning_roulette.network.containers import parts_of, with_parts
 from lightning_roulette.network.coupling.borrowing import borrowed
-from lightning_roulette.network.coupling.check import outputs_of
+from lightning_roulette.network.coupling.check import is_within, outputs_of
 
 _CLOSE = 1e-5  # allowed difference, relative to the larger of one and the largest output
 
@@ -55,15 +55,10 @@ def are_close(expected: list[Tensor], found: list[Tensor]) -> bool:
 
 
 def _is_close(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or not one.numel():
-        return one.shape == other.shape
-    if not (one.is_floating_point() or one.is_complex()):
-        return torch.equal(one, other)
     finite = one.isfinite()
     if not torch.equal(finite, other.isfinite()):
         return False
-    one, other = one.where(finite, 0.0), other.where(finite, 0.0)
-    return bool((one - other).abs().max() <= _CLOSE * max(1.0, float(one.abs().max())))
+    return is_within(one.masked_fill(~finite, 0), other.masked_fill(~finite, 0), _CLOSE, 1.0)
 
 
 def _are_finite(model: nn.Module, given: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_roulette.network.calling import caller_of
 from lightning_roulette.network.containers import rebuilt
-from lightning_roulette.network.coupling.check import outputs_of
+from lightning_roulette.network.coupling.check import is_within, outputs_of
 from lightning_roulette.slim.export.exported import Exported, StoredLayer
 from lightning_roulette.slim.export.onnx.model import Session, to_onnx
 from lightning_roulette.slim.files.container import write_whole
@@ -105,11 +105,8 @@ def _check(expected: list[Tensor], found: list[Tensor]) -> None:
             "written. Return a tensor, or a tuple or mapping of tensors."
         )
     for one, other in zip(expected, found, strict=True):
-        if one.shape == other.shape and not one.numel():
-            continue
-        allowed = _CLOSE * max(1.0, float(one.abs().max())) if one.is_floating_point() else 0.0
-        difference = float((one.double() - other).abs().max()) if one.shape == other.shape else float("nan")
-        if not difference <= allowed:
+        if not is_within(one, other.to(one.dtype), _CLOSE, 1.0):
+            difference = float((one.double() - other).abs().max()) if one.shape == other.shape else float("nan")
             raise ValueError(
                 f"onnxruntime computes outputs that differ from those of the network by {difference:g}. The file was "
                 "not written. Export the network with torch.onnx.export, and look for the part that differs."
