@@ -8,22 +8,26 @@ OLDEST = lightning==2.6.1 pytorch-lightning==2.6.1 torchmetrics==1.3.1 tensorboa
 
 MNIST = $(if $(DATA),--data $(DATA))
 
-.PHONY: demo test test-slow test-oldest test-all notebook coverage check dist docs bench clean
+.PHONY: demo test test-beside test-slow test-oldest test-all notebook coverage check dist docs bench clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/quickstart.py
 
+# two things at a time where each is a single process
+test: $(VENV)/.dev
+	$(MAKE) --jobs=2 --output-sync=target check test-beside
+	$(VENV)/bin/python -m pytest --numprocesses=2 -rs -m "not slow"
+
 # transformers is beside the environment, because torchmetrics imports it wherever it is found, which takes seconds;
 # executorch is beside it without most of what it depends on, which only other backends need;
 # coremltools is beside it, because it takes long to import
-test: check
-	$(VENV)/bin/python -m pytest --numprocesses=2 -rs -m "not slow"
+test-beside: $(VENV)/.dev
 	PYTHONPATH=$(VENV)/beside $(VENV)/bin/python -m pytest tests/examples/test_huggingface.py
 	PYTHONPATH=$(VENV)/phones $(VENV)/bin/python -m pytest tests/slim/export/executorch
 	PYTHONPATH=$(VENV)/apple $(VENV)/bin/python -m pytest tests/slim/export/coreml
 	PYTHONPATH=$(VENV)/notebook $(VENV)/bin/python -m pytest -m "not slow" tests/examples/test_notebook.py
 
-# tests that take more than a few seconds each, most of them with several processes
+# tests that take more than a few seconds each, and most cases of tests with many cases (tests/conftest.py)
 test-slow: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest --numprocesses=2 -rs -m slow
 

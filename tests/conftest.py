@@ -1,10 +1,15 @@
-"""Fixtures: a Trainer that leaves nothing behind and prints nothing, and one way to fit with it."""
+"""Fixtures: a Trainer that leaves nothing behind and prints nothing, and one way to fit with it.
+
+It also decides which cases of parametrized tests are slow.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections import defaultdict
 from functools import partial
+from zlib import crc32
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
@@ -17,6 +22,26 @@ from tests.support import fits
 from tests.support.modules import QUIET
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
+
+FEW, EACH = 2, 3  # a test with more cases than FEW has one quick case in EACH
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """Mark about two thirds of the cases of a parametrized test as slow, unless it is marked `every_case`.
+
+    The first case stays quick. Of the others, a checksum of their names decides: a regular choice might leave out all
+    cases with one value of an argument.
+    """
+    cases = defaultdict(list)
+    for item in items:
+        if hasattr(item, "callspec") and not any(item.iter_markers("every_case")):
+            cases[item.path, item.originalname].append(item)
+    for some in cases.values():
+        quick = [item for item in some if not any(item.iter_markers("slow"))]
+        for item in quick[1:] if len(quick) > FEW else ():
+            if crc32(item.name.encode()) % EACH:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

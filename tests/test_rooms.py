@@ -25,6 +25,8 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FRAMEWORKS = {"lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "tensorboard"}
 
+pytestmark = pytest.mark.every_case
+
 
 def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")

@@ -24,6 +24,8 @@ NEEDS = {  # pages whose code needs an extra
     "docs/removal.md": "onnxscript",
     "docs/units.md": "torch_pruning",
 }
+pytestmark = pytest.mark.every_case
+
 WITH_CODE = [page for page in PAGES if blocks(page, "python") and page not in ELSEWHERE]
 RESULT = [
     "",
