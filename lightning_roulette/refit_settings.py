@@ -53,9 +53,9 @@ class LeastSquares(Refit):
     """A refit of the remaining weights: each layer's outputs come as close as possible to the dense network's.
 
     The remaining weights and the bias of each layer are solved by least squares on its inputs. Running statistics are
-    also computed again. Use it to reach a high sparsity without training. It needs calibration batches, but no labels
-    and no gradients. It refits Linear, Conv1d to Conv3d and their transposed forms, MultiheadAttention, LSTM, GRU and
-    RNN.
+    also computed again. Use it to reach a high sparsity without training. It needs calibration batches, but no labels,
+    and no gradients without `distill`. It refits Linear, Conv1d to Conv3d and their transposed forms,
+    MultiheadAttention, LSTM, GRU and RNN.
 
     Args:
         batches: Number of training batches for calibration. Fewer run if these have rows enough; see `Calibration`.
@@ -87,6 +87,10 @@ class LeastSquares(Refit):
 
             `"int8"` and a `Codebook` are chosen on the layer's inputs: when a weight is rounded, the rest of its output
             is solved again. See `values_of`. They need `each_level=True`.
+        distill: Number of gradient steps after the layers are solved. They bring the outputs of the network closer to
+            those of the dense network, also through its biases and batch normalisations. Use them at sparsities where
+            least squares alone loses accuracy. They need gradients, but no labels. Each takes as long as a training
+            step. Weights that are zero stay zero. 0: no steps.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -96,9 +100,11 @@ class LeastSquares(Refit):
     damping: float = 1e-3
     choose: bool = False
     values: str | Codebook = field(default="float32", kw_only=True)
+    distill: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_count("distill", self.distill, at_least=0)
         object.__setattr__(self, "values", values_of(self.values))  # YAML gives a mapping
         check_number("damping", self.damping, at_least=0)
         if not isinstance(self.choose, bool):
@@ -107,6 +113,11 @@ class LeastSquares(Refit):
             raise ValueError(
                 f"each_level is False and values {self.values!r}, but a level must be rounded before it is compared "
                 "with the floor. Pass each_level=True."
+            )
+        if self.values != "float32" and self.distill:
+            raise ValueError(
+                f"distill is {self.distill} and values {self.values!r}, but gradient steps move rounded weights. Pass "
+                "distill=0, or values='float32'."
             )
 
 

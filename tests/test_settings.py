@@ -44,6 +44,7 @@ DEFAULTS = {
         "damping": 1e-3,
         "choose": False,
         "values": "float32",
+        "distill": 0,
     },
 }
 groups = pytest.mark.parametrize("group", DEFAULTS)
@@ -88,6 +89,7 @@ def test_a_group_is_frozen_and_has_the_documented_defaults(group):
         ),
         (LeastSquares, {"values": "int8"}),
         (LeastSquares, {"values": Codebook(3), "each_level": True}),
+        (LeastSquares, {"distill": np.int64(300), "choose": True}),
     ],
 )
 def test_a_value_in_range_is_kept(group, fields):
@@ -130,6 +132,8 @@ KINDS = "must be one of 'magnitude', 'lamp', 'sensitivity', 'activation', 'obs'.
         (Refit, "cache_bytes", -1, ValueError, "must be at least 0"),
         (LeastSquares, "damping", -1, ValueError, "must be at least 0"),
         (LeastSquares, "choose", 1, TypeError, "must be True or False"),
+        (LeastSquares, "distill", -1, ValueError, "must be at least 0"),
+        (LeastSquares, "distill", True, TypeError, "must be a whole number"),
         (LeastSquares, "values", "int4", ValueError, "must be one of 'float32', 'float16', 'int8'. Or pass a Codebook"),
         (LeastSquares, "values", 8, TypeError, "must be one of float32, float16, int8, or a Codebook"),
     ],
@@ -159,6 +163,13 @@ def test_rounded_values_may_be_a_mapping_and_need_a_refit_of_each_level():
     assert LeastSquares(values={"bits": 5}) == LeastSquares(values=Codebook(5))
     with pytest.raises(ValueError, match="each_level is False and values 'int8', but a level must be rounded before"):
         LeastSquares(values="int8", each_level=False)
+
+
+def test_gradient_steps_do_not_move_rounded_weights():
+    with pytest.raises(
+        ValueError, match="distill is 5 and values 'int8', but gradient steps move rounded weights. Pass"
+    ):
+        LeastSquares(values="int8", distill=5)
 
 
 def test_positional_arguments_keep_their_places():

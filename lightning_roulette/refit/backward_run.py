@@ -58,7 +58,7 @@ class BackwardRun:
             probe = torch.zeros_like(tensor, requires_grad=True)
             probed = tensor + probe
             self._probed.append((part, probe, probed))
-            output = probed if place is None else type(output)([*output[:place], probed, *output[place + 1 :]])
+            output = with_floating(output, place, probed)
         self._left -= 1
         if self._left == 0:
             self._differentiate()
@@ -117,3 +117,8 @@ def first_floating(values: Any) -> tuple[int | None, Tensor | None]:
             if isinstance(one, Tensor) and one.is_floating_point() and one.dim():
                 return place, one
     return None, None
+
+
+def with_floating(values: Any, place: int | None, tensor: Tensor) -> Any:
+    """Return values with another tensor in the place that `first_floating` gave."""
+    return tensor if place is None else type(values)([*values[:place], tensor, *values[place + 1 :]])

@@ -18,6 +18,7 @@ from lightning_roulette.large.shards import any_sharded, reshard
 from lightning_roulette.mask.mask import Mask, fill_pruned
 from lightning_roulette.network.lending import copy_into, lent
 from lightning_roulette.network.samples import pieces_of
+from lightning_roulette.refit.distillations import Distillations
 from lightning_roulette.refit.fitting import Fitting
 from lightning_roulette.refit.forwards import forwards, number_of
 from lightning_roulette.refit.in_step import in_step
@@ -28,12 +29,16 @@ from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.refit.runs import Runs
 from lightning_roulette.refit.scales import input_scales
 from lightning_roulette.refit.sensitivities import Sensitivities
+from lightning_roulette.refit.solved import affine_of
 from lightning_roulette.refit.turns import Turns
 from lightning_roulette.refit.unit_choice import UnitChoices
 from lightning_roulette.refit_settings import LeastSquares, Refit, refit_of
 from lightning_roulette.wheel.units.units import Units
 
 _log = logging.getLogger(__name__)
+
+_ALL, _LESSON = 1 << 60, 2**7  # samples: all that there are, and those of a gradient step
+_TARGETS = 4  # outputs of the dense network for gradient steps take at most one part in this many of the memory
 
 
 class Calibration:
@@ -70,6 +75,9 @@ class Calibration:
             `batches`. Several runs may be under way, see above. If the weights are sharded, it is also called with the
             number `batches`, and may run on any inputs then.
         around: Returns a context that is entered around one run or around several, for what `run` needs.
+        lessons: Functions that each run the network on some samples, for the gradient steps of
+            `LeastSquares(distill=...)`, which need the memory of a training step. None uses all samples of `batches`,
+            128 at a time, if the first dimension counts samples; with `run`, it uses whole batches.
         pieces: Functions that each run the network on a few samples, for `"sensitivity"`, which needs the memory of a
             training step. None uses the first 2,048 samples of `batches`, 256 at a time, if the first dimension counts
             samples; with `run`, it uses whole batches. The first ones are enough if they give each layer 16,384 rows.
@@ -99,6 +107,7 @@ class Calibration:
         run: Callable[[int], object] | None = None,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
         pieces: Sequence[Callable[[], object]] | None = None,
+        lessons: Sequence[Callable[[], object]] | None = None,
         rows: int | None = None,
         seed: int = 0,
         cache_bytes: int = 2**31,
@@ -116,14 +125,16 @@ class Calibration:
                 "network runs it, and needs a batch. Give each at least one."
             )
         if run is None:
-            few = forwards(module, pieces_of(cast("Sequence[Any]", batches)))
-            self._runs = forwards(module, cast("Sequence[Any]", batches))
+            given = cast("Sequence[Any]", batches)
+            few, taught = forwards(module, pieces_of(given)), forwards(module, pieces_of(given, _ALL, _LESSON))
+            self._runs = forwards(module, given)
         else:
-            few = self._runs = Runs(self.batches, run, around)
+            few = taught = self._runs = Runs(self.batches, run, around)
         if sharded:
             self._runs = in_step(self._runs, module, total, processes)
-        whole = [partial(few.alone, number) for number in range(few.batches)]
-        self._sensitivities = Sensitivities(module, whole if pieces is None else pieces, seed, self._processes)
+        self._sensitivities = Sensitivities(module, _each(few) if pieces is None else pieces, seed, self._processes)
+        every = _each(taught) if lessons is None else lessons
+        self._distillations = Distillations(module, every, seed, self._processes, cache_bytes // _TARGETS)
         self._module, self._sampler = module, RowSampler(rows, total, seed, self._processes)
         check_count("cache_bytes", cache_bytes, at_least=0)
         self._cache_bytes = cache_bytes
@@ -187,10 +198,14 @@ class Calibration:
         layerwise = self._prepared(mask, isinstance(how, LeastSquares))
         self._try_turns(layerwise)
         with lent(self._written(layerwise)) as dense:
+            distillation = self._distillations.prepared(mask, how)
             kept = self._choices.chosen(layerwise, mask, how, allowed, units, dense)
             fitting = self._fitting(kept, dense, how, allowed, units) if isinstance(how, LeastSquares) else None
             fill_pruned(layerwise.tensors, kept)
             reasons = layerwise.refit(fitting, statistics)
+            if distillation is not None:
+                settle = partial(layerwise.refit, None, statistics)
+                self._note(distillation.taught(self._changed(layerwise, mask, how), statistics, settle))
             values = {name: one.detach().clone() for name, one in self._changed(layerwise, mask, how).items()}
             if fitting is not None and fitting.chosen is not None:
                 kept = fitting.chosen
@@ -284,12 +299,12 @@ class Calibration:
     def _changed(self, layerwise: Layerwise, mask: Mask, how: Refit | None) -> dict[str, Tensor]:
         """Return the tensors that this kind of refit changes, and the weights of the mask."""
         if isinstance(how, LeastSquares):
-            return layerwise.tensors
+            return {**layerwise.tensors, **affine_of(self._module)} if how.distill else layerwise.tensors
         return {name: layerwise.tensors[name] for name in dict.fromkeys([*mask, *layerwise.statistics])}
 
     def _written(self, layerwise: Layerwise) -> dict[str, Tensor]:
         """Return all tensors that a refit or the network itself writes to."""
-        return {**dict(self._module.named_buffers()), **layerwise.tensors}
+        return {**dict(self._module.named_buffers()), **affine_of(self._module), **layerwise.tensors}
 
     def _try_turns(self, layerwise: Layerwise) -> None:
         if layerwise not in self._tried:
@@ -302,8 +317,7 @@ class Calibration:
                     f"a refit runs {layerwise.batches} of {self._sampler.batches} calibration batches, which have four "
                     "times the rows that each layer needs."
                 )
-            if note := self._processes.first_text(turns.note):
-                self._say(note)
+            self._note(self._processes.first_text(turns.note))
 
     def _agreed(self, turns: Turns) -> Turns:
         """Return how batches run."""
@@ -329,6 +343,10 @@ class Calibration:
         choose = how.choose and (units is None or not units.coupled)
         return Fitting(mask, dense, how.damping, choose, allowed, units, self._processes, narrowing)
 
+    def _note(self, sentence: str) -> None:
+        if sentence:
+            self._say(sentence)
+
     def _say(self, sentence: str) -> None:
         _log.info(sentence)
 
@@ -348,3 +366,7 @@ class Calibration:
                     self._processes,
                 )
         return self._layerwise[key]
+
+
+def _each(runs: Runs) -> list[Callable[[], object]]:
+    return [partial(runs.alone, number) for number in range(runs.batches)]

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_roulette.large.processes import Processes
 from lightning_roulette.network.hooks import run_with_hooks
-from lightning_roulette.network.parameters import aliases, owners_of
-from lightning_roulette.network.ties import ties_of
-from lightning_roulette.refit.backward_run import BackwardRun, channel_of, first_floating
+from lightning_roulette.refit.backward_run import BackwardRun
 from lightning_roulette.refit.backward_run import NoGradients as NoGradients
 from lightning_roulette.refit.channel_sums import ChannelSums
 from lightning_roulette.refit.gates import Gates
+from lightning_roulette.refit.owners import around, caller, calls_in, observed, weight_owners
 from lightning_roulette.wheel.chance import stream
 from lightning_roulette.wheel.units.units import Units
 
@@ -53,18 +51,15 @@ class Sensitivity:
     ) -> None:
         self._seed, self._processes = seed, processes
         self._shapes = {name: module.get_parameter(name).shape for name in names}
-        self._owners = _owners(module, names)
+        self._owners = weight_owners(module, names)
         parts = dict(module.named_modules(remove_duplicate=False))
-        around = [parts[path] for own in self._owners.values() for prefix, *_ in own for path in _outwards(prefix)]
+        users = around(self._owners, parts)
         rows: Counter[nn.Module] = Counter()
-        first = [_calls_in(piece, around, rows) for piece in pieces[:1]]
+        first = [calls_in(piece, users, rows) for piece in pieces[:1]]
         self._pieces = self._enough(pieces, parts, rows)
-        self._calls = (first + [_calls_in(piece, around) for piece in self._pieces[1:]])[: len(self._pieces)]
-        called = processes.any_of(list(dict.fromkeys(around)), {part for calls in self._calls for part in calls})
-        self._observed = {
-            name: [part for prefix, *_ in owners if (part := _nearest(prefix, parts, called)) is not None]
-            for name, owners in self._owners.items()
-        }
+        self._calls = (first + [calls_in(piece, users) for piece in self._pieces[1:]])[: len(self._pieces)]
+        called = processes.any_of(list(dict.fromkeys(users)), {part for calls in self._calls for part in calls})
+        self._observed = observed(self._owners, parts, called)
 
     def _enough(
         self,
@@ -80,7 +75,7 @@ class Sensitivity:
             rows: Rows of the outputs of modules in the first piece.
         """
         owners = {prefix for own in self._owners.values() for prefix, *_ in own}
-        least = min((rows[_caller(prefix, parts)] for prefix in owners), default=0)
+        least = min((rows[caller(prefix, parts)] for prefix in owners), default=0)
         most = math.ceil(_ROWS / least) if least else _ALL
         needed = int(self._processes.each(torch.tensor(most))[0])
         return pieces[: len(range(self._processes.rank, needed, self._processes.ranks))]
@@ -172,54 +167,3 @@ class Sensitivity:
             if part in sums and (here := sums[part].square(part, self._shapes[name], part in owners)) is not None:
                 squares = here if squares is None else squares + here
         return None if squares is None else squares.sqrt()
-
-
-def _owners(module: nn.Module, names: Sequence[str]) -> dict[str, list[tuple[str, nn.Module, bool]]]:
-    """For each weight, return the owners: path, module, and whether it has the weight in the same shape.
-
-    A tied weight has several owners. If it is another view of the same memory, its shape may be another.
-    """
-    known, owner_of = aliases(module), owners_of(module)
-    first = {alias: name for name, all_names in known.items() for alias in all_names}
-    views = {name: tie.names for tie in ties_of(module) for name in tie.names}
-
-    def of(name: str) -> list[tuple[str, nn.Module, bool]]:
-        own = first[name]
-        every = [(alias, one == own) for one in dict.fromkeys((own, *views.get(own, ()))) for alias in known[one]]
-        return [(alias.rpartition(".")[0], owner_of[alias][0], same) for alias, same in every]
-
-    return {name: of(name) for name in names}
-
-
-def _outwards(path: str) -> Iterator[str]:
-    """Yield a module's path and those of all modules around it, innermost first."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
-    yield ""
-
-
-def _nearest(path: str, parts: dict[str, nn.Module], called: set[nn.Module]) -> nn.Module | None:
-    return next((parts[outer] for outer in _outwards(path) if parts[outer] in called), None)
-
-
-def _caller(path: str, parts: Mapping[str, nn.Module]) -> nn.Module:
-    """Return what is called where a module's weights are used: the module itself, or the attention around it."""
-    around = parts[path.rpartition(".")[0]]
-    return around if isinstance(around, nn.MultiheadAttention) else parts[path]
-
-
-def _calls_in(
-    piece: Callable[[], object], parts: Sequence[nn.Module], rows: Counter[nn.Module] | None = None
-) -> Counter[nn.Module]:
-    """Run the network and return how often it calls each of these modules. Count the rows of their outputs, too."""
-    calls: Counter[nn.Module] = Counter()
-
-    def count(part: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        calls[part] += 1
-        _, found = first_floating(output)
-        if rows is not None and found is not None:
-            rows[part] += found.numel() // max(1, found.shape[channel_of(part, found)])
-
-    run_with_hooks(piece, dict.fromkeys(parts), after=count)
-    return calls

@@ -36,6 +36,12 @@ def changeable(module: nn.Module, names: Sequence[str], steps: Sequence[Step]) -
     return {name: tensors[name] for name in dict.fromkeys([*names, *own, *statistics_of(steps)])}
 
 
+def affine_of(module: nn.Module) -> dict[str, Tensor]:
+    """The factors and biases of a network's batch normalisations, by name."""
+    norms = batch_norms_of(module).items()
+    return {f"{prefix}{own}": one for prefix, norm in norms for own, one in norm.named_parameters(recurse=False)}
+
+
 def statistics_of(steps: Sequence[Step]) -> list[str]:
     """The names of the running statistics that steps compute."""
     norms = [step.prefix for step in steps if not step.layers]

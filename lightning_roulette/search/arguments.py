@@ -13,7 +13,7 @@ from lightning_roulette.judge.evaluator import Evaluator, as_evaluator
 from lightning_roulette.large.shards import Shards
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.refit.inputs import Calibration
-from lightning_roulette.refit_settings import LeastSquares, refit_of
+from lightning_roulette.refit_settings import LeastSquares, Refit, refit_of
 from lightning_roulette.settings import CALIBRATED, Tree, Validation, Wheel
 from lightning_roulette.unit import Weight
 from lightning_roulette.wheel.units.units import Units
@@ -66,7 +66,7 @@ def check_network(
     if not weights or not any(weight.numel() for weight in weights.values()):
         raise ValueError("weights is empty, but must name at least one tensor with entries.")
     how = refit_of(refit)
-    if (shards := Shards.of(weights)) is not None and (why := beyond_shards(wheel)):
+    if (shards := Shards.of(weights)) is not None and (why := beyond_shards(wheel, how)):
         raise ValueError(f"the weights are sharded over {shards.ranks} processes, but {why}")
     if calibration is None and (how is not None or wheel.importance in CALIBRATED):
         asked = f"refit is {refit!r}" if how is not None else f"importance is {wheel.importance!r}"
@@ -113,12 +113,15 @@ def _check_targets(target_sparsity: float | None, wheel: Wheel, tree: Tree) -> N
         )
 
 
-def beyond_shards(wheel: Wheel) -> str:
-    """Why sharded weights cannot be pruned with this wheel, and what to do. Empty if they can.
+def beyond_shards(wheel: Wheel, refit: Refit | None) -> str:
+    """Why sharded weights cannot be pruned with these choices, and what to do. Empty if they can.
 
     Args:
         wheel: How candidates are drawn.
+        refit: What is done to their survivors.
     """
+    if isinstance(refit, LeastSquares) and refit.distill:
+        return f"distill {refit.distill} needs whole weights for its gradient steps. Pass LeastSquares(distill=0)."
     importance = wheel.importance
     if wheel.unit != Weight():
         return f"unit {wheel.unit!r} needs whole layers, and no process has them. Pass wheel=Wheel(unit='weight')."

@@ -152,4 +152,6 @@ class Refitter:
 
 def _solved(how: LeastSquares) -> str:
     words = "survivors chosen and solved by least squares" if how.choose else "survivors by least squares"
+    if how.distill:
+        return f"{words} and {how.distill} gradient steps"
     return words if how.values == "float32" else f"{words}, rounded to {in_words(how.values)}"

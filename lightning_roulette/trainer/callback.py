@@ -244,7 +244,7 @@ class RouletteWheelPruning(WithResult):
         choices = Choices.of(self) if loop is None else as_data_allows(Choices.of(self), loop)
         self._fit = FitState(trainer, pl_module, self, choices, self._result, self._zeros, phase, searches)
         if stage == "fit":
-            refuse_sharding(trainer, self.wheel, self.at_epoch)
+            refuse_sharding(trainer, choices)
             refuse_shrink(trainer, self.shrink)
             refuse_trainer(trainer, self, self.validation.keep_callbacks, self.at_epoch)
             refuse_several_processes(trainer, self.confidence)

@@ -16,9 +16,10 @@ from lightning_roulette.large.shards import Shards
 from lightning_roulette.network.coupling.graph import graph_package
 from lightning_roulette.network.coverage import coverage_of, largest_class
 from lightning_roulette.network.parameters import has_lazy_parameters, prunable_parameters, skipped_parameters
+from lightning_roulette.refit_settings import refit_of
 from lightning_roulette.report.names import shortened
 from lightning_roulette.search.arguments import beyond_shards
-from lightning_roulette.settings import Wheel
+from lightning_roulette.trainer.choices import Choices
 from lightning_roulette.trainer.lightning_names import in_both, in_package_of
 from lightning_roulette.trainer.validation.muting import callbacks_of
 from lightning_roulette.trainer.with_result import WithResult
@@ -62,7 +63,7 @@ def refuse_trainer(
         )
 
 
-def refuse_sharding(trainer: Trainer, wheel: Wheel, at_epoch: int | Sequence[int] | None) -> None:
+def refuse_sharding(trainer: Trainer, choices: Choices) -> None:
     """Raise if the strategy shards weights and this is not supported.
 
     Raises:
@@ -80,7 +81,7 @@ def refuse_sharding(trainer: Trainer, wheel: Wheel, at_epoch: int | Sequence[int
         )
     if not isinstance(strategy, in_both(ModelParallelStrategy)):
         return
-    why = beyond_shards(wheel)
+    why, at_epoch = beyond_shards(choices.wheel, refit_of(choices.refit)), choices.at_epoch
     if not why and isinstance(at_epoch, Sequence):
         why = f"at_epoch is {at_epoch!r}, and pruning between epochs needs whole weights. Pass one epoch."
     if not why and strategy.device_mesh["tensor_parallel"].size() > 1:

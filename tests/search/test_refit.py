@@ -507,6 +507,10 @@ def test_a_refit_that_is_not_possible_is_refused(options, error, message):
             LeastSquares(choose=True),
             "survivors chosen and solved by least squares, and running statistics, of the best",
         ),
+        (
+            LeastSquares(distill=3),
+            "survivors by least squares and 3 gradient steps, and running statistics, of the best",
+        ),
         (LeastSquares(finalists=2), "survivors by least squares, and running statistics, of the best 2 candidates of"),
         (None, ""),
     ],

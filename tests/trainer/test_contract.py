@@ -514,6 +514,7 @@ SUBTLE = {"validation twice an epoch", "two loaders", "reloaded loaders", "accum
 REFIT = ["default", "two loaders at once", "no sanity check", "bf16-mixed", "accumulated gradients"]
 REFIT += ["weight averaging", "manual optimization", "overfitted batches", "reloaded loaders", "limited validation"]
 QUICK = LeastSquares(batches=4)
+TAUGHT = LeastSquares(batches=4, distill=3)
 HOPELESS = Tree(pruning_rate=0.99, patience=1)
 
 
@@ -623,7 +624,8 @@ def test_training_is_the_same_with_searches_in_its_hooks(name, which, trained, p
 @pytest.mark.usefixtures("any_calibration_fits")
 @pytest.mark.parametrize("at_epoch", [None, 2])
 @pytest.mark.parametrize(
-    ("name", "refit"), [("default", None), *(param(name, QUICK, slow=name != "default") for name in REFIT)]
+    ("name", "refit"),
+    [("default", None), param("default", TAUGHT, slow=False), *(param(name, QUICK) for name in REFIT)],
 )
 @pytest.mark.filterwarnings("ignore:RouletteWheelPruning. EarlyStopping watches")
 def test_a_search_that_accepts_nothing_leaves_no_trace(name, refit, at_epoch, trained, plain, tmp_path):
@@ -643,7 +645,7 @@ def test_a_search_that_accepts_nothing_leaves_no_trace(name, refit, at_epoch, tr
         assert report.validations == (dense + branch + winner) / 16
 
 
-@pytest.mark.parametrize("refit", [None, LeastSquares(batches=4, finalists=1)])
+@pytest.mark.parametrize("refit", [None, QUICK, TAUGHT])
 def test_a_search_at_the_end_changes_the_network_and_nothing_else(refit, trained, plain, tmp_path):
     pruning = RouletteWheelPruning(3, monitor="val_acc", tolerance=math.inf, refit=refit, target_sparsity=0.5)
     before, after = plain("default"), trained(tmp_path / "searched", CASES["default"], pruning)
@@ -651,7 +653,12 @@ def test_a_search_at_the_end_changes_the_network_and_nothing_else(refit, trained
     assert after["hooks"] == [*before["hooks"][:-1], "on_save_checkpoint", before["hooks"][-1]]
     assert after["files"].keys() - before["files"].keys() == {"pruned.ckpt"}  # last.ckpt is the dense one
     assert all(after["files"][name] == stored for name, stored in before["files"].items())
-    assert changed(before["weights"], after["weights"]) == pruning.weights_at(0).keys() & after["weights"].keys()
+    may_change, moved = (
+        pruning.weights_at(0).keys() & after["weights"].keys(),
+        changed(before["weights"], after["weights"]),
+    )
+    assert pruning.mask.keys() <= moved <= may_change
+    assert moved == may_change or refit is TAUGHT  # its steps may not be kept
     assert pruning.mask.sparsity == 0.5
     if refit is None:
         for name, kept in pruning.mask.items():

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_roulette import HoldZeros, RouletteWheelPruning, Tree, Validation, Wheel
+from lightning_roulette import HoldZeros, LeastSquares, RouletteWheelPruning, Tree, Validation, Wheel
 from tests.support.modules import Blobs, train_loader, val_loader
 
 
@@ -89,6 +89,7 @@ WHAT_NEEDS_WHOLE_LAYERS = {
         for kind in ("lamp", "sensitivity", "activation", "obs")
     },
     "a function": ({"wheel": Wheel(importance=_zero)}, "importance by a function needs whole layers"),
+    "gradient steps": ({"refit": LeastSquares(distill=5)}, r"distill 5 needs whole weights.*Pass LeastSquares\(dist"),
     "several epochs": ({"at_epoch": [1]}, r"at_epoch is \[1\].*Pass one epoch"),
 }
 

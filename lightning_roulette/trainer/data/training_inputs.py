@@ -37,6 +37,7 @@ class TrainerCalibration(Calibration):
 
     - Batches are joined if the network gives the same on them.
     - Gradients take the memory of a training step, so they use at most as many samples at a time as training does.
+      Gradient steps of a refit each use one training batch.
     - With several processes, each runs a share of the batches that one process would run; see `Processes`. If the steps
       of the module communicate, all run the same batches at the same time. The results of the first process count,
       unless the weights are sharded: then the sums of all processes count.
@@ -66,7 +67,7 @@ class TrainerCalibration(Calibration):
         pieces = _few_at_a_time(trainer, validation, batches)
         self._shares = _sharing(trainer, validation, pieces[0])
         self._sharded = any_sharded(module.parameters())
-        whole, pieces = self._shares.share(every), self._shares.share(pieces)
+        whole, pieces, lessons = (self._shares.share(one) for one in (every, pieces, batches))
         statistics: list[Tensor] = []
         for part in batch_norms_of(module).values():
             statistics += [cast(Tensor, part.running_mean), cast(Tensor, part.running_var)]
@@ -76,6 +77,7 @@ class TrainerCalibration(Calibration):
             run=lambda number: validation.step(rebuilt((*whole, every[0])[number], copies=True)),
             around=partial(validation.seeing, statistics),
             pieces=[partial(_see, validation, piece, statistics) for piece in pieces],
+            lessons=[partial(_see, validation, batch, statistics) for batch in lessons],
             seed=seed,
             cache_bytes=cache_bytes,
             processes=processes_of(trainer) if self._sharded else self._shares,

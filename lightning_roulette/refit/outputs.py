@@ -1,0 +1,94 @@
+"""The outputs of a network on which nothing later depends, as its modules give them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_roulette.network.hooks import Enough, run_with_hooks
+from lightning_roulette.refit.backward_run import NoGradients, first_floating, with_floating
+
+
+class LastOutputs:
+    """The last outputs of some modules, in runs of a network on pieces of data.
+
+    An output is a last one if no later output of these modules depends on it. Those of a classifier are the outputs of
+    its last layer.
+
+    Args:
+        modules: The modules. Parameters of all of them need gradients while this is used.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._places: dict[int, list[int]] = {}  # for each piece, which outputs in order of calls are last ones
+
+    def of(self, number: int, piece: Callable[[], object]) -> list[Tensor]:
+        """Return the last outputs in a run. They can be differentiated.
+
+        Args:
+            number: Number of the piece. Its first run finds which outputs are last ones.
+            piece: Runs the network.
+
+        Raises:
+            NoGradients: If they cannot be differentiated, or if the network calls fewer modules than in the first run.
+        """
+        if number not in self._places:
+            self._places[number] = _last(self._run(piece, None))
+        places = self._places[number]
+        seen = self._run(piece, places)
+        if len(seen) <= places[-1]:
+            raise NoGradients("the network calls other layers after its weights have changed")
+        return [seen[place] for place in places]
+
+    def _run(self, piece: Callable[[], object], places: list[int] | None) -> list[Tensor]:
+        """Run the network until it has given the outputs at some places; to its end if these are None.
+
+        The network goes on with copies of these outputs, so that what it writes to them does not change them.
+        """
+        seen: list[Tensor] = []
+
+        def begin(part: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+            if torch.is_inference_mode_enabled():
+                raise NoGradients("the network runs in inference mode")
+            torch.set_grad_enabled(True)  # in effect until the run leaves the block that turned gradients off
+
+        def meet(part: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+            place, tensor = first_floating(output)
+            if tensor is None or not tensor.requires_grad:
+                return None
+            seen.append(tensor)
+            if places is not None and len(seen) > places[-1]:
+                raise Enough
+            if places is not None and len(seen) - 1 not in places:
+                return None
+            return with_floating(output, place, tensor.clone())
+
+        run_with_hooks(piece, self._modules, before=begin, after=meet)
+        return seen
+
+
+def _last(outputs: list[Tensor]) -> list[int]:
+    """Return the places of the outputs on which no later one depends, in order.
+
+    Raises:
+        NoGradients: If there is none.
+    """
+    reached: set[int] = set()
+    found: list[int] = []
+    for place in reversed(range(len(outputs))):
+        if place in reached:
+            continue
+        found.insert(0, place)
+        earlier = [one for one in range(place) if one not in reached]
+        if earlier:
+            given = torch.autograd.grad(
+                outputs[place].sum(), [outputs[one] for one in earlier], retain_graph=True, allow_unused=True
+            )
+            reached |= {one for one, derivative in zip(earlier, given, strict=True) if derivative is not None}
+    if not found:
+        raise NoGradients("the network's outputs have no derivatives with respect to its weights")
+    return found
