@@ -37,7 +37,7 @@ from lightning_roulette.wheel.units.units import Units
 
 _log = logging.getLogger(__name__)
 
-_ALL, _LESSON = 1 << 60, 2**7  # samples: all that there are, and those of a gradient step
+ALL, LESSON = 1 << 60, 2**6  # samples: all that there are, and those of a gradient step
 _TARGETS = 4  # outputs of the dense network for gradient steps take at most one part in this many of the memory
 
 
@@ -77,7 +77,7 @@ class Calibration:
         around: Returns a context that is entered around one run or around several, for what `run` needs.
         lessons: Functions that each run the network on some samples, for the gradient steps of
             `LeastSquares(distill=...)`, which need the memory of a training step. None uses all samples of `batches`,
-            128 at a time, if the first dimension counts samples; with `run`, it uses whole batches.
+            64 at a time, if the first dimension counts samples; with `run`, it uses whole batches.
         pieces: Functions that each run the network on a few samples, for `"sensitivity"`, which needs the memory of a
             training step. None uses the first 2,048 samples of `batches`, 256 at a time, if the first dimension counts
             samples; with `run`, it uses whole batches. The first ones are enough if they give each layer 16,384 rows.
@@ -126,7 +126,7 @@ class Calibration:
             )
         if run is None:
             given = cast("Sequence[Any]", batches)
-            few, taught = forwards(module, pieces_of(given)), forwards(module, pieces_of(given, _ALL, _LESSON))
+            few, taught = forwards(module, pieces_of(given)), forwards(module, pieces_of(given, ALL, LESSON))
             self._runs = forwards(module, given)
         else:
             few = taught = self._runs = Runs(self.batches, run, around)

@@ -20,7 +20,7 @@ from lightning_roulette.network.hooks import run_with_hooks
 from lightning_roulette.network.layers import batch_norms_of
 from lightning_roulette.network.parameters import parts_of_metrics
 from lightning_roulette.network.samples import bytes_of, joined, pieces_of, rows_of, tensors_of
-from lightning_roulette.refit.inputs import Calibration
+from lightning_roulette.refit.inputs import ALL, LESSON, Calibration
 from lightning_roulette.refit.refitted import Refitted
 from lightning_roulette.refit.turns import Turns
 from lightning_roulette.trainer.data.own_loader import own_loader
@@ -37,7 +37,7 @@ class TrainerCalibration(Calibration):
 
     - Batches are joined if the network gives the same on them.
     - Gradients take the memory of a training step, so they use at most as many samples at a time as training does.
-      Gradient steps of a refit each use one training batch.
+      Gradient steps of a refit use 64 samples of a training batch, or all of it if the module fails on some.
     - With several processes, each runs a share of the batches that one process would run; see `Processes`. If the steps
       of the module communicate, all run the same batches at the same time. The results of the first process count,
       unless the weights are sharded: then the sums of all processes count.
@@ -64,10 +64,13 @@ class TrainerCalibration(Calibration):
     ) -> None:
         self._trainer = trainer
         every = _fewer(trainer, validation, module, batches) if by_layer else batches
-        pieces = _few_at_a_time(trainer, validation, batches)
+        whole_size = max(rows_of(batch) or 1 for batch in batches)
+        takes_few = _takes_few(trainer, validation, batches)
+        pieces = pieces_of(batches) if takes_few else pieces_of(batches, at_a_time=whole_size)
+        lessons = pieces_of(batches, ALL, LESSON) if takes_few else batches
         self._shares = _sharing(trainer, validation, pieces[0])
         self._sharded = any_sharded(module.parameters())
-        whole, pieces, lessons = (self._shares.share(one) for one in (every, pieces, batches))
+        whole, pieces, lessons = (self._shares.share(one) for one in (every, pieces, lessons))
         statistics: list[Tensor] = []
         for part in batch_norms_of(module).values():
             statistics += [cast(Tensor, part.running_mean), cast(Tensor, part.running_var)]
@@ -77,7 +80,7 @@ class TrainerCalibration(Calibration):
             run=lambda number: validation.step(rebuilt((*whole, every[0])[number], copies=True)),
             around=partial(validation.seeing, statistics),
             pieces=[partial(_see, validation, piece, statistics) for piece in pieces],
-            lessons=[partial(_see, validation, batch, statistics) for batch in lessons],
+            lessons=[partial(_see, validation, lesson, statistics) for lesson in lessons],
             seed=seed,
             cache_bytes=cache_bytes,
             processes=processes_of(trainer) if self._sharded else self._shares,
@@ -218,17 +221,15 @@ def _sharing(trainer: Trainer, validation: IsolatedValidation, batch: Any) -> Pr
     return ONE_PROCESS if processes.anywhere(communication.seen) else processes
 
 
-def _few_at_a_time(trainer: Trainer, validation: IsolatedValidation, batches: Sequence[Any]) -> list[Any]:
-    """Return the first samples in small batches, or in batches of the usual size if the module fails on small ones."""
-    pieces = pieces_of(batches)
+def _takes_few(trainer: Trainer, validation: IsolatedValidation, batches: Sequence[Any]) -> bool:
+    """Return whether the module can take a step on a part of a batch."""
     try:
-        _see(validation, pieces[0], ())
+        _see(validation, pieces_of(batches, at_a_time=LESSON)[0], ())
     except Exception:
         works = False
     else:
         works = True
-    whole = max(rows_of(batch) or 1 for batch in batches)
-    return pieces if trainer.strategy.broadcast(works) else pieces_of(batches, at_a_time=whole)
+    return trainer.strategy.broadcast(works)
 
 
 def _gives_the_same(
