@@ -53,7 +53,7 @@ from lightning_roulette.search.state import State
 
 Values = dict[str, Tensor]
 BATCH = 500
-STEPS = 600  # of `tree, distilled`
+STEPS = 300  # of `tree, distilled`
 
 
 @dataclass(frozen=True)
