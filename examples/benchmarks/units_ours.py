@@ -57,7 +57,9 @@ class Chooser(Evaluator):
         return Scores(rank=rank, score=hits)
 
 
-def without_units(case: Case, reduction: float | None, tolerance: float, seed: int, choose: bool = False) -> nn.Module:
+def without_units(
+    case: Case, reduction: float | None, tolerance: float, seed: int, choose: bool = False, distill: int = 0
+) -> nn.Module:
     """Return the network without units.
 
     Args:
@@ -66,6 +68,7 @@ def without_units(case: Case, reduction: float | None, tolerance: float, seed: i
         tolerance: What may be lost on the part that chooses, in points.
         seed: Seed of the search, and of the calibration inputs.
         choose: Whether the refit chooses which units leave.
+        distill: Gradient steps of each refit.
     """
     from lightning_roulette import remove_dead
     from lightning_roulette.wheel.units.grouping import units_of
@@ -80,7 +83,7 @@ def without_units(case: Case, reduction: float | None, tolerance: float, seed: i
         tree=Tree(target=target),
         tolerance=tolerance / 100,
         validation=Validation(confirm=0.5 if reduction is None else 0),
-        refit=LeastSquares(choose=choose),
+        refit=LeastSquares(choose=choose, distill=distill),
     )
     return remove_dead(with_values(case, winner), case.example)
 
