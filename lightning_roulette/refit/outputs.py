@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from lightning_roulette.network.hooks import Enough, run_with_hooks
 from lightning_roulette.refit.backward_run import NoGradients, first_floating, with_floating
+from lightning_roulette.refit.owners import calls_in
+
+_NO_LIMIT = -1
 
 
 class LastOutputs:
@@ -37,19 +40,24 @@ class LastOutputs:
             NoGradients: If they cannot be differentiated, or if the network calls fewer modules than in the first run.
         """
         if number not in self._places:
-            self._places[number] = _last(self._run(piece, None))
+            calls = calls_in(piece, self._modules).total()
+            self._places[number] = _last(self._run(piece, calls))
         places = self._places[number]
-        seen = self._run(piece, places)
+        seen = self._run(piece, places=places)
         if len(seen) <= places[-1]:
             raise NoGradients("the network calls other layers after its weights have changed")
         return [seen[place] for place in places]
 
-    def _run(self, piece: Callable[[], object], places: list[int] | None) -> list[Tensor]:
-        """Run the network until it has given the outputs at some places; to its end if these are None.
+    def _run(
+        self, piece: Callable[[], object], calls: int = _NO_LIMIT, places: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """Run the network until it has made some calls, or has given the outputs at some places.
 
-        The network goes on with copies of these outputs, so that what it writes to them does not change them.
+        It does not go on from there, because what follows may not work with gradients. It goes on from the outputs at
+        these places, or from all, with copies, so that what it writes to them does not change them.
         """
         seen: list[Tensor] = []
+        left = calls
 
         def begin(part: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
             if torch.is_inference_mode_enabled():
@@ -57,13 +65,15 @@ class LastOutputs:
             torch.set_grad_enabled(True)  # in effect until the run leaves the block that turned gradients off
 
         def meet(part: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+            nonlocal left
+            left -= 1
             place, tensor = first_floating(output)
-            if tensor is None or not tensor.requires_grad:
-                return None
-            seen.append(tensor)
-            if places is not None and len(seen) > places[-1]:
+            known = tensor is not None and tensor.requires_grad
+            if tensor is not None and known:
+                seen.append(tensor)
+            if not left or (places is not None and len(seen) > places[-1]):
                 raise Enough
-            if places is not None and len(seen) - 1 not in places:
+            if tensor is None or not known or (places is not None and len(seen) - 1 not in places):
                 return None
             return with_floating(output, place, tensor.clone())
 

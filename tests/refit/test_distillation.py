@@ -154,6 +154,24 @@ def test_last_outputs_are_those_on_which_no_later_one_depends_as_their_layers_gi
             assert one.requires_grad
 
 
+class Strict(nn.Module):
+    """Something after the last layer works without gradients only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        return torch.from_numpy(self.net(x).numpy())
+
+
+def test_what_follows_the_last_layer_need_not_work_with_gradients():
+    net, (_, batches, mask) = known(Strict()), case("mlp")
+    calibration, mask = Calibration(net, batches), Mask({f"net.{name}": kept for name, kept in mask.items()})
+    solved, taught = calibration.refit(mask), calibration.refit(mask, STEPS)
+    assert far(net, taught.values, batches[1]) < far(net, solved.values, batches[1])
+
+
 class TwoHeads(nn.Module):
     """Two outputs of one hidden layer, one of them as large as is asked for."""
 
