@@ -191,7 +191,8 @@ def _wide(values: Tensor) -> Tensor:
 
 def _size_of_all(tensors: Sequence[Tensor]) -> float:
     """Return the root mean square of all values of some tensors."""
-    return _size(torch.cat([one.flatten() for one in tensors]))
+    squares = sum(float(one.square().sum()) for one in tensors)
+    return math.sqrt(squares / sum(one.numel() for one in tensors))
 
 
 def _size(values: Tensor) -> float:

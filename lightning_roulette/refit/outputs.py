@@ -53,8 +53,8 @@ class LastOutputs:
     ) -> list[Tensor]:
         """Run the network until it has made some calls, or has given the outputs at some places.
 
-        It does not go on from there, because what follows may not work with gradients. It goes on from the outputs at
-        these places, or from all, with copies, so that what it writes to them does not change them.
+        The run ends there, because what follows may not work with gradients. The network goes on with copies of the
+        outputs that count, so that they stay as they are if it writes to them.
         """
         seen: list[Tensor] = []
         left = calls
