@@ -170,6 +170,15 @@ def test_a_refit_that_chooses_removes_whole_units_to_the_same_target_and_loses_l
     assert all(torch.equal(value, again.weights[name]) for name, value in winners[0].weights.items())
 
 
+def test_gradient_steps_leave_removed_units_dead():
+    solved, taught = (chosen(False, refit=LeastSquares(distill=steps)) for steps in (0, 40))
+    assert dead(taught.mask)
+    assert all(not taught.weights[name][~kept].any() for name, kept in taught.mask.items())
+    assert not torch.equal(taught.weights["0.bias"], solved.weights["0.bias"])
+    assert taught.report.winner.cost == solved.report.winner.cost
+    assert taught.report.winner.score > solved.report.winner.score
+
+
 def test_a_cut_that_chooses_revives_no_unit():
     gradual = Gradual(Cuts(1, math.inf, None, 3, refit=LeastSquares(choose=True), wheel=NEURON, tree=Tree(0.3)))
     net, masks = perceptron((6, 12, 10, 3), seed=1), []
