@@ -94,7 +94,8 @@ def _duration(seconds: float) -> str:
 
 def _advice(report: SearchReport) -> str:
     name = "LeastSquares" if "least squares" in report.refit else "Refit"
+    steps = f"refit={name}(distill=...) with fewer steps, " if "gradient steps" in report.refit else ""
     return (
-        f"most of a level's time is the refit. For a faster search pass refit={name}(batches=...) with fewer batches "
-        f"than now, refit={name}(each_level=False) to refit accepted levels only, or refit=None."
+        f"most of a level's time is the refit. For a faster search pass {steps}refit={name}(batches=...) with fewer "
+        f"batches than now, refit={name}(each_level=False) to refit accepted levels only, or refit=None."
     )

@@ -79,6 +79,9 @@ def test_a_slow_refit_is_said_once_with_what_to_pass():
     )
     statistics = replace(FIRST, refit="running statistics, of the best candidate of a level")
     assert "refit=Refit(batches=...)" in said(statistics, LevelTime(9.0, 8.0))[0][1]
+    taught = replace(FIRST, refit="survivors by least squares and 300 gradient steps, of the best candidate of a level")
+    fewer = "pass refit=LeastSquares(distill=...) with fewer steps, refit=LeastSquares(batches=...) with fewer batches"
+    assert fewer in said(taught, LevelTime(9.0, 8.0))[0][1]
 
 
 @pytest.mark.parametrize("time", [LevelTime(0.5, 0.4), LevelTime(9.0, 4.0), LevelTime(9.0)])
