@@ -15,6 +15,7 @@ from lightning_roulette.network.lending import lent, named_tensors
 _CLOSE = 1e-6  # allowed difference, relative to the largest output
 _SCALE = 10.0  # how far other values of producers exceed their largest entry
 _CHANGES = 2  # of the producers
+_FAR = 1e3  # an entry that exceeds the median by so much does not count as the largest
 
 
 def outputs_of(run: Callable[[], Any]) -> list[Tensor]:
@@ -31,6 +32,9 @@ def are_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
 def is_within(one: Tensor, other: Tensor, share: float, least: float = 0.0) -> bool:
     """Whether two outputs are finite, and differ by at most a share of the largest entry; whole numbers are equal.
 
+    Entries that exceed 1000 times the median of the different sizes do not count as the largest, as -1e9 for classes
+    that a network rules out. They may differ by a share of themselves.
+
     Args:
         one: An output.
         other: Another one, of the same type.
@@ -41,7 +45,20 @@ def is_within(one: Tensor, other: Tensor, share: float, least: float = 0.0) -> b
         return one.shape == other.shape
     if not (one.is_floating_point() or one.is_complex()):
         return torch.equal(one, other)
-    return bool((one - other).abs().max() <= share * max(least, float(one.abs().max())))
+    difference, sizes = (one - other).abs(), one.abs()
+    largest = max(least, float(sizes.max()))
+    if not bool(difference.isfinite().all() and difference.max() <= share * largest):
+        return False
+    if not bool(difference.any()):
+        return True
+    usual = min(largest, max(least, _FAR * _median(sizes)))
+    return bool((difference <= share * sizes.clamp(min=usual)).all())
+
+
+def _median(sizes: Tensor) -> float:
+    """The median of the different numbers above zero; 0 if there are none."""
+    different = sizes[sizes > 0].unique()
+    return float(different[(len(different) - 1) // 2]) if len(different) else 0.0
 
 
 def is_separate(network: nn.Module, group: Group, run: Callable[[], Any]) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_roulette.checks import check_choice
+from lightning_roulette.network.coupling.graph import tensors_in
 from lightning_roulette.network.modes import evaluating
 from lightning_roulette.slim.export.exported import Exported, FormatScores
 from lightning_roulette.slim.export.idle import slimmed
@@ -131,8 +132,13 @@ def _scored(
             "one tensor. Leave validation out, and run the file that was written with onnxruntime."
         )
     with evaluating(model), torch.no_grad():
-        found = scores([model, exported.run], validation, score, tuple(example.shape[1:]))
+        found = scores([lambda x: _first(model(x)), exported.run], validation, score, tuple(example.shape[1:]))
     return replace(exported, scores=FormatScores(*found))
+
+
+def _first(output: Any) -> Tensor:
+    """Return the first tensor that a network returns, as the first output of its file is."""
+    return tensors_in(output)[0]
 
 
 def _runs(whole: Program, exported: Exported, score: Callable[..., float]) -> list[Callable[[Tensor], Tensor]]:

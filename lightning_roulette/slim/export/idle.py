@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_roulette.network.coupling.check import is_within
 from lightning_roulette.slim.export.operations import (
     Activate,
     Add,
@@ -47,8 +48,7 @@ def slimmed(program: Program, example: Tensor) -> Program:
     """Return a program without idle outputs; the program itself where rounding makes their outputs differ."""
     slim = without_idle(program)
     expected, found = run(program, example), run(slim, example)
-    close = 1e-5 * max(1.0, float(expected.abs().max()))
-    return slim if bool((expected - found).abs().max() <= close) else program
+    return slim if is_within(expected, found, 1e-5, 1.0) else program
 
 
 def without_idle(program: Program) -> Program:

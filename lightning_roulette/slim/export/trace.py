@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_roulette.network.coupling.check import is_within
 from lightning_roulette.network.modes import evaluating
 from lightning_roulette.slim.export.graph.builder import Builder
 from lightning_roulette.slim.export.graph.captured import captured
@@ -129,8 +130,8 @@ def _check_equal(program: Program, model: nn.Module, inputs: Tensor) -> None:
             "model returns numbers that are not finite, for example_input or for random inputs of the same mean and "
             "spread. Check its weights."
         )
-    difference, largest = float((found - expected).abs().max()), max(1.0, float(expected.abs().max()))
-    if not difference <= _CLOSE * largest:
+    if not is_within(expected, found, _CLOSE, 1.0):
+        difference, largest = float((found - expected).abs().max()), max(1.0, float(expected.abs().max()))
         raise ValueError(
             f"model and the program made of it differ by {difference:.2g} where the largest output is {largest:.2g}, "
             f"but may differ by {_CLOSE:g} of it. A forward that depends on the values of its input, or on chance, "

@@ -49,16 +49,17 @@ def outputs(model: nn.Module, inputs: Sequence[Any]) -> list[Tensor]:
 def are_close(expected: list[Tensor], found: list[Tensor]) -> bool:
     """Whether all outputs differ by at most 1e-5, relative to the larger of one and the largest output.
 
-    Whole numbers must be equal, and the same numbers must be finite.
+    Whole numbers must be equal, and the same numbers must be finite. See `is_within` for what counts as the largest.
     """
-    return len(expected) == len(found) and all(map(_is_close, expected, found))
+    return len(expected) == len(found) and all(is_close(*pair, _CLOSE) for pair in zip(expected, found, strict=True))
 
 
-def _is_close(one: Tensor, other: Tensor) -> bool:
+def is_close(one: Tensor, other: Tensor, share: float) -> bool:
+    """Whether two outputs are as `are_close` says, with another share of the larger of one and the largest output."""
     finite = one.isfinite()
     if not torch.equal(finite, other.isfinite()):
         return False
-    return is_within(one.masked_fill(~finite, 0), other.masked_fill(~finite, 0), _CLOSE, 1.0)
+    return is_within(one.masked_fill(~finite, 0), other.masked_fill(~finite, 0), share, 1.0)
 
 
 def _are_finite(model: nn.Module, given: Any) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_roulette.network.coupling.check import are_same
 from lightning_roulette.network.coupling.coupling import coupling_of
 from lightning_roulette.network.coupling.groups import Member
 from tests.network.coupling.networks import IMAGES, NETWORKS, ROWS, WORDS, Hidden, Joined, Own, Shuffled, sequences
@@ -108,6 +109,44 @@ def test_query_heads_that_share_keys_are_one_unit():
 )
 def test_what_must_stay_is_named_with_the_reason(model, inputs, layer, reason):
     assert coupling_of(known(model), inputs).left[layer].startswith(reason)
+
+
+class Ruled(Layers):
+    """Reads units in the reverse order, and rules out some of its classes."""
+
+    def __init__(self, value: float, classes: int = 1) -> None:
+        super().__init__(a=nn.Linear(5, 6), b=nn.Linear(6, 7))
+        self.value, self.classes = value, classes
+
+    def forward(self, x):
+        y = self.b(torch.relu(self.a(x)).flip(-1))
+        return torch.where(torch.arange(7) < self.classes, torch.full_like(y, self.value), y)
+
+
+@pytest.mark.parametrize("value", [-1e9, torch.finfo(torch.float64).min, torch.inf])
+@pytest.mark.parametrize("classes", [1, 6])
+def test_a_dependence_shows_beside_outputs_that_are_far_larger(value, classes):
+    found = coupling_of(known(Ruled(value, classes)), ROWS)
+    assert "a" in found.left
+    assert not found.groups
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ([1.0, -1e9], [1.0 + 1e-8, -1e9], True),
+        ([1.0, -1e9], [1.01, -1e9], False),
+        ([1.0, 2.0, -1e9], [1.0, 2.0, -1e9 - 1], True),
+        ([1e-4, 3.0, 5.0], [1e-4 + 1e-6, 3.0, 5.0], True),
+        ([0.0, 0.0], [1e-9, 0.0], False),
+        ([0.0, 2.0], [1e-9, 2.0], True),
+        ([torch.inf, 1.0], [3.0, 1.0], False),
+        ([3.0, 1.0], [torch.inf, 1.0], False),
+        ([torch.nan], [torch.nan], False),
+    ],
+)
+def test_outputs_are_the_same_to_six_digits_of_the_largest_of_their_kind(one, other, same):
+    assert are_same([torch.tensor(one, dtype=torch.float64)], [torch.tensor(other, dtype=torch.float64)]) == same
 
 
 def test_tied_layers_stay():

@@ -326,3 +326,21 @@ def test_a_unit_to_which_an_input_is_added_stays_where_a_relu_hides_it(example):
     inputs = 100 * numbers(4, 6).double()
     assert torch.equal(slim(inputs), model(inputs))
     assert slim.a.out_features == 8
+
+
+class Ruled(Wired):
+    """Rules out a class, and tells how many units it has."""
+
+    def forward(self, x):
+        y = torch.relu(self.a(x))
+        return (self.b(y) * y.shape[1]).masked_fill(torch.tensor([True, False, False]), -1e9)
+
+
+@torch.no_grad()
+def test_a_change_shows_beside_outputs_that_are_far_larger():
+    model = known(Ruled(a=nn.Linear(6, 8), b=nn.Linear(8, 3)))
+    model.b.weight[:, :3] = 0
+    inputs = numbers(4, 6)
+    slim = remove_dead(model, inputs)
+    assert torch.equal(slim(inputs), model(inputs))
+    assert dead_units(model, inputs).left["a"] == "the outputs of the network differ with another number of its units"

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from lightning_roulette.network.calling import caller_of
 from lightning_roulette.network.containers import rebuilt
-from lightning_roulette.network.coupling.check import is_within, outputs_of
+from lightning_roulette.network.coupling.check import outputs_of
 from lightning_roulette.slim.export.exported import Exported, StoredLayer
 from lightning_roulette.slim.export.onnx.model import Session, to_onnx
 from lightning_roulette.slim.files.container import write_whole
 from lightning_roulette.slim.measuring.timing import Latency, latencies
-from lightning_roulette.slim.removal.examples import inputs_like
+from lightning_roulette.slim.removal.examples import inputs_like, is_close
 from lightning_roulette.slim.removal.removal import DeadCount, removal_of
 
 _CLOSE = 1e-4  # allowed difference from the network, relative to the larger of one and the largest output
@@ -41,7 +41,8 @@ def write(model: nn.Module, path: Path, *, example_input: Any, removal: bool = T
 
             - The exporter has no counterpart for a part of the network.
             - The outputs of the file differ from those of the network by more than 1e-4, relative to the larger of one
-              and the largest output, on the example or on random inputs like it. Whole numbers must be equal.
+              and the largest output, on the example or on random inputs like it. Whole numbers must be equal, and
+              the same numbers must be finite.
     """
     whole, example = copy.deepcopy(model).cpu().eval(), _on_cpu(example_input)
     count, slim = None, whole
@@ -105,7 +106,7 @@ def _check(expected: list[Tensor], found: list[Tensor]) -> None:
             "written. Return a tensor, or a tuple or mapping of tensors."
         )
     for one, other in zip(expected, found, strict=True):
-        if not is_within(one, other.to(one.dtype), _CLOSE, 1.0):
+        if not is_close(one, other.to(one.dtype), _CLOSE):
             difference = float((one.double() - other).abs().max()) if one.shape == other.shape else float("nan")
             raise ValueError(
                 f"onnxruntime computes outputs that differ from those of the network by {difference:g}. The file was "

@@ -167,3 +167,21 @@ def test_whole_numbers_among_the_outputs_are_not_compared_with_others(tmp_path):
     expected = model(given)
     for one, other in zip(exported.run.outputs((given,)), expected.values(), strict=True):
         assert torch.allclose(one, other)
+
+
+class Ruling(Answers):
+    """Gives minus infinity to a class."""
+
+    def forward(self, x):
+        answers = super().forward(x)
+        return answers | {"scores": answers["scores"].masked_fill(torch.arange(5) == 1, -torch.inf)}
+
+
+def test_infinite_outputs_are_compared_and_the_first_of_several_is_scored(tmp_path):
+    model, inputs = known(Ruling()).float(), numbers(8, 6).float()
+    judging = (inputs, model(inputs)["class"])
+    exported = export(model, tmp_path / "net.onnx", "onnx", example_input=inputs[:3], validation=judging, removal=False)
+    given = numbers(4, 6, seed=2).float()
+    assert torch.allclose(exported.run(given), model(given)["scores"])
+    first = (model(inputs)["scores"].argmax(1) == judging[1]).double().mean()
+    assert exported.scores.network == exported.scores.device == first
