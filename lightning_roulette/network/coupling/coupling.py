@@ -37,15 +37,16 @@ def coupling_of(network: nn.Module, example_input: Any) -> Coupling:
     Args:
         network: The network, with all its weights on one device.
         example_input: What its forward is called with: a tensor, a tuple or list of arguments, or a mapping of named
-            arguments. Two samples of it are used.
+            arguments. Two samples of it are used; all of it if the network does not take two, as with the nodes of a
+            graph and their adjacency matrix.
 
     Raises:
         ImportError: If the extra `units` is not installed.
         TypeError: If `example_input` is none of these.
         ValueError: If the network cannot be called with it, or returns no numbers.
     """
-    run = caller_of(network, _few(example_input))(None)
     with borrowed(network):
+        run = _caller(network, example_input)
         if not _is_function(run):
             reason = "two calls of the network with equal inputs differ, or their outputs are not finite"
             return Coupling((), dict.fromkeys(unit_layers(network), reason))
@@ -55,9 +56,17 @@ def coupling_of(network: nn.Module, example_input: Any) -> Coupling:
     return Coupling((*neurons, *heads), left | others)
 
 
-def _few(example_input: Any) -> Any:
-    rows = rows_of(example_input)
-    return example_input if rows is None or rows <= _SAMPLES else taken(example_input, slice(0, _SAMPLES))
+def _caller(network: nn.Module, example_input: Any) -> Callable[[], Any]:
+    """Return what calls the network with two samples, or with the whole example if it does not take two."""
+    whole, rows = caller_of(network, example_input)(None), rows_of(example_input)
+    if rows is None or rows <= _SAMPLES:
+        return whole
+    run = caller_of(network, taken(example_input, slice(0, _SAMPLES)))(None)
+    try:
+        outputs_of(run)
+    except Exception:  # what counts as samples may be something else, or be written in the code
+        return whole
+    return run
 
 
 def _is_function(run: Callable[[], Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -91,12 +91,12 @@ def measure(model: nn.Module, example_input: Any) -> Measured:
     Raises:
         ImportError: If constriction is not installed.
         TypeError: If `example_input` is none of these, or the state dict holds something else than tensors.
-        ValueError: If `example_input` has no sample.
+        ValueError: If `example_input` has no sample, or if the network cannot be called with one sample.
     """
     call = caller_of(model, example_input)
     weights = prunable_parameters(model).values()
     with evaluating(model):
-        adds = multiply_adds(model, call(1))
+        adds = _multiply_adds(model, call(1))
         trials = {size: tried(model, call(size)) for size in BATCHES}
     devices, refusal = _devices(model, example_input)
     return Measured(
@@ -110,6 +110,16 @@ def measure(model: nn.Module, example_input: Any) -> Measured:
         devices,
         refusal,
     )
+
+
+def _multiply_adds(model: nn.Module, run: Callable[[], object]) -> MultiplyAdds:
+    try:
+        return multiply_adds(model, run)
+    except Exception as error:
+        raise ValueError(
+            f"The network cannot be called with one sample of example_input ({type(error).__name__}: {error}). Pass "
+            "what its forward takes, so that the first dimension of each tensor is the batch."
+        ) from error
 
 
 def _devices(model: nn.Module, example_input: Any) -> tuple[Mapping[str, OnDevice], str]:

@@ -149,6 +149,18 @@ def test_outputs_are_the_same_to_six_digits_of_the_largest_of_their_kind(one, ot
     assert are_same([torch.tensor(one, dtype=torch.float64)], [torch.tensor(other, dtype=torch.float64)]) == same
 
 
+class Graph(Layers):
+    """Takes the nodes of a graph and which are adjacent. Neither can be cut alone."""
+
+    def forward(self, x, adjacent):
+        return adjacent @ self.b(torch.relu(adjacent @ self.a(x)))
+
+
+def test_a_network_that_does_not_take_two_samples_is_called_with_the_whole_example():
+    found = coupling_of(known(Graph(a=nn.Linear(5, 6), b=nn.Linear(6, 2))), (numbers(4, 5), numbers(4, 4)))
+    assert {one.name: one.size for one in found.groups} == {"a": 6}
+
+
 def test_tied_layers_stay():
     model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2))
     model[2].weight = model[0].weight

@@ -158,6 +158,8 @@ def test_other_inputs_are_refused():
         measure(nn.Linear(2, 2), 3)
     with pytest.raises(ValueError, match="example_input has a tensor without samples"):
         measure(nn.Linear(2, 2), torch.ones(0, 2))
+    with pytest.raises(ValueError, match="cannot be called with one sample of example_input .RuntimeError: mat1"):
+        measure(nn.Linear(2, 2), torch.ones(4, 3))
 
 
 def test_the_bound_is_the_entropy_of_positions_and_exponents():
