@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,8 @@ def copy_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> No
 def write(tensor: Tensor, value: Tensor) -> None:
     """Write a value into a tensor, in place. Entries of an expanded tensor that share memory are written once.
 
-    A sharded tensor takes a whole value, too, of which this process writes its rows.
+    A sharded tensor takes a whole value, too, of which this process writes its rows. A tensor that was made in
+    inference mode, such as a buffer of `trainer.validate`, is written in inference mode: torch allows nothing else.
     """
     if is_sharded(tensor) and not is_sharded(value):
         write_rows(tensor, value)
@@ -101,7 +102,8 @@ def write(tensor: Tensor, value: Tensor) -> None:
         for dim, step in enumerate(tensor.stride()):
             if step == 0 and tensor.shape[dim] > 1:
                 tensor, value = tensor.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
-    tensor.copy_(value)
+    with torch.inference_mode() if tensor.is_inference() else nullcontext():
+        tensor.copy_(value)
 
 
 def surely(action: Callable[[], None]) -> None:

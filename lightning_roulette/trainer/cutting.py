@@ -9,7 +9,7 @@ from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.network.lending import copy_into, named_tensors
 from lightning_roulette.report.report import SearchReport
 from lightning_roulette.trainer.between_epochs import BetweenEpochs
-from lightning_roulette.trainer.fit_state import FitState
+from lightning_roulette.trainer.fit_state import FitState, batches_trained
 from lightning_roulette.trainer.footprint import footprint_of
 from lightning_roulette.trainer.hold_zeros import load_into_average
 from lightning_roulette.trainer.preparing import calibration_of, measured, ready_between_epochs
@@ -64,7 +64,7 @@ def end_cuts(fit: FitState, cuts: BetweenEpochs) -> None:
         fit.hold_zeros()
         score = measured(fit, report.monitor, judges.data)
         report = result.report = replace(report, score=score, footprint=footprint_of(fit, judges.data))
-        result.measured_at_step = fit.trainer.global_step
+        result.measured_at_batch = batches_trained(fit.trainer)
         if report.winner is not None:
             save_winner(fit)
             save_shrunk_winner(fit, judges.data)

@@ -53,6 +53,15 @@ class Phase(Enum):
     EPOCH_BEGINS = "A search or a cut was made as this epoch begins, and no batch of it is trained yet."
 
 
+def batches_trained(trainer: Trainer) -> int:
+    """Return how many batches a Trainer has trained, those of the fit that it resumed included.
+
+    Its global step does not count the steps of an optimizer that a module gets with `use_pl_optimizer=False`.
+    """
+    processed: int = trainer.fit_loop.epoch_loop.batch_progress.total.state_dict()["processed"]
+    return processed
+
+
 @dataclass(eq=False)
 class FitState:
     """One run of a Trainer.
@@ -106,7 +115,7 @@ class FitState:
     @property
     def is_concluded(self) -> bool:
         """Whether nothing is left to do: the network was pruned, and was not trained since it was measured."""
-        measured = self.trainer.global_step <= self.result.measured_at_step
+        measured = batches_trained(self.trainer) <= self.result.measured_at_batch
         return self.result.progress is Progress.PRUNED and measured
 
     def search_is_due(self, epoch: int) -> bool:
@@ -123,7 +132,7 @@ class FitState:
             result.report = replace(result.report, stop_reason=None)
         if not resumed:
             self.forget_another_network()
-            result.measured_at_step = self.trainer.global_step  # it was a step of another fit
+            result.measured_at_batch = batches_trained(self.trainer)  # it was a batch of another fit
 
     def forget_another_network(self) -> None:
         """Forget a result that was not found on this module."""

@@ -34,7 +34,7 @@ class SavedState(TypedDict, total=False):
         winner_level: The winner's level, beside `level_bits`.
         report: The report as plain values.
         best_model_path: The checkpoint of the winner, or an empty string.
-        measured_at_step: The global step at which the winner was last measured.
+        measured_at_batch: The number of batches that were trained when the winner was last measured.
         gradual: The state of pruning between epochs. Only saved where `at_epoch` names several epochs.
     """
 
@@ -47,7 +47,7 @@ class SavedState(TypedDict, total=False):
     winner_level: int
     report: dict[str, Any] | None
     best_model_path: str
-    measured_at_step: int
+    measured_at_batch: int
     gradual: dict[str, Any]
 
 
@@ -69,7 +69,7 @@ class Result:
         report: The report; None before a search.
         history: The masks of all levels; None before a search has ended.
         best_model_path: The checkpoint of the winner; empty if none was written.
-        measured_at_step: The global step at which the winner was last measured.
+        measured_at_batch: The number of batches that were trained when the winner was last measured.
         winner: The weights of all levels. Not saved: None after a checkpoint was loaded.
         module: The network that was pruned. Not saved, and not copied.
         example: The path of a network inside the module, and what it is called with. Only with `shrink`; not saved.
@@ -80,7 +80,7 @@ class Result:
         self.report: SearchReport | None = None
         self.history: History | None = None
         self.best_model_path = ""
-        self.measured_at_step = 0
+        self.measured_at_batch = 0
         self.winner: Winner | None = None
         self.module: weakref.ref[LightningModule] | None = None
         self.example: tuple[str, Any] | None = None
@@ -151,7 +151,7 @@ class Result:
             **self.history.state(),  # type: ignore[typeddict-item]
             "report": self.report.to_dict(),
             "best_model_path": self.best_model_path,
-            "measured_at_step": self.measured_at_step,
+            "measured_at_batch": self.measured_at_batch,
         }
         if self.between_epochs is not None:
             state["gradual"] = self.between_epochs.state()
@@ -174,6 +174,6 @@ class Result:
         self.history = History.from_state(state) if "pruned_at" in state else None
         self.report = SearchReport.from_dict(state["report"]) if state["report"] else None
         self.best_model_path = state.get("best_model_path", "")
-        self.measured_at_step = state.get("measured_at_step", 0)
+        self.measured_at_batch = state.get("measured_at_batch", 0)
         if self.between_epochs is not None:
             self.between_epochs.restore(state.get("gradual", {}))

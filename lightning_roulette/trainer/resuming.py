@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_roulette.judge.journal import Journal, fingerprint, lines_in
 from lightning_roulette.mask.mask import breaks, fits
 from lightning_roulette.trainer.files import RunFiles
-from lightning_roulette.trainer.fit_state import FitState, Phase
+from lightning_roulette.trainer.fit_state import FitState, Phase, batches_trained
 from lightning_roulette.trainer.lightning_names import in_both
 from lightning_roulette.trainer.persistence import Progress
 from lightning_roulette.trainer.show.log import log, speak_up
@@ -79,7 +79,7 @@ def _of_other_versions(folder: str) -> list[str]:
 def ended_before(trainer: Trainer) -> bool:
     """Return whether this fit has resumed a training that had ended, so that nothing was left to train."""
     epochs, steps = trainer.max_epochs, trainer.max_steps
-    trained = trainer.ckpt_path is not None and trainer.global_step > 0 and trainer.limit_train_batches != 0
+    trained = trainer.ckpt_path is not None and batches_trained(trainer) > 0 and trainer.limit_train_batches != 0
     ended = epochs not in (None, -1) and trainer.current_epoch >= epochs
     return trained and (ended or (steps != -1 and trainer.global_step >= steps))
 

@@ -17,7 +17,7 @@ from lightning_roulette.search.search import search
 from lightning_roulette.search.winner import Winner, load
 from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.files import checkpoint_with_these_weights, save_accepted_levels
-from lightning_roulette.trainer.fit_state import FitState, Phase
+from lightning_roulette.trainer.fit_state import FitState, Phase, batches_trained
 from lightning_roulette.trainer.footprint import footprint_of
 from lightning_roulette.trainer.hold_zeros import load_into_average
 from lightning_roulette.trainer.observers import Comparable, Latest, Several
@@ -69,7 +69,7 @@ def measure_and_save(fit: FitState) -> None:
     assert report is not None
     score = measured(fit, report.monitor)
     fit.result.report = replace(report, trained_score=score, footprint=footprint_of(fit))
-    fit.result.measured_at_step = fit.trainer.global_step
+    fit.result.measured_at_batch = batches_trained(fit.trainer)
     fit.know_files()
     if report.winner is not None:
         save_winner(fit)
@@ -144,7 +144,7 @@ def _load(fit: FitState, winner: Winner, metric: MonitoredMetric, data: FoldedDa
     try:
         result.report = replace(result.report, score=measured(fit, metric.monitor, data))
         result.report = replace(result.report, footprint=footprint_of(fit, data))
-        result.measured_at_step = fit.trainer.global_step
+        result.measured_at_batch = batches_trained(fit.trainer)
     except BaseException:
         if pruned and fit.trainer.world_size == 1:  # with several processes it would wait for the others
             save_winner(fit)

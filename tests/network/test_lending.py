@@ -112,6 +112,15 @@ def test_an_expanded_tensor_is_written_once():
     assert tensor.tolist() == [[0, 1, 2]] * 4
 
 
+def test_a_tensor_of_inference_mode_is_written_too():
+    with torch.inference_mode():
+        tensor = torch.zeros(3)
+    with lent({"cache": tensor}):
+        write(tensor, torch.ones(3))
+        assert tensor.tolist() == [1, 1, 1]
+    assert tensor.tolist() == [0, 0, 0]
+
+
 def test_values_are_copied_by_name_into_parameters_and_buffers():
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     net.append(net[0])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn.functional import cross_entropy
 
 from lightning_roulette import HoldZeros, Mask, SearchReport, StopReason, Tree, Validation, apply_mask
 from tests.support.callbacks import within
@@ -140,6 +141,28 @@ def test_fitting_on_leaves_the_first_winner(fit, tmp_path, folders):
     fit(pruning, module=module, default_root_dir=tmp_path / folders[1])
     assert first.read_bytes() == content
     assert Path(pruning.best_model_path).parent == tmp_path / folders[1] / "checkpoints"
+    assert equal(load(pruning.best_model_path)["state_dict"], module.state_dict())
+
+
+class StepsUnseen(Blobs):
+    """Takes its optimizer past the Trainer, whose global step stays 0."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(cross_entropy(self(batch[0]), batch[1]))
+        optimizer.step()
+
+
+def test_training_that_the_global_step_does_not_count_is_measured_and_saved(fit, make_trainer):
+    pruning = pruner(at_epoch=1)
+    module = fit(pruning, module=StepsUnseen(), max_epochs=3)
+    assert module.trainer.global_step == 0
+    (logged,) = make_trainer().validate(module, val_loader(), verbose=False)
+    assert pruning.report.trained_score == pytest.approx(logged["val_acc"], abs=1e-7)
+    assert pruning.report.trained_score > pruning.report.score
     assert equal(load(pruning.best_model_path)["state_dict"], module.state_dict())
 
 

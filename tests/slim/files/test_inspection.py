@@ -32,11 +32,13 @@ def test_a_compressed_file_is_described_to_the_byte(tmp_path):
     assert "compressed file, values Codebook(bits=3)" in str(found)
 
 
-def test_numbers_of_one_byte_are_counted(tmp_path):
-    state = {"w": torch.tensor([0.0, 1.0, -0.0, torch.nan]).to(torch.float8_e4m3fn)}
+def test_numbers_of_types_that_torch_does_not_count_are_counted(tmp_path):
+    numbers = torch.tensor([0.0, 1.0, -0.0, torch.nan])
+    state = {"w": numbers.to(torch.float8_e4m3fn), "indices": torch.arange(3).to(torch.uint16)}
     save_weights(state, tmp_path / "weights.pt")
-    (found,) = inspect(tmp_path / "weights.pt").tensors
-    assert (found.dtype, found.weights, found.survivors, found.bytes) == ("float8_e4m3fn", 4, 2, 4)
+    eight, sixteen = inspect(tmp_path / "weights.pt").tensors
+    assert (eight.dtype, eight.weights, eight.survivors, eight.bytes) == ("float8_e4m3fn", 4, 2, 4)
+    assert (sixteen.dtype, sixteen.weights, sixteen.survivors, sixteen.bytes) == ("uint16", 3, 2, 6)
 
 
 def test_tensors_that_are_not_dense_are_refused_by_name(tmp_path):
