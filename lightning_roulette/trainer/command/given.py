@@ -36,15 +36,13 @@ class Given:
     def on(cls, args: Sequence[str]) -> Given:
         """Return what a command line gives."""
         given, _ = _scout().parse_known_args(args)
-        config: dict[str, Any] = {}
-        for path in given.config:
-            config |= _in_yaml(path)
+        configs = [_in_yaml(path) for path in given.config]
+        config = {name: one for each in configs for name, one in each.items()}
         path = given.ckpt_path or config.get("ckpt_path")
         hyperparameters = _hyperparameters_in(path, str(given.weights_only).lower() != "false") if path else {}
         classes, nameless = {}, []
         for part in PARTS:
-            section = config.get(part)
-            section = section if isinstance(section, dict) else {}
+            section = _section(part, configs)
             saved = hyperparameters.get("_class_path") if part == "model" else None
             found = getattr(given, part) or section.get("class_path") or saved
             if found:
@@ -83,6 +81,14 @@ def _in_yaml(path: str) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _section(part: str, configs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what configurations say of a part. A later one may name some arguments alone, or the class alone."""
+    found: dict[str, Any] = {}
+    for one in (config[part] for config in configs if part in config):
+        found |= {"class_path": one} if isinstance(one, str) else one if isinstance(one, dict) else {}
+    return found
 
 
 def _hyperparameters_in(path: str, weights_only: bool) -> dict[str, Any]:

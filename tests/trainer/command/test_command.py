@@ -157,17 +157,21 @@ def test_arguments_come_before_the_hyperparameters_of_the_checkpoint(folder, cap
     assert "net.0.weight (file (40, 16), module (32, 16))" in said
 
 
-@pytest.mark.parametrize("form", ["class_path", "plain", "class in a second file"])
+@pytest.mark.parametrize("form", ["class_path", "plain", "class in a second file", "some arguments in a second file"])
 def test_a_configuration_of_a_fit_prunes(folder, wide, capsys, form):
     torch.save(wide.state_dict(), folder / "wide.pt")
     paths, arguments = {"model": f"{HERE}.Wide", "data": DATA[1]}, {"model": {"width": 40}, "data": {"batch_size": 20}}
     named = {part: {"class_path": paths[part], "init_args": arguments[part]} for part in paths}
     others = {"seed_everything": False, "ckpt_path": "missing.ckpt", "lr_scheduler": None, "optimizer": {"lr": 0.1}}
-    parts = named if form == "class_path" else arguments
+    if form == "some arguments in a second file":
+        named["model"]["init_args"] = {"width": 30}
+    parts = arguments if form in ("plain", "class in a second file") else named
     args = written(folder / "config.yaml", **parts, **others | {"trainer": of_fit()})
     if form == "class in a second file":
         args += ["-c", str(folder / "classes.yaml")]
         (folder / "classes.yaml").write_text(yaml.safe_dump({part: {"class_path": paths[part]} for part in paths}))
+    elif form == "some arguments in a second file":
+        args += written(folder / "some.yaml", model={"init_args": arguments["model"]})
     elif form == "plain":
         args += [f"--model={HERE}.Wide", *DATA]
     command.main(["prune", *args, "--ckpt_path=wide.pt", "--pruning.tree.max_levels=1"])
