@@ -77,9 +77,9 @@ def _is_function(run: Callable[[], Any]) -> bool:
             f"The network cannot be called with example_input ({type(error).__name__}: {error}). "
             "Pass what its forward takes: a tensor, a tuple of arguments, or a mapping of named arguments."
         ) from error
-    if not any(one.is_floating_point() for one in first):
+    if not any(one.is_floating_point() or one.is_complex() for one in first):
         raise ValueError(
-            "The network returns no tensor of floating-point numbers, so it cannot be traced. "
+            "The network returns no tensor of floating-point or complex numbers, so it cannot be traced. "
             "Its forward must return its predictions: a tensor, or a container of tensors."
         )
     return are_same(first, outputs_of(run))

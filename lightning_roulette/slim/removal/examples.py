@@ -54,12 +54,12 @@ def are_close(expected: list[Tensor], found: list[Tensor]) -> bool:
     return len(expected) == len(found) and all(is_close(*pair, _CLOSE) for pair in zip(expected, found, strict=True))
 
 
-def is_close(one: Tensor, other: Tensor, share: float) -> bool:
-    """Whether two outputs are as `are_close` says, with another share of the larger of one and the largest output."""
+def is_close(one: Tensor, other: Tensor, share: float, least: float = 1.0) -> bool:
+    """Whether two outputs are as `are_close` says, with another share, and another least size for the largest one."""
     finite = one.isfinite()
     if not torch.equal(finite, other.isfinite()):
         return False
-    return is_within(one.masked_fill(~finite, 0), other.masked_fill(~finite, 0), share, 1.0)
+    return is_within(one.masked_fill(~finite, 0), other.masked_fill(~finite, 0), share, least)
 
 
 def _are_finite(model: nn.Module, given: Any) -> bool:

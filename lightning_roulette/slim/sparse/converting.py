@@ -17,6 +17,7 @@ from lightning_roulette.network.calling import caller_of
 from lightning_roulette.network.hooks import run_with_hooks
 from lightning_roulette.network.modes import evaluating
 from lightning_roulette.slim.measuring.timing import Latency, latencies
+from lightning_roulette.slim.removal.examples import is_close
 from lightning_roulette.slim.sparse.layers import Sparse, Way, padding_of, sparse_layer
 from lightning_roulette.slim.sparse.table import SparseLayer, SparseNetwork
 
@@ -214,11 +215,9 @@ def _unusual(layer: Dense) -> bool:
 
 
 def _alike(first: Any, second: Any) -> bool:
-    """Whether outputs are equal up to 1e-5 of the largest entry of each tensor."""
+    """Whether outputs are equal up to 1e-5 of the largest entry of each tensor, and the same ones are finite."""
     if isinstance(first, Tensor):
-        if not first.is_floating_point() or not first.numel():
-            return torch.equal(first, second)
-        return bool((first - second).abs().max() <= _TOLERANCE * first.abs().max())
+        return is_close(first, second, _TOLERANCE, least=0.0)
     if isinstance(first, Mapping):
         return all(_alike(first[key], second[key]) for key in first)
     if isinstance(first, (tuple, list)):

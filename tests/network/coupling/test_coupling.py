@@ -161,6 +161,19 @@ def test_a_network_that_does_not_take_two_samples_is_called_with_the_whole_examp
     assert {one.name: one.size for one in found.groups} == {"a": 6}
 
 
+class Spectrum(Layers):
+    """Returns complex numbers."""
+
+    def forward(self, x):
+        return torch.fft.rfft(self.b(torch.relu(self.a(x))))
+
+
+def test_outputs_may_be_complex():
+    found = coupling_of(known(Spectrum(a=nn.Linear(5, 6), b=nn.Linear(6, 4))), ROWS)
+    assert {one.name: one.size for one in found.groups} == {"a": 6}
+    assert found.left["b"].startswith("its units are outputs of the network")
+
+
 def test_tied_layers_stay():
     model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2))
     model[2].weight = model[0].weight
@@ -188,7 +201,7 @@ def test_wrong_inputs_are_refused_before_anything_runs():
         coupling_of(Joined(), 3)
     with pytest.raises(ValueError, match=r"cannot be called with example_input \(RuntimeError"):
         coupling_of(Joined(), torch.zeros(2, 7))
-    with pytest.raises(ValueError, match="returns no tensor of floating-point numbers"):
+    with pytest.raises(ValueError, match="returns no tensor of floating-point or complex numbers"):
         coupling_of(nn.Sequential(nn.Embedding(3, 2), Numbered()), torch.zeros(2, 2, dtype=torch.int64))
 
 

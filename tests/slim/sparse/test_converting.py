@@ -210,6 +210,26 @@ def test_wrong_sparse_outputs_are_not_used(monkeypatch):
     assert {layer.reason for layer in found.layers} == {"the outputs differ"}
 
 
+class Ruled(nn.Module):
+    """Gives minus infinity to a class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = pruned(nn.Linear(20, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).masked_fill(torch.arange(4) == 1, -torch.inf)
+
+
+@pytest.mark.usefixtures("faster")
+def test_a_network_with_infinite_outputs_is_converted_too():
+    model, inputs = Ruled(), torch.rand(3, 20)
+    expected = model(inputs)
+    to_sparse(model, inputs)
+    assert isinstance(model.layer, Sparse)
+    assert torch.allclose(model(inputs), expected)
+
+
 @pytest.mark.usefixtures("faster")
 def test_each_module_is_in_its_own_mode_again():
     model = pruned(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)))
