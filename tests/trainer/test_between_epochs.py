@@ -176,6 +176,7 @@ def test_a_run_resumed_from_any_file_ends_as_the_whole_one(fit, tmp_path, file, 
     assert resumed.mask == whole.mask
 
 
+@pytest.mark.slow
 def test_a_run_resumed_from_a_level_that_held_ends_as_the_whole_one(fit):
     whole, stopped, resumed = (pruner(tolerance=math.inf) for _ in range(3))
     module = fit(whole)
@@ -260,6 +261,7 @@ def test_a_training_that_broke_off_says_so_until_it_is_resumed(fit, tmp_path, er
     assert resumed.report.stop_reason is StopReason.TRAINING_ENDED
 
 
+@pytest.mark.slow
 def test_a_resume_with_another_tolerance_keeps_the_floor_and_says_so(fit, tmp_path):
     first, second = pruner(tolerance=math.inf), pruner(tolerance=0.0)
     fit(SavesAtEnd(tmp_path / "begun.ckpt", 3), first)
@@ -298,6 +300,7 @@ def test_one_candidate_a_cut_takes_two_validations_of_data_that_is_read_once(fit
     assert counts == [*nothing, (6 * once + 4, len(data)), *[(2 * once, len(data))] * 3, *nothing]
 
 
+@pytest.mark.slow
 def test_a_killed_cut_leaves_a_journal_that_its_resume_takes_away(fit, tmp_path):
     class Fails(Blobs):
         def validation_step(self, *arguments):
@@ -345,6 +348,7 @@ def test_with_averaged_weights_module_and_file_hold_what_was_measured(fit, make_
     assert found["val_acc"] == pytest.approx(pruning.report.score)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("thaws", [True, False])
 def test_layers_that_freeze_or_thaw_while_levels_are_cut(fit, thaws):
     class Turns(Callback):
@@ -386,6 +390,7 @@ def test_a_run_that_has_not_ended_is_only_resumed_with_its_epochs(fit, make_trai
     make_trainer(callbacks=[pruner(at_epoch=None)]).validate(Blobs(), val_loader(), ckpt_path=path, verbose=False)
 
 
+@pytest.mark.slow
 def test_the_same_module_made_dense_again_is_pruned_again(fit):
     pruning, module = pruner(tolerance=math.inf), Blobs()
     dense = copied(module)

@@ -222,6 +222,7 @@ class Added:
         return self.value
 
 
+@pytest.mark.slow
 def test_lightning_keeps_its_logger_and_its_kind_of_warning():
     code = """
 import lightning.pytorch

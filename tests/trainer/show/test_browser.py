@@ -61,6 +61,7 @@ def test_scalars_stand_in_groups_and_say_what_they_show(page):
     assert "x-axis (step): level of the search. Level 0 is the dense network." in text
 
 
+@pytest.mark.slow
 def test_custom_scalars_draw_curves_together(page):
     titles = ("held-out score and floor", "sparsity", "density of each layer", "score and floor")
     opened = page("custom_scalars")
@@ -75,6 +76,7 @@ def test_images_show_the_result_and_the_masks(page):
     assert all(width > 0 for width in opened.values("img", "one.naturalWidth", least=2))
 
 
+@pytest.mark.slow
 def test_images_show_the_scores_where_matplotlib_is_installed(page):
     pytest.importorskip("matplotlib")
     opened = page("images")
@@ -82,6 +84,7 @@ def test_images_show_the_scores_where_matplotlib_is_installed(page):
     assert 616 in opened.values("img", "one.naturalWidth", least=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tab", ["histograms", "distributions"])
 def test_weights_have_histograms(page, tab):
     opened = page(tab)
@@ -89,6 +92,7 @@ def test_weights_have_histograms(page, tab):
     assert text.count("the survivors at the step of the result") == 2
 
 
+@pytest.mark.slow
 def test_text_has_the_lines_and_a_table_whose_headings_do_not_break(page, pruning):
     opened = page("text")
     opened.text(*pruning.report.summary())
@@ -101,6 +105,7 @@ def test_text_has_the_lines_and_a_table_whose_headings_do_not_break(page, prunin
     assert heights[0] <= max(heights[1:])
 
 
+@pytest.mark.slow
 def test_hparams_have_a_row_of_the_search(page, pruning):
     text = page("hparams").text("Trial ID", "roulette/branches", "roulette-result/sparsity", "version_0")
     assert f"{pruning.report.sparsity:.5g}" in text
