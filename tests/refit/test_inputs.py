@@ -740,7 +740,7 @@ class WritesToItsInput(nn.Module):
 
 
 def test_a_network_that_writes_to_its_input_gets_the_same_input_in_every_run():
-    net, batches = WritesToItsInput(), [torch.randn(40, 6) for _ in range(3)]
+    net, batches = known(WritesToItsInput()), [related(40, 6, seed=seed) for seed in range(3)]
     before, mask = [batch.clone() for batch in batches], mask_of(net)
     calibration = Calibration(net, batches)
     found = calibration.refit(mask).values
@@ -767,7 +767,7 @@ class InThreads(nn.Module):
 
 @memories
 def test_layers_whose_calls_have_no_certain_order_are_left_alone(memory):
-    net, batches = InThreads(), [torch.randn(40, 6) for _ in range(3)]
+    net, batches = known(InThreads()), [related(40, 6, seed=seed) for seed in range(3)]
     calibration, mask = Calibration(net, batches, cache_bytes=memory), mask_of(net)
     assert calibration.left_alone(mask, LeastSquares()) == {"second.weight": "the network calls it in several threads"}
     values = calibration.refit(mask).values
@@ -805,7 +805,7 @@ class WithAnArgument(WritesToItsInput):
 
 
 def test_an_argument_that_cannot_be_copied_is_passed_on():
-    net, batches = WithAnArgument(), [torch.randn(40, 6) for _ in range(2)]
+    net, batches = known(WithAnArgument()), [related(40, 6, seed=seed) for seed in range(2)]
     before, mask = [batch.clone() for batch in batches], mask_of(net)
     Calibration(net, [(batch, Lock()) for batch in batches]).refit(mask)
     assert all(map(torch.equal, batches, before))
