@@ -43,15 +43,11 @@ class BackwardRun:
 
     def begin(self, part: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         """Turn gradients on before a module uses its weights."""
-        if torch.is_inference_mode_enabled():
-            raise NoGradients("the network runs in inference mode")
-        torch.set_grad_enabled(True)
+        turn_gradients_on()
 
     def meet(self, part: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         """Add a probe of zeros to a module's output; differentiate with respect to all probes at the last call."""
-        if torch.is_inference_mode_enabled():
-            raise NoGradients("the network runs in inference mode")
-        torch.set_grad_enabled(True)  # in effect until the run leaves the block that turned gradients off
+        turn_gradients_on()
         place, tensor = first_floating(output)
         if tensor is not None:
             self._add_inputs(part, arguments)
@@ -93,6 +89,17 @@ class BackwardRun:
                     self._sums[part].add_derivatives(squares_by_channel(part, derivative))
             if self._gates is not None:
                 self._gates.add(output, partial(self._key, last))
+
+
+def turn_gradients_on() -> None:
+    """Turn gradients on until the run leaves the block that turned them off.
+
+    Raises:
+        NoGradients: If the network runs in inference mode.
+    """
+    if torch.is_inference_mode_enabled():
+        raise NoGradients("the network runs in inference mode")
+    torch.set_grad_enabled(True)
 
 
 def squares_by_channel(part: nn.Module, values: Tensor) -> Tensor:

@@ -197,7 +197,8 @@ class Calibration:
     ) -> Refitted:
         layerwise = self._prepared(mask, isinstance(how, LeastSquares))
         self._try_turns(layerwise)
-        with lent(self._written(layerwise)) as dense:
+        changed = self._changed(layerwise, mask, how)
+        with lent({**self._written(layerwise), **changed}) as dense:
             distillation = self._distillations.prepared(mask, how)
             kept = self._choices.chosen(layerwise, mask, how, allowed, units, dense)
             fitting = self._fitting(kept, dense, how, allowed, units) if isinstance(how, LeastSquares) else None
@@ -205,8 +206,8 @@ class Calibration:
             reasons = layerwise.refit(fitting, statistics)
             if distillation is not None:
                 settle = partial(layerwise.refit, None, statistics)
-                self._note(distillation.taught(self._changed(layerwise, mask, how), statistics, settle))
-            values = {name: one.detach().clone() for name, one in self._changed(layerwise, mask, how).items()}
+                self._note(distillation.taught(changed, statistics, settle))
+            values = {name: one.detach().clone() for name, one in changed.items()}
             if fitting is not None and fitting.chosen is not None:
                 kept = fitting.chosen
             return Refitted(values, reasons, None if kept is mask else kept)
@@ -304,7 +305,7 @@ class Calibration:
 
     def _written(self, layerwise: Layerwise) -> dict[str, Tensor]:
         """Return all tensors that a refit or the network itself writes to."""
-        return {**dict(self._module.named_buffers()), **affine_of(self._module), **layerwise.tensors}
+        return {**dict(self._module.named_buffers()), **layerwise.tensors}
 
     def _try_turns(self, layerwise: Layerwise) -> None:
         if layerwise not in self._tried:

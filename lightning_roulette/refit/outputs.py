@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_roulette.network.hooks import Enough, run_with_hooks
-from lightning_roulette.refit.backward_run import NoGradients, first_floating, with_floating
+from lightning_roulette.refit.backward_run import NoGradients, first_floating, turn_gradients_on, with_floating
 from lightning_roulette.refit.owners import calls_in
-
-_NO_LIMIT = -1
 
 
 class LastOutputs:
@@ -27,7 +25,7 @@ class LastOutputs:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = list(modules)
-        self._places: dict[int, list[int]] = {}  # for each piece, which outputs in order of calls are last ones
+        self._known: dict[int, tuple[int, list[int]]] = {}  # for each piece: calls, and which outputs are last ones
 
     def of(self, number: int, piece: Callable[[], object]) -> list[Tensor]:
         """Return the last outputs in a run. They can be differentiated.
@@ -39,43 +37,40 @@ class LastOutputs:
         Raises:
             NoGradients: If they cannot be differentiated, or if the network calls fewer modules than in the first run.
         """
-        if number not in self._places:
+        if number not in self._known:
             calls = calls_in(piece, self._modules).total()
-            self._places[number] = _last(self._run(piece, calls))
-        places = self._places[number]
-        seen = self._run(piece, places=places)
+            seen = self._run(piece, calls, range(calls))
+            self._known[number] = calls, _last(seen)
+        else:
+            seen = self._run(piece, *self._known[number])
+        _, places = self._known[number]
         if len(seen) <= places[-1]:
             raise NoGradients("the network calls other layers after its weights have changed")
         return [seen[place] for place in places]
 
-    def _run(
-        self, piece: Callable[[], object], calls: int = _NO_LIMIT, places: Sequence[int] | None = None
-    ) -> list[Tensor]:
-        """Run the network until it has made some calls, or has given the outputs at some places.
+    def _run(self, piece: Callable[[], object], calls: int, places: Container[int]) -> list[Tensor]:
+        """Return the outputs of the first calls in a run. It ends there: what follows may not work with gradients.
 
-        The run ends there, because what follows may not work with gradients. The network goes on with copies of the
-        outputs that count, so that they stay as they are if it writes to them.
+        The network goes on with copies of the outputs at some places, so that they stay as they are if it writes to
+        them.
         """
         seen: list[Tensor] = []
         left = calls
 
         def begin(part: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-            if torch.is_inference_mode_enabled():
-                raise NoGradients("the network runs in inference mode")
-            torch.set_grad_enabled(True)  # in effect until the run leaves the block that turned gradients off
+            turn_gradients_on()
 
         def meet(part: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
             nonlocal left
             left -= 1
             place, tensor = first_floating(output)
-            known = tensor is not None and tensor.requires_grad
-            if tensor is not None and known:
+            if tensor is not None and tensor.requires_grad:
+                if len(seen) in places:
+                    output = with_floating(output, place, tensor.clone())
                 seen.append(tensor)
-            if not left or (places is not None and len(seen) > places[-1]):
+            if not left:
                 raise Enough
-            if tensor is None or not known or (places is not None and len(seen) - 1 not in places):
-                return None
-            return with_floating(output, place, tensor.clone())
+            return output
 
         run_with_hooks(piece, self._modules, before=begin, after=meet)
         return seen
