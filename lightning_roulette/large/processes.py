@@ -55,6 +55,11 @@ class Processes:
         """The number among all parts of a part with this number in the share."""
         return self.rank + own * self.ranks
 
+    def own(self, number: int) -> int | None:
+        """The number in the share of a part with this number among all parts; None if another process has it."""
+        own, rank = divmod(number, self.ranks)
+        return own if rank == self.rank else None
+
     def add(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The sums of tensors over all processes.
 

@@ -62,9 +62,8 @@ class Distillation:
     ) -> None:
         self._module, self._steps, self._seed, self._processes = module, steps, seed, processes
         owners, parts = weight_owners(module, names), dict(module.named_modules(remove_duplicate=False))
-        users = around(owners, parts)
-        called = processes.any_of(list(dict.fromkeys(users)), set(calls_in(pieces[0], users)) if pieces else set())
-        using = [part for its in observed(owners, parts, called).values() for part in its]
+        called = set(calls_in(pieces[0], around(owners, parts))) if pieces else set()
+        using = [part for its in observed(owners, parts, called, processes).values() for part in its]
         self._last = LastOutputs(dict.fromkeys([*using, *batch_norms_of(module).values()]))
         self._targets: list[list[Tensor]] = []
         self._pieces = [one for own, one in enumerate(pieces) if processes.number(own) < max(_LEAST, steps)]
@@ -131,15 +130,10 @@ class Distillation:
         bits = random_bits(stream(self._seed, turn, 0, "distillation"), torch.arange(len(self._teaching)))
         return self._teaching[int(bits.argsort()[place])]
 
-    def _own(self, number: int) -> int | None:
-        """Return the place of a piece in the share of this process; None if another process has it."""
-        own, rank = divmod(number, self._processes.ranks)
-        return own if rank == self._processes.rank else None
-
     def _derivatives(self, parameters: Sequence[nn.Parameter], number: int, norms: bool) -> Sequence[Tensor]:
         """Return the derivatives of the distance on a piece, float32 or float64, in all processes."""
         found = [torch.zeros_like(_wide(one.detach())) for one in parameters]
-        if (own := self._own(number)) is not None:
+        if (own := self._processes.own(number)) is not None:
             with _batch_statistics(self._module) if norms else nullcontext():
                 distance = self._distance_on(own)
             given = torch.autograd.grad(distance, parameters, allow_unused=True)
@@ -148,7 +142,7 @@ class Distillation:
 
     def _distance(self) -> float:
         """Return the distance on the pieces that judge; infinite if it is not a number."""
-        own = [one for number in self._judging if (one := self._own(number)) is not None]
+        own = [one for number in self._judging if (one := self._processes.own(number)) is not None]
         found = sum(float(self._distance_on(one).detach()) for one in own)
         (total,) = self._processes.add(torch.tensor(found, dtype=torch.float64))
         return float(total) if bool(total.isfinite()) else math.inf

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_roulette.large.processes import Processes
 from lightning_roulette.network.hooks import run_with_hooks
 from lightning_roulette.network.parameters import aliases, owners_of
 from lightning_roulette.network.ties import ties_of
@@ -40,15 +41,17 @@ def around(owners: Owners, parts: Mapping[str, nn.Module]) -> list[nn.Module]:
 
 
 def observed(
-    owners: Owners, parts: Mapping[str, nn.Module], called: Container[nn.Module]
+    owners: Owners, parts: Mapping[str, nn.Module], calls: Container[nn.Module], processes: Processes
 ) -> dict[str, list[nn.Module]]:
     """Return, for each weight, its owners that are called. For an owner that is not, the nearest one around it that is.
 
     Args:
         owners: The owners of the weights.
         parts: The modules of the network by path.
-        called: The modules that the network calls.
+        calls: The modules that the network calls in this process.
+        processes: Those that share the calls.
     """
+    called = processes.any_of(list(dict.fromkeys(around(owners, parts))), calls)
 
     def nearest(path: str) -> nn.Module | None:
         return next((parts[outer] for outer in _outwards(path) if parts[outer] in called), None)

@@ -58,8 +58,8 @@ class Sensitivity:
         first = [calls_in(piece, users, rows) for piece in pieces[:1]]
         self._pieces = self._enough(pieces, parts, rows)
         self._calls = (first + [calls_in(piece, users) for piece in self._pieces[1:]])[: len(self._pieces)]
-        called = processes.any_of(list(dict.fromkeys(users)), {part for calls in self._calls for part in calls})
-        self._observed = observed(self._owners, parts, called)
+        called = {part for calls in self._calls for part in calls}
+        self._observed = observed(self._owners, parts, called, processes)
 
     def _enough(
         self,
