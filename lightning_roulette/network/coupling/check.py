@@ -1,18 +1,22 @@
-"""Whether the output of a network depends on units whose consumers are zero."""
+"""Whether units can leave a network, tried on the network."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_roulette.network.coupling.cutting import Cut
 from lightning_roulette.network.coupling.graph import tensors_in
 from lightning_roulette.network.coupling.groups import Group, Member
 from lightning_roulette.network.lending import lent, named_tensors
 
 _CLOSE = 1e-6  # allowed difference, relative to the largest output
+_ALIKE, _ROUNDINGS = 1e-5, 8  # the same for sums of another order, and at least so many roundings
 _SCALE = 10.0  # how far other values of producers exceed their largest entry
 _CHANGES = 2  # of the producers
 _FAR = 1e3  # an entry that exceeds the median by so much does not count as the largest
@@ -27,6 +31,17 @@ def outputs_of(run: Callable[[], Any]) -> list[Tensor]:
 def are_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     """Whether two outputs are finite and equal to six digits of their largest entries; whole numbers are equal."""
     return len(first) == len(second) and all(is_within(*pair, _CLOSE) for pair in zip(first, second, strict=True))
+
+
+def _returns(run: Callable[[], Any], expected: Sequence[Tensor]) -> bool:
+    """Whether a network returns these outputs, but for the rounding of sums in another order."""
+    pairs = zip(expected, found := outputs_of(run), strict=False)
+    alike = all(is_within(one, other, max(_ALIKE, _ROUNDINGS * _rounding(one))) for one, other in pairs)
+    return alike and len(expected) == len(found)
+
+
+def _rounding(one: Tensor) -> float:
+    return torch.finfo(one.dtype).eps if one.is_floating_point() or one.is_complex() else 0.0
 
 
 def is_within(one: Tensor, other: Tensor, share: float, least: float = 0.0) -> bool:
@@ -61,35 +76,66 @@ def _median(sizes: Tensor) -> float:
     return float(different[(len(different) - 1) // 2]) if len(different) else 0.0
 
 
-def is_separate(network: nn.Module, group: Group, run: Callable[[], Any]) -> bool:
-    """Whether the output does not depend on what computes units, if what reads them is zero.
+def why_it_stays(cut: Cut, group: Group, run: Callable[[], Any]) -> str:
+    """Why the units of a group cannot leave a network; empty if they can.
 
-    One half of the units is tried, then the other: their consumers are set to zero, and their producers to other
-    values. Weights and buffers have their old values afterwards.
+    Some units are tried, then the others. Their numbers have no divisor in common, in case the network needs a multiple
+    of something.
+
+    - Their consumers are set to zero, and their producers to other values. The output may not depend on these values.
+    - They are cut out of the network. It must return the same.
+
+    Weights, buffers and sizes have their old values afterwards.
 
     Args:
-        network: The network, as `borrowed` lends it.
-        group: The units.
+        cut: Of the network, as `borrowed` lends it, without changes.
+        group: Two units or more.
         run: Calls the network once.
     """
-    every = named_tensors(network)
-    tensors = {one.name: every[one.name].detach() for one in (*group.producers, *group.consumers)}
+    trial = _Trial(cut.network, group, run)
     chance = torch.Generator().manual_seed(0)
-    half = torch.rand(group.size, generator=chance) < 0.5
+    some = torch.zeros(group.size, dtype=torch.bool)
+    some[torch.randperm(group.size, generator=chance)[: _share(group.size)]] = True
+    for chosen in (some, ~some):
+        expected = trial.outputs(chosen)
+        if not all(are_same(expected, trial.outputs(chosen, chance)) for _ in range(_CHANGES)):
+            return f"the output still depends on its {group.kind.replace('neuron', 'unit')}s when nothing reads them"
+        try:
+            if reason := cut.remove(group, chosen, partial(_returns, run, expected)):
+                return reason
+        finally:
+            cut.take_back()
+    return ""
 
-    def outputs(chosen: Tensor, changed: bool) -> list[Tensor]:
+
+def _share(size: int) -> int:
+    """The largest number of at most half of the size that has no divisor in common with it."""
+    return next(one for one in range(size // 2, 0, -1) if math.gcd(one, size) == 1)
+
+
+class _Trial:
+    """Calls of a network with other weights of a group."""
+
+    def __init__(self, network: nn.Module, group: Group, run: Callable[[], Any]) -> None:
+        every = named_tensors(network)
+        self._tensors = {one.name: every[one.name].detach() for one in (*group.producers, *group.consumers)}
+        self._group, self._run = group, run
+
+    def outputs(self, chosen: Tensor, chance: torch.Generator | None = None) -> list[Tensor]:
+        """What the network returns if the consumers of the chosen units are zero.
+
+        Args:
+            chosen: Shape `(size,)`, bool.
+            chance: If given, the producers of the chosen units have other values.
+        """
+        tensors = self._tensors
         with lent(tensors):
-            for member in group.producers if changed else ():
-                _write(tensors, member, chosen, lambda part, name: _other(part, name, chance))
-            for member in group.consumers:
+            if chance is not None:
+                for member in self._group.producers:
+                    _write(tensors, member, chosen, lambda part, name: _other(part, name, chance))
+            for member in self._group.consumers:
                 _write(tensors, member, chosen, lambda part, _: torch.zeros_like(part))
-            return outputs_of(run)
-
-    for chosen in (half, ~half):
-        expected = outputs(chosen, changed=False)
-        if not all(are_same(expected, outputs(chosen, changed=True)) for _ in range(_CHANGES)):
-            return False
-    return True
+            return outputs_of(self._run)
 
 
 def _other(part: Tensor, name: str, chance: torch.Generator) -> Tensor:

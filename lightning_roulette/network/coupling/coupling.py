@@ -9,7 +9,8 @@ from torch import nn
 
 from lightning_roulette.network.calling import caller_of
 from lightning_roulette.network.coupling.borrowing import borrowed
-from lightning_roulette.network.coupling.check import are_same, is_separate, outputs_of
+from lightning_roulette.network.coupling.check import are_same, outputs_of, why_it_stays
+from lightning_roulette.network.coupling.cutting import Cut
 from lightning_roulette.network.coupling.graph import reached, unit_layers
 from lightning_roulette.network.coupling.groups import Coupling, Group
 from lightning_roulette.network.coupling.heads import heads_of
@@ -21,7 +22,6 @@ from lightning_roulette.network.samples import rows_of, taken
 from lightning_roulette.network.ties import ties_of
 
 _SAMPLES = 2  # that the network is called with
-_DEPENDS = "the output still depends on its units when nothing reads them"
 
 
 def coupling_of(network: nn.Module, example_input: Any) -> Coupling:
@@ -29,8 +29,9 @@ def coupling_of(network: nn.Module, example_input: Any) -> Coupling:
 
     A unit is a row of a linear layer or an output channel of a convolution, with all that is coupled to it by batch
     normalisations, sums, products, concatenations, flattening and grouped convolutions; or a head of an attention.
-    For each group, what reads half of its units is set to zero and what computes them to other values: the output must
-    not change. A group for which it does is left out, and its layers are named in `Coupling.left`.
+    Each group is tried. What reads some of its units is set to zero and what computes them to other values: the output
+    must not change. Then these units are cut out: the output must be the same again. A group for which it is not is
+    left out, and its layers are named in `Coupling.left`.
 
     The network is called some times in evaluation mode, and is bit for bit as it was afterwards.
 
@@ -88,7 +89,7 @@ def _is_function(run: Callable[[], Any]) -> bool:
 def _neurons(
     network: nn.Module, run: Callable[[], Any], again: Callable[[], Any]
 ) -> tuple[list[Group], dict[str, str]]:
-    layers, shared = unit_layers(network), _shared(network)
+    layers, shared, cut = unit_layers(network), _shared(network), Cut(network)
     groups: list[Group] = []
     left = dict.fromkeys(layers, "it cannot be traced")
     try:
@@ -101,10 +102,10 @@ def _neurons(
         computing = {name, *(one.name for one in targets if one.name in layers and not one.reads)}
         try:
             group = group_of(name, targets, shared)
-            reason = _reason(network, group, again)
+            reason = "it has a single unit" if group.size < 2 else why_it_stays(cut, group, again)
         except Immovable as why:
             reason = str(why)
-        if reason is None:
+        if not reason:
             groups.append(group)
             left = {one: why for one, why in left.items() if one not in computing}
         else:
@@ -113,7 +114,7 @@ def _neurons(
 
 
 def _heads(network: nn.Module, run: Callable[[], Any]) -> tuple[list[Group], dict[str, str]]:
-    shared, known = _shared(network), named_tensors(network).keys()
+    shared, known, cut = _shared(network), named_tensors(network).keys(), Cut(network)
     groups: list[Group] = []
     left: dict[str, str] = {}
     for name, guesses in heads_of(network).items():
@@ -122,17 +123,14 @@ def _heads(network: nn.Module, run: Callable[[], Any]) -> tuple[list[Group], dic
             left[name] = f"{tied[0]} is tied to another parameter"
         elif missing := sorted(names - known):
             left[name] = f"{missing[0]} is computed from other parameters"
-        elif (group := next((one for one in guesses if is_separate(network, one, run)), None)) is None:
-            left[name] = "the output still depends on its heads when nothing reads them"
         else:
-            groups.append(group)
+            for group in guesses:
+                if not (reason := why_it_stays(cut, group, run)):
+                    groups.append(group)
+                    break
+            else:
+                left[name] = reason
     return groups, left
-
-
-def _reason(network: nn.Module, group: Group, run: Callable[[], Any]) -> str | None:
-    if group.size < 2:
-        return "it has a single unit"
-    return None if is_separate(network, group, run) else _DEPENDS
 
 
 def _shared(network: nn.Module) -> set[str]:

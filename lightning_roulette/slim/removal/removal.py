@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lightning_roulette.network.calling import has_own_forward
 from lightning_roulette.network.coupling.borrowing import borrowed
 from lightning_roulette.network.coupling.coupling import coupling_of
+from lightning_roulette.network.coupling.cutting import Cut
 from lightning_roulette.network.coupling.groups import Coupling, Group
 from lightning_roulette.report.columns import in_columns
-from lightning_roulette.slim.removal.cutting import Cut
 from lightning_roulette.slim.removal.dead import DeadUnits
 from lightning_roulette.slim.removal.examples import are_close, inputs_like, outputs, runs_of
 
@@ -189,13 +189,7 @@ def _removed(cut: Cut, group: Group, dead: Tensor, expected: list[Tensor], input
     """Remove units if the network computes the same without them. Return why it does not; empty if it does."""
     if not bool(dead.any()):
         return ""
-    cut.remove(group, dead)
-    reason = "the outputs of the network differ with another number of its units"
-    try:
-        if are_close(expected, outputs(cut.network, inputs)):
-            reason = ""
-    except Exception:  # of a network that computes with numbers of units
-        reason = "the network cannot be called with another number of its units"
+    reason = cut.remove(group, dead, lambda: are_close(expected, outputs(cut.network, inputs)))
     cut.take_back() if reason else cut.keep()
     return reason
 

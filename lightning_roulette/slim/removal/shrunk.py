@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_roulette.network.coupling.narrow_attention import NarrowAttention
 from lightning_roulette.slim.files.container import write_whole
-from lightning_roulette.slim.removal.attention import NarrowAttention
 from lightning_roulette.slim.removal.removal import Removal, removal_of
 
 _Module = TypeVar("_Module", bound=nn.Module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -22,6 +23,14 @@ def made(name: str) -> tuple[nn.Module, torch.Tensor]:
 
 def entries(member: Member, unit: int) -> torch.Tensor:
     return (member.units == unit).nonzero().flatten()
+
+
+def attributes_of(model: nn.Module) -> dict[str, tuple[type, dict[str, object]]]:
+    """The class of each module, and its attributes: the values of those that are numbers, words or lists."""
+    return {
+        name: (type(part), {key: one if isinstance(one, int | str | list) else None for key, one in vars(part).items()})
+        for name, part in model.named_modules()
+    }
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -70,9 +79,9 @@ def test_the_network_is_bit_for_bit_as_it_was(name):
     model.train()
     next(model.parameters()).requires_grad_(False)
     list(model.parameters())[-1].grad = numbers(*list(model.parameters())[-1].shape)
-    before = state_of(model)
+    before = state_of(model), attributes_of(model)
     coupling_of(model, inputs)
-    assert state_of(model) == before
+    assert (state_of(model), attributes_of(model)) == before
 
 
 def test_frozen_layers_are_followed_too():
@@ -109,6 +118,43 @@ def test_query_heads_that_share_keys_are_one_unit():
 )
 def test_what_must_stay_is_named_with_the_reason(model, inputs, layer, reason):
     assert coupling_of(known(model), inputs).left[layer].startswith(reason)
+
+
+class Between(Layers):
+    """Computes something between two layers."""
+
+    def __init__(self, what, reads: int = 12) -> None:
+        super().__init__(a=nn.Linear(5, 12), b=nn.Linear(reads, 2))
+        self.what = what
+
+    def forward(self, x):
+        return self.b(self.what(torch.relu(self.a(x))))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Between(lambda y: y * torch.ones(12).to(y)), "the network cannot be called"),
+        (Between(lambda y: y.unflatten(-1, (6, 2)).flatten(1)), "the network cannot be called"),
+        (Between(lambda y: y.unflatten(-1, (-1, 2)).flatten(1)), "the network cannot be called"),
+        (Between(lambda y: y.unflatten(-1, (-1, 4)).flatten(1)), "the network cannot be called"),
+        (Between(lambda y: y[:, :6] * 2 + y[:, 6:], reads=6), "the network cannot be called"),
+        (Between(lambda y: torch.cat(y.split([3, 5, 4], 1), 1)), "its units cannot be followed"),
+        (Between(lambda y: y / y.shape[1]), "the outputs of the network differ"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_units_whose_number_the_code_needs_are_left_whole(model, reason, dtype):
+    model = known(copy.deepcopy(model)).to(dtype)
+    found = coupling_of(model, ROWS.to(dtype))
+    assert found.left["a"].startswith(reason)
+    assert not found.groups
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rounding_leaves_no_units_whole(dtype):
+    model = known(Between(torch.tanh)).to(dtype)
+    assert [one.name for one in coupling_of(model, ROWS.to(dtype)).groups] == ["a"]
 
 
 class Ruled(Layers):

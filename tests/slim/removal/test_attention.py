@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lightning_roulette.network.coupling.coupling import coupling_of
+from lightning_roulette.network.coupling.narrow_attention import NarrowAttention
 from lightning_roulette.network.multiply_adds import multiply_adds
-from lightning_roulette.slim.removal.attention import NarrowAttention
 from lightning_roulette.slim.removal.removal import remove_dead
 from tests.support.networks import Layers, known, numbers
 

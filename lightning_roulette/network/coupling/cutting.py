@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_roulette.network.coupling.graph import passes_channels
 from lightning_roulette.network.coupling.groups import Group, Member
+from lightning_roulette.network.coupling.narrow_attention import narrowed
 from lightning_roulette.network.kinds import AffineKind, affine_kind_of
 from lightning_roulette.network.parameters import TRANSPOSED
-from lightning_roulette.slim.removal.attention import narrowed
 
 _COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads", "num_kv_heads")
 _WIDTHS = ("all_head_size", "split_size", "inner_dim", "embed_dim", "hidden_size", "dim")
+_MISSING = object()
 _OUTPUTS, _INPUTS = ("nf", "out_features", "outputs"), ("nx", "in_features", "inputs")
 
 
@@ -42,13 +44,24 @@ class Cut:
         self._undo: list[Callable[[], object]] = []
         self._set_now: list[tuple[str, str, Any]] = []
 
-    def remove(self, group: Group, dead: Tensor) -> None:
+    def remove(self, group: Group, dead: Tensor, is_same: Callable[[], bool]) -> str:
         """Cut the dead units of a group out of all tensors. One unit stays.
 
         Args:
             group: The group.
             dead: Shape `(size,)`, bool.
+            is_same: Calls the network, and returns whether it gives what it gave before.
+
+        Returns:
+            Why the network is not the same with fewer units; empty if it is.
         """
+        self._remove(group, dead)
+        try:
+            return "" if is_same() else "the outputs of the network differ with another number of its units"
+        except Exception:  # of a network that computes with numbers of units
+            return "the network cannot be called with another number of its units"
+
+    def _remove(self, group: Group, dead: Tensor) -> None:
         stays = ~dead
         stays[0] |= not bool(stays.any())
         members = (*group.producers, *group.consumers)
@@ -97,16 +110,23 @@ class Cut:
 
     def _put(self, holder: dict[Any, Any], key: Any, value: Any) -> None:
         before = dict(holder)
+        self._undo.append(lambda: holder.update(before) if key in before else holder.pop(key, None))
         holder[key] = value
-        self._undo.append(lambda: holder.update(before) if key in before else holder.pop(key))
 
     def _resize(self, part: nn.Module, sizes: Mapping[str, Any]) -> None:
         for name, value in sizes.items():
-            before = getattr(part, name, None)
+            before = getattr(part, name, _MISSING)
             if before != value:
+                self._undo.append(partial(_set, part, name, before))
                 setattr(part, name, value)
-                self._undo.append(lambda name=name, before=before: setattr(part, name, before))  # type: ignore[misc]
                 self._set_now.append((self._names[part], name, value))
+
+
+def _set(part: nn.Module, name: str, value: Any) -> None:
+    if value is not _MISSING:
+        setattr(part, name, value)
+    elif hasattr(part, name):
+        delattr(part, name)
 
 
 def _of_attention(part: nn.Module, group: Group, stays: Tensor) -> Mapping[str, Any]:
