@@ -99,7 +99,7 @@ def why_it_stays(cut: Cut, group: Group, run: Callable[[], Any]) -> str:
     for chosen in (some, ~some):
         expected = trial.outputs(chosen)
         if not all(are_same(expected, trial.outputs(chosen, chance)) for _ in range(_CHANGES)):
-            return f"the output still depends on its {group.kind.replace('neuron', 'unit')}s when nothing reads them"
+            return f"the output still depends on its {group.word} when nothing reads them"
         try:
             if reason := cut.remove(group, chosen, partial(_returns, run, expected)):
                 return reason

@@ -56,10 +56,11 @@ class Cut:
             Why the network is not the same with fewer units; empty if it is.
         """
         self._remove(group, dead)
+        number = f"another number of its {group.word}"
         try:
-            return "" if is_same() else "the outputs of the network differ with another number of its units"
+            return "" if is_same() else f"the outputs of the network differ with {number}"
         except Exception:  # of a network that computes with numbers of units
-            return "the network cannot be called with another number of its units"
+            return f"the network cannot be called with {number}"
 
     def _remove(self, group: Group, dead: Tensor) -> None:
         stays = ~dead

@@ -47,6 +47,11 @@ class Group:
     producers: tuple[Member, ...]
     consumers: tuple[Member, ...]
 
+    @property
+    def word(self) -> str:
+        """What its units are called in messages."""
+        return "heads" if self.kind == "head" else "units"
+
 
 @dataclass(frozen=True, eq=False)
 class Coupling:

@@ -6,13 +6,14 @@ Groups are guesses from names and sizes. What they say is checked by `check.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lightning_roulette.network.coupling.groups import Group, Member
 from lightning_roulette.network.kinds import AffineKind, affine_kind_of
+from lightning_roulette.network.lending import named_tensors
 
 _SEPARATE = (
     ("q_proj", "k_proj", "v_proj"),
@@ -72,8 +73,27 @@ def heads_of(network: nn.Module) -> dict[str, list[Group]]:
     for name, part in parts.items():
         groups = [_torchs(name, part)] if isinstance(part, nn.MultiheadAttention) else list(_others(name, part, parts))
         if groups and groups[0].size > 1:
-            found[name] = groups
+            found[name] = [one for group in groups for one in (*_with_tables(group, part), group)]
     return found
+
+
+def _with_tables(group: Group, part: nn.Module) -> Iterator[Group]:
+    """Yield a group with the other tensors of the attention that have a dimension for its heads, if there are some.
+
+    Examples are tables of relative positions, and scales. Buffers that are not in the state dict stay whole.
+    """
+    stored = part.state_dict()
+    known = {one.name for one in (*group.producers, *group.consumers)}
+    heads = _number(part, _HEADS) or group.size
+    prefix = f"{group.name}." if group.name else ""
+    tables = [
+        Member(f"{prefix}{own}", one.shape.index(heads), torch.arange(heads) * group.size // heads)
+        for own, one in named_tensors(part).items()
+        if own in stored and f"{prefix}{own}" not in known
+        if one.is_floating_point() and list(one.shape).count(heads) == 1
+    ]
+    if tables and heads % group.size == 0:
+        yield replace(group, producers=(*group.producers, *tables))
 
 
 def _torchs(name: str, part: nn.MultiheadAttention) -> Group:

@@ -106,6 +106,25 @@ class Own(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
+class Placed(Own):
+    """Attention with a table of relative positions, a scale for each head, and slopes that no state dict holds."""
+
+    def __init__(self, heads: int, groups: int, slopes: bool = False) -> None:
+        super().__init__(heads, groups)
+        self.table = nn.Parameter(torch.zeros(13, heads))
+        self.scale = nn.Parameter(torch.ones(heads, 1, 1))
+        self.slopes = slopes
+        self.register_buffer("slope", torch.linspace(1, 2, heads).view(-1, 1, 1), persistent=False)
+
+    def forward(self, x):
+        q, k, v = (one(x).unflatten(-1, (-1, 4)).transpose(1, 2) for one in (self.q_proj, self.k_proj, self.v_proj))
+        k, v = (one.repeat_interleave(q.shape[1] // one.shape[1], 1) for one in (k, v))
+        places = torch.arange(7)[:, None] - torch.arange(7) + 6
+        added = self.table[places].permute(2, 0, 1) + (self.slope if self.slopes else 0)
+        y = torch.softmax(q @ k.mT * self.scale + added, -1) @ v
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
 def turned(x):
     """Queries or keys with positions, as rotary embeddings give them."""
     angles = torch.arange(x.shape[2], dtype=x.dtype)[:, None]
@@ -172,5 +191,6 @@ NETWORKS = {
     ),
     "own attention": (lambda: sequences(Own(4, 4)), WORDS, {"3": 16, "1": 4}),
     "packed attention": (lambda: sequences(Own(4, 4, packed=True)), WORDS, {"3": 16, "1": 4}),
+    "relative positions": (lambda: sequences(Placed(6, 3)), WORDS, {"3": 16, "1": 3}),
     "grouped queries": (lambda: sequences(Own(4, 2, rotated=True)), WORDS, {"3": 16, "1": 2}),
 }

@@ -12,7 +12,18 @@ from torch import nn
 from lightning_roulette.network.coupling.check import are_same
 from lightning_roulette.network.coupling.coupling import coupling_of
 from lightning_roulette.network.coupling.groups import Member
-from tests.network.coupling.networks import IMAGES, NETWORKS, ROWS, WORDS, Hidden, Joined, Own, Shuffled, sequences
+from tests.network.coupling.networks import (
+    IMAGES,
+    NETWORKS,
+    ROWS,
+    WORDS,
+    Hidden,
+    Joined,
+    Own,
+    Placed,
+    Shuffled,
+    sequences,
+)
 from tests.support.networks import Layers, known, numbers, state_of
 
 
@@ -113,6 +124,12 @@ def test_query_heads_that_share_keys_are_one_unit():
         (nn.Sequential(nn.Linear(5, 6), nn.Softmax(1), nn.Linear(6, 2)), ROWS, "0", "the output still depends"),
         (nn.Sequential(nn.Linear(5, 1), nn.Linear(1, 2)), ROWS, "0", "it has a single unit"),
         (nn.Sequential(nn.Linear(5, 6), nn.Dropout(), nn.Flatten(), nn.Linear(6, 2)), ROWS, "3", "its units are out"),
+        (
+            sequences(Placed(6, 3, slopes=True)),
+            WORDS,
+            "1",
+            "the network cannot be called with another number of its heads",
+        ),
         (nn.Sequential(nn.Linear(5, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))), ROWS, "0", "1.weight"),
     ],
 )
