@@ -67,7 +67,8 @@ class Wheel:
 
             - `"weight"` or `Weight()`: single weights. For the smallest files.
             - `"neuron"` or `Neuron()`: neurons and channels, with all that is coupled with them. For networks that are
-              smaller and faster on every device. Needs the extra `units`.
+              smaller and faster on every device. `Neuron(multiple_of=8)` leaves multiples of 8, which many kernels
+              need to be faster. Needs the extra `units`.
             - `"head"` or `Head()`: heads of attention. Needs the extra `units`.
             - `NofM(kept, of)`: of each group of neighbouring weights, some stay. For GPUs with sparse tensor cores.
             - `Block(rows, columns)`: rectangles of weights. For kernels that skip blocks of zeros.

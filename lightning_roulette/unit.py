@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from lightning_roulette.checks import as_group, check_choice, check_count, check_number
@@ -31,7 +31,20 @@ class Neuron(Unit):
     through residual additions the same neuron of other layers. The inner width of an attention leaves by whole heads.
     Use it for networks that become smaller and faster on every device. It needs the extra `units` and an example of the
     network's input.
+
+    Args:
+        multiple_of: The numbers of neurons or channels that stay in a layer are multiples of this, at least 1. Many
+            kernels need as long for 33 channels as for 40. Layers with no more than this stay whole.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is not allowed.
     """
+
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        check_count("multiple_of", self.multiple_of)
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,7 @@ def unit_of(unit: str | Unit | Mapping[str, Any]) -> Unit:
 
             - `"weight"`, `"neuron"` or `"head"`.
             - A `Weight`, `Neuron`, `Head`, `NofM` or `Block`, which is returned.
-            - A mapping from the fields of `NofM` or `Block` to their values.
+            - A mapping from the fields of `Neuron`, `NofM` or `Block` to their values.
 
     Raises:
         TypeError: If `unit` is none of these types.
@@ -111,8 +124,8 @@ def unit_of(unit: str | Unit | Mapping[str, Any]) -> Unit:
     if isinstance(unit, Unit):
         return unit
     if isinstance(unit, Mapping):
-        kind: type[NofM] | type[Block] = Block if unit.keys() & {"rows", "columns"} else NofM
-        if missing := [one.name for one in fields(kind) if one.name not in unit]:
+        kind = next((one for one in (Neuron, Block) if unit.keys() & {field.name for field in fields(one)}), NofM)
+        if missing := [one.name for one in fields(kind) if one.default is MISSING and one.name not in unit]:
             raise TypeError(f"unit is {dict(unit)!r}, but a {kind.__name__} needs {' and '.join(missing)}, too.")
         found: Unit = as_group("unit", unit, kind)
         return found

@@ -2,6 +2,7 @@
 
 - Networks and data: `units_cases.py`. Test data judges only. Choices are made on a part of the training data.
 - Peers: `units_peers.py`. All ways see the same calibration inputs, and the peers with `Taylor` also their targets.
+- Our way `multiples of 8` leaves so many channels in each layer. The kernels of the processor compute 8 at once.
 - Our way `distilled` also takes gradient steps towards the outputs of the network, on the calibration inputs. They need
   no labels, but they are a kind of training.
 - Goals: a share of the multiply-adds saved, without training or before one epoch of training with one recipe for all,
@@ -31,6 +32,7 @@ from units_ours import largest_of_four, with_pattern, without_units
 from units_peers import PEERS, CannotError, Peer, adds_of, to_adds, to_floor
 
 RUNS = 15  # of each network, to time it
+MULTIPLE = 8  # of which as many channels stay, for kernels that compute so many at once
 STEPS = 300  # gradient steps of each refit of the way that takes some
 RECIPE = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 RATES = (0.005, 0.01, 0.02)  # at which the cosine of the learning rate begins
@@ -119,6 +121,9 @@ UNIT_WAYS |= {f"{name}, recalibrated": recalibrated(of_peer(peer)) for name, pee
 UNIT_WAYS[OURS] = lambda case, goal, seed: without_units(case, goal.reduction, goal.tolerance, seed)
 UNIT_WAYS[f"{OURS}, chosen"] = lambda case, goal, seed: without_units(
     case, goal.reduction, goal.tolerance, seed, choose=True
+)
+UNIT_WAYS[f"{OURS}, multiples of {MULTIPLE}"] = lambda case, goal, seed: without_units(
+    case, goal.reduction, goal.tolerance, seed, multiple_of=MULTIPLE
 )
 UNIT_WAYS[f"{OURS}, distilled"] = lambda case, goal, seed: without_units(
     case, goal.reduction, goal.tolerance, seed, distill=STEPS

@@ -19,6 +19,7 @@ from lightning_roulette import (
     Evaluator,
     LeastSquares,
     Mask,
+    Neuron,
     NofM,
     PrunedWeights,
     Reduction,
@@ -58,7 +59,13 @@ class Chooser(Evaluator):
 
 
 def without_units(
-    case: Case, reduction: float | None, tolerance: float, seed: int, choose: bool = False, distill: int = 0
+    case: Case,
+    reduction: float | None,
+    tolerance: float,
+    seed: int,
+    choose: bool = False,
+    distill: int = 0,
+    multiple_of: int = 1,
 ) -> nn.Module:
     """Return the network without units.
 
@@ -69,17 +76,18 @@ def without_units(
         seed: Seed of the search, and of the calibration inputs.
         choose: Whether the refit chooses which units leave.
         distill: Gradient steps of each refit.
+        multiple_of: Of which as many channels stay in each layer.
     """
     from lightning_roulette import remove_dead
     from lightning_roulette.wheel.units.grouping import units_of
 
-    target = None if reduction is None else Reduction(multiply_adds=reduction)
-    units = units_of(case.network, case.example[:1], unit="neuron", target=target)
+    target, unit = None if reduction is None else Reduction(multiply_adds=reduction), Neuron(multiple_of)
+    units = units_of(case.network, case.example[:1], unit=unit, target=target)
     winner = searched(
         case,
         units,
         seed,
-        wheel=Wheel(unit="neuron"),
+        wheel=Wheel(unit=unit),
         tree=Tree(target=target),
         tolerance=tolerance / 100,
         validation=Validation(confirm=0.5 if reduction is None else 0),

@@ -161,4 +161,5 @@ def _renamed(units: Units, prefix: str, outside: Sequence[str]) -> Units:
         cost=cost(units.cost),
         multiply_adds=None if units.multiply_adds is None else cost(units.multiply_adds),
         kept_whole=whole,
+        steps=named(units.steps),
     )

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lightning_roulette import LeastSquares, Mask, Reduction, Tree, Wheel, prune
+from lightning_roulette import LeastSquares, Mask, Neuron, Reduction, Tree, Wheel, prune, remove_dead
 from lightning_roulette.trainer import units
 from lightning_roulette.wheel.units.grouping import units_of
 from tests.support.fits import pruner
@@ -153,6 +153,20 @@ def test_cuts_between_epochs_hold_whole_units_through_training(fit, refit):
     whole(pruning.mask, module.state_dict(), "net.inner.weight", ["net.outer.weight"])
     assert zeros_of(module, pruning.mask) == pruning.mask
     assert report.winner.units < report.levels[0].units < report.units == 14
+
+
+@pytest.mark.parametrize("at_epoch", [None, [1, 2]])
+@pytest.mark.parametrize("refit", [None, LeastSquares(batches=4), CHOOSE])
+def test_multiples_of_channels_stay(fit, refit, at_epoch):
+    given = NEURON | {"wheel": Wheel(unit=Neuron(multiple_of=3))}
+    pruning, module = pruner(at_epoch=at_epoch, tree=Tree(0.3), refit=refit, **given), Pictures()
+    fit(pruning, module=module, max_epochs=4)
+    state = module.state_dict()
+    inner = whole(pruning.mask, state, "net.inner.weight", ["net.outer.weight"])
+    stream = whole(pruning.mask, state, "net.first.weight", ["net.inner.weight"])
+    assert (int(inner.sum()), int(stream.sum())) in {(6, 6), (3, 6), (8, 3), (6, 3), (3, 3)}
+    slim = remove_dead(module.net.eval(), torch.randn(2, 16))
+    assert slim.inner.weight.shape == (int(inner.sum()), int(stream.sum()), 3)
 
 
 def test_a_run_finds_its_units_once(fit, monkeypatch):

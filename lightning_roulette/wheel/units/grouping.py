@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -96,21 +97,33 @@ def _coupled(
     found = Groups(network, tuple(used), weights)
     if len(used) < len(groups):
         cost, multiply_adds = costs_of(found, target, example_input)
-    return Units(word, found.sizes, tuple(_parts(found)), cost, multiply_adds, kept_whole)
+    steps = {name: _step(group, kind) for name, group in zip(found.sizes, used, strict=True)}
+    return Units(word, found.sizes, tuple(_parts(found)), cost, multiply_adds, kept_whole, steps)
 
 
 def _movable(
     coupling: Coupling, kind: Unit, weights: Collection[str], tensors: Mapping[str, Tensor]
 ) -> tuple[list[Group], dict[str, str]]:
     """Return the groups of this kind whose weights are all prunable, and the layers of others with the reason."""
-    groups, kept_whole = [], dict(coupling.left) if isinstance(kind, Neuron) else {}
+    groups, kept_whole = [], {}
     for group in coupling.groups:
         if isinstance(kind, Neuron) or group.kind == "head":
             if fixed := [name for name in _matrices(group, tensors) if name not in weights]:
                 kept_whole[group.name] = f"{fixed[0]} is not prunable"
+            elif group.size <= (step := _step(group, kind)):
+                kept_whole[group.name] = f"it has {group.size} {group.word}, of which a multiple of {step} stays"
             else:
                 groups.append(group)
-    return groups, kept_whole
+    return groups, kept_whole | (dict(coupling.left) if isinstance(kind, Neuron) else {})
+
+
+def _step(group: Group, kind: Unit) -> int:
+    """Return the number of which a multiple of the units stays: each may be several channels, as a head is."""
+    if not isinstance(kind, Neuron):
+        return 1
+    channels = group.consumers[0] if group.kind == "head" else group.producers[0]
+    each = int((channels.units >= 0).sum()) // group.size
+    return kind.multiple_of // math.gcd(kind.multiple_of, each)
 
 
 def _matrices(group: Group, tensors: Mapping[str, Tensor]) -> Iterator[str]:

@@ -26,7 +26,9 @@ class UnitWheel:
 
     - The number of draws follows from the budget. What leaves is counted entry by entry, so that an entry which two
       units share counts once. The last unit that leaves may exceed the budget.
-    - Of each group the unit with the largest key stays.
+    - Of each group the unit with the largest key stays. If `Units.steps` asks for multiples of a number, as many stay,
+      and a unit waits until so many of its group leave together that a multiple stays. The last of them may exceed the
+      budget with those that waited for it.
 
     Args:
         units: The units.
@@ -62,37 +64,49 @@ class UnitWheel:
             ValueError: If the budget is not positive, or if no unit may leave.
         """
         check_number("budget", budget, above=0)
-        order = self._order(lambda name: stream(seed, level, candidate, name))
+        order, ends = self._order(lambda name: stream(seed, level, candidate, name))
         if not len(order):
-            raise ValueError("no unit may leave: of each group one unit is left. Stop here, or prune weights instead.")
+            raise ValueError(
+                "no unit may leave: of each group one unit is left, or as many as Neuron(multiple_of=...) says. Stop "
+                "here, or prune weights instead."
+            )
         least = self.units.left(self.parent) - budget + _ROUNDING * abs(budget)
-        few, many = 0, len(order)
-        while many - few > 1:  # the first `few` units are not enough
+        few, many = 0, len(ends)
+        while many - few > 1:  # the first `few` ends are not enough
             middle = (few + many) // 2
-            if self.units.left(self._without(order[:middle])) <= least:
+            if self.units.left(self._without(order[: ends[middle - 1]])) <= least:
                 many = middle
             else:
                 few = middle
-        return self._without(order[:many])
+        return self._without(order[: ends[many - 1]])
 
-    def _order(self, stream_of: Callable[[str], int]) -> Tensor:
-        """Return the numbers of the units that may leave, in the order of their keys."""
-        keys = self._terms.clone().to(torch.float64)
+    def _order(self, stream_of: Callable[[str], int]) -> tuple[Tensor, list[int]]:
+        """Return the numbers of the units that may leave, in their order, and the lengths at which it may end."""
+        numbers, keys, ends = [], [], []
         for name, start, stop in self.units.ranges():
+            own = self._terms[start:stop].to(torch.float64)
             if not math.isinf(self.sharpness):
-                keys[start:stop] += log_clocks(stream_of(name), torch.arange(stop - start))
-        may = self._alive.clone()
-        for _, start, stop in self.units.ranges():
-            if bool(may[start:stop].any()):
-                among = may[start:stop].nonzero().flatten() + start
-                may[among[keys[among].sort(stable=True).indices[-1]]] = False
-        numbers = may.nonzero().flatten()
-        return numbers[keys[numbers].sort(stable=True).indices]
+                own = own + log_clocks(stream_of(name), torch.arange(stop - start))
+            alive = self._alive[start:stop].nonzero().flatten()
+            leaving = alive[own[alive].sort(stable=True).indices][: max(0, len(alive) - self.units.step(name))]
+            last = _last_of_each(len(alive), self.units.step(name))
+            numbers.append(leaving + start)
+            keys.append(own[leaving[last]])  # a unit leaves when the last leaves with which it leaves together
+            ends.append(last == torch.arange(len(last)))
+        order = torch.cat(keys).sort(stable=True).indices
+        return torch.cat(numbers)[order], (torch.cat(ends)[order].nonzero().flatten() + 1).tolist()
 
     def _without(self, numbers: Tensor) -> Mask:
         gone = torch.zeros(self.units.count, dtype=torch.bool)
         gone[numbers] = True
         return self.units.without(self.parent, gone)
+
+
+def _last_of_each(alive: int, step: int) -> Tensor:
+    """Return for each unit that may leave the place of the last of those that leave with it, if multiples stay."""
+    places = torch.arange(max(0, alive - step))
+    first = (alive - 1) % step + 1  # of them leave first
+    return (places - first).div(step, rounding_mode="floor").add(1) * step + first - 1
 
 
 def importance_of_units(units: Units, importance: Mapping[str, Tensor], parent: Mask, readers_alone: bool) -> Tensor:

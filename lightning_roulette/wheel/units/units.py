@@ -58,11 +58,12 @@ class Units:
     Attributes:
         kind: What a unit is, in one word, such as `"neuron"`.
         groups: Name of each group to the number of its units. Units are numbered through all groups, in this order. Of
-            each group one unit stays.
+            each group one unit stays, or as many as `steps` says.
         parts: The entries that leave with units.
         cost: What decides how much leaves, and how dear a unit is.
         multiply_adds: The multiply-adds of one sample. None: unknown.
         kept_whole: Layers whose units cannot leave, with the reason.
+        steps: Name of a group to a number of which a multiple of its units stays. 1 for groups without a name here.
     """
 
     kind: str
@@ -71,6 +72,7 @@ class Units:
     cost: Cost
     multiply_adds: Cost | None = None
     kept_whole: Mapping[str, str] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def coupled(self) -> bool:
@@ -132,13 +134,17 @@ class Units:
         return self.totals(mask) > 0
 
     def removable(self, mask: Mask) -> int:
-        """Return how many units may still leave: of each group all but one.
+        """Return how many units may still leave: of each group all but one, or but its step.
 
         Args:
             mask: The mask.
         """
         alive = self.alive(mask)
-        return sum(max(0, int(alive[start:stop].sum()) - 1) for _, start, stop in self.ranges())
+        return sum(max(0, int(alive[start:stop].sum()) - self.step(name)) for name, start, stop in self.ranges())
+
+    def step(self, group: str) -> int:
+        """Return the number of which a multiple of the units of a group stays."""
+        return self.steps.get(group, 1)
 
     def costs(self, mask: Mask) -> Tensor:
         """Return what leaves with each unit if it is the only one that leaves: float64, shape `(units,)`.

@@ -8,7 +8,9 @@ from torch import nn
 
 from lightning_roulette import Mask, NofM, Reduction, prunable_parameters, units_of
 from lightning_roulette.network.multiply_adds import multiply_adds, positions_of
-from lightning_roulette.unit import Unit
+from lightning_roulette.unit import Neuron, Unit
+from tests.network.coupling.networks import NETWORKS
+from tests.support.networks import known
 
 pytest.importorskip("torch_pruning")
 
@@ -83,6 +85,34 @@ def test_weights_that_may_not_be_pruned_keep_their_units():
     assert units.groups == {"5": 5}
     assert units.kept_whole["0"] == "0.weight is not prunable"
     assert (units.cost.fixed, units.cost.each) == (72 * 36, {"5.weight": 1.0, "7.weight": 1.0})
+
+
+def test_multiples_are_of_channels_and_small_layers_stay_whole():
+    units = units_of(small(), X, unit=Neuron(multiple_of=4))
+    assert (units.groups, units.steps) == ({"5": 5}, {"5": 4})
+    assert units.kept_whole["0"] == "it has 4 units, of which a multiple of 4 stays"
+    assert units.removable(Mask.full(prunable_parameters(small()))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "multiple", "steps"),
+    [
+        ("grouped", 1, {"0": 1, "2": 1}),
+        ("grouped", 8, {"2": 2}),  # a unit is a channel of each of four groups
+        ("grouped", 4, {"0": 1, "2": 1}),
+        ("own attention", 8, {"1": 2, "3": 8}),  # a head has four channels
+        ("relative positions", 16, {}),
+        ("relative positions", 6, {"3": 6}),
+    ],
+)
+def test_a_unit_may_be_several_channels(name, multiple, steps):
+    build, inputs, _ = NETWORKS[name]
+    network = known(build()).eval()
+    if steps:
+        assert units_of(network, inputs, unit=Neuron(multiple)).steps == steps
+    else:
+        with pytest.raises(ValueError, match="3: it has 16 units, of which a multiple of 16 stays"):
+            units_of(network, inputs, unit=Neuron(multiple))
 
 
 def test_neighbours_and_blocks_need_no_example_unless_they_cost_multiply_adds():

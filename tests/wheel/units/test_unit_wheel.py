@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from itertools import permutations
+from dataclasses import replace
+from itertools import combinations, permutations
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_roulette import Mask
+from lightning_roulette import Mask, prunable_parameters
 from lightning_roulette.wheel.units.unit_wheel import UnitWheel, importance_of_units
 from lightning_roulette.wheel.units.units import Cost, Part, Units
 from tests.support.units import hidden_units, labels, perceptron
@@ -24,14 +25,17 @@ IMPORTANCE = torch.tensor([0.5, 1.0, 2.0, 0.7, 1.4], dtype=torch.float64)
 
 
 def left_by(order: tuple[int, ...], budget: float, units: Units = UNITS, parent: Mask = FULL) -> bytes:
-    """The mask when units leave in this order: of each group the last one stays."""
-    last = {max(range(start, stop), key=order.index) for _, start, stop in units.ranges()}
-    gone, mask = torch.zeros(units.count, dtype=torch.bool), parent
-    for one in order:
+    """The mask when units come up in this order. They leave when a multiple of the step of their group would stay."""
+    group = {one: (name, stop - start) for name, start, stop in units.ranges() for one in range(start, stop)}
+    come, gone, mask = Counter(), torch.zeros(units.count, dtype=torch.bool), parent
+    for place, one in enumerate(order):
         if units.left(parent) - units.left(mask) >= budget:
             break
-        if one not in last:
-            gone[one] = True
+        name, size = group[one]
+        come[name] += 1
+        stay = size - come[name]
+        if stay and stay % units.step(name) == 0:
+            gone[[other for other in order[: place + 1] if group[other][0] == name]] = True
             mask = units.without(parent, gone)
     return mask.digest
 
@@ -46,12 +50,18 @@ def plackett_luce(odds: list[float], order: tuple[int, ...]) -> float:
 
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 2.5])
 @pytest.mark.parametrize("budget", [1, 9, 12])
-def test_spins_follow_the_law(sharpness, budget):
-    odds = [float(one) ** -sharpness for one in IMPORTANCE]
+@pytest.mark.parametrize(
+    ("hidden", "steps"), [((3, 2), {}), ((3, 2), {"0": 2, "2": 2}), ((4, 2), {"0": 2}), ((5, 1), {"0": 2})]
+)
+def test_spins_follow_the_law(sharpness, budget, hidden, steps):
+    net = perceptron((3, *hidden, 2))
+    units, parent = replace(hidden_units(net), steps=steps), Mask.full(prunable_parameters(net))
+    importance = torch.tensor([0.5, 1.0, 2.0, 0.7, 1.4, 0.8], dtype=torch.float64)[: units.count]
+    odds = [float(one) ** -sharpness for one in importance]
     expected: Counter[bytes] = Counter()
-    for order in permutations(range(5)):
-        expected[left_by(order, budget)] += plackett_luce(odds, order)
-    wheel, spins = UnitWheel(UNITS, IMPORTANCE, FULL, sharpness=sharpness), 500
+    for order in permutations(range(units.count)):
+        expected[left_by(order, budget, units, parent)] += plackett_luce(odds, order)
+    wheel, spins = UnitWheel(units, importance, parent, sharpness=sharpness), 500
     found = Counter(wheel.spin(budget, seed=3, level=1, candidate=one).digest for one in range(spins))
     assert found.keys() <= expected.keys()
     chi = sum((found[mask] - spins * share) ** 2 / (spins * share) for mask, share in expected.items())
@@ -101,13 +111,15 @@ def test_a_spin_depends_on_seed_level_and_candidate_alone():
     st.tuples(*(st.integers(1, 9) for _ in range(3))),
     st.floats(0.01, 1.3),
     st.sampled_from([0.0, 1.0, 16.0, math.inf]),
+    st.tuples(*(st.integers(1, 4) for _ in range(3))),
 )
-def test_a_budget_is_met_and_exceeded_by_at_most_one_unit(seed, sizes, share, sharpness):
+def test_a_budget_is_met_and_exceeded_by_at_most_what_leaves_together(seed, sizes, share, sharpness, steps):
     net = perceptron((3, *sizes, 2), seed)
     weights = {name: one.detach() for name, one in net.named_parameters() if name.endswith("weight")}
     chance = torch.Generator().manual_seed(seed)
     each = {name: float(torch.rand((), generator=chance)) + 0.1 for name in weights}
     units = hidden_units(net, Cost("latency", each, torch.rand(sum(sizes), generator=chance).double()))
+    units = replace(units, steps=dict(zip(units.groups, steps, strict=True)))
     parent = units.without(Mask.full(weights), torch.rand(units.count, generator=chance) < 0.2)
     if not units.removable(parent):
         return
@@ -116,16 +128,18 @@ def test_a_budget_is_met_and_exceeded_by_at_most_one_unit(seed, sizes, share, sh
     child = UnitWheel(units, importance, parent, sharpness=sharpness).spin(budget, seed=seed, level=1, candidate=0)
     removed, before, after = units.left(parent) - units.left(child), units.alive(parent), units.alive(child)
     assert child <= parent
-    for _, start, stop in units.ranges():
-        assert int(after[start:stop].sum()) >= min(1, int(before[start:stop].sum()))
-    left = (before & ~after).nonzero().flatten().tolist()
+    gone = (before & ~after).nonzero().flatten()
+    together = []
+    for name, start, stop in units.ranges():
+        step, alive, stay = units.step(name), int(before[start:stop].sum()), int(after[start:stop].sum())
+        assert stay == alive or (stay >= step and stay % step == 0)
+        ours = [one for one in gone.tolist() if start <= one < stop]
+        together += combinations(ours, min(step, len(ours))) if ours else []
     if removed < budget * (1 - 1e-9):
         assert not units.removable(child)
     else:
-        numbers = torch.arange(units.count)
-        gone = [torch.isin(numbers, torch.tensor([x for x in left if x != last]).long()) for last in left]
-        fewer = [units.without(parent, one) for one in gone]
-        assert min(units.left(parent) - units.left(one) for one in fewer) < budget
+        fewer = [torch.isin(torch.arange(units.count), gone[~torch.isin(gone, torch.tensor(one))]) for one in together]
+        assert min(units.left(parent) - units.left(units.without(parent, one)) for one in fewer) < budget
 
 
 def test_importance_is_the_root_of_the_sum_of_squares_for_what_leaves():
