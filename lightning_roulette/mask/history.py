@@ -35,9 +35,14 @@ class History:
         self.deepest = level if deepest is None else deepest
 
     @classmethod
-    def of_dense(cls, weights: Mapping[str, Tensor]) -> History:
-        """The history of a dense network."""
-        return cls(NestedLevels.of_dense(weights))
+    def of_dense(cls, weights: Mapping[str, Tensor], kept: Mask | None = None) -> History:
+        """The history of a network that no level has pruned yet.
+
+        Args:
+            weights: The weights, by name.
+            kept: The weights that are kept already. It is the mask of level 0. None: all.
+        """
+        return cls(NestedLevels.of_dense(weights, None if kept is None else kept.flags))
 
     def pruned(self, mask: Mask) -> History:
         """The history with one more level.
@@ -68,7 +73,7 @@ class History:
         return self.mask_at(self.level)
 
     def mask_at(self, level: int) -> Mask:
-        """The mask of one accepted level; level 0 is the dense network.
+        """The mask of one accepted level; level 0 is the network before the search.
 
         Raises:
             ValueError: If there is no such level.
@@ -91,6 +96,8 @@ class History:
             - `"packed"`: names of large parameters to their shapes.
             - `"level"`: the winner's level.
             - `"deepest"`: the last level.
+            - `"level_0"`: the mask of level 0, packed as in `Bits`, of each parameter that has zeros there. A weight
+              that it prunes has the number 1 in `"pruned_at"`. Without the key, level 0 keeps all weights.
 
             Otherwise:
 
@@ -99,6 +106,7 @@ class History:
             - `"shapes"`: parameter names to shapes, in the order of these masks.
             - `"winner_level"`: the winner's level.
             - `"deepest"`: the last level.
+            - `"level_0"`: as above.
             - `"pruned_at"` and `"level"`: a sentence, with which versions fail that know only masks that nest.
         """
         return self._levels.state(self.level, self.deepest)

@@ -17,20 +17,36 @@ class LevelNumbers:
     """For each weight of one parameter, the number of the level that pruned it; 0 while it is kept.
 
     As long as masks nest, these numbers hold the masks of all levels. A number takes as many bits as the number of the
-    deepest level has.
+    deepest level has. A weight that was zero before the first level has the number 1.
 
     Attributes:
         planes: Entry `i` holds bit `i` of every number, where bit 0 is the lowest.
-        full: Bits of the parameter's shape, all True.
+        full: The mask of level 0: bits of the parameter's shape, False where a weight was zero before the first level.
     """
 
     planes: Sequence[Bits]
     full: Bits
 
     @classmethod
-    def of_dense(cls, weight: Tensor) -> LevelNumbers:
-        """Numbers of a dense parameter: all are 0."""
-        return cls((), Bits.filled(True, weight.shape, device_for_bits(weight)))
+    def of_dense(cls, weight: Tensor, kept: Flags | None = None) -> LevelNumbers:
+        """Numbers of a parameter before the first level.
+
+        Args:
+            weight: The parameter.
+            kept: Which of its weights are kept. None: all, and all numbers are 0.
+        """
+        full = Bits.filled(True, weight.shape, device_for_bits(weight))
+        return cls((), full) if kept is None else cls((), full).begun(kept.bits().to(full.device))
+
+    def begun(self, kept: Bits) -> LevelNumbers:
+        """The same numbers, with another mask of level 0.
+
+        Args:
+            kept: The mask of level 0.
+        """
+        gone = self.full.but(kept)
+        first = self.planes[0] | gone if self.planes else gone
+        return LevelNumbers([first, *self.planes[1:]], kept)
 
     @classmethod
     def from_state(cls, stored: Tensor, packed_shape: Sequence[int] | None) -> LevelNumbers:

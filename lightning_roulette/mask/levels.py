@@ -28,9 +28,15 @@ class NestedLevels:
     numbers: Mapping[str, LevelNumbers]
 
     @classmethod
-    def of_dense(cls, weights: Mapping[str, Tensor]) -> NestedLevels:
-        """Level 0 alone."""
-        return cls({name: LevelNumbers.of_dense(weight) for name, weight in weights.items()})
+    def of_dense(cls, weights: Mapping[str, Tensor], kept: Mapping[str, Flags] | None = None) -> NestedLevels:
+        """Level 0 alone.
+
+        Args:
+            weights: The weights, by name.
+            kept: The mask of level 0. None: all weights are kept.
+        """
+        known = {} if kept is None else kept
+        return cls({name: LevelNumbers.of_dense(weight, known.get(name)) for name, weight in weights.items()})
 
     def followed_by(self, kept: Mapping[str, Flags], level: int) -> NestedLevels | LevelBits:
         """The levels with one more.
@@ -70,6 +76,7 @@ class NestedLevels:
             "packed": {name: list(one.full.shape) for name, one in numbers.items() if not one.is_small},
             "level": winner,
             "deepest": deepest,
+            **_began({name: one.full for name, one in numbers.items()}),
         }
 
 
@@ -78,7 +85,7 @@ class LevelBits:
     """The masks of any levels, at one bit for each weight and level.
 
     Attributes:
-        full: Bits of each parameter's shape, all True. They are level 0.
+        full: The mask of level 0.
         packed: For each level from 1, parameter name to packed bits as in `Bits`, on the CPU. All levels together have
             at most `limits().copied_bytes` in memory. Further ones are in temporary files.
     """
@@ -90,7 +97,8 @@ class LevelBits:
     def from_state(cls, state: Mapping[str, Any]) -> LevelBits:
         """Read what `state` returned."""
         shapes = {name: torch.Size(shape) for name, shape in state["shapes"].items()}
-        found = cls({name: Bits.filled(True, shape, torch.device("cpu")) for name, shape in shapes.items()})
+        full = {name: Bits.filled(True, shape, torch.device("cpu")) for name, shape in shapes.items()}
+        found = cls({name: _level_0(state, name, bits) for name, bits in full.items()})
         sizes = [len(bits.packed) for bits in found.full.values()]
         for row in state["level_bits"]:
             found = found._and(dict(zip(shapes, row.split(sizes), strict=True)))
@@ -135,6 +143,7 @@ class LevelBits:
             "deepest": deepest,
             "pruned_at": {UNREADABLE_BEFORE: torch.zeros(1, dtype=torch.uint8)},
             "level": UNREADABLE_BEFORE,
+            **_began(self.full),
         }
 
     def _and(self, packed: Mapping[str, Tensor]) -> LevelBits:
@@ -148,9 +157,22 @@ def levels_in(state: Mapping[str, Any]) -> NestedLevels | LevelBits:
     if "level_bits" in state:
         return LevelBits.from_state(state)
     packed = state.get("packed", {})
-    return NestedLevels(
-        {name: LevelNumbers.from_state(at, packed.get(name)) for name, at in state["pruned_at"].items()}
-    )
+    numbers = {name: LevelNumbers.from_state(at, packed.get(name)) for name, at in state["pruned_at"].items()}
+    for name in state.get("level_0", {}):
+        numbers[name] = numbers[name].begun(_level_0(state, name, numbers[name].full))
+    return NestedLevels(numbers)
+
+
+def _began(full: Mapping[str, Bits]) -> dict[str, Any]:
+    """What a state says of level 0; nothing if it keeps all weights."""
+    held = {name: bits.to("cpu").packed.clone() for name, bits in full.items() if bits.count() < bits.numel()}
+    return {"level_0": held} if held else {}
+
+
+def _level_0(state: Mapping[str, Any], name: str, full: Bits) -> Bits:
+    """The mask of level 0 of one parameter. `full` keeps all its weights."""
+    packed = state.get("level_0", {}).get(name)
+    return full if packed is None else Bits(packed.to(full.device), full.shape)
 
 
 def winner_in(state: Mapping[str, Any]) -> int:

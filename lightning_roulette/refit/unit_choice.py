@@ -88,15 +88,17 @@ class UnitChoice:
         Groups are looked at from the last one on. What is minimised is the sum over the layers that read the group: of
         the squared error of the outputs that are left, as a share of their power, with the inputs from other groups
         that are left. A group keeps the units of the mask if another choice is not better, or if the inputs of a layer
-        that reads it are not known.
+        that reads it are not known. All groups do if only parts of some units may stay, because other units would then
+        have other numbers of weights.
 
         Args:
             mask: The mask that is given.
             allowed: What may stay.
         """
         may, kept = self.units.alive(allowed), self.units.alive(mask)
-        if self.units.without(allowed, ~kept) != mask:  # it keeps parts of units
-            return mask
+        whole = self.units.without(Mask.full({name: self.dense[name] for name in mask}), ~may)
+        if self.units.without(allowed, ~kept) != mask or not torch.equal(*map(self.units.totals, (allowed, whole))):
+            return mask  # it keeps parts of units, or only parts of units may stay
         found = mask
         for _, start, stop in reversed(list(self.units.ranges())):
             parts = [part for part in self.units.parts if _has(part, start, stop)]

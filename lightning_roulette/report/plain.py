@@ -9,13 +9,13 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from lightning_roulette.report.former import FORMER
-from lightning_roulette.report.records import Candidate, Footprint, Level, Method, Skipped, StopReason
+from lightning_roulette.report.records import Candidate, Footprint, Held, Level, Method, Skipped, StopReason
 
 if TYPE_CHECKING:
     from lightning_roulette.report.report import SearchReport
 
 
-def written(record: SearchReport | Level | Candidate | Skipped | Footprint) -> dict[str, Any]:
+def written(record: SearchReport | Level | Candidate | Skipped | Footprint | Held) -> dict[str, Any]:
     """Return the fields of a record as plain values. NaN and infinities become strings, enum members their names."""
     return {one.name: _plain(getattr(record, one.name)) for one in fields(record)}
 
@@ -36,11 +36,12 @@ def read(record: Mapping[str, Any]) -> dict[str, Any]:
         "not_refitted": _skipped(record.get("not_refitted", ())),
         "notes": tuple(record.get("notes", ())),
         "footprint": Footprint(**record["footprint"]) if record.get("footprint") else None,
+        "held": Held(**record["held"]) if record.get("held") else None,
     }
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Candidate | Level | Skipped | Footprint):
+    if isinstance(value, Candidate | Level | Skipped | Footprint | Held):
         return written(value)
     if isinstance(value, Enum):
         return value.name

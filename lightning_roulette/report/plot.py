@@ -74,7 +74,8 @@ def _place(report: SearchReport, over: str, level: Level | None) -> float:
         return 0 if level is None else level.level
     if over == "multiply_adds":
         return max(_share_of_work(report, level), 0.5 / max(1, report.multiply_adds or 0))
-    return 1.0 if level is None else _share_left(report, level.sparsity)
+    result = level or report.held
+    return _share_left(report, result.sparsity) if result else 1.0
 
 
 def _share_left(report: SearchReport, sparsity: float) -> float:
@@ -83,10 +84,11 @@ def _share_left(report: SearchReport, sparsity: float) -> float:
 
 
 def _share_of_work(report: SearchReport, level: Level | None) -> float:
-    """Return the share of the multiply-adds of the dense network that is left, where both numbers are known."""
-    if level is None or level.multiply_adds is None or not report.multiply_adds:
+    """Return the share of all multiply-adds that is left, where both numbers are known. None is the dense network."""
+    result = level or report.held
+    if result is None or result.multiply_adds is None or not report.multiply_adds:
         return 1.0
-    return level.multiply_adds / report.multiply_adds
+    return result.multiply_adds / report.multiply_adds
 
 
 def _points(report: SearchReport, over: str, dense: float, field: str) -> list[tuple[float, float]]:

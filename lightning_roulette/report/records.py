@@ -53,6 +53,25 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What is left of a network before its search, of which some weights are held at zero.
+
+    Attributes:
+        sparsity: Share of all prunable weights that is held at zero, in [0, 1].
+        survivors: Number of the other prunable weights.
+        units: Number of units that are left; None if single weights leave.
+        multiply_adds: Multiply-adds of one sample that are left; None if single weights leave, or if it is unknown.
+        cost: What is left of what the report's `counted` names; None if single weights leave.
+    """
+
+    sparsity: float
+    survivors: int
+    units: int | None = None
+    multiply_adds: int | None = None
+    cost: float | None = None
+
+
+@dataclass(frozen=True)
 class Footprint:
     """What a network takes.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_roulette.report import frame, html, plain, plot, table, words
 from lightning_roulette.report.former import FormerNames
-from lightning_roulette.report.records import Footprint, Level, Method, Skipped, StopReason, negated
+from lightning_roulette.report.records import Footprint, Held, Level, Method, Skipped, StopReason, negated
 from lightning_roulette.report.target import over_target
 
 
@@ -57,6 +57,8 @@ class SearchReport(FormerNames):
         counted: What units cost: `"weights"`, or a field of `Reduction`; empty if single weights leave.
         cost: What the network costs before pruning, in what `counted` names; None if single weights leave.
         target_reduction: Share of the cost at whose removal the search was to end; None without such a target.
+        held: What was left of the network before the search, if weights of it were held at zero; else None. These
+            weights count as pruned in every level. The dense scores are those of the network with its zeros.
     """
 
     monitor: str
@@ -97,6 +99,7 @@ class SearchReport(FormerNames):
     counted: str = ""
     cost: float | None = None
     target_reduction: float | None = None
+    held: Held | None = None
 
     @property
     def floor(self) -> float:
@@ -126,19 +129,22 @@ class SearchReport(FormerNames):
 
     @property
     def sparsity(self) -> float:
-        """Sparsity of the winner, in [0, 1]; 0 if the network stays dense."""
-        return self.winner.sparsity if self.winner else 0.0
+        """Sparsity of the network after the search, in [0, 1]. Weights that were held at zero before it count."""
+        result = self.winner or self.held
+        return result.sparsity if result else 0.0
 
     @property
     def survivors(self) -> int:
-        """Number of weights that the winner keeps."""
-        return self.winner.survivors if self.winner else self.size
+        """Number of prunable weights that the network keeps after the search."""
+        result = self.winner or self.held
+        return result.survivors if result else self.size
 
     @property
     def target_met(self) -> bool | None:
         """Whether the winner removes at least as much as the target asks for; None without a target."""
         if self.target_reduction is not None and self.cost is not None:
-            left = self.winner.cost if self.winner else self.cost
+            result = self.winner or self.held
+            left = result.cost if result else self.cost
             return left is not None and over_target(left, self.cost, self.target_reduction) <= 0
         if self.target_sparsity is None:
             return None

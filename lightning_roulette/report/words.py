@@ -8,7 +8,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from lightning_roulette.report.names import listed, shortened
-from lightning_roulette.report.records import Level, StopReason
+from lightning_roulette.report.records import Held, Level, StopReason
 
 if TYPE_CHECKING:
     from lightning_roulette.report.report import SearchReport
@@ -25,6 +25,7 @@ def summary(report: SearchReport) -> list[str]:
     """
     return [
         _kept(report),
+        *_held(report),
         *_units(report),
         *_footprint(report),
         *_prunable(report),
@@ -67,15 +68,28 @@ def _kept(report: SearchReport) -> str:
     if report.winner is not None:
         whole = " All weights in matrices are prunable." if report.size == report.matrices else ""
         return f"{_size(report, report.winner, 'prunable weights kept')}.{whole}"
+    if report.held is not None:
+        return f"{_size(report, report.held, 'prunable weights kept')}: the network stays as it was."
     return f"All {report.size:,} prunable weights kept: the network stays dense."
+
+
+def _held(report: SearchReport) -> list[str]:
+    """Return how many weights were held at zero before the search, if any were."""
+    if report.held is None:
+        return []
+    held = report.size - report.held.survivors
+    return [
+        f"{held:,} of them were held at zero before the search. They count as pruned, and 'dense' means the network "
+        "with these zeros."
+    ]
 
 
 def _units(report: SearchReport) -> list[str]:
     """Return how many units and multiply-adds are left, if units leave."""
     if report.units is None:
         return []
-    units = report.winner.units if report.winner else report.units
-    left = report.winner.multiply_adds if report.winner else report.multiply_adds
+    result = report.winner or report.held or report
+    units, left = result.units, result.multiply_adds
     line = f"{units:,} of {report.units:,} units left (unit: {report.unit})"
     if report.multiply_adds and left is not None:
         share = left / report.multiply_adds
@@ -83,7 +97,7 @@ def _units(report: SearchReport) -> list[str]:
     return [f"{line}."]
 
 
-def _size(report: SearchReport, level: Level, what: str) -> str:
+def _size(report: SearchReport, level: Level | Held, what: str) -> str:
     """Return how many weights a level keeps, its sparsity and its compression."""
     times = f", compression {_rounded(report.size / level.survivors, 3)}x" if level.survivors else ""
     kept = f"{level.survivors:,} of {report.size:,} {what} ({1 - level.sparsity:.2%})"

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_roulette.checks import as_group, check_count, check_number, check_seed
 from lightning_roulette.judge.evaluator import Evaluator, as_evaluator
-from lightning_roulette.large.shards import Shards
+from lightning_roulette.large.masking import pruned_parts
+from lightning_roulette.large.shards import Shards, anywhere
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit_settings import LeastSquares, Refit, refit_of
@@ -97,6 +98,32 @@ def check_units(units: Units | None, wheel: Wheel, tree: Tree, weights: Mapping[
         raise ValueError(
             f"the target counts {counted}, but units cost {units.cost.counted}. Pass the same target to units_of."
         )
+
+
+def held_of(held: Mapping[str, Tensor] | None, weights: Mapping[str, Tensor]) -> Mask | None:
+    """Return the mask of what is held at zero.
+
+    Raises:
+        TypeError: If a tensor of it is not bool.
+        ValueError: If it has another shape than a weight, or if a weight that it holds is not zero.
+    """
+    if held is None:
+        return None
+    mask = Mask(held)
+    ours = {name: weights[name].detach() for name in mask if name in weights}
+    for name, weight in ours.items():
+        if (shape := mask.flags[name].shape) != weight.shape:
+            raise ValueError(
+                f"held has the shape {tuple(shape)} for {name!r}, but the weight has {tuple(weight.shape)}. Pass the "
+                "mask of this network."
+            )
+        here = any(bool(part[gone].any()) for part, gone in pruned_parts(weight, mask.flags[name]))
+        if anywhere(here, {name: weight}):
+            raise ValueError(
+                f"held prunes weights of {name!r} that are not zero. Set them to zero before the search, as "
+                "apply_mask(network, held) does."
+            )
+    return mask
 
 
 def _check_targets(target_sparsity: float | None, wheel: Wheel, tree: Tree) -> None:

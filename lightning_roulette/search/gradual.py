@@ -23,7 +23,7 @@ from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit_settings import Refit
 from lightning_roulette.report.records import StopReason
 from lightning_roulette.report.report import SearchReport
-from lightning_roulette.search.arguments import check_units
+from lightning_roulette.search.arguments import check_units, held_of
 from lightning_roulette.search.drawing import Drawing
 from lightning_roulette.search.level import try_level
 from lightning_roulette.search.observer import Observer
@@ -122,6 +122,7 @@ class Gradual:
         calibration: Calibration | None = None,
         observer: Observer | None = None,
         units: Units | None = None,
+        held: Mask | None = None,
     ) -> bool:
         """Validate the network as it is, and record whether its deepest level holds.
 
@@ -131,6 +132,7 @@ class Gradual:
             calibration: The network with inputs. Needed for a refit and for importances on inputs.
             observer: Is told of the candidates of a cut that follows.
             units: The units of the network, for a cut that follows. None: single weights leave.
+            held: See `search`. The masks of all levels lie within that of the first network that is shown.
 
         Returns:
             Whether the network keeps the floor.
@@ -139,7 +141,7 @@ class Gradual:
             ValueError: If the dense score is NaN.
         """
         began = time.monotonic()
-        run, state = self._begin(weights, evaluate, calibration, observer or Observer(), units)
+        run, state = self._begin(weights, evaluate, calibration, observer or Observer(), units, held)
         # a cut is judged after the training that follows it, so it has no floor
         self._shown = run, replace(state, report=replace(state.report, tolerance=math.inf))
         self._counted = 0.0
@@ -148,11 +150,11 @@ class Gradual:
         if self.report is None or self.history is None:
             target = self._cuts.target_sparsity
             self.report = replace(report, held_out_dense=now, gradual=True, target_sparsity=target)
-            self.history, held = state.history, True
+            self.history, holds = state.history, True
         else:
-            held = self._judged(now)
+            holds = self._judged(now)
         self._add_work(run, began)
-        return held
+        return holds
 
     def cut(self, place: int, epoch: int | None = None) -> PrunedWeights | None:
         """Cut the network that was shown last.
@@ -222,11 +224,12 @@ class Gradual:
         calibration: Calibration | None,
         observer: Observer,
         units: Units | None,
+        held: Mask | None,
     ) -> tuple[Run, State]:
         """Validate the network as the parent of a level. The first one, the dense network, sets the tolerance."""
         cuts = self._cuts
         judge = Judge(evaluate, cuts.validation.confirm if cuts.branches > 1 else 0.0)
-        refitter = Refitter(weights, cuts.refit, calibration, True, units=units)
+        refitter = Refitter(weights, cuts.refit, calibration, True, units=units, held=held_of(held, weights))
         importance = None if calibration is None else "sensitivity"
         return begin(
             judge,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_roulette.mask.mask import Mask
+from lightning_roulette.mask.mask import Mask, fill_pruned
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit.refitted import Refitted, Survivors
@@ -30,6 +30,7 @@ class Refitter:
         nests: Whether a refit may only keep weights that the parent keeps.
         keeps_statistics: Whether running statistics stay as trained.
         units: What stays or leaves as a whole. None: single weights.
+        held: What is held at zero, by name: False where a weight or another parameter stays zero. None: nothing.
     """
 
     weights: Mapping[str, Tensor]
@@ -38,6 +39,16 @@ class Refitter:
     nests: bool = False
     keeps_statistics: bool = False
     units: Units | None = None
+    held: Mask | None = None
+
+    @property
+    def kept(self) -> Mask:
+        """The mask of the network before the search: all weights, less those that are held at zero."""
+        full = Mask.full(self.weights)
+        if self.held is None:
+            return full
+        flags = {name: self.held.flags[name].to(one.device) for name, one in full.flags.items() if name in self.held}
+        return Mask({**full.stored, **{name: one.stored for name, one in flags.items()}})
 
     @property
     def each_level(self) -> bool:
@@ -115,8 +126,10 @@ class Refitter:
         """
         assert self.calibration is not None
         assert self.how is not None
-        allowed = parent if self.nests else None
+        allowed = parent if self.nests else None if self.held is None else self.kept
         found = self.calibration.refit(mask, self.how, allowed, statistics=not self.keeps_statistics, units=self.units)
+        held: Mapping[str, Tensor] = self.held or {}
+        fill_pruned(found.values, {name: held[name] for name in held if name in found.values and name not in mask})
         if (kept := found.mask_from(mask).survivors) != mask.survivors:
             raise RuntimeError(
                 f"a refit kept {kept} weights, but the level keeps {mask.survivors}. Calibration.refit must return a "

@@ -17,8 +17,9 @@ from lightning_roulette.mask.history import History
 from lightning_roulette.mask.mask import Mask
 from lightning_roulette.mask.pruned import PrunedWeights
 from lightning_roulette.refit.refitted import Refitted
-from lightning_roulette.report.records import Scores, StopReason
+from lightning_roulette.report.records import Held, Scores, StopReason
 from lightning_roulette.report.report import SearchReport
+from lightning_roulette.search.amounts import counts
 from lightning_roulette.search.calibration_fit import misfit
 from lightning_roulette.search.drawing import Drawing
 from lightning_roulette.search.observer import Observer
@@ -143,7 +144,7 @@ def begin(
         confidence: See `search`.
         race: See `Validation`.
         seed: See `search`.
-        history: Levels that the network already has. None: it is dense.
+        history: Levels that the network already has. None: none, and only what is held is zero.
         factors: Logarithms of its importance factors. Parameters that are not named have 0.
         refuse_nan: Whether a dense score that is not finite is an error.
         target_sparsity: See `search`. It is only noted in the report.
@@ -153,7 +154,8 @@ def begin(
         ValueError: If the dense score is not finite, or `confidence` cannot be certified on the held-out half.
     """
     began, weights = time.monotonic(), refitter.weights
-    history, refits = history or History.of_dense(weights), refitter.dense()
+    history = history or History.of_dense(weights, None if refitter.held is None else refitter.kept)
+    refits = refitter.dense()
     network = refitter.network(parent := history.mask, Refitted())
     dense = _validated(judge, network, refuse_nan)
     outcomes = dense.held_out_outcomes if judge.held_out_folds else dense.outcomes
@@ -178,6 +180,7 @@ def begin(
         tolerance_why=allowed.why,
         notes=tuple(one for one in [refitter.rounded] if one),
         target_reduction=None if target is None else target.share,
+        held=_held(refitter, drawing),
         **_of_units(drawing, parent),
     )
     if note := misfit(judge, refitter, parent, dense.scores, dense.outcomes):
@@ -201,6 +204,13 @@ def _of_units(drawing: Drawing, parent: Mask) -> dict[str, Any]:
     known = {} if units.multiply_adds is None else {"multiply_adds": round(units.whole(parent, units.multiply_adds))}
     cost = {"counted": units.cost.counted, "cost": units.whole(parent)}
     return {"unit": units.kind, "units": units.count, **cost, **known}
+
+
+def _held(refitter: Refitter, drawing: Drawing) -> Held | None:
+    """What is left of the network before the search, if weights of it are held at zero."""
+    if refitter.held is None or (kept := refitter.kept).survivors == kept.size:
+        return None
+    return Held(kept.sparsity, kept.survivors, **counts(drawing.units, kept))
 
 
 def _validated(judge: Judge, network: PrunedWeights, refuse_nan: bool) -> Dense:

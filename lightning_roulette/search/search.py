@@ -29,7 +29,7 @@ from lightning_roulette.mask.mask import Mask
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit_settings import LeastSquares, refit_of
 from lightning_roulette.report.records import StopReason
-from lightning_roulette.search.arguments import check_network, check_search, check_units
+from lightning_roulette.search.arguments import check_network, check_search, check_units, held_of
 from lightning_roulette.search.confirmation import confirm
 from lightning_roulette.search.drawing import Drawing
 from lightning_roulette.search.level import try_level
@@ -60,6 +60,7 @@ def search(
     policy: Policy | None = None,
     observer: Observer | None = None,
     units: Units | None = None,
+    held: Mapping[str, Tensor] | None = None,
 ) -> Winner:
     """Find the slimmest network of a pruning tree that keeps the floor.
 
@@ -103,6 +104,9 @@ def search(
             level `CoarseToFine`.
         observer: Is told of each step.
         units: The units of the network, from `units_of`. Needed if the wheel's `unit` is no single weight.
+        held: Which weights are held at zero, as a `Mask` or as names and bool tensors, False = held. All levels prune
+            them, and they count as pruned. The dense network is then the network with these zeros, and its score sets
+            the floor. It may name parameters that are not in `weights`; a refit keeps their zeros. None: no weight.
 
     Returns:
         The last accepted level that held, or the dense network if no level held.
@@ -117,6 +121,7 @@ def search(
             - The held-out half is too small for a certificate.
             - A refit has no `calibration`, or `evaluate` is a function of a mask.
             - The wheel's unit is no single weight and `units` is None, or units and another choice do not fit.
+            - `held` has another shape than a weight, or a weight that it holds is not zero.
 
     Examples:
         >>> weights = {"layer": Tensor([0.1, -2.0, 0.01, 3.0])}
@@ -130,7 +135,7 @@ def search(
     check_units(units, wheel, tree, weights)
     branches, seed = int(branches), int(seed)
     judge = Judge(evaluate, validation.confirm)
-    refitter = Refitter(weights, refit_of(refit), calibration, units=units)
+    refitter = Refitter(weights, refit_of(refit), calibration, units=units, held=held_of(held, weights))
     run, state = begin(
         judge,
         refitter,

@@ -25,11 +25,13 @@ class BetweenEpochs:
     Attributes:
         gradual: Judges and cuts the network, and holds the report and the masks of all levels.
         over: Whether training has ended and the winner was loaded.
+        data: One number for the validation data by which the floor was set; None if it is not known.
     """
 
     def __init__(self, cuts: Cuts, epochs: Sequence[int]) -> None:
         self.gradual = Gradual(cuts)
         self.over = False
+        self.data: int | None = None
         self._numbers = {epoch: number for number, epoch in enumerate(epochs, start=1)}
         self._kept: Survivors | None = None
 
@@ -85,12 +87,12 @@ class BetweenEpochs:
         """Return plain tensors and numbers for a checkpoint; empty before the first judgement."""
         if self._kept is None:
             return {}
-        return {**self.gradual.state(), "kept": dict(self._kept.values), "over": self.over}
+        return {**self.gradual.state(), "kept": dict(self._kept.values), "over": self.over, "data": self.data}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` returned. An empty state comes from a single search, which is over."""
         self.gradual.restore(state)
-        self.over = bool(state.get("over", True))
+        self.over, self.data = bool(state.get("over", True)), state.get("data")
         if state:
             self._kept = Survivors(state["kept"])
 

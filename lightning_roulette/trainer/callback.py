@@ -80,6 +80,10 @@ class RouletteWheelPruning(WithResult):
     Files of ModelCheckpoint that were written before the search hold unpruned weights; `last.ckpt` usually does. Files
     that were written after it hold pruned weights, and a fit that resumes from one of them holds their zeros.
 
+    Zeros that a `HoldZeros` of the same Trainer holds stay zero in all levels, also in a refit, and count as pruned.
+    The dense network is then the network with these zeros: its score sets the floor, and `report.held` says what is
+    left of it. Without `HoldZeros`, weights that are zero before the search count as kept, and a refit may change them.
+
     A search that is killed can be resumed. It records its validations in a file beside the checkpoints. A fit that
     resumes the training with `ckpt_path` repeats none of them, and finds the same network if training is deterministic.
     If training had ended without its search, resuming it runs the search.
@@ -130,10 +134,11 @@ class RouletteWheelPruning(WithResult):
               training goes on without a further cut, and the level is judged again before the next of these epochs.
               When training ends, the slimmest network that held is loaded, with the weights it had then.
 
-              The floor is the score before the first cut less `tolerance`. Each cut takes the tree's `pruning_rate`,
-              or follows the cubic schedule to `target_sparsity` if that is given. A run that stops before the first cut
-              is searched at its end, with the same branches and refit. With a callback that averages weights, the
-              module's own weights are judged between epochs, and the averaged weights at the end.
+              The floor is the score before the first cut less `tolerance`. All levels must be judged on the same
+              validation data; a warning and the report say so if data that fit into memory have changed. Each cut takes
+              the tree's `pruning_rate`, or follows the cubic schedule to `target_sparsity` if that is given. A run that
+              stops before the first cut is searched at its end, with the same branches and refit. With a callback that
+              averages weights, the module's own weights are judged between epochs, and the averaged weights at the end.
         refit: How the surviving weights of a level are adapted, without gradients or labels, before it is judged.
 
             - `"auto"`: `"least_squares"` in a search, None between epochs.

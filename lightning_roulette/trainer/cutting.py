@@ -11,8 +11,8 @@ from lightning_roulette.report.report import SearchReport
 from lightning_roulette.trainer.between_epochs import BetweenEpochs
 from lightning_roulette.trainer.fit_state import FitState, batches_trained
 from lightning_roulette.trainer.footprint import footprint_of
-from lightning_roulette.trainer.hold_zeros import load_into_average
-from lightning_roulette.trainer.preparing import calibration_of, measured, ready_between_epochs
+from lightning_roulette.trainer.hold_zeros import held_by_others, load_into_average
+from lightning_roulette.trainer.preparing import calibration_of, measured, ready_between_epochs, warn_of_other_data
 from lightning_roulette.trainer.saved import rehearse_saving
 from lightning_roulette.trainer.scores.monitored_metric import MonitoredMetric
 from lightning_roulette.trainer.searching import noted, save_dense, save_winner, show_result
@@ -29,7 +29,9 @@ def judge_and_cut(fit: FitState, cuts: BetweenEpochs, number: int) -> None:
         cuts: The state of pruning between epochs.
         number: The number of the cut, from 1.
     """
+    zeros = held_by_others(fit.trainer, fit.module, fit.callback)
     judges, epoch = ready_between_epochs(fit), fit.trainer.current_epoch
+    warn_of_other_data(fit, cuts, judges.data)
     fit.know_files()
     if fit.result.history is None:
         rehearse_saving(fit, judges.weights)
@@ -39,7 +41,7 @@ def judge_and_cut(fit: FitState, cuts: BetweenEpochs, number: int) -> None:
     with ShowBetweenEpochs(fit.trainer, judges.metric, fit.choices) as shown, noted(fit, judges) as evaluate:
         with judges.validation:
             calibration = calibration_of(fit, judges.validation)
-            held = cuts.gradual.judge(judges.weights, evaluate, calibration, shown, units)
+            held = cuts.gradual.judge(judges.weights, evaluate, calibration, shown, units, zeros)
         _take_judgement(fit, cuts, held, judges.metric, shown)
         if not held:
             return
@@ -51,11 +53,13 @@ def judge_and_cut(fit: FitState, cuts: BetweenEpochs, number: int) -> None:
 
 def end_cuts(fit: FitState, cuts: BetweenEpochs) -> None:
     """Judge the last level, load the slimmest that held, measure it and save it."""
+    zeros = held_by_others(fit.trainer, fit.module, fit.callback)
     judges, result = ready_between_epochs(fit), fit.result
+    warn_of_other_data(fit, cuts, judges.data)
     fit.know_files()
     with ShowBetweenEpochs(fit.trainer, judges.metric, fit.choices) as shown:
         with judges.validation:
-            held = cuts.gradual.judge(judges.weights, judges.evaluate)
+            held = cuts.gradual.judge(judges.weights, judges.evaluate, held=zeros)
         _take_judgement(fit, cuts, held, judges.metric, shown)
         cuts.load_kept(fit.module)
         load_into_average(fit.trainer, fit.module)

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from torch import Tensor
 
 from lightning_roulette.checks import check_words
+from lightning_roulette.large.bits import Bits
 from lightning_roulette.large.shards import reshard
 from lightning_roulette.mask.mask import Mask, apply_mask, breaks, fill_pruned, fits
 from lightning_roulette.network.lending import copy_into, named_tensors
@@ -80,6 +81,30 @@ def load_into_average(trainer: Trainer, module: LightningModule) -> None:
             copy_into(averaged, {name: now[name] for name in averaged})
 
 
+def held_by_others(trainer: Trainer, module: LightningModule, callback: Callback) -> Mask | None:
+    """Return what the other callbacks of a Trainer hold at zero, and set it to zero. None if they hold nothing.
+
+    Args:
+        trainer: A Trainer in `fit`.
+        module: The module that it trains.
+        callback: The callback that asks.
+
+    Returns:
+        A mask by the first names of the parameters.
+    """
+    others = [one for one in callbacks_of(trainer) if isinstance(one, ZeroHolder) and one is not callback]
+    masks = [mask for one in others if (mask := one.filled(trainer, module))]
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    every = dict(module.named_parameters(remove_duplicate=False))
+    found: dict[str, Bits] = {}
+    for mask in masks:
+        for name, flags in mask.flags.items():
+            own = first[id(every[name])]
+            bits = flags.to("cpu").bits()
+            found[own] = found[own] & bits if own in found else bits
+    return Mask(found) if found else None
+
+
 def place_before_checkpoints(trainer: Trainer, callback: Callback) -> None:
     """Move `callback` behind all callbacks that change weights, and before those that save checkpoints."""
     rest = [one for one in callbacks_of(trainer) if one is not callback]
@@ -100,6 +125,16 @@ class ZeroHolder(EitherCallback):
     def held(self) -> Mask | None:
         """Return the mask whose zeros are held; None if no zeros are held."""
         raise NotImplementedError
+
+    def filled(self, trainer: Trainer, module: LightningModule) -> Mask | None:
+        """Set the pruned weights to zero now, and return the mask whose zeros are held; None if no zeros are held.
+
+        Args:
+            trainer: A Trainer in `fit`.
+            module: The module that it trains.
+        """
+        self._zeros.fill()
+        return self.held()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the pruned weights to zero, because a hook of the module may have written to them since the step."""
@@ -152,7 +187,8 @@ class ZeroHolder(EitherCallback):
 class HoldZeros(ZeroHolder):
     """Keeps pruned weights at exactly zero in further training.
 
-    Use it to fine-tune a pruned network. `RouletteWheelPruning` holds the zeros of its own network itself.
+    Use it to fine-tune a pruned network. `RouletteWheelPruning` holds the zeros of its own network itself. With both in
+    one Trainer, a pruned network is pruned further: its zeros stay zero in the search, and count as pruned.
 
     It works with:
 
@@ -211,7 +247,14 @@ class HoldZeros(ZeroHolder):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the place between callbacks that change weights and callbacks that save them."""
         if stage == "fit":
+            self._held = None
             place_before_checkpoints(trainer, self)
+
+    def filled(self, trainer: Trainer, module: LightningModule) -> Mask | None:
+        """See `ZeroHolder`. If nothing was held in this fit yet, because nothing is trained, it begins now."""
+        if self._held is None:
+            self.on_train_start(trainer, module)
+        return super().filled(trainer, module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the zeros, if no mask was passed, and hold them."""

@@ -32,6 +32,7 @@ class SavedState(TypedDict, total=False):
         level_bits: The masks of all levels, if some do not nest; see `History.state`.
         shapes: Names and shapes of the parameters of these masks.
         winner_level: The winner's level, beside `level_bits`.
+        level_0: The masks of level 0 where weights were zero before the search; see `History.state`.
         report: The report as plain values.
         best_model_path: The checkpoint of the winner, or an empty string.
         measured_at_batch: The number of batches that were trained when the winner was last measured.
@@ -45,6 +46,7 @@ class SavedState(TypedDict, total=False):
     level_bits: list[Tensor]
     shapes: dict[str, list[int]]
     winner_level: int
+    level_0: dict[str, Tensor]
     report: dict[str, Any] | None
     best_model_path: str
     measured_at_batch: int

@@ -14,6 +14,7 @@ from lightning_roulette.network.steps import with_inner
 from lightning_roulette.refit.inputs import Calibration
 from lightning_roulette.refit_settings import Refit, refit_of
 from lightning_roulette.report.names import shortened
+from lightning_roulette.trainer.between_epochs import BetweenEpochs
 from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.data.training_inputs import (
     TrainerCalibration,
@@ -169,6 +170,29 @@ def warn_of_untrained(fit: FitState, weights: Mapping[str, nn.Parameter]) -> Non
             "out with exclude.",
             stacklevel=2,
         )
+
+
+def warn_of_other_data(fit: FitState, cuts: BetweenEpochs, data: FoldedData) -> None:
+    """Warn if the validation data are not those by which the floor was set. The first ones are noted.
+
+    Several processes have parts of the data each, and data that are not kept in memory are not compared.
+    """
+    if fit.trainer.world_size > 1 or (now := data.sum()) is None:
+        return
+    if fit.result.history is None:
+        cuts.data = now
+    said = (
+        "The validation data have changed since the floor was set, before the first cut. Later levels were judged on "
+        "other data, so their scores cannot be compared with the floor."
+    )
+    if cuts.data in (None, now) or said in fit.facts.notes:
+        return
+    fit.facts.note(said)
+    warnings.warn(
+        f"RouletteWheelPruning: {said} Use the same validation data in all epochs: let val_dataloader return the same "
+        "samples each time it is called. Or search once, with at_epoch=None.",
+        stacklevel=2,
+    )
 
 
 def prunable(fit: FitState) -> dict[str, nn.Parameter]:

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_roulette.trainer.choices import Choices
+from lightning_roulette.trainer.hold_zeros import HoldZeros
 from lightning_roulette.trainer.lightning_names import built_for, in_both, in_package_of
 from lightning_roulette.trainer.show.log import log
 from lightning_roulette.trainer.validation.muting import callbacks_of, muted_callbacks
@@ -110,7 +111,7 @@ def only_searching(
 
     Inside the block
 
-    - no other callbacks of the Trainer and the module are called than progress bars and those in `keep`;
+    - no other callbacks of the Trainer and the module are called than progress bars, `HoldZeros` and those in `keep`;
     - the module configures no optimizer, and needs no `training_step`;
     - there is no sanity check.
 
@@ -141,10 +142,13 @@ def only_searching(
 
 
 def _active(callbacks: Sequence[Callback], callback: Callback, keep: Sequence[str]) -> list[Callback]:
-    """Return callbacks of which only progress bars and those in `keep` are called. Others that search are left out."""
+    """Return callbacks of which only progress bars, `HoldZeros` and those in `keep` are called.
+
+    Others that search are left out.
+    """
     others = [one for one in callbacks if one is not callback and not isinstance(one, WithResult)]
-    bars = [type(one).__name__ for one in others if isinstance(one, in_both(ProgressBar))]
-    active = muted_callbacks(others, {*keep, *bars})
+    called = [type(one).__name__ for one in others if isinstance(one, (*in_both(ProgressBar), HoldZeros))]
+    active = muted_callbacks(others, {*keep, *called})
     for one in active:
         if one not in others:
             one.__dict__ = dict(vars(one))  # Lightning sets attributes of every callback

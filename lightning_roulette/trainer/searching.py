@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from lightning_roulette.judge.evaluator import Evaluator
 from lightning_roulette.judge.noted import Noted
+from lightning_roulette.mask.mask import Mask
 from lightning_roulette.network.lending import named_tensors
 from lightning_roulette.report.records import StopReason
 from lightning_roulette.report.report import SearchReport
@@ -19,7 +20,7 @@ from lightning_roulette.trainer.data.folded_data import FoldedData
 from lightning_roulette.trainer.files import checkpoint_with_these_weights, save_accepted_levels
 from lightning_roulette.trainer.fit_state import FitState, Phase, batches_trained
 from lightning_roulette.trainer.footprint import footprint_of
-from lightning_roulette.trainer.hold_zeros import load_into_average
+from lightning_roulette.trainer.hold_zeros import held_by_others, load_into_average
 from lightning_roulette.trainer.observers import Comparable, Latest, Several
 from lightning_roulette.trainer.preparing import calibration_of, measured, ready
 from lightning_roulette.trainer.resuming import journal_of
@@ -36,13 +37,15 @@ def search_network(fit: FitState) -> None:
 
     If the search fails, the network is dense, and the accepted levels are kept in the report and in a file.
     """
+    held = held_by_others(fit.trainer, fit.module, fit.callback)  # before the dense network is measured
     judges, latest = ready(fit), Latest()
     fit.know_files()
     rehearse_saving(fit, judges.weights)
     with Show(fit.trainer, judges.metric, fit.choices) as shown:
         try:
             with noted(fit, judges) as evaluate:
-                winner = _searched(fit, judges, evaluate, Several(_comparable(fit, judges), latest, shown))
+                observer = Several(_comparable(fit, judges), latest, shown)
+                winner = _searched(fit, judges, evaluate, observer, held)
                 _load(fit, winner, judges.metric, judges.data)
             if fit.result.between_epochs is not None:
                 fit.result.between_epochs.over = True
@@ -67,6 +70,7 @@ def measure_and_save(fit: FitState) -> None:
     """Measure and save the winner as further training has changed it."""
     report = fit.result.report
     assert report is not None
+    held_by_others(fit.trainer, fit.module, fit.callback)
     score = measured(fit, report.monitor)
     fit.result.report = replace(report, trained_score=score, footprint=footprint_of(fit))
     fit.result.measured_at_batch = batches_trained(fit.trainer)
@@ -111,13 +115,16 @@ def noted(fit: FitState, judges: CandidateValidation) -> Iterator[Evaluator]:
         journal.remove()
 
 
-def _searched(fit: FitState, judges: CandidateValidation, evaluate: Evaluator, observer: Several) -> Winner:
+def _searched(
+    fit: FitState, judges: CandidateValidation, evaluate: Evaluator, observer: Several, held: Mask | None
+) -> Winner:
     units = units_for(fit, judges.weights, judges.data)
     say_units(fit, units)
     with judges.validation:
         calibration = calibration_of(fit, judges.validation)
         settings = fit.choices.of_search(fit.only_tries)
-        winner = search(judges.weights, evaluate, calibration=calibration, observer=observer, units=units, **settings)
+        settings |= {"calibration": calibration, "observer": observer, "units": units, "held": held}
+        winner = search(judges.weights, evaluate, **settings)
         judges.data.check()
     judges.evaluate.unmoved.check()
     return winner

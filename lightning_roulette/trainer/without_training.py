@@ -45,8 +45,9 @@ def prune(
     `refit=None` and the importance `"magnitude"` are used, and a log line says so.
 
     The Trainer is afterwards as it was before: its callbacks and their states, its epoch and global step, its metrics
-    and its optimizers. Its callbacks are not called, except progress bars and those in `Validation(keep_callbacks=)`.
-    To train the pruned network further, pass the returned callback to a Trainer. It holds the zeros.
+    and its optimizers. Its callbacks are not called, except progress bars, `HoldZeros` and those in
+    `Validation(keep_callbacks=)`. To train the pruned network further, pass the returned callback to a Trainer. It
+    holds the zeros.
 
     Args:
         trainer: The Trainer. Its devices, precision, loggers and limits apply. If a `RouletteWheelPruning` is among its

@@ -158,6 +158,34 @@ def test_any_masks_are_read_back_whether_they_nest_or_not(small, in_memory, step
         assert ("level_bits" not in history.state()) == all_nest
 
 
+@pytest.mark.parametrize("small", [1 << 20, 0, 15], ids=["small", "packed", "some packed"])
+@given(steps=any_levels, first=st.integers(0, 2**SIZE - 1), data=st.data())
+@settings(max_examples=12, deadline=None, derandomize=True)
+def test_a_history_may_begin_with_zeros(small, steps, first, data):
+    with limited(unpacked_entries=small, packed_entries=8):
+        masks = [first]
+        for nests, number in steps:
+            masks.append(number & masks[-1] if nests else number & first)
+        read_at = data.draw(st.integers(0, len(steps)))
+        history = History.of_dense(mask_of(2**SIZE - 1), mask_of(first))
+        for place, number in enumerate(masks[1:]):
+            history = History.from_state(through_torch(history.state())) if place == read_at else history
+            history = history.pruned(mask_of(number))
+        for one in copies(history):
+            assert [one.mask_at(level) for level in range(len(masks))] == [mask_of(number) for number in masks]
+        all_nest = all(child & parent == child for parent, child in pairwise(masks))
+        assert ("level_bits" not in history.state()) == all_nest
+
+
+def test_versions_that_know_nothing_of_zeros_before_the_search_read_the_masks_of_all_levels():
+    masks = nested_masks(3)
+    history = History.of_dense(masks[0], masks[1]).pruned(masks[2]).pruned(masks[3])
+    state = history.state()
+    del state["level_0"]
+    earlier = History.from_state(state)
+    assert [earlier.mask_at(level) for level in range(3)] == [masks[0], masks[2], masks[3]]
+
+
 @pytest.mark.parametrize("nested", [True, False])
 def test_the_mask_of_a_level_may_be_replaced(nested):
     masks = nested_masks(4)

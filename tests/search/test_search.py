@@ -607,3 +607,24 @@ print(*{name.split(".")[0] for name in sys.modules})
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     heavy = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "tensorboard"}
     assert heavy & set(done.stdout.split()) == {"torch"}
+
+
+def test_weights_that_are_held_at_zero_stay_zero_and_count_as_pruned():
+    held = Mask({"a": torch.arange(40) % 4 > 0})
+    weights = {"a": torch.where(held["a"], torch.arange(1.0, 41), 0.0)}
+    winner = search(weights, always, branches=2, tree=Tree(0.5, max_levels=2), held=held)
+    assert [level.survivors for level in winner.report.levels] == [15, 7]
+    assert winner.mask_at(2) <= winner.mask_at(1) <= winner.mask_at(0) == held
+    assert (winner.report.held.survivors, winner.report.sparsity) == (30, 0.825)
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        (torch.ones(3, dtype=torch.bool), r"held has the shape \(3,\) for 'a', but the weight has \(4,\)"),
+        (torch.arange(4) > 0, "held prunes weights of 'a' that are not zero"),
+    ],
+)
+def test_a_mask_that_does_not_hold_the_weights_is_refused(held, message):
+    with pytest.raises(ValueError, match=message):
+        search({"a": torch.ones(4)}, always, held={"a": held})

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from lightning_roulette.large.digests import digests_of
+from lightning_roulette.large.digests import digests_of, strided_parts
 from lightning_roulette.network.containers import leaves_of
 from lightning_roulette.trainer.data.containers import write_counts
 from lightning_roulette.trainer.pace import PacedCheck
@@ -64,6 +65,25 @@ class Checksums(PacedCheck):
 def checksums_of(batch: Any) -> tuple[object, ...]:
     """Return the checksums of the tensors, arrays and byte arrays in a batch."""
     return _sums_of([_buffers(batch)])[0]
+
+
+@torch.no_grad()
+def sum_of(batches: Iterable[Any]) -> int:
+    """Return one number for all values in batches, whatever their order is and however they are grouped."""
+    return sum(_sum(one) for batch in batches for one in _buffers(batch)) % 2**64
+
+
+def _sum(one: Any) -> int:
+    if isinstance(one, Tensor):
+        words = [part.contiguous().view(-1).view(_word(part)) for part in strided_parts(one.detach())]
+        return sum(int(part.sum(dtype=torch.int64)) for part in words)
+    if isinstance(one, np.ndarray):
+        return 0 if one.dtype.hasobject else int(np.ascontiguousarray(one).reshape(-1).view(np.uint8).sum())
+    return sum(bytes(one))
+
+
+def _word(part: Tensor) -> torch.dtype:
+    return torch.uint8 if part.element_size() % 4 else torch.int32
 
 
 def _sums_of(batches: list[list[Any]]) -> list[tuple[object, ...]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_roulette.network.containers import rebuilt
-from lightning_roulette.trainer.data.checksums import Checksums
+from lightning_roulette.trainer.data.checksums import Checksums, sum_of
 from lightning_roulette.trainer.data.dealing import (
     FOLDS,
     SplitRows,
@@ -99,6 +99,10 @@ class FoldedData:
     def stay_regrouped(self) -> None:
         """Forget the batches of the loaders."""
 
+    def sum(self) -> int | None:
+        """Return one number for all the data, whatever their order is; None if they are not kept in memory."""
+        return None
+
     def validate(self, validation: IsolatedValidation, folds: Sequence[int]) -> Logged:
         """Validate on some folds, and return what the module logs."""
         return validation.run_on(self.of(folds), counts=self.counts(folds))
@@ -178,6 +182,10 @@ class KeptData(FoldedData):
         """See `FoldedData`."""
         found = ((batch, loader) for loader, portion in self._portions.items() for batch in portion.of(folds))
         return ((rebuilt(batch, self._copies), loader) for batch, loader in found)
+
+    def sum(self) -> int:
+        """See `FoldedData`."""
+        return sum_of(batch for one in self._portions.values() for batch in one.contents())
 
     def counts(self, folds: Sequence[int]) -> list[int]:
         """See `FoldedData`."""

@@ -80,7 +80,7 @@ def levels_left(report: SearchReport) -> int:
     """Return how many levels lead to the target sparsity at the last pruning rate; 0 without a target."""
     goal = 0 if report.target_sparsity is None else (1 - report.target_sparsity) * report.size
     accepted = [level.survivors for level in report.levels if level.accepted]
-    survivors, rate = (accepted or [report.size])[-1], report.levels[-1].pruning_rate
+    survivors, rate = (accepted or [report.survivors])[-1], report.levels[-1].pruning_rate
     if not 0 < goal < survivors or not 0 < rate < 1:
         return 0
     return math.ceil(math.log(goal / survivors) / math.log(1 - rate))

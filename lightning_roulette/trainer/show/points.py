@@ -48,9 +48,9 @@ def described(tag: str, monitor: str) -> str:
 
 
 def of_dense(report: SearchReport, mask: Mask) -> dict[str, float]:
-    """Return the points of level 0."""
+    """Return the points of level 0. `mask` is its mask."""
     points = {
-        SPARSITY: 0.0,
+        SPARSITY: mask.sparsity,
         SCORE: report.dense_score,
         FLOOR: report.floor,
         **dict.fromkeys(BRANCH, report.dense_score),
@@ -58,8 +58,9 @@ def of_dense(report: SearchReport, mask: Mask) -> dict[str, float]:
     if report.held_out_dense is not None:
         points[HELD_OUT] = report.held_out_dense
     if report.multiply_adds:
-        points[MULTIPLY_ADDS] = 1.0
-    return {**points, **_held_out_floor(report), **dict.fromkeys(_densities(mask), 1.0)}
+        left = report.multiply_adds if report.held is None else report.held.multiply_adds
+        points[MULTIPLY_ADDS] = 1.0 if left is None else left / report.multiply_adds
+    return {**points, **_held_out_floor(report), **_densities(mask)}
 
 
 def of_level(report: SearchReport, mask: Mask) -> dict[str, float]:
