@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import UninitializedParameter
 
 from lightning_roulette.large.bits import Bits, Flags, as_stored, is_small, packed_if_large
 from lightning_roulette.large.devices import device_for_bits
@@ -233,7 +234,8 @@ def apply_mask(module: nn.Module, mask: Mapping[str, Tensor] | str | os.PathLike
 
     Raises:
         TypeError: If a tensor of the mask is not bool. The module is unchanged.
-        ValueError: If the module lacks a name, a shape differs, or the file has no mask. The module is unchanged.
+        ValueError: If the module lacks a name, a shape differs or is not known yet, or the file has no mask. The module
+            is unchanged.
     """
     kept = Mask.load(mask) if isinstance(mask, str | os.PathLike) else Mask(mask)
     reshard(module)
@@ -241,6 +243,11 @@ def apply_mask(module: nn.Module, mask: Mapping[str, Tensor] | str | os.PathLike
     for name, flags in kept.flags.items():
         if name not in parameters:
             raise ValueError(f"the mask names {name!r}, but the module has no such parameter: {_some(parameters)}.")
+        if isinstance(parameters[name], UninitializedParameter):
+            raise ValueError(
+                f"the mask names {name!r}, but the parameter belongs to a lazy layer and has no shape yet. Call the "
+                "module once on a batch before, or load its weights from a checkpoint."
+            )
         if parameters[name].shape != flags.shape:
             raise ValueError(
                 f"the mask of {name!r} has shape {tuple(flags.shape)}, but the parameter has "
@@ -252,7 +259,8 @@ def apply_mask(module: nn.Module, mask: Mapping[str, Tensor] | str | os.PathLike
 def fits(mask: Mapping[str, Tensor], module: nn.Module) -> bool:
     """Whether `module` has the parameters that `mask` names, with the same shapes."""
     found = dict(module.named_parameters(remove_duplicate=False))
-    return all(name in found and found[name].shape == flags.shape for name, flags in flags_of(mask).items())
+    known = {name: one.shape for name, one in found.items() if not isinstance(one, UninitializedParameter)}
+    return all(known.get(name) == flags.shape for name, flags in flags_of(mask).items())
 
 
 def breaks(mask: Mapping[str, Tensor], module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn import UninitializedParameter
 
 from lightning_roulette.large.bits import Flags, is_small
 from lightning_roulette.large.gathered import write_rows
@@ -104,6 +105,16 @@ def write(tensor: Tensor, value: Tensor) -> None:
                 tensor, value = tensor.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
     with torch.inference_mode() if tensor.is_inference() else nullcontext():
         tensor.copy_(value)
+
+
+def leave_inference_mode(module: nn.Module) -> None:
+    """Make the parameters of a module ordinary that were made in inference mode. They stay the same objects.
+
+    `trainer.validate` makes the parameters of lazy layers so, and neither training nor a refit could write them.
+    """
+    for parameter in module.parameters():
+        if not isinstance(parameter, UninitializedParameter) and parameter.is_inference():
+            parameter.data = parameter.data.clone()
 
 
 def surely(action: Callable[[], None]) -> None:

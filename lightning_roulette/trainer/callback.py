@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_roulette.network.lending import leave_inference_mode
 from lightning_roulette.refit_settings import LeastSquares, Refit
 from lightning_roulette.report.records import StopReason
 from lightning_roulette.settings import Tree, Validation, Wheel
@@ -249,6 +250,7 @@ class RouletteWheelPruning(WithResult):
         choices = Choices.of(self) if loop is None else as_data_allows(Choices.of(self), loop)
         self._fit = FitState(trainer, pl_module, self, choices, self._result, self._zeros, phase, searches)
         if stage == "fit":
+            leave_inference_mode(pl_module)
             refuse_sharding(trainer, choices)
             refuse_shrink(trainer, self.shrink)
             refuse_trainer(trainer, self, self.validation.keep_callbacks, self.at_epoch)

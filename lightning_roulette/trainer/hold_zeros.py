@@ -18,7 +18,7 @@ from lightning_roulette.checks import check_words
 from lightning_roulette.large.bits import Bits
 from lightning_roulette.large.shards import reshard
 from lightning_roulette.mask.mask import Mask, apply_mask, breaks, fill_pruned, fits
-from lightning_roulette.network.lending import copy_into, named_tensors
+from lightning_roulette.network.lending import copy_into, leave_inference_mode, named_tensors
 from lightning_roulette.network.parameters import aliases, parameters_like, prunable_parameters
 from lightning_roulette.network.zeros import ZeroHold
 from lightning_roulette.trainer.lightning_names import EitherCallback, in_both
@@ -248,6 +248,7 @@ class HoldZeros(ZeroHolder):
         """Take the place between callbacks that change weights and callbacks that save them."""
         if stage == "fit":
             self._held = None
+            leave_inference_mode(pl_module)
             place_before_checkpoints(trainer, self)
 
     def filled(self, trainer: Trainer, module: LightningModule) -> Mask | None:
