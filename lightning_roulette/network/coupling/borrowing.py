@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
-from lightning_roulette.network.lending import lent
+from lightning_roulette.network.coupling.groups import Group
+from lightning_roulette.network.lending import lent, named_tensors
 from lightning_roulette.network.modes import evaluating
 
 
@@ -28,6 +29,27 @@ def borrowed(network: nn.Module) -> Iterator[None]:
         stack.enter_context(lent(dict(network.named_buffers())))
         stack.enter_context(_with_gradients(network))
         stack.enter_context(_same_hooks(network))
+        yield
+
+
+@contextmanager
+def without_zeros(network: nn.Module, groups: Iterable[Group]) -> Iterator[None]:
+    """Inside the block the zeros in the matrices of groups are other numbers, of the size of the others.
+
+    Args:
+        network: The network, as `borrowed` lends it.
+        groups: The groups.
+    """
+    every = named_tensors(network)
+    names = {member.name for one in groups for member in (*one.producers, *one.consumers)}
+    chosen = {name: every[name].detach() for name in sorted(names) if every[name].dim() > 1}
+    chosen = {name: one for name, one in chosen.items() if bool((one == 0).any())}
+    chance = torch.Generator().manual_seed(0)
+    with lent(chosen):
+        for one in chosen.values():
+            noise, zeros = torch.randn(one.shape, generator=chance).to(one), one == 0
+            size = one[~zeros].square().mean().sqrt() if not bool(zeros.all()) else one[0].numel() ** -0.5
+            one.copy_(torch.where(zeros, noise * size, one))
         yield
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from lightning_roulette.network.calling import caller_of
-from lightning_roulette.network.coupling.borrowing import borrowed
+from lightning_roulette.network.coupling.borrowing import borrowed, without_zeros
 from lightning_roulette.network.coupling.check import are_same, outputs_of, why_it_stays
 from lightning_roulette.network.coupling.cutting import Cut
 from lightning_roulette.network.coupling.graph import reached, unit_layers
@@ -31,7 +31,8 @@ def coupling_of(network: nn.Module, example_input: Any) -> Coupling:
     normalisations, sums, products, concatenations, flattening and grouped convolutions; or a head of an attention.
     Each group is tried. What reads some of its units is set to zero and what computes them to other values: the output
     must not change. Then these units are cut out: the output must be the same again. A group for which it is not is
-    left out, and its layers are named in `Coupling.left`.
+    left out, and its layers are named in `Coupling.left`. For these trials, zeros in the weights are replaced, as what
+    nothing reads tells nothing.
 
     The network is called some times in evaluation mode, and is bit for bit as it was afterwards.
 
@@ -51,10 +52,14 @@ def coupling_of(network: nn.Module, example_input: Any) -> Coupling:
         if not _is_function(run):
             reason = "two calls of the network with equal inputs differ, or their outputs are not finite"
             return Coupling((), dict.fromkeys(unit_layers(network), reason))
-        again = remembering(run)
-        neurons, left = _neurons(network, run, again)
-        heads, others = _heads(network, again)
-    return Coupling((*neurons, *heads), left | others)
+        neurons, left = _neurons(network, run)
+        heads, others = _heads(network)
+        found = _Checked(left | others)
+        cut, again = Cut(network), remembering(run)
+        with without_zeros(network, [one for guesses in (*neurons.values(), *heads.values()) for one in guesses]):
+            for computing, guesses in (neurons | heads).items():
+                found.add(computing, guesses, lambda group: why_it_stays(cut, group, again))
+    return Coupling(tuple(found.groups), found.left)
 
 
 def _caller(network: nn.Module, example_input: Any) -> Callable[[], Any]:
@@ -86,36 +91,64 @@ def _is_function(run: Callable[[], Any]) -> bool:
     return are_same(first, outputs_of(run))
 
 
-def _neurons(
-    network: nn.Module, run: Callable[[], Any], again: Callable[[], Any]
-) -> tuple[list[Group], dict[str, str]]:
-    layers, shared, cut = unit_layers(network), _shared(network), Cut(network)
-    groups: list[Group] = []
+class _Checked:
+    """Groups that were checked.
+
+    Attributes:
+        groups: Those that can leave.
+        left: The layers whose units cannot, with the reason.
+    """
+
+    def __init__(self, left: dict[str, str]) -> None:
+        self.groups: list[Group] = []
+        self.left = left
+
+    def add(self, names: frozenset[str], guesses: Sequence[Group], why: Callable[[Group], str]) -> None:
+        """Add the first of the guesses for which there is no reason to stay.
+
+        Args:
+            names: The layers that compute the units.
+            guesses: What the units may be.
+            why: Returns why the units of a group cannot leave.
+        """
+        for group in guesses:
+            if not (reason := why(group)):
+                self.groups.append(group)
+                self.left = {name: one for name, one in self.left.items() if name not in names}
+                return
+        self.left |= dict.fromkeys(names, reason)
+
+
+def _neurons(network: nn.Module, run: Callable[[], Any]) -> tuple[dict[frozenset[str], list[Group]], dict[str, str]]:
+    """Return the groups that the graph shows, each under the layers that compute it, and why others have none."""
+    layers, shared = unit_layers(network), _shared(network)
+    groups: dict[frozenset[str], list[Group]] = {}
     left = dict.fromkeys(layers, "it cannot be traced")
     try:
         found = reached(network, run)
     except ImportError:
         raise
     except Exception as error:  # of Torch-Pruning, which expects other operations
-        return [], dict.fromkeys(layers, f"the network cannot be traced ({type(error).__name__}: {error})")
+        return {}, dict.fromkeys(layers, f"the network cannot be traced ({type(error).__name__}: {error})")
     for name, targets in found.items():
         computing = {name, *(one.name for one in targets if one.name in layers and not one.reads)}
+        names = frozenset(one for one in computing if one is not None)
         try:
             group = group_of(name, targets, shared)
-            reason = "it has a single unit" if group.size < 2 else why_it_stays(cut, group, again)
         except Immovable as why:
-            reason = str(why)
-        if not reason:
-            groups.append(group)
-            left = {one: why for one, why in left.items() if one not in computing}
+            left |= dict.fromkeys(names, str(why))
+            continue
+        if group.size < 2:
+            left |= dict.fromkeys(names, "it has a single unit")
         else:
-            left |= {one: reason for one in computing if one is not None}
+            groups[names] = [group]
     return groups, left
 
 
-def _heads(network: nn.Module, run: Callable[[], Any]) -> tuple[list[Group], dict[str, str]]:
-    shared, known, cut = _shared(network), named_tensors(network).keys(), Cut(network)
-    groups: list[Group] = []
+def _heads(network: nn.Module) -> tuple[dict[frozenset[str], list[Group]], dict[str, str]]:
+    """Return what the heads of each attention may be, and why others have none."""
+    shared, known = _shared(network), named_tensors(network).keys()
+    groups: dict[frozenset[str], list[Group]] = {}
     left: dict[str, str] = {}
     for name, guesses in heads_of(network).items():
         names = {member.name for one in guesses for member in (*one.producers, *one.consumers)}
@@ -124,12 +157,7 @@ def _heads(network: nn.Module, run: Callable[[], Any]) -> tuple[list[Group], dic
         elif missing := sorted(names - known):
             left[name] = f"{missing[0]} is computed from other parameters"
         else:
-            for group in guesses:
-                if not (reason := why_it_stays(cut, group, run)):
-                    groups.append(group)
-                    break
-            else:
-                left[name] = reason
+            groups[frozenset({name})] = guesses
     return groups, left
 
 

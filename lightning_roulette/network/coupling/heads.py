@@ -80,20 +80,23 @@ def heads_of(network: nn.Module) -> dict[str, list[Group]]:
 def _with_tables(group: Group, part: nn.Module) -> Iterator[Group]:
     """Yield a group with the other tensors of the attention that have a dimension for its heads, if there are some.
 
-    Examples are tables of relative positions, and scales. Buffers that are not in the state dict stay whole.
+    Examples are tables of relative positions, and scales. First buffers are among them, then not. Buffers that are not
+    in the state dict stay whole.
     """
-    stored = part.state_dict()
     known = {one.name for one in (*group.producers, *group.consumers)}
-    heads = _number(part, _HEADS) or group.size
-    prefix = f"{group.name}." if group.name else ""
-    tables = [
-        Member(f"{prefix}{own}", one.shape.index(heads), torch.arange(heads) * group.size // heads)
+    heads, prefix = _number(part, _HEADS) or group.size, f"{group.name}." if group.name else ""
+    found = {
+        f"{prefix}{own}": one
         for own, one in named_tensors(part).items()
-        if own in stored and f"{prefix}{own}" not in known
-        if one.is_floating_point() and list(one.shape).count(heads) == 1
-    ]
-    if tables and heads % group.size == 0:
-        yield replace(group, producers=(*group.producers, *tables))
+        if own in part.state_dict() and one.is_floating_point() and list(one.shape).count(heads) == 1
+    }
+    tables = {name: one for name, one in found.items() if name not in known and heads % group.size == 0}
+    parameters = {name: one for name, one in tables.items() if isinstance(one, nn.Parameter)}
+    units = torch.arange(heads) * group.size // heads
+    for chosen in (tables, parameters) if len(parameters) < len(tables) else (tables,):
+        members = [Member(name, one.shape.index(heads), units) for name, one in chosen.items()]
+        if members:
+            yield replace(group, producers=(*group.producers, *members))
 
 
 def _torchs(name: str, part: nn.MultiheadAttention) -> Group:

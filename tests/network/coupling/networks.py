@@ -85,8 +85,9 @@ class Hidden(Layers):
 class Own(nn.Module):
     """Attention of the shape that transformers' models have, with an empty cache of keys."""
 
-    def __init__(self, heads: int, groups: int, packed: bool = False, rotated: bool = False) -> None:
+    def __init__(self, heads: int, groups: int, packed: str = "", rotated: bool = False) -> None:
         super().__init__()
+        self.packed = packed  # "queries, keys, values", or "heads"
         self.num_heads, self.head_dim, self.rotated = heads, 4, rotated
         sizes = [4 * heads, 4 * groups, 4 * groups]
         if packed:
@@ -96,8 +97,10 @@ class Own(nn.Module):
         self.o_proj = nn.Linear(4 * heads, 8)
 
     def forward(self, x):
-        packed = hasattr(self, "qkv")
-        found = self.qkv(x).chunk(3, -1) if packed else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        if self.packed == "heads":
+            found = (one.flatten(2) for one in self.qkv(x).unflatten(-1, (-1, 12)).chunk(3, -1))
+        else:
+            found = self.qkv(x).chunk(3, -1) if self.packed else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (one.unflatten(-1, (-1, 4)).transpose(1, 2) for one in found)
         cache = torch.tensor([], dtype=k.dtype)
         q, k = (turned(one) for one in (q, k)) if self.rotated else (q, torch.cat([cache, k], -2))
@@ -190,7 +193,8 @@ NETWORKS = {
         {"linear1": 16, "self_attn": 2},
     ),
     "own attention": (lambda: sequences(Own(4, 4)), WORDS, {"3": 16, "1": 4}),
-    "packed attention": (lambda: sequences(Own(4, 4, packed=True)), WORDS, {"3": 16, "1": 4}),
+    "packed attention": (lambda: sequences(Own(4, 4, packed="queries, keys, values")), WORDS, {"3": 16, "1": 4}),
+    "attention packed by heads": (lambda: sequences(Own(4, 4, packed="heads")), WORDS, {"3": 16, "1": 4}),
     "relative positions": (lambda: sequences(Placed(6, 3)), WORDS, {"3": 16, "1": 3}),
     "grouped queries": (lambda: sequences(Own(4, 2, rotated=True)), WORDS, {"3": 16, "1": 2}),
 }

@@ -72,6 +72,31 @@ def test_what_computes_a_unit_is_without_effect_once_nothing_reads_it(name):
                 tensors[key].copy_(value)
 
 
+def layout(model: nn.Module, inputs: torch.Tensor):
+    """Which entries belong to each unit."""
+    return {
+        (group.name, group.kind): [
+            (one.name, one.dim, one.units.tolist()) for one in (*group.producers, *group.consumers)
+        ]
+        for group in coupling_of(model, inputs).groups
+    }
+
+
+@pytest.mark.parametrize("kept", range(4))
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_the_units_of_a_pruned_network_are_those_of_the_dense_one(name, kept):
+    model, inputs = made(name)
+    expected = layout(model, inputs)
+    for group in coupling_of(model, inputs).groups:
+        for member in group.consumers:  # of each group a single unit has an effect
+            places = ((member.units >= 0) & (member.units != kept % group.size)).nonzero().flatten()
+            model.get_parameter(member.name).index_fill_(member.dim, places, 0)
+    before = state_of(model)
+    assert layout(model, inputs) == expected
+    assert state_of(model) == before
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_every_unit_has_something_that_computes_it_and_something_that_reads_it(name):
