@@ -252,7 +252,14 @@ class HoldZeros(ZeroHolder):
             place_before_checkpoints(trainer, self)
 
     def filled(self, trainer: Trainer, module: LightningModule) -> Mask | None:
-        """See `ZeroHolder`. If nothing was held in this fit yet, because nothing is trained, it begins now."""
+        """Set the pruned weights to zero now, and return the mask whose zeros are held.
+
+        If nothing was held in this fit yet, because nothing is trained, it begins now.
+
+        Args:
+            trainer: A Trainer in `fit`.
+            module: The module that it trains.
+        """
         if self._held is None:
             self.on_train_start(trainer, module)
         return super().filled(trainer, module)

@@ -143,7 +143,11 @@ class Units:
         return sum(max(0, int(alive[start:stop].sum()) - self.step(name)) for name, start, stop in self.ranges())
 
     def step(self, group: str) -> int:
-        """Return the number of which a multiple of the units of a group stays."""
+        """Return the number of which a multiple of the units of a group stays.
+
+        Args:
+            group: Name of the group.
+        """
         return self.steps.get(group, 1)
 
     def costs(self, mask: Mask) -> Tensor:
