@@ -85,10 +85,11 @@ def _with_tables(group: Group, part: nn.Module) -> Iterator[Group]:
     """
     known = {one.name for one in (*group.producers, *group.consumers)}
     heads, prefix = _number(part, _HEADS) or group.size, f"{group.name}." if group.name else ""
+    stored = part.state_dict()
     found = {
         f"{prefix}{own}": one
         for own, one in named_tensors(part).items()
-        if own in part.state_dict() and one.is_floating_point() and list(one.shape).count(heads) == 1
+        if own in stored and one.is_floating_point() and list(one.shape).count(heads) == 1
     }
     tables = {name: one for name, one in found.items() if name not in known and heads % group.size == 0}
     parameters = {name: one for name, one in tables.items() if isinstance(one, nn.Parameter)}
