@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -41,7 +42,7 @@ class Refitter:
     units: Units | None = None
     held: Mask | None = None
 
-    @property
+    @cached_property
     def kept(self) -> Mask:
         """The mask of the network before the search: all weights, less those that are held at zero."""
         full = Mask.full(self.weights)

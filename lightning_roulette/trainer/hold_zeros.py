@@ -94,12 +94,11 @@ def held_by_others(trainer: Trainer, module: LightningModule, callback: Callback
     """
     others = [one for one in callbacks_of(trainer) if isinstance(one, ZeroHolder) and one is not callback]
     masks = [mask for one in others if (mask := one.filled(trainer, module))]
-    first = {id(parameter): name for name, parameter in module.named_parameters()}
-    every = dict(module.named_parameters(remove_duplicate=False))
+    first = {name: own for own, names in aliases(module).items() for name in names}
     found: dict[str, Bits] = {}
     for mask in masks:
         for name, flags in mask.flags.items():
-            own = first[id(every[name])]
+            own = first[name]
             bits = flags.to("cpu").bits()
             found[own] = found[own] & bits if own in found else bits
     return Mask(found) if found else None

@@ -28,20 +28,29 @@ def outputs_of(run: Callable[[], Any]) -> list[Tensor]:
         return [one.clone() for one in tensors_in(run())]
 
 
-def are_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    """Whether two outputs are finite and equal to six digits of their largest entries; whole numbers are equal."""
-    return len(first) == len(second) and all(is_within(*pair, _CLOSE) for pair in zip(first, second, strict=True))
+def are_same(
+    first: Sequence[Tensor], second: Sequence[Tensor], share_of: Callable[[Tensor], float] = lambda _: _CLOSE
+) -> bool:
+    """Whether two outputs are finite and equal to a share of their largest entries; whole numbers are equal.
+
+    Args:
+        first: An output.
+        second: Another one.
+        share_of: Returns the share for a tensor of the first one. By default six digits are equal.
+    """
+    return len(first) == len(second) and all(
+        is_within(one, other, share_of(one)) for one, other in zip(first, second, strict=True)
+    )
 
 
 def _returns(run: Callable[[], Any], expected: Sequence[Tensor]) -> bool:
     """Whether a network returns these outputs, but for the rounding of sums in another order."""
-    pairs = zip(expected, found := outputs_of(run), strict=False)
-    alike = all(is_within(one, other, max(_ALIKE, _ROUNDINGS * _rounding(one))) for one, other in pairs)
-    return alike and len(expected) == len(found)
+    return are_same(expected, outputs_of(run), _of_sums)
 
 
-def _rounding(one: Tensor) -> float:
-    return torch.finfo(one.dtype).eps if one.is_floating_point() or one.is_complex() else 0.0
+def _of_sums(one: Tensor) -> float:
+    numbers = one.is_floating_point() or one.is_complex()
+    return max(_ALIKE, _ROUNDINGS * torch.finfo(one.dtype).eps) if numbers else _ALIKE
 
 
 def is_within(one: Tensor, other: Tensor, share: float, least: float = 0.0) -> bool:
